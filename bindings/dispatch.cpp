@@ -1,0 +1,86 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstring>
+
+namespace vstar {
+namespace {
+
+#if defined(VSTAR_X86)
+bool executes_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+bool executes_avx512() {
+  return executes_avx2() && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+struct Executable {
+  const Kernels* list[4] = {};
+
+  Executable() {
+    int count = 0;
+#if defined(VSTAR_X86)
+    __builtin_cpu_init();
+    if (executes_avx512()) list[count++] = &kernels_avx512;
+    if (executes_avx2()) list[count++] = &kernels_avx2;
+#endif
+    list[count++] = &kernels_portable;
+  }
+};
+
+std::atomic<const Kernels*> selected{nullptr};
+
+}  // namespace
+
+const Kernels* const* executable_kernels() {
+  static const Executable executable;
+  return executable.list;
+}
+
+const Kernels* find_kernels(const char* name) {
+  for (const Kernels* const* k = executable_kernels(); *k; ++k) {
+    if (std::strcmp((*k)->name, name) == 0) return *k;
+  }
+  return nullptr;
+}
+
+const Kernels& selected_kernels() {
+  const Kernels* kernels = selected.load(std::memory_order_acquire);
+  return kernels ? *kernels : *executable_kernels()[0];
+}
+
+void select_kernels(const Kernels& kernels) {
+  selected.store(&kernels, std::memory_order_release);
+}
+
+}  // namespace vstar
+
+// The part that Python calls through ctypes: the library has no Python in it.
+extern "C" {
+
+// The names of the executable instruction sets, best first; nullptr past the last.
+__attribute__((visibility("default"))) const char* vstar_kernels_isa(int index) {
+  const vstar::Kernels* const* list = vstar::executable_kernels();
+  for (int i = 0; list[i]; ++i) {
+    if (i == index) return list[i]->name;
+  }
+  return nullptr;
+}
+
+__attribute__((visibility("default"))) const char* vstar_kernels_selected_isa() {
+  return vstar::selected_kernels().name;
+}
+
+// Returns 0, or 1 and changes nothing if this processor cannot execute it.
+__attribute__((visibility("default"))) int vstar_kernels_select_isa(const char* name) {
+  const vstar::Kernels* kernels = vstar::find_kernels(name);
+  if (!kernels) return 1;
+  vstar::select_kernels(*kernels);
+  return 0;
+}
+}

@@ -1,0 +1,12 @@
+// The kernels for one instruction set. Nothing but intrinsics and code of that set's own namespace
+// may be included here: a std or torch template instantiated in this file could be the copy that
+// the linker keeps for every processor.
+#include "simd_avx2.h"
+
+#define VSTAR_ISA avx2
+#include "forward.h"
+
+namespace vstar {
+const Kernels kernels_avx2 = {"avx2", avx2::kLanes, avx2::forward_scratch, avx2::forward,
+                              avx2::exp2};
+}  // namespace vstar

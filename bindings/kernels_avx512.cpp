@@ -1,0 +1,12 @@
+// The kernels for one instruction set. Nothing but intrinsics and code of that set's own namespace
+// may be included here: a std or torch template instantiated in this file could be the copy that
+// the linker keeps for every processor.
+#include "simd_avx512.h"
+
+#define VSTAR_ISA avx512
+#include "forward.h"
+
+namespace vstar {
+const Kernels kernels_avx512 = {"avx512", avx512::kLanes, avx512::forward_scratch, avx512::forward,
+                              avx512::exp2};
+}  // namespace vstar

@@ -1,0 +1,287 @@
+// The pieces of a panel's computation (forward.h puts them together): packing, logits, bias,
+// exponentials, values. Queries lie along the lanes throughout.
+#pragma once
+
+#include "types.h"
+
+#define VSTAR_INLINE __attribute__((always_inline))
+
+namespace vstar::VSTAR_ISA {
+
+constexpr int kMaxVectors = 2;  // vectors of queries in a panel
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kInfinity = __builtin_inff();
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t round_up(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+
+// body(Index<0>{}), ..., body(Index<COUNT - 1>{}): a loop whose indices are constants before the
+// optimizer looks, without which GCC leaves arrays of accumulators in memory.
+template <int I>
+struct Index {
+  constexpr operator int() const { return I; }
+};
+template <int COUNT, typename Body>
+[[gnu::always_inline]] inline void unrolled(const Body& body) {
+  if constexpr (COUNT > 0) {
+    unrolled<COUNT - 1>(body);
+    body(Index<COUNT - 1>{});
+  }
+}
+// The same over a ROWS x COLUMNS tile: body(row, column).
+template <int ROWS, int COLUMNS, typename Body>
+[[gnu::always_inline]] inline void unrolled(const Body& body) {
+  unrolled<ROWS * COLUMNS>([&](auto i) VSTAR_INLINE {
+    body(Index<i / COLUMNS>{}, Index<i % COLUMNS>{});
+  });
+}
+
+// 2^x for x <= 0, to float32 rounding; zero below 2^-126, NaN for NaN.
+inline Vec exp2_nonpositive(Vec x) {
+  x = max(broadcast(-127.0f), x);
+  const Vec whole = round(x);
+  const Vec f = sub(x, whole);  // in [-0.5, 0.5]
+  // Minimax polynomial for the relative error with p(0) = 1: within 1.6e-8 as rounded here, a
+  // quarter of a float32 rounding.
+  Vec p = broadcast(1.5353362e-4f);
+  p = fma(p, f, broadcast(1.33988750e-3f));
+  p = fma(p, f, broadcast(9.61843692e-3f));
+  p = fma(p, f, broadcast(5.55033237e-2f));
+  p = fma(p, f, broadcast(2.40226477e-1f));
+  p = fma(p, f, broadcast(6.93147182e-1f));
+  p = fma(p, f, broadcast(1.0f));
+  return scale_by_power(p, whole);
+}
+
+// packed[d][lane] = scale * rows[lane][d], zero in the lanes from `count` on.
+template <typename T>
+void pack_queries(const T* rows, int64_t stride, int count, int lanes, int64_t head_dim,
+                  float scale, float* packed) {
+  const Vec factor = broadcast(scale);
+  for (int lane = 0; lane < lanes; lane += kLanes) {
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+      const int columns = static_cast<int>(min64(kLanes, head_dim - d));
+      Vec block[kLanes];
+      for (int r = 0; r < kLanes; ++r) {
+        const T* row = rows + (lane + r) * stride + d;
+        if (lane + r >= count) {
+          block[r] = zero();
+        } else if (columns == kLanes) {
+          block[r] = mul(load(row), factor);
+        } else {
+          block[r] = mul(load_partial(row, columns), factor);
+        }
+      }
+      transpose(block);
+      for (int c = 0; c < columns; ++c) store(packed + (d + c) * lanes + lane, block[c]);
+    }
+  }
+}
+
+// A dense float32 copy of rows that are 16-bit, or that lie too far apart for the caches.
+template <typename T>
+void pack_rows(const T* rows, int64_t stride, int64_t count, int64_t head_dim, float* packed) {
+  for (int64_t r = 0; r < count; ++r) {
+    int64_t d = 0;
+    for (; d + kLanes <= head_dim; d += kLanes) {
+      store(packed + r * head_dim + d, load(rows + r * stride + d));
+    }
+    if (d < head_dim) {
+      const int rest = static_cast<int>(head_dim - d);
+      store_partial(packed + r * head_dim + d, load_partial(rows + r * stride + d, rest), rest);
+    }
+  }
+}
+
+// The logits of ROWS keys against a panel of VECTORS vectors of queries; raises its maxima.
+template <int ROWS, int VECTORS>
+inline void logits_tile(const float* keys, int64_t key_stride, const float* queries,
+                        int64_t head_dim, float* logits, Vec (&row_max)[VECTORS]) {
+  constexpr int lanes = VECTORS * kLanes;
+  Vec sum[ROWS][VECTORS];
+  unrolled<ROWS, VECTORS>([&](auto r, auto c) VSTAR_INLINE { sum[r][c] = zero(); });
+  for (int64_t d = 0; d < head_dim; ++d) {
+    Vec q[VECTORS];
+    unrolled<VECTORS>([&](auto c) VSTAR_INLINE { q[c] = load(queries + d * lanes + c * kLanes); });
+    unrolled<ROWS>([&](auto r) VSTAR_INLINE {
+      const Vec k = broadcast(keys + r * key_stride + d);
+      unrolled<VECTORS>([&](auto c) VSTAR_INLINE { sum[r][c] = fma(k, q[c], sum[r][c]); });
+    });
+  }
+  unrolled<ROWS, VECTORS>([&](auto r, auto c) VSTAR_INLINE {
+    row_max[c] = max(row_max[c], sum[r][c]);
+    store(logits + r * lanes + c * kLanes, sum[r][c]);
+  });
+}
+
+// logits_tile for a number of keys below kKeyRows, known only at run time.
+template <int VECTORS, int ROWS = kKeyRows - 1>
+inline void logits_tail(int rows, const float* keys, int64_t key_stride, const float* queries,
+                        int64_t head_dim, float* logits, Vec (&row_max)[VECTORS]) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS) {
+      logits_tile<ROWS>(keys, key_stride, queries, head_dim, logits, row_max);
+    } else {
+      logits_tail<VECTORS, ROWS - 1>(rows, keys, key_stride, queries, head_dim, logits, row_max);
+    }
+  }
+}
+
+template <int VECTORS>
+void logits_rows(const float* keys, int64_t key_stride, int rows, const float* queries,
+                 int64_t head_dim, float* logits, float* row_max) {
+  Vec m[VECTORS];
+  for (int c = 0; c < VECTORS; ++c) m[c] = load(row_max + c * kLanes);
+  if (rows == kKeyRows) {
+    logits_tile<kKeyRows>(keys, key_stride, queries, head_dim, logits, m);
+  } else {
+    logits_tail<VECTORS>(rows, keys, key_stride, queries, head_dim, logits, m);
+  }
+  for (int c = 0; c < VECTORS; ++c) store(row_max + c * kLanes, m[c]);
+}
+
+// Adds weight[i] * bias(j, i) to the logits; `row_max` becomes the new maxima. `count` of the lanes
+// hold queries: the table may end behind the last of them.
+template <int VECTORS>
+void add_bias(const float* bias, int64_t key_stride, int64_t keys, int count, const float* weight,
+              float* logits, float* row_max) {
+  Vec m[VECTORS];
+  for (int c = 0; c < VECTORS; ++c) m[c] = broadcast(-kInfinity);
+  for (int c = 0; c < VECTORS; ++c) {
+    const int lanes = count - c * kLanes;
+    const Vec w = load(weight + c * kLanes);
+    for (int64_t j = 0; j < keys; ++j) {
+      const float* row = bias + j * key_stride + c * kLanes;
+      float* cell = logits + (j * VECTORS + c) * kLanes;
+      const Vec delta = lanes >= kLanes ? load(row) : load_partial(row, lanes);
+      const Vec x = fma(w, delta, load(cell));
+      m[c] = max(m[c], x);
+      store(cell, x);
+    }
+  }
+  for (int c = 0; c < VECTORS; ++c) store(row_max + c * kLanes, m[c]);
+}
+
+// logits = 2^(logits - row_max); `inverse_sum` gets one over each row's sum.
+template <int VECTORS>
+void exponentiate(int64_t keys, const float* row_max, float* logits, float* inverse_sum) {
+  Vec m[VECTORS], sum[VECTORS];
+  for (int c = 0; c < VECTORS; ++c) {
+    m[c] = load(row_max + c * kLanes);
+    sum[c] = zero();
+  }
+  for (int64_t j = 0; j < keys; ++j) {
+    for (int c = 0; c < VECTORS; ++c) {
+      float* cell = logits + (j * VECTORS + c) * kLanes;
+      const Vec p = exp2_nonpositive(sub(load(cell), m[c]));
+      sum[c] = add(sum[c], p);
+      store(cell, p);
+    }
+  }
+  for (int c = 0; c < VECTORS; ++c) {
+    store(inverse_sum + c * kLanes, div(broadcast(1.0f), sum[c]));
+  }
+}
+
+// Where a tile of the output goes: `partial` carries the sums of the key blocks before, and the
+// last block writes `rows` normalised rows to `out`.
+template <typename T>
+struct OutTile {
+  T* out;
+  int64_t stride;
+  float* partial;
+  int64_t partial_stride;
+  const float* inverse_sum;
+  int rows;
+  bool first, last;
+};
+
+// kQueryRows rows of out += P V over COLUMNS vectors of head_dim; with PARTIAL the last of them has
+// `tail` lanes.
+template <int COLUMNS, bool PARTIAL, typename T>
+void values_tile(const float* weights, int64_t lanes, const float* values, int64_t value_stride,
+                 int64_t keys, int tail, const OutTile<T>& tile) {
+  Vec sum[kQueryRows][COLUMNS];
+  unrolled<kQueryRows, COLUMNS>([&](auto r, auto c) VSTAR_INLINE { sum[r][c] = zero(); });
+  for (int64_t j = 0; j < keys; ++j) {
+    Vec v[COLUMNS];
+    unrolled<COLUMNS>([&](auto c) VSTAR_INLINE {
+      const float* p = values + j * value_stride + c * kLanes;
+      v[c] = PARTIAL && c == COLUMNS - 1 ? load_partial(p, tail) : load(p);
+    });
+    unrolled<kQueryRows>([&](auto r) VSTAR_INLINE {
+      const Vec w = broadcast(weights + j * lanes + r);
+      unrolled<COLUMNS>([&](auto c) VSTAR_INLINE { sum[r][c] = fma(w, v[c], sum[r][c]); });
+    });
+  }
+  unrolled<kQueryRows, COLUMNS>([&](auto r, auto c) VSTAR_INLINE {
+    Vec x = sum[r][c];
+    float* partial = tile.partial + r * tile.partial_stride + c * kLanes;
+    if (!tile.first) x = add(x, load(partial));
+    if (!tile.last) {
+      store(partial, x);
+    } else if (r < tile.rows) {
+      x = mul(x, broadcast(tile.inverse_sum + r));
+      T* out = tile.out + r * tile.stride + c * kLanes;
+      if (PARTIAL && c == COLUMNS - 1) {
+        store_partial(out, x, tail);
+      } else {
+        store(out, x);
+      }
+    }
+  });
+}
+
+template <typename T, int COLUMNS = kMaxColumns>
+void values_columns(int columns, const float* weights, int64_t lanes, const float* values,
+                    int64_t value_stride, int64_t keys, int tail, const OutTile<T>& tile) {
+  if constexpr (COLUMNS > 0) {
+    if (columns != COLUMNS) {
+      values_columns<T, COLUMNS - 1>(columns, weights, lanes, values, value_stride, keys, tail,
+                                     tile);
+    } else if (tail == 0) {
+      values_tile<COLUMNS, false>(weights, lanes, values, value_stride, keys, tail, tile);
+    } else {
+      values_tile<COLUMNS, true>(weights, lanes, values, value_stride, keys, tail, tile);
+    }
+  }
+}
+
+// In how many tiles values_panel takes head_dim.
+inline int value_tiles(int64_t head_dim) {
+  const int vectors = static_cast<int>((head_dim + kLanes - 1) / kLanes);
+  return (vectors + kMaxColumns - 1) / kMaxColumns;
+}
+
+// A panel's `rows` output rows, or with `last` unset their sums over one key block. Calls
+// before_tile() for each column of tiles.
+template <typename T, typename BeforeTile>
+void values_panel(const float* weights, int lanes, const float* values, int64_t value_stride,
+                  int64_t keys, int64_t head_dim, const OutTile<T>& panel,
+                  const BeforeTile& before_tile) {
+  const int vectors = static_cast<int>((head_dim + kLanes - 1) / kLanes);
+  const int tiles = value_tiles(head_dim);
+  const int tail = static_cast<int>(head_dim % kLanes);
+  for (int t = 0, column = 0; t < tiles; ++t) {
+    const int columns = vectors / tiles + (t < vectors % tiles);  // as even as can be
+    const int d = column * kLanes;
+    column += columns;
+    before_tile();
+    for (int r = 0; r < panel.rows; r += kQueryRows) {
+      const OutTile<T> tile = {panel.out + r * panel.stride + d,
+                               panel.stride,
+                               panel.partial + r * panel.partial_stride + d,
+                               panel.partial_stride,
+                               panel.inverse_sum + r,
+                               static_cast<int>(min64(kQueryRows, panel.rows - r)),
+                               panel.first,
+                               panel.last};
+      values_columns<T>(columns, weights + r, lanes, values + d, value_stride, keys,
+                        t == tiles - 1 ? tail : 0, tile);
+    }
+  }
+}
+
+}  // namespace vstar::VSTAR_ISA

@@ -1,0 +1,8 @@
+"""``python -m vstar_kernels``."""
+
+import sys
+
+from vstar_kernels.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Which backend runs a call. One question, ``why_not``, answers the automatic choice, the error of
+an explicit one and :func:`available`."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Protocol
+
+from vstar_kernels.backends import cpu, reference
+from vstar_kernels.problem import Problem
+
+
+class Backend(Protocol):
+    """What a backend module provides."""
+
+    def unavailable(self) -> list[str]:
+        """Reasons it cannot run anything here; empty if it can."""
+
+    def why_not(self, problem: Problem) -> list[str]:
+        """Reasons it cannot run this call; empty if it can."""
+
+    def run(self, problem: Problem):
+        """The output, or ``(output, map)`` where the problem asks for the map."""
+
+
+class SlowBackendWarning(UserWarning):
+    """A call was left to the reference, which holds every attention map in memory."""
+
+
+# In the order of preference; the reference runs anything.
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "reference": reference}
+
+
+def available() -> dict[str, list[str]]:
+    """Each backend's reasons why it cannot run here; an empty list if it can."""
+    return {name: backend.unavailable() for name, backend in BACKENDS.items()}
+
+
+def choose(problem: Problem, name: str | None) -> Backend:
+    """The backend called ``name``, or the first that can run the problem.
+
+    Raises:
+        ValueError: Unknown name, or that backend cannot run the problem.
+    """
+    if name is not None:
+        return _explicit(problem, name)
+    reasons = {}
+    for name, backend in BACKENDS.items():
+        reasons[name] = backend.why_not(problem)
+        if not reasons[name]:
+            if backend is reference:
+                _warn_once(_list_reasons(reasons))
+            return backend
+    raise AssertionError("the reference runs any checked problem")
+
+
+def _explicit(problem: Problem, name: str) -> Backend:
+    if name not in BACKENDS:
+        allowed = ", ".join(map(repr, BACKENDS))
+        raise ValueError(f"backend must be one of {allowed} or None, got {name!r}")
+    reasons = BACKENDS[name].why_not(problem)
+    if reasons:
+        raise ValueError(
+            f"backend {name!r} cannot run this call:\n{_list_reasons({name: reasons})}\n"
+            f"It was given:\n{problem.describe()}"
+        )
+    return BACKENDS[name]
+
+
+def _list_reasons(reasons: dict[str, list[str]]) -> str:
+    return "\n".join(f"  {name}: {reason}" for name, rs in reasons.items() for reason in rs)
+
+
+@functools.cache
+def _warn_once(reasons: str) -> None:
+    warnings.warn(
+        "tar_attention runs on the slow PyTorch reference (backend='reference' says so "
+        f"without this warning), because of\n{reasons}",
+        SlowBackendWarning,
+        stacklevel=4,
+    )

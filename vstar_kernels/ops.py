@@ -1,0 +1,37 @@
+"""The operators' schemas and fake implementations.
+
+The C++ library only implements these, so that nothing is missing or defined twice without it. They
+take their output from the caller: allocating inside costs a small call several microseconds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("vstar_kernels", "DEF")
+
+LIBRARY.define(
+    "cpu_forward(Tensor(a!) out, Tensor query, Tensor key, Tensor value, Tensor? bias, "
+    "Tensor? stat_values, float scale, float strength, int stat, bool clamp_negative) -> ()"
+)
+
+# The row statistics' numbers in the schemas; vstar::Stat in bindings/types.h.
+STAT_NUMBERS = {"none": 0, "row_max": 1, "map_max": 2}
+STAT_TENSOR = 3
+
+
+@torch.library.register_fake("vstar_kernels::cpu_forward", lib=LIBRARY)
+def _cpu_forward_fake(
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    stat_values: Tensor | None,
+    scale: float,
+    strength: float,
+    stat: int,
+    clamp_negative: bool,
+) -> None:
+    """It writes ``out`` and returns nothing."""
