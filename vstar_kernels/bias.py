@@ -23,12 +23,16 @@ STATS = ("row_max", "map_max", "none")
 class _Bias:
     """What the three forms share: the weight of Δ.
 
-    ``stat`` is the row statistic: ``"row_max"`` (each row's largest scaled logit: the official code),
-    ``"map_max"`` (the largest of the N × N map of each batch element, position and head: eq. 3 read
-    literally), ``"none"`` (1: an ordinary additive bias), or a float32 tensor of query's shape
-    without head_dim, in units of the scaled logits. A negative statistic turns the regularization
-    upside down, as in the official code; ``clamp_negative`` uses max(stat, 0) instead.
-    ``detach_stat`` stops the gradient through the statistic.
+    ``stat`` is the row statistic:
+
+    - ``"row_max"``: each row's largest scaled logit, as in the official code;
+    - ``"map_max"``: the largest of the N × N map of each batch element, position and head, which is
+      eq. 3 read literally;
+    - ``"none"``: 1, an ordinary additive bias;
+    - a float32 tensor of query's shape without head_dim, in units of the scaled logits.
+
+    A negative statistic turns the regularization upside down, as in the official code;
+    ``clamp_negative`` uses max(stat, 0) instead. ``detach_stat`` stops the gradient through it.
     """
 
     _: KW_ONLY
@@ -52,7 +56,7 @@ class _Bias:
             )
 
     def matrix(self, num_frames: int) -> Tensor:
-        """Δ as a ``(N, N)`` or ``(heads, N, N)`` tensor: row i, the query's frame; column j, the key's."""
+        """Δ, ``(N, N)`` or ``(heads, N, N)``: row i, the query's frame; column j, the key's."""
         raise NotImplementedError
 
     def named_tensors(self) -> dict[str, Tensor]:
@@ -89,8 +93,8 @@ class ToeplitzBias(_Bias):
     """Δᵢⱼ from a table over the distance of two frames.
 
     Args:
-        values: ``(L,)`` or ``(heads, L)`` over |j−i| = 0 … L−1, for up to L frames; with ``signed``,
-            an odd length 2L−1 over j−i = −(L−1) … L−1. Floating point.
+        values: ``(L,)`` or ``(heads, L)`` over |j−i| = 0 … L−1, for up to L frames; with
+            ``signed``, an odd length 2L−1 over j−i = −(L−1) … L−1. Floating point.
         signed: Whether the table tells j−i from i−j.
         strength, stat, clamp_negative, detach_stat: How Δ is weighted; see the module.
     """
@@ -155,9 +159,7 @@ class DenseBias(_Bias):
         _check_tensor(self.values, "values", dims=(2, 3), shape="(N, N) or (heads, N, N)")
         rows, columns = self.values.shape[-2:]
         if rows != columns:
-            raise ValueError(
-                f"values must be square, got shape {tuple(self.values.shape)}"
-            )
+            raise ValueError(f"values must be square, got shape {tuple(self.values.shape)}")
 
     def named_tensors(self) -> dict[str, Tensor]:
         return {"values": self.values, **super().named_tensors()}

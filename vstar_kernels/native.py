@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import json
 import os
 import sys
@@ -36,8 +37,8 @@ class Native:
         """The instruction sets that this processor can execute, best first."""
         if self.handle is None:
             return []
-        names = iter(lambda index=iter(range(99)): self.handle.vstar_kernels_isa(next(index)), None)
-        return [name.decode() for name in names]
+        names = map(self.handle.vstar_kernels_isa, itertools.count())
+        return [name.decode() for name in itertools.takewhile(bool, names)]
 
     @property
     def isa(self) -> str | None:
@@ -55,7 +56,7 @@ class Native:
 
 
 def build_record() -> dict[str, Any]:
-    """What the build wrote of itself: ``{"built": bool, "reason": str, …}``; empty if it never ran."""
+    """What the build wrote of itself, ``{"built": bool, "reason": str}``; empty if it never ran."""
     path = DIRECTORY / "build.json"
     return json.loads(path.read_text()) if path.exists() else {}
 

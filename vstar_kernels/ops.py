@@ -21,7 +21,6 @@ STAT_NUMBERS = {"none": 0, "row_max": 1, "map_max": 2}
 STAT_TENSOR = 3
 
 
-@torch.library.register_fake("vstar_kernels::cpu_forward", lib=LIBRARY)
 def _cpu_forward_fake(
     out: Tensor,
     query: Tensor,
@@ -35,3 +34,6 @@ def _cpu_forward_fake(
     clamp_negative: bool,
 ) -> None:
     """It writes ``out`` and returns nothing."""
+
+
+torch.library.register_fake("vstar_kernels::cpu_forward", _cpu_forward_fake, lib=LIBRARY)

@@ -28,14 +28,12 @@ class Problem:
 
     @property
     def frames(self) -> int:
+        """N, how many frames attend to each other."""
         return self.shape[-3]
 
     @property
-    def heads(self) -> int:
-        return self.shape[-2]
-
-    @property
     def head_dim(self) -> int:
+        """D, the size of a head."""
         return self.shape[-1]
 
     def needs_grad(self) -> list[str]:

@@ -14,10 +14,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unavailable() -> list[str]:
+    """Why the library is not there."""
     return native.load().problems
 
 
 def why_not(problem: Problem) -> list[str]:
+    """Why the kernels cannot take this call."""
     reasons = list(unavailable())
     for name, tensor in problem.tensors.items():
         if tensor.device.type != "cpu":
@@ -37,6 +39,7 @@ def why_not(problem: Problem) -> list[str]:
 
 
 def run(problem: Problem) -> Tensor:
+    """The output of a problem that ``why_not`` has nothing against."""
     query, key, value = (problem.tensors[name] for name in ("query", "key", "value"))
     out = torch.empty_like(query)
     if out.stride(-1) != 1:  # of a query with expanded dimensions, whose order means nothing
@@ -47,8 +50,11 @@ def run(problem: Problem) -> Tensor:
             out, query, key, value, None, None, problem.scale, 0.0, STAT_NUMBERS["none"], False
         )
         return out
-    stat_values = bias.stat if isinstance(bias.stat, Tensor) else None
-    stat = STAT_TENSOR if stat_values is not None else STAT_NUMBERS[bias.stat]
+    stat_values, stat = (
+        (bias.stat, STAT_TENSOR)
+        if isinstance(bias.stat, Tensor)
+        else (None, STAT_NUMBERS[bias.stat])
+    )
     torch.ops.vstar_kernels.cpu_forward(
         out,
         query,

@@ -1,7 +1,7 @@
 """The plain PyTorch oracle: any device, any floating-point type, any strides, differentiable.
 
-It is what every kernel is tested against, so it is written to be compared with the formula. It holds
-all attention maps in memory.
+It is what every kernel is tested against, so it is written to be compared with the formula. It
+holds all attention maps in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def tar_attention(
     scale: float | None = None,
     return_map: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`vstar_kernels.tar_attention` by its formula, in float32 or, for float64 inputs, float64.
+    """:func:`vstar_kernels.tar_attention` by its formula, in float32 or, of float64, in float64.
 
     The arguments are those of :func:`vstar_kernels.tar_attention` and are not checked here.
     """
@@ -46,7 +46,7 @@ def _heads_first(x: Tensor) -> Tensor:
 
 
 def _statistic(logits: Tensor, bias: Bias) -> Tensor:
-    """The weight of each row before ``strength``, broadcastable to ``(…, heads, frames, frames)``."""
+    """Each row's weight before ``strength``, broadcastable to ``(…, heads, frames, frames)``."""
     if isinstance(bias.stat, Tensor):
         stat = bias.stat.mT.unsqueeze(-1).to(logits)
     elif bias.stat == "row_max":
@@ -72,6 +72,7 @@ def why_not(problem: Problem) -> list[str]:
 
 
 def run(problem: Problem) -> Tensor | tuple[Tensor, Tensor]:
+    """The output, or ``(output, map)``."""
     tensors = problem.tensors
     return tar_attention(
         tensors["query"],

@@ -7,6 +7,8 @@ import functools
 import warnings
 from typing import Protocol
 
+from torch import Tensor
+
 from vstar_kernels.backends import cpu, reference
 from vstar_kernels.problem import Problem
 
@@ -20,7 +22,7 @@ class Backend(Protocol):
     def why_not(self, problem: Problem) -> list[str]:
         """Reasons it cannot run this call; empty if it can."""
 
-    def run(self, problem: Problem):
+    def run(self, problem: Problem) -> Tensor | tuple[Tensor, Tensor]:
         """The output, or ``(output, map)`` where the problem asks for the map."""
 
 

@@ -1,0 +1,63 @@
+# The workflow. `make demo` and `make test` do all their own set-up on a fresh machine.
+#
+# They work in a virtual environment in .venv (VENV= chooses another). An activated environment that
+# already has torch is used as it is.
+
+VENV ?= .venv
+HAS_TORCH = python -c "import importlib.util as u, sys; sys.exit(u.find_spec('torch') is None)"
+PYTHON := $(shell if [ -n "$$VIRTUAL_ENV$$CONDA_PREFIX" ] && $(HAS_TORCH) 2>/dev/null; \
+	then command -v python; else echo $(VENV)/bin/python; fi)
+PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check
+# One stamp for each environment, so that VENV= can be changed.
+STAMP := build/setup$(subst /,-,$(abspath $(PYTHON)))
+NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp)
+
+.PHONY: help demo test pytest native setup lint format typecheck bench clean
+
+help:
+	@echo "make demo       denoise a video three ways: stock, eager TAR, vstar_kernels"
+	@echo "make test       every test: the C++ ones, then pytest"
+	@echo "make native     build and run the C++ tests alone"
+	@echo "make bench      the CPU benchmark's tables"
+	@echo "make lint       ruff and mypy; make format rewrites"
+	@echo "make clean      remove what was built"
+
+demo: $(STAMP)
+	$(PYTHON) -m vstar_kernels demo $(ARGS)
+
+test: native $(STAMP)
+	$(PYTHON) -m pytest $(ARGS)
+
+bench: $(STAMP)
+	$(PYTHON) -m benchmarks.cpu $(ARGS)
+
+native: $(STAMP)
+	$(PYTHON) -m cmake -S . -B build/native -DVSTAR_TORCH=OFF
+	$(PYTHON) -m cmake --build build/native --parallel
+	cd build/native && $(abspath $(dir $(PYTHON)))/ctest --output-on-failure
+
+lint: $(STAMP)
+	$(PIP) -c constraints.txt ruff mypy
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format: $(STAMP)
+	$(PIP) ruff
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+setup: $(STAMP)
+
+$(PYTHON):
+	python3 -m venv $(VENV)
+
+# torch comes first, so that the build has it and pip does not choose a larger one.
+$(STAMP): pyproject.toml constraints.txt $(NATIVE_SOURCES) | $(PYTHON)
+	$(HAS_TORCH:python=$(PYTHON)) || $(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt "setuptools>=77" wheel cmake ninja
+	$(PIP) -c constraints.txt --no-build-isolation --editable ".[test]"
+	@mkdir -p $(dir $(STAMP)) && touch $(STAMP)
+
+clean:
+	rm -rf build dist *.egg-info vstar_kernels/lib demo-output benchmark-output

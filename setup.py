@@ -1,0 +1,123 @@
+"""Builds the C++ kernels through CMake; everything else is in pyproject.toml.
+
+``VSTAR_KERNELS_NATIVE`` decides what happens where they cannot be built (no torch to build
+against, no compiler): ``auto``, the default, installs without them; ``require`` fails; ``off`` does
+not try. What happened is written to ``vstar_kernels/lib/build.json``, which ``python -m
+vstar_kernels info`` shows.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+LIBRARY = "libvstar_kernels" + (".dylib" if sys.platform == "darwin" else ".so")
+MODE = os.environ.get("VSTAR_KERNELS_NATIVE", "auto")
+MODES = ("auto", "require", "off")
+
+
+class CannotBuildError(Exception):
+    """Why there will be no native library."""
+
+
+def find_torch() -> Path:
+    """The folder of the installed torch, found without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise CannotBuildError(
+            "torch was not there to build against (pip's build isolation hides it): "
+            "install torch first, then 'pip install --no-build-isolation vstar-kernels'"
+        )
+    return Path(spec.origin).parent
+
+
+# pip installs cmake and ninja beside its own Python, which need not be on the PATH.
+PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+
+
+def run(*command: object) -> None:
+    """Run a build command; its output is shown, and its errors become the reason if it fails."""
+    result = subprocess.run(
+        [str(word) for word in command],
+        env={**os.environ, "PATH": PATH},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    print(result.stdout, flush=True)
+    if result.returncode:
+        lines = [line.strip() for line in result.stdout.splitlines() if "rror" in line]
+        raise CannotBuildError(f"{command[0]} failed: {' / '.join(lines[:3]) or 'see its output'}")
+
+
+def build_library(build: Path) -> Path:
+    """Compile the library under ``build`` and return its path."""
+    torch = find_torch()
+    cmake = shutil.which("cmake", path=PATH)
+    if cmake is None:
+        raise CannotBuildError("cmake was not found")
+    generator = ["-G", "Ninja"] if shutil.which("ninja", path=PATH) else []
+    build.mkdir(parents=True, exist_ok=True)
+    run(cmake, "-S", ROOT, "-B", build, *generator, f"-DTORCH_DIR={torch}", "-DVSTAR_TESTS=OFF")
+    run(cmake, "--build", build, "--parallel")
+    return build / LIBRARY
+
+
+class BuildNative(build_ext):
+    """build_ext, with CMake as the compiler, of one library that no Python version is tied to."""
+
+    def run(self) -> None:
+        package = ROOT if self.inplace else Path(self.build_lib)
+        target = package / "vstar_kernels" / "lib"
+        target.mkdir(parents=True, exist_ok=True)
+        (target / LIBRARY).unlink(missing_ok=True)
+        try:
+            if MODE == "off":
+                raise CannotBuildError("VSTAR_KERNELS_NATIVE=off")
+            library = build_library(Path(self.build_temp).resolve() / "vstar_kernels")
+            shutil.copy2(library, target / LIBRARY)
+            record = {"built": True, "reason": "built from source"}
+        except CannotBuildError as error:
+            if MODE == "require":
+                raise SystemExit(f"VSTAR_KERNELS_NATIVE=require, but {error}") from None
+            print(f"vstar_kernels: installing without the CPU kernels: {error}", file=sys.stderr)
+            record = {"built": False, "reason": str(error)}
+        (target / "build.json").write_text(json.dumps(record, indent=2) + "\n")
+        self.built = record["built"]
+        self.files = [str(path) for path in target.iterdir()]
+
+    def get_outputs(self) -> list[str]:
+        """The installed files."""
+        return getattr(self, "files", [])
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """Nothing is built beside the source tree for an editable install to map back."""
+        return {}
+
+
+class Wheel(bdist_wheel):
+    """A wheel for any Python 3: tied to the platform if it holds the library, else to nothing."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """(python, abi, platform)."""
+        built = getattr(self.get_finalized_command("build_ext"), "built", False)
+        return "py3", "none", super().get_tag()[2] if built else "any"
+
+
+if MODE not in MODES:
+    raise SystemExit(f"VSTAR_KERNELS_NATIVE must be one of {', '.join(MODES)}, got {MODE!r}")
+
+setup(
+    # Named so that setuptools knows of a native part; CMake has the sources.
+    ext_modules=[Extension("vstar_kernels.lib.vstar_kernels", sources=[])],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
+)
