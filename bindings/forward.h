@@ -23,8 +23,6 @@ namespace vstar::VSTAR_ISA {
 
 constexpr int kMaxPanelRows = kMaxVectors * kLanes;
 constexpr int kMaxGroup = 4;  // panels that share one pass over K and V
-// V is taken in blocks of this many keys: a block's sums start at zero and are then added up.
-constexpr int64_t kKeyBlock = 512;
 // K and V up to this size (bytes of one of them in float32) are read once for each panel.
 constexpr int64_t kResidentBytes = 64 << 10;
 constexpr int64_t kGroupLogitBytes = 256 << 10;

@@ -9,6 +9,10 @@
 namespace vstar::VSTAR_ISA {
 
 constexpr int kMaxVectors = 2;  // vectors of queries in a panel
+// Sums over keys are taken in blocks of this many and then added up: a long running sum would lose
+// a bit of the result for every fourfold of its length. A block's rows of V also stay in the cache.
+constexpr int64_t kKeyBlock = 128;
+
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kInfinity = __builtin_inff();
 
@@ -172,13 +176,19 @@ void exponentiate(int64_t keys, const float* row_max, float* logits, float* inve
     m[c] = load(row_max + c * kLanes);
     sum[c] = zero();
   }
-  for (int64_t j = 0; j < keys; ++j) {
-    for (int c = 0; c < VECTORS; ++c) {
-      float* cell = logits + (j * VECTORS + c) * kLanes;
-      const Vec p = exp2_nonpositive(sub(load(cell), m[c]));
-      sum[c] = add(sum[c], p);
-      store(cell, p);
+  for (int64_t start = 0; start < keys; start += kKeyBlock) {
+    const int64_t end = min64(start + kKeyBlock, keys);
+    Vec part[VECTORS];
+    for (int c = 0; c < VECTORS; ++c) part[c] = zero();
+    for (int64_t j = start; j < end; ++j) {
+      for (int c = 0; c < VECTORS; ++c) {
+        float* cell = logits + (j * VECTORS + c) * kLanes;
+        const Vec p = exp2_nonpositive(sub(load(cell), m[c]));
+        part[c] = add(part[c], p);
+        store(cell, p);
+      }
     }
+    for (int c = 0; c < VECTORS; ++c) sum[c] = add(sum[c], part[c]);
   }
   for (int c = 0; c < VECTORS; ++c) {
     store(inverse_sum + c * kLanes, div(broadcast(1.0f), sum[c]));

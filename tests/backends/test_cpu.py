@@ -44,6 +44,15 @@ def test_many_frames(frames, dtype):
     assert_exact(tar(q, k, v, vk.GaussianBias(8.0)), q, k, v, vk.GaussianBias(8.0))
 
 
+def test_long_sums():
+    """A running sum over thousands of keys would err several times as much as PyTorch's."""
+    q, k, v = inputs(1, 4096, 1, 64)
+    bias = vk.GaussianBias(8.0)
+    expected = oracle(q, k, v, bias)
+    plain = (vk.reference.tar_attention(q, k, v, bias) - expected).square().mean().sqrt()
+    assert (tar(q, k, v, bias) - expected).square().mean().sqrt() <= 1.2 * plain
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [1, 8, 9, 31, 40, 64, 72, 80, 96, 128, 160, 200, 256])
 def test_head_dims(head_dim, dtype):
