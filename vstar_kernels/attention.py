@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, overload
 
 from torch import Tensor
 
@@ -13,6 +14,28 @@ from vstar_kernels.problem import Problem
 LAYOUTS = "(batch, frames, heads, head_dim) or (batch, space, frames, heads, head_dim)"
 
 
+@overload
+def tar_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Bias | None = ...,
+    *,
+    scale: float | None = ...,
+    return_map: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def tar_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Bias | None = ...,
+    *,
+    scale: float | None = ...,
+    return_map: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 def tar_attention(
     query: Tensor,
     key: Tensor,
