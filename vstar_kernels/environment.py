@@ -11,7 +11,7 @@ from vstar_kernels import native
 from vstar_kernels._version import __version__
 from vstar_kernels.backends import available
 
-OPTIONAL_PACKAGES = ("triton", "diffusers", "transformers", "xformers", "matplotlib")
+OPTIONAL_PACKAGES = ("triton", "diffusers", "transformers", "xformers")
 
 
 def info() -> dict[str, str]:
