@@ -9,6 +9,7 @@ vstar_kernels info`` shows.
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,7 @@ PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", ""
 
 
 def run(*command: object) -> None:
-    """Run a build command; its output is shown, and its errors become the reason if it fails."""
+    """Run a build command; its output is shown, and tells the reason if it fails."""
     result = subprocess.run(
         [str(word) for word in command],
         env={**os.environ, "PATH": PATH},
@@ -55,8 +56,15 @@ def run(*command: object) -> None:
     )
     print(result.stdout, flush=True)
     if result.returncode:
-        lines = [line.strip() for line in result.stdout.splitlines() if "rror" in line]
-        raise CannotBuildError(f"{command[0]} failed: {' / '.join(lines[:3]) or 'see its output'}")
+        raise CannotBuildError(reason_of(result.stdout))
+
+
+def reason_of(output: str) -> str:
+    """One line for what a failed CMake run printed."""
+    if "CMAKE_CXX_COMPILER" in output:
+        return "cmake found no working C++ compiler"
+    lines = [line.strip() for line in output.splitlines() if re.search(r"\berror\b", line, re.I)]
+    return f"the C++ build failed: {lines[0] if lines else 'see its output'}"
 
 
 def build_library(build: Path) -> Path:

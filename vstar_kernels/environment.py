@@ -29,7 +29,6 @@ def info() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "torch cpu capability": torch.backends.cpu.get_cpu_capability(),
         "native library": "; ".join(library.problems) or str(library.path),
-        "native build": native.build_record().get("reason", "no record"),
         "cpu instruction set": f"{library.isa} (executable here: {', '.join(library.isas) or '-'})",
     }
     for name, reasons in available().items():
