@@ -12,12 +12,12 @@ PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check
 STAMP := build/setup$(subst /,-,$(abspath $(PYTHON)))
 NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp)
 
-.PHONY: help demo test pytest native setup lint format typecheck bench clean
+.PHONY: help demo test native native-neon setup lint format typecheck bench clean
 
 help:
 	@echo "make demo       denoise a video three ways: stock, eager TAR, vstar_kernels"
 	@echo "make test       every test: the C++ ones, then pytest"
-	@echo "make native     build and run the C++ tests alone"
+	@echo "make native     build and run the C++ tests alone; native-neon for Arm, emulated"
 	@echo "make bench      the CPU benchmark's tables"
 	@echo "make lint       ruff and mypy; make format rewrites"
 	@echo "make clean      remove what was built"
@@ -30,6 +30,13 @@ test: native $(STAMP)
 
 bench: $(STAMP)
 	$(PYTHON) -m benchmarks.cpu $(ARGS)
+
+# The same tests for 64-bit Arm: needs Debian's g++-aarch64-linux-gnu and qemu-user.
+native-neon: $(STAMP)
+	$(PYTHON) -m cmake -S . -B build/neon -DVSTAR_TORCH=OFF \
+		-DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/cmake/aarch64-linux-gnu.cmake
+	$(PYTHON) -m cmake --build build/neon --parallel
+	cd build/neon && $(abspath $(dir $(PYTHON)))/ctest --output-on-failure
 
 native: $(STAMP)
 	$(PYTHON) -m cmake -S . -B build/native -DVSTAR_TORCH=OFF

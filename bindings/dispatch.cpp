@@ -28,6 +28,8 @@ struct Executable {
     __builtin_cpu_init();
     if (executes_avx512()) list[count++] = &kernels_avx512;
     if (executes_avx2()) list[count++] = &kernels_avx2;
+#elif defined(VSTAR_ARM64)
+    list[count++] = &kernels_neon;  // part of every 64-bit Arm processor
 #endif
     list[count++] = &kernels_portable;
   }
