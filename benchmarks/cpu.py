@@ -14,6 +14,7 @@ it by default.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -47,11 +49,36 @@ ISAS: dict[str, dict[str, str]] = {
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     },
 }
-HEADS, HEAD_DIM = 5, 64
-BATCH = {16: 2048, 32: 1024, 64: 512, 128: 256}
-SIXTEEN_BIT_FRAMES = (32, 128)
 SIGMA = 1.0
 SGEMM_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a type and the sizes of ``(batch, frames, heads, head_dim)``."""
+
+    dtype: str
+    frames: int
+    batch: int
+    heads: int = 5
+    head_dim: int = 64
+
+
+BATCH = {16: 2048, 32: 1024, 64: 512, 128: 256}
+ELEMENTS = 2048 * 16 * 5 * 64  # of one tensor in every case but the long ones
+SUITES: dict[str, list[Case]] = {
+    "float32": [Case("float32", n, batch) for n, batch in BATCH.items()],
+    "16-bit": [Case(t, n, BATCH[n]) for t in ("bfloat16", "float16") for n in (32, 128)],
+    "frames": [Case("float32", n, ELEMENTS // (n * 5 * 64)) for n in (24, 48, 96)],
+    "head-dims": [
+        Case("float32", n, ELEMENTS // (n * 8 * d), heads=8, head_dim=d)
+        for d in (40, 80, 96, 160)
+        for n in BATCH
+    ],
+    "long": [Case("float32", n, 8192 // n) for n in (512, 1024, 2048)],
+}
+# The cases that show whether a second thread is worth its core.
+SCALING = [Case("float32", 64, 512), Case("float32", 128, 256), Case("float32", 1024, 8)]
 
 
 def eager_tar(query: Tensor, key: Tensor, value: Tensor, delta: Tensor) -> Tensor:
@@ -86,12 +113,17 @@ def check(query: Tensor, key: Tensor, value: Tensor, bias: vk.GaussianBias) -> N
         raise SystemExit(f"wrong result for {tuple(query.shape)}, {query.dtype}: error {error}")
 
 
-def measure(dtype: torch.dtype, frames: int, rounds: int, progress: tqdm) -> dict[str, object]:
+def random_inputs(case: Case) -> tuple[Tensor, ...]:
+    """Query, key and value of a case."""
+    shape = (case.batch, case.frames, case.heads, case.head_dim)
+    return torch.randn(3, *shape).to(getattr(torch, case.dtype)).unbind()
+
+
+def measure(case: Case, rounds: int, progress: tqdm) -> dict[str, object]:
     """One row: medians of each contestant in seconds, and the case's floor."""
-    shape = (BATCH[frames], frames, HEADS, HEAD_DIM)
-    query, key, value = torch.randn(3, *shape).to(dtype).unbind()
+    query, key, value = random_inputs(case)
     bias = vk.GaussianBias(SIGMA)
-    delta = bias.matrix(frames).to(dtype)
+    delta = bias.matrix(case.frames).to(query.dtype)
     a, b, c = torch.randn(3, SGEMM_SIZE, SGEMM_SIZE).unbind()
     source, target = torch.randn_like(query), torch.empty_like(query)
     check(query, key, value, bias)
@@ -114,17 +146,30 @@ def measure(dtype: torch.dtype, frames: int, rounds: int, progress: tqdm) -> dic
     tensor_bytes = query.numel() * query.element_size()
     bandwidth = 2 * tensor_bytes / min(times["copy"])
     rate = 2 * SGEMM_SIZE**3 / min(times["sgemm"])
-    floor = max(4 * tensor_bytes / bandwidth, 4 * query.numel() * frames / rate)
+    floor = max(4 * tensor_bytes / bandwidth, 4 * query.numel() * case.frames / rate)
     return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "frames": frames,
-        "batch": BATCH[frames],
+        **asdict(case),
         "seconds": {name: statistics.median(ts) for name, ts in times.items()},
         "quartiles": {name: statistics.quantiles(ts, n=4)[::2] for name, ts in times.items()},
         "copy_bytes_per_second": bandwidth,
         "sgemm_flop_per_second": rate,
         "floor_seconds": floor,
     }
+
+
+def measure_scaling(rounds: int) -> list[dict[str, object]]:
+    """Seconds with one and with two threads, in turn."""
+    rows = []
+    for case in SCALING:
+        call = functools.partial(vk.tar_attention, *random_inputs(case), vk.GaussianBias(SIGMA))
+        times: dict[int, list[float]] = {1: [], 2: []}
+        for _ in range(rounds + 1):
+            for threads, times_of in times.items():
+                torch.set_num_threads(threads)
+                times_of.append(seconds(call))
+        one, two = (statistics.median(ts[1:]) for ts in times.values())
+        rows.append({**asdict(case), "one_thread": one, "two_threads": two})
+    return rows
 
 
 def measure_overhead(calls: int = 2000) -> float:
@@ -162,39 +207,43 @@ def measure_all(args: argparse.Namespace) -> dict[str, object]:
     """Every row under the present environment."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    cases = [
-        (getattr(torch, name), frames)
-        for name in args.types
-        for frames in (BATCH if name == "float32" else SIXTEEN_BIT_FRAMES)
-    ]
+    cases = [case for suite in args.suites for case in SUITES[suite]]
     with tqdm(total=len(cases) * args.rounds, desc=args.allocator, unit="round") as progress:
-        rows = [measure(dtype, frames, args.rounds, progress) for dtype, frames in cases]
+        rows = [measure(case, args.rounds, progress) for case in cases]
     return {
         "allocator": args.allocator,
         "environment": environment(),
         "rounds": args.rounds,
         "rows": rows,
         "overhead_seconds": measure_overhead(),
+        "scaling": measure_scaling(args.rounds),
     }
 
 
 def table(result: dict) -> str:
     """Markdown: milliseconds and ratios of one result."""
     lines = [
-        "| type | N | vstar_kernels ms | over the floor | eager TAR ms | faster than it "
-        "| SDPA without TAR ms | faster than it | copy GB/s | sgemm GFLOP/s |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| type | N | D | batch × heads | vstar_kernels ms | over the floor | eager TAR ms "
+        "| faster than it | SDPA without TAR ms | faster than it | copy GB/s | sgemm GFLOP/s |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in result["rows"]:
         ours, eager, plain = (row["seconds"][x] for x in ("vstar_kernels", "eager", "sdpa"))
         lines.append(
-            f"| {row['dtype']} | {row['frames']} | {ours * 1e3:.2f} "
+            f"| {row['dtype']} | {row['frames']} | {row['head_dim']} "
+            f"| {row['batch']} × {row['heads']} | {ours * 1e3:.2f} "
             f"| {ours / row['floor_seconds']:.2f}× | {eager * 1e3:.1f} | {eager / ours:.1f}× "
             f"| {plain * 1e3:.1f} | {plain / ours:.1f}× "
             f"| {row['copy_bytes_per_second'] / 1e9:.0f} "
             f"| {row['sgemm_flop_per_second'] / 1e9:.0f} |"
         )
     lines.append(f"\nOne call on (1, 16, 1, 64): {result['overhead_seconds'] * 1e6:.1f} µs.")
+    for row in result["scaling"]:
+        one, two = row["one_thread"], row["two_threads"]
+        lines.append(
+            f"One thread and two at N = {row['frames']}: {one * 1e3:.1f} and {two * 1e3:.1f} ms, "
+            f"{one / two:.2f}×."
+        )
     return "\n".join(lines)
 
 
@@ -218,10 +267,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Print both tables, and write them as JSON and Markdown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu")
     parser.add_argument(
-        "--types",
+        "--suites",
         nargs="+",
-        default=["float32", "bfloat16", "float16"],
-        choices=["float32", "bfloat16", "float16"],
+        default=list(SUITES),
+        choices=list(SUITES),
     )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
@@ -240,8 +289,8 @@ def main(arguments: list[str] | None = None) -> None:
     if problems := native.load().problems:
         parser.error("; ".join(problems))
     passed_on = [
-        "--types",
-        *args.types,
+        "--suites",
+        *args.suites,
         "--rounds",
         str(args.rounds),
         "--threads",

@@ -17,15 +17,18 @@ bool executes_avx512() {
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
 }
+
+bool executes_avx512_bf16() { return executes_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 struct Executable {
-  const Kernels* list[4] = {};
+  const Kernels* list[5] = {};  // the last stays null
 
   Executable() {
     int count = 0;
 #if defined(VSTAR_X86)
     __builtin_cpu_init();
+    if (executes_avx512_bf16()) list[count++] = &kernels_avx512_bf16;
     if (executes_avx512()) list[count++] = &kernels_avx512;
     if (executes_avx2()) list[count++] = &kernels_avx2;
 #elif defined(VSTAR_ARM64)

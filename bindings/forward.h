@@ -106,32 +106,55 @@ struct Place {
   }
 };
 
-// float32 rows of K or V: the tensor's own, or a packed copy.
-struct Rows {
-  const float* data;
-  int64_t stride;
-
-  Rows(const ForwardArgs& a, const float* rows, int64_t row_stride, float* scratch)
-      : data(rows), stride(row_stride) {
-    if (a.frames > kUnpackedFrames && stride != a.head_dim) pack(a, rows, row_stride, scratch);
-  }
-  template <typename T>
-  Rows(const ForwardArgs& a, const T* rows, int64_t row_stride, float* scratch) {
-    pack(a, rows, row_stride, scratch);
-  }
-
-  const float* from(int64_t row) const { return data + row * stride; }
-
- private:
-  template <typename T>
-  void pack(const ForwardArgs& a, const T* rows, int64_t row_stride, float* scratch) {
-    pack_rows(rows, row_stride, a.frames, a.head_dim, scratch);
-    data = scratch;
-    stride = a.head_dim;
-  }
+template <bool CONDITION, typename Yes, typename No>
+struct Select {
+  using Type = Yes;
+};
+template <typename Yes, typename No>
+struct Select<false, Yes, No> {
+  using Type = No;
 };
 
-template <typename T>
+// Whether a row of T is one of Units as it lies in memory.
+template <typename T, typename Unit>
+constexpr bool kHoldsUnits = false;
+template <>
+constexpr bool kHoldsUnits<float, float> = true;
+#if defined(VSTAR_BFLOAT16_PAIRS)
+template <>
+constexpr bool kHoldsUnits<bfloat16, Pair> = true;
+#endif
+
+// Rows of K or V in units (microkernels.h): the tensor's own, or a packed copy.
+template <typename Unit>
+struct Rows {
+  const Unit* data;
+  int64_t stride;  // units
+
+  template <typename T>
+  Rows(const ForwardArgs& a, const T* rows, int64_t row_stride, float* scratch) {
+    constexpr int64_t elements = sizeof(Unit) / sizeof(T);  // of a unit, where rows hold units
+    if constexpr (kHoldsUnits<T, Unit>) {
+      const bool near = a.frames <= kUnpackedFrames || row_stride == a.head_dim;
+      if (near && row_stride % elements == 0) {
+        data = reinterpret_cast<const Unit*>(rows);
+        stride = row_stride / elements;
+        return;
+      }
+      copy_rows(rows, row_stride, a.frames, a.head_dim, reinterpret_cast<T*>(scratch));
+      stride = a.head_dim / elements;
+    } else {
+      widen_rows(rows, row_stride, a.frames, a.head_dim, scratch);
+      stride = a.head_dim;
+    }
+    data = reinterpret_cast<const Unit*>(scratch);
+  }
+
+  const Unit* from(int64_t row) const { return data + row * stride; }
+};
+
+// One sequence of T, its QK' computed in Units.
+template <typename T, typename Unit>
 class Sequence {
  public:
   Sequence(const ForwardArgs& args, const Plan& plan, int64_t index, float* scratch)
@@ -209,11 +232,19 @@ class Sequence {
     return count;
   }
 
+  // Units of a row.
+  int64_t units() const {
+    return kHoldsUnits<T, Unit> ? a_.head_dim * sizeof(T) / sizeof(Unit) : a_.head_dim;
+  }
+
   void compute_logits(const Panel* panels, int count) {
+    using QuerySource = typename Select<kHoldsUnits<T, Unit>, Unit, T>::Type;
+    const float scale = a_.scale * kLog2E;
     for (int p = 0; p < count; ++p) {
       const Panel& panel = panels[p];
-      pack_queries(query_ + panel.row * a_.query_strides.frame, a_.query_strides.frame, panel.count,
-                   panel.lanes(), a_.head_dim, a_.scale * kLog2E, panel.queries);
+      pack_queries<QuerySource>(query_ + panel.row * a_.query_strides.frame,
+                                a_.query_strides.frame, panel.count, panel.lanes(), units(), scale,
+                                panel.queries);
       for (int i = 0; i < panel.lanes(); ++i) panel.row_max[i] = -kInfinity;
     }
     for (int64_t j = 0; j < a_.frames; j += kKeyRows) {
@@ -221,8 +252,8 @@ class Sequence {
       for (int p = 0; p < count; ++p) {
         const Panel& panel = panels[p];
         ahead_.step();
-        const auto multiply = panel.vectors == 1 ? logits_rows<1> : logits_rows<2>;
-        multiply(keys_.from(j), keys_.stride, rows, panel.queries, a_.head_dim,
+        const auto multiply = panel.vectors == 1 ? logits_rows<1, Unit> : logits_rows<2, Unit>;
+        multiply(keys_.from(j), keys_.stride, rows, panel.queries, units(), scale,
                  panel.logits + j * panel.lanes(), panel.row_max);
       }
     }
@@ -278,11 +309,12 @@ class Sequence {
   Place place_;
   const T* query_;
   T* out_;
-  Rows keys_, values_;
+  Rows<Unit> keys_;
+  Rows<float> values_;
   Prefetcher ahead_;
 };
 
-template <typename T>
+template <typename T, typename Unit>
 void forward_typed(const ForwardArgs& a, int64_t first, int64_t last, float* scratch) {
   const Plan plan(a);
   const int64_t items_per_sequence = (a.frames + a.rows_per_item - 1) / a.rows_per_item;
@@ -291,7 +323,7 @@ void forward_typed(const ForwardArgs& a, int64_t first, int64_t last, float* scr
     const int64_t item = first % items_per_sequence;
     const int64_t items = min64(items_per_sequence - item, last - first);
     first += items;
-    Sequence<T> sequence(a, plan, index, scratch);
+    Sequence<T, Unit> sequence(a, plan, index, scratch);
     if (first < last) sequence.fetch_ahead(index + 1);
     sequence.compute(item * a.rows_per_item, min64((item + items) * a.rows_per_item, a.frames));
   }
@@ -299,9 +331,13 @@ void forward_typed(const ForwardArgs& a, int64_t first, int64_t last, float* scr
 
 inline void forward(const ForwardArgs& a, int64_t first, int64_t last, float* scratch) {
   switch (a.type) {
-    case ScalarType::float32: return forward_typed<float>(a, first, last, scratch);
-    case ScalarType::bfloat16: return forward_typed<bfloat16>(a, first, last, scratch);
-    case ScalarType::float16: return forward_typed<float16>(a, first, last, scratch);
+    case ScalarType::float32: return forward_typed<float, float>(a, first, last, scratch);
+    case ScalarType::bfloat16:
+#if defined(VSTAR_BFLOAT16_PAIRS)
+      if (a.head_dim % 2 == 0) return forward_typed<bfloat16, Pair>(a, first, last, scratch);
+#endif
+      return forward_typed<bfloat16, float>(a, first, last, scratch);
+    case ScalarType::float16: return forward_typed<float16, float>(a, first, last, scratch);
   }
 }
 

@@ -1,9 +1,8 @@
 // The kernels for one instruction set. Nothing but intrinsics and code of that set's own namespace
 // may be included here: a std or torch template instantiated in this file could be the copy that
 // the linker keeps for every processor.
-#include "simd_neon.h"
-
 #define VSTAR_ISA neon
+#include "simd_neon.h"
 #include "forward.h"
 
 namespace vstar {

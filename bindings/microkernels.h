@@ -59,23 +59,39 @@ inline Vec exp2_nonpositive(Vec x) {
   return scale_by_power(p, whole);
 }
 
-// packed[d][lane] = scale * rows[lane][d], zero in the lanes from `count` on.
+// QK' is computed in *units* of head_dim: floats, or where the processor multiplies them pairs of
+// bfloat16, which lie in memory as they are needed. The unused pointers choose by the unit's type.
+inline Vec multiply_add(const float*, Vec a, Vec b, Vec c) { return fma(a, b, c); }
+// Floats are scaled once, as queries are packed; pairs cannot be, so their logits are.
 template <typename T>
-void pack_queries(const T* rows, int64_t stride, int count, int lanes, int64_t head_dim,
-                  float scale, float* packed) {
+Vec scale_query(const T*, Vec x, Vec scale) {
+  return mul(x, scale);
+}
+inline Vec scale_logit(const float*, Vec x, Vec) { return x; }
+#if defined(VSTAR_BFLOAT16_PAIRS)
+inline Vec multiply_add(const Pair*, Vec a, Vec b, Vec c) { return dot(a, b, c); }
+inline Vec scale_query(const Pair*, Vec x, Vec) { return x; }
+inline Vec scale_logit(const Pair*, Vec x, Vec scale) { return mul(x, scale); }
+#endif
+
+// packed[d][lane] = unit d of row `lane`, zero in the lanes from `count` on. Rows are read as
+// Source: their own type, or Pair.
+template <typename Source, typename T>
+void pack_queries(const T* rows, int64_t stride, int count, int lanes, int64_t units, float scale,
+                  float* packed) {
   const Vec factor = broadcast(scale);
   for (int lane = 0; lane < lanes; lane += kLanes) {
-    for (int64_t d = 0; d < head_dim; d += kLanes) {
-      const int columns = static_cast<int>(min64(kLanes, head_dim - d));
+    for (int64_t d = 0; d < units; d += kLanes) {
+      const int columns = static_cast<int>(min64(kLanes, units - d));
       Vec block[kLanes];
       for (int r = 0; r < kLanes; ++r) {
-        const T* row = rows + (lane + r) * stride + d;
+        const Source* row = reinterpret_cast<const Source*>(rows + (lane + r) * stride) + d;
         if (lane + r >= count) {
           block[r] = zero();
         } else if (columns == kLanes) {
-          block[r] = mul(load(row), factor);
+          block[r] = scale_query(row, load(row), factor);
         } else {
-          block[r] = mul(load_partial(row, columns), factor);
+          block[r] = scale_query(row, load_partial(row, columns), factor);
         }
       }
       transpose(block);
@@ -84,9 +100,9 @@ void pack_queries(const T* rows, int64_t stride, int count, int lanes, int64_t h
   }
 }
 
-// A dense float32 copy of rows that are 16-bit, or that lie too far apart for the caches.
+// A dense float32 copy of 16-bit rows.
 template <typename T>
-void pack_rows(const T* rows, int64_t stride, int64_t count, int64_t head_dim, float* packed) {
+void widen_rows(const T* rows, int64_t stride, int64_t count, int64_t head_dim, float* packed) {
   for (int64_t r = 0; r < count; ++r) {
     int64_t d = 0;
     for (; d + kLanes <= head_dim; d += kLanes) {
@@ -99,49 +115,61 @@ void pack_rows(const T* rows, int64_t stride, int64_t count, int64_t head_dim, f
   }
 }
 
+// A dense copy of rows that lie too far apart for the caches.
+template <typename T>
+void copy_rows(const T* rows, int64_t stride, int64_t count, int64_t head_dim, T* packed) {
+  for (int64_t r = 0; r < count; ++r) {
+    __builtin_memcpy(packed + r * head_dim, rows + r * stride, head_dim * sizeof(T));
+  }
+}
+
 // The logits of ROWS keys against a panel of VECTORS vectors of queries; raises its maxima.
-template <int ROWS, int VECTORS>
-inline void logits_tile(const float* keys, int64_t key_stride, const float* queries,
-                        int64_t head_dim, float* logits, Vec (&row_max)[VECTORS]) {
+template <int ROWS, int VECTORS, typename Unit>
+inline void logits_tile(const Unit* keys, int64_t key_stride, const float* queries, int64_t units,
+                        float scale, float* logits, Vec (&row_max)[VECTORS]) {
   constexpr int lanes = VECTORS * kLanes;
   Vec sum[ROWS][VECTORS];
   unrolled<ROWS, VECTORS>([&](auto r, auto c) VSTAR_INLINE { sum[r][c] = zero(); });
-  for (int64_t d = 0; d < head_dim; ++d) {
+  for (int64_t d = 0; d < units; ++d) {
     Vec q[VECTORS];
     unrolled<VECTORS>([&](auto c) VSTAR_INLINE { q[c] = load(queries + d * lanes + c * kLanes); });
     unrolled<ROWS>([&](auto r) VSTAR_INLINE {
       const Vec k = broadcast(keys + r * key_stride + d);
-      unrolled<VECTORS>([&](auto c) VSTAR_INLINE { sum[r][c] = fma(k, q[c], sum[r][c]); });
+      unrolled<VECTORS>(
+          [&](auto c) VSTAR_INLINE { sum[r][c] = multiply_add(keys, k, q[c], sum[r][c]); });
     });
   }
+  const Vec factor = broadcast(scale);
   unrolled<ROWS, VECTORS>([&](auto r, auto c) VSTAR_INLINE {
-    row_max[c] = max(row_max[c], sum[r][c]);
-    store(logits + r * lanes + c * kLanes, sum[r][c]);
+    const Vec logit = scale_logit(keys, sum[r][c], factor);
+    row_max[c] = max(row_max[c], logit);
+    store(logits + r * lanes + c * kLanes, logit);
   });
 }
 
 // logits_tile for a number of keys below kKeyRows, known only at run time.
-template <int VECTORS, int ROWS = kKeyRows - 1>
-inline void logits_tail(int rows, const float* keys, int64_t key_stride, const float* queries,
-                        int64_t head_dim, float* logits, Vec (&row_max)[VECTORS]) {
+template <int VECTORS, int ROWS = kKeyRows - 1, typename Unit>
+inline void logits_tail(int rows, const Unit* keys, int64_t key_stride, const float* queries,
+                        int64_t units, float scale, float* logits, Vec (&row_max)[VECTORS]) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) {
-      logits_tile<ROWS>(keys, key_stride, queries, head_dim, logits, row_max);
+      logits_tile<ROWS>(keys, key_stride, queries, units, scale, logits, row_max);
     } else {
-      logits_tail<VECTORS, ROWS - 1>(rows, keys, key_stride, queries, head_dim, logits, row_max);
+      logits_tail<VECTORS, ROWS - 1>(rows, keys, key_stride, queries, units, scale, logits,
+                                     row_max);
     }
   }
 }
 
-template <int VECTORS>
-void logits_rows(const float* keys, int64_t key_stride, int rows, const float* queries,
-                 int64_t head_dim, float* logits, float* row_max) {
+template <int VECTORS, typename Unit>
+void logits_rows(const Unit* keys, int64_t key_stride, int rows, const float* queries,
+                 int64_t units, float scale, float* logits, float* row_max) {
   Vec m[VECTORS];
   for (int c = 0; c < VECTORS; ++c) m[c] = load(row_max + c * kLanes);
   if (rows == kKeyRows) {
-    logits_tile<kKeyRows>(keys, key_stride, queries, head_dim, logits, m);
+    logits_tile<kKeyRows>(keys, key_stride, queries, units, scale, logits, m);
   } else {
-    logits_tail<VECTORS>(rows, keys, key_stride, queries, head_dim, logits, m);
+    logits_tail<VECTORS>(rows, keys, key_stride, queries, units, scale, logits, m);
   }
   for (int c = 0; c < VECTORS; ++c) store(row_max + c * kLanes, m[c]);
 }

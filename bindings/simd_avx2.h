@@ -5,7 +5,7 @@
 
 #include "types.h"
 
-namespace vstar::avx2 {
+namespace vstar::VSTAR_ISA {
 
 constexpr int kLanes = 8;
 constexpr int kKeyRows = 6;    // 6 keys x 2 vectors of queries: 12 accumulators
@@ -111,4 +111,4 @@ inline void transpose(Vec (&r)[kLanes]) {
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-}  // namespace vstar::avx2
+}  // namespace vstar::VSTAR_ISA

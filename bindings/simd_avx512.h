@@ -1,11 +1,12 @@
-// AVX-512 (F, BW, DQ, VL): sixteen float lanes, thirty-two registers, masks for the tails.
+// AVX-512 (F, BW, DQ, VL): sixteen float lanes, thirty-two registers, masks for the tails. With
+// VSTAR_BFLOAT16_PAIRS also AVX512_BF16's product of pairs of bfloat16.
 #pragma once
 
 #include <immintrin.h>
 
 #include "types.h"
 
-namespace vstar::avx512 {
+namespace vstar::VSTAR_ISA {
 
 constexpr int kLanes = 16;
 constexpr int kKeyRows = 8;    // 8 keys x 2 vectors of queries: 16 accumulators
@@ -111,6 +112,27 @@ inline void transpose(Vec (&r)[kLanes]) {
   }
 }
 
+#if defined(VSTAR_BFLOAT16_PAIRS)
+// Two neighbours of a row, in one float lane.
+struct Pair {
+  bfloat16 low, high;
+};
+
+inline Vec broadcast(const Pair* p) {
+  float bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return broadcast(bits);
+}
+inline Vec load(const Pair* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec load_partial(const Pair* p, int n) {
+  return {_mm512_maskz_loadu_ps(first_lanes(n), p)};
+}
+// c + a.low b.low + a.high b.high in each lane, summed in float32.
+inline Vec dot(Vec a, Vec b, Vec c) {
+  return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+}
+#endif
+
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-}  // namespace vstar::avx512
+}  // namespace vstar::VSTAR_ISA

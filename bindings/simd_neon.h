@@ -5,7 +5,7 @@
 
 #include "types.h"
 
-namespace vstar::neon {
+namespace vstar::VSTAR_ISA {
 
 constexpr int kLanes = 4;
 constexpr int kKeyRows = 8;    // 8 keys x 2 vectors of queries: 16 accumulators
@@ -99,4 +99,4 @@ inline void transpose(Vec (&r)[kLanes]) {
 
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
-}  // namespace vstar::neon
+}  // namespace vstar::VSTAR_ISA

@@ -4,7 +4,7 @@
 
 #include "types.h"
 
-namespace vstar::portable {
+namespace vstar::VSTAR_ISA {
 
 constexpr int kLanes = 4;
 constexpr int kKeyRows = 4;
@@ -135,4 +135,4 @@ inline void transpose(Vec (&r)[kLanes]) {
 
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
-}  // namespace vstar::portable
+}  // namespace vstar::VSTAR_ISA

@@ -69,6 +69,7 @@ extern const Kernels kernels_portable;
 #if defined(VSTAR_X86)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
 #elif defined(VSTAR_ARM64)
 extern const Kernels kernels_neon;
 #endif

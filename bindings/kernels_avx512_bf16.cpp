@@ -1,0 +1,13 @@
+// The kernels for one instruction set. Nothing but intrinsics and code of that set's own namespace
+// may be included here: a std or torch template instantiated in this file could be the copy that
+// the linker keeps for every processor.
+#define VSTAR_ISA avx512_bf16
+#define VSTAR_BFLOAT16_PAIRS
+#include "simd_avx512.h"
+#include "forward.h"
+
+namespace vstar {
+const Kernels kernels_avx512_bf16 = {"avx512_bf16", avx512_bf16::kLanes,
+                                     avx512_bf16::forward_scratch, avx512_bf16::forward,
+                                     avx512_bf16::exp2};
+}  // namespace vstar
