@@ -106,26 +106,30 @@ struct Place {
   }
 };
 
-template <bool CONDITION, typename Yes, typename No>
-struct Select {
-  using Type = Yes;
-};
-template <typename Yes, typename No>
-struct Select<false, Yes, No> {
-  using Type = No;
-};
-
-// Whether a row of T is one of Units as it lies in memory.
+// How rows of T are read to compute in Units: as Units where they hold those in memory, else
+// converted, one unit an element.
 template <typename T, typename Unit>
-constexpr bool kHoldsUnits = false;
+struct Reading {
+  using Source = T;
+  static constexpr int64_t kElements = 1;  // of a unit
+  static constexpr bool kInPlace = false;
+};
 template <>
-constexpr bool kHoldsUnits<float, float> = true;
+struct Reading<float, float> {
+  using Source = float;
+  static constexpr int64_t kElements = 1;
+  static constexpr bool kInPlace = true;
+};
 #if defined(VSTAR_BFLOAT16_PAIRS)
 template <>
-constexpr bool kHoldsUnits<bfloat16, Pair> = true;
+struct Reading<bfloat16, Pair> {
+  using Source = Pair;
+  static constexpr int64_t kElements = 2;
+  static constexpr bool kInPlace = true;
+};
 #endif
 
-// Rows of K or V in units (microkernels.h): the tensor's own, or a packed copy.
+// Rows of K or V in units: the tensor's own, or a packed copy.
 template <typename Unit>
 struct Rows {
   const Unit* data;
@@ -133,21 +137,16 @@ struct Rows {
 
   template <typename T>
   Rows(const ForwardArgs& a, const T* rows, int64_t row_stride, float* scratch) {
-    constexpr int64_t elements = sizeof(Unit) / sizeof(T);  // of a unit, where rows hold units
-    if constexpr (kHoldsUnits<T, Unit>) {
-      const bool near = a.frames <= kUnpackedFrames || row_stride == a.head_dim;
-      if (near && row_stride % elements == 0) {
-        data = reinterpret_cast<const Unit*>(rows);
-        stride = row_stride / elements;
-        return;
-      }
-      copy_rows(rows, row_stride, a.frames, a.head_dim, reinterpret_cast<T*>(scratch));
-      stride = a.head_dim / elements;
+    using Read = Reading<T, Unit>;
+    const bool near = a.frames <= kUnpackedFrames || row_stride == a.head_dim;
+    if (Read::kInPlace && near && row_stride % Read::kElements == 0) {
+      data = reinterpret_cast<const Unit*>(rows);
+      stride = row_stride / Read::kElements;
     } else {
-      widen_rows(rows, row_stride, a.frames, a.head_dim, scratch);
-      stride = a.head_dim;
+      stride = a.head_dim / Read::kElements;
+      pack_rows<typename Read::Source>(rows, row_stride, a.frames, stride, scratch);
+      data = reinterpret_cast<const Unit*>(scratch);
     }
-    data = reinterpret_cast<const Unit*>(scratch);
   }
 
   const Unit* from(int64_t row) const { return data + row * stride; }
@@ -232,19 +231,15 @@ class Sequence {
     return count;
   }
 
-  // Units of a row.
-  int64_t units() const {
-    return kHoldsUnits<T, Unit> ? a_.head_dim * sizeof(T) / sizeof(Unit) : a_.head_dim;
-  }
-
   void compute_logits(const Panel* panels, int count) {
-    using QuerySource = typename Select<kHoldsUnits<T, Unit>, Unit, T>::Type;
+    using Read = Reading<T, Unit>;
+    const int64_t units = a_.head_dim / Read::kElements;
     const float scale = a_.scale * kLog2E;
     for (int p = 0; p < count; ++p) {
       const Panel& panel = panels[p];
-      pack_queries<QuerySource>(query_ + panel.row * a_.query_strides.frame,
-                                a_.query_strides.frame, panel.count, panel.lanes(), units(), scale,
-                                panel.queries);
+      pack_queries<typename Read::Source>(query_ + panel.row * a_.query_strides.frame,
+                                             a_.query_strides.frame, panel.count, panel.lanes(),
+                                             units, scale, panel.queries);
       for (int i = 0; i < panel.lanes(); ++i) panel.row_max[i] = -kInfinity;
     }
     for (int64_t j = 0; j < a_.frames; j += kKeyRows) {
@@ -253,7 +248,7 @@ class Sequence {
         const Panel& panel = panels[p];
         ahead_.step();
         const auto multiply = panel.vectors == 1 ? logits_rows<1, Unit> : logits_rows<2, Unit>;
-        multiply(keys_.from(j), keys_.stride, rows, panel.queries, units(), scale,
+        multiply(keys_.from(j), keys_.stride, rows, panel.queries, units, scale,
                  panel.logits + j * panel.lanes(), panel.row_max);
       }
     }

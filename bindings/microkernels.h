@@ -5,6 +5,8 @@
 #include "types.h"
 
 #define VSTAR_INLINE __attribute__((always_inline))
+// A function of its own for profilers (benchmarks/breakdown.py), called once for a panel or more.
+#define VSTAR_STAGE __attribute__((noinline))
 
 namespace vstar::VSTAR_ISA {
 
@@ -77,8 +79,8 @@ inline Vec scale_logit(const Pair*, Vec x, Vec scale) { return mul(x, scale); }
 // packed[d][lane] = unit d of row `lane`, zero in the lanes from `count` on. Rows are read as
 // Source: their own type, or Pair.
 template <typename Source, typename T>
-void pack_queries(const T* rows, int64_t stride, int count, int lanes, int64_t units, float scale,
-                  float* packed) {
+VSTAR_STAGE void pack_queries(const T* rows, int64_t stride, int count, int lanes, int64_t units,
+                              float scale, float* packed) {
   const Vec factor = broadcast(scale);
   for (int lane = 0; lane < lanes; lane += kLanes) {
     for (int64_t d = 0; d < units; d += kLanes) {
@@ -100,26 +102,19 @@ void pack_queries(const T* rows, int64_t stride, int count, int lanes, int64_t u
   }
 }
 
-// A dense float32 copy of 16-bit rows.
-template <typename T>
-void widen_rows(const T* rows, int64_t stride, int64_t count, int64_t head_dim, float* packed) {
-  for (int64_t r = 0; r < count; ++r) {
+// A dense copy of rows, in units: of 16-bit rows that are widened, or of rows that lie too far apart
+// for the caches. Rows are read as Source, as above.
+template <typename Source, typename T>
+VSTAR_STAGE void pack_rows(const T* rows, int64_t stride, int64_t count, int64_t units,
+                           float* packed) {
+  for (int64_t r = 0; r < count; ++r, packed += units) {
+    const Source* row = reinterpret_cast<const Source*>(rows + r * stride);
     int64_t d = 0;
-    for (; d + kLanes <= head_dim; d += kLanes) {
-      store(packed + r * head_dim + d, load(rows + r * stride + d));
+    for (; d + kLanes <= units; d += kLanes) store(packed + d, load(row + d));
+    if (d < units) {
+      const int rest = static_cast<int>(units - d);
+      store_partial(packed + d, load_partial(row + d, rest), rest);
     }
-    if (d < head_dim) {
-      const int rest = static_cast<int>(head_dim - d);
-      store_partial(packed + r * head_dim + d, load_partial(rows + r * stride + d, rest), rest);
-    }
-  }
-}
-
-// A dense copy of rows that lie too far apart for the caches.
-template <typename T>
-void copy_rows(const T* rows, int64_t stride, int64_t count, int64_t head_dim, T* packed) {
-  for (int64_t r = 0; r < count; ++r) {
-    __builtin_memcpy(packed + r * head_dim, rows + r * stride, head_dim * sizeof(T));
   }
 }
 
@@ -162,7 +157,7 @@ inline void logits_tail(int rows, const Unit* keys, int64_t key_stride, const fl
 }
 
 template <int VECTORS, typename Unit>
-void logits_rows(const Unit* keys, int64_t key_stride, int rows, const float* queries,
+VSTAR_STAGE void logits_rows(const Unit* keys, int64_t key_stride, int rows, const float* queries,
                  int64_t units, float scale, float* logits, float* row_max) {
   Vec m[VECTORS];
   for (int c = 0; c < VECTORS; ++c) m[c] = load(row_max + c * kLanes);
@@ -177,7 +172,7 @@ void logits_rows(const Unit* keys, int64_t key_stride, int rows, const float* qu
 // Adds weight[i] * bias(j, i) to the logits; `row_max` becomes the new maxima. `count` of the lanes
 // hold queries: the table may end behind the last of them.
 template <int VECTORS>
-void add_bias(const float* bias, int64_t key_stride, int64_t keys, int count, const float* weight,
+VSTAR_STAGE void add_bias(const float* bias, int64_t key_stride, int64_t keys, int count, const float* weight,
               float* logits, float* row_max) {
   Vec m[VECTORS];
   for (int c = 0; c < VECTORS; ++c) m[c] = broadcast(-kInfinity);
@@ -198,7 +193,7 @@ void add_bias(const float* bias, int64_t key_stride, int64_t keys, int count, co
 
 // logits = 2^(logits - row_max); `inverse_sum` gets one over each row's sum.
 template <int VECTORS>
-void exponentiate(int64_t keys, const float* row_max, float* logits, float* inverse_sum) {
+VSTAR_STAGE void exponentiate(int64_t keys, const float* row_max, float* logits, float* inverse_sum) {
   Vec m[VECTORS], sum[VECTORS];
   for (int c = 0; c < VECTORS; ++c) {
     m[c] = load(row_max + c * kLanes);
@@ -239,7 +234,7 @@ struct OutTile {
 // kQueryRows rows of out += P V over COLUMNS vectors of head_dim; with PARTIAL the last of them has
 // `tail` lanes.
 template <int COLUMNS, bool PARTIAL, typename T>
-void values_tile(const float* weights, int64_t lanes, const float* values, int64_t value_stride,
+VSTAR_STAGE void values_tile(const float* weights, int64_t lanes, const float* values, int64_t value_stride,
                  int64_t keys, int tail, const OutTile<T>& tile) {
   Vec sum[kQueryRows][COLUMNS];
   unrolled<kQueryRows, COLUMNS>([&](auto r, auto c) VSTAR_INLINE { sum[r][c] = zero(); });

@@ -1,0 +1,84 @@
+"""``python -m benchmarks.breakdown``: where a call of the CPU kernels spends its time.
+
+Samples the stages of the kernel (bindings/microkernels.h) with Linux's ``perf``, which must be
+installed and allowed, on one thread. Prints a Markdown table of shares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+SECONDS = 3.0
+# The first pattern that a function's name matches; Python and PyTorch are left out.
+STAGES = {
+    "pack queries": r"::pack_queries",
+    "pack K and V": r"::pack_rows",
+    "logits": r"::logits_",
+    "bias and maximum": r"::add_bias",
+    "exponential and sum": r"::exponentiate",
+    "values": r"::values_",
+    "the rest": r"vstar::",
+}
+RUN = """
+import time, torch, vstar_kernels as vk
+torch.set_num_threads(1)
+query, key, value = torch.randn(3, {batch}, {frames}, 5, {head_dim}).to(torch.{dtype}).unbind()
+bias = vk.GaussianBias(1.0)
+end = time.monotonic() + {seconds}
+while time.monotonic() < end:
+    vk.tar_attention(query, key, value, bias, backend="cpu")
+"""
+
+
+def shares(frames: int, head_dim: int, dtype: str) -> dict[str, float]:
+    """The share of each stage in the kernel's samples of one case; of 1."""
+    batch = max(1, 4096 // frames)  # a few MB, as a level of a model hands over
+    code = RUN.format(batch=batch, frames=frames, head_dim=head_dim, dtype=dtype, seconds=SECONDS)
+    with tempfile.TemporaryDirectory() as folder:
+        data = str(Path(folder, "perf.data"))
+        record = ["perf", "record", "--quiet", "--output", data, sys.executable, "-c", code]
+        subprocess.run(record, check=True)
+        command = ["perf", "report", "--stdio", "--input", data, "--sort", "symbol"]
+        report = subprocess.run(
+            [*command, "--percent-limit", "0.05", "--field-separator", ";"],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    found: Counter[str] = Counter()
+    for percent, symbol in re.findall(r"^\s*([\d.]+)%\s*;(.*)$", report, re.MULTILINE):
+        stages = [name for name, pattern in STAGES.items() if re.search(pattern, symbol)]
+        if stages:
+            found[stages[0]] += float(percent)
+    total = sum(found.values())
+    return {stage: found[stage] / total for stage in STAGES}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.breakdown")
+    parser.add_argument("--frames", type=int, nargs="+", default=[16, 32, 64, 128, 1024])
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    args = parser.parse_args()
+    if shutil.which("perf") is None:
+        parser.error("perf was not found (Debian: linux-perf)")
+    columns = {n: shares(n, args.head_dim, args.dtype) for n in args.frames}
+    print(
+        f"| {args.dtype}, D = {args.head_dim} | " + " | ".join(f"N = {n}" for n in columns) + " |"
+    )
+    print("|---|" + "--:|" * len(columns))
+    for stage in STAGES:
+        cells = " | ".join(f"{column[stage]:.0%}" for column in columns.values())
+        print(f"| {stage} | {cells} |")
+
+
+if __name__ == "__main__":
+    main()
