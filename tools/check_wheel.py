@@ -1,0 +1,273 @@
+"""Checks that a wheel serves every Python and torch that it promises: ``check_wheel.py WHEEL``.
+
+- It holds the package and nothing else, and its tag is no lower than the glibc it needs.
+- Its library needs nothing but torch's C functions in ``torch_symbols.txt`` and the system's
+  libraries, exports only what Python calls, and knows no path of the machine that built it.
+- Installed in a new virtual environment, it computes.
+
+``--python`` installs it for another Python, with that one's torch. ``--torch-lib`` looks torch's
+functions up in a ``libtorch_cpu.so``, for a torch that cannot be imported here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from elftools.elf.elffile import ELFFile
+
+ROOT = Path(__file__).resolve().parents[1]
+SYMBOLS = Path(__file__).with_name("torch_symbols.txt")
+LIBRARY = "vstar_kernels/lib/libvstar_kernels.so"
+TORCH = "libtorch_cpu.so"
+SYSTEM = re.compile(r"(libc|libm|libpthread|libgcc_s|libstdc\+\+|ld-linux-[\w-]+)\.so\.\d+")
+# Left over from every compiler's start-up files; nobody provides them and nobody minds.
+WEAK = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
+
+# Runs where nothing but the wheel's package and torch can be imported.
+USE = """
+import sys, torch
+import vstar_kernels as vk
+from vstar_kernels import native
+
+assert vk.__file__.startswith(sys.prefix), f"imported {vk.__file__}, not the wheel"
+library = native.load()
+assert not library.problems, library.problems
+for isa in library.isas:
+    library.select_isa(isa)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        q, k, v = torch.randn(3, 2, 21, 3, 40).to(dtype).unbind()
+        bias = vk.GaussianBias(1.0)
+        out = vk.tar_attention(q, k, v, bias, backend="cpu")
+        exact = vk.tar_attention(q.double(), k.double(), v.double(), bias, backend="reference")
+        error = (out - exact).abs().max().item()
+        assert error < 1e-5 + 4 * torch.finfo(dtype).eps, f"{isa}, {dtype}: error {error}"
+# An exception on its way from the library's C++ through torch's into Python.
+try:
+    torch.ops.vstar_kernels.cpu_forward(q, q, k.double(), v, None, None, 1.0, 1.0, 0, False)
+except RuntimeError as error:
+    assert "key must have query's type" in str(error), error
+else:
+    raise AssertionError("the operator took a key of another type")
+version = ".".join(map(str, sys.version_info[:3]))
+print(f"Python {version}, torch {torch.__version__}: computes with {', '.join(library.isas)}")
+"""
+
+
+class WheelError(Exception):
+    """What is wrong with the wheel."""
+
+
+@dataclass(frozen=True)
+class Imports:
+    """What the library asks of others: torch's functions, and versions such as ``GLIBC_2.14``."""
+
+    torch: frozenset[str]
+    versions: frozenset[str]
+
+    def newest(self, name: str) -> tuple[int, ...]:
+        """The newest version of ``GLIBC``, ``GLIBCXX`` or ``CXXABI`` that is needed."""
+        found = [v.removeprefix(name + "_") for v in self.versions if v.startswith(name + "_")]
+        return max((tuple(map(int, v.split("."))) for v in found), default=(0,))
+
+
+def check_files(wheel: zipfile.ZipFile, version: str) -> None:
+    """The package, its metadata, and the library among them."""
+    names = [name for name in wheel.namelist() if not name.endswith("/")]
+    allowed = ("vstar_kernels/", f"vstar_kernels-{version}.dist-info/")
+    strangers = [name for name in names if not name.startswith(allowed)]
+    strangers += [name for name in names if name.endswith((".cpp", ".h", ".pyc"))]
+    if strangers:
+        raise WheelError(f"it holds more than the package: {some(strangers)}")
+    sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("vstar_kernels/**/*.py")}
+    wanted = sources | {LIBRARY, "vstar_kernels/py.typed"}
+    if missing := wanted - set(names):
+        raise WheelError(f"it lacks {some(missing)}")
+    if extra := {name for name in names if name.endswith(".py")} - sources:
+        raise WheelError(f"it holds modules that are no longer there: {some(extra)}")
+
+
+def check_tag(tag: str, imports: Imports) -> None:
+    """``py3-none-manylinux_2_N_ARCH``, and no newer glibc than that is needed."""
+    match = re.fullmatch(r"py3-none-(?:\w+\.)*manylinux_(\d+)_(\d+)_\w+", tag)
+    if match is None:
+        raise WheelError(f"its tag is {tag}, not py3-none-manylinux_…: did auditwheel repair it?")
+    promised = tuple(map(int, match.groups()))
+    if imports.newest("GLIBC") > promised:
+        raise WheelError(f"it needs glibc {dotted(imports.newest('GLIBC'))}, and its tag is {tag}")
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few of ``names``."""
+    first, *rest = sorted(names)
+    return ", ".join([first, *rest[:4]]) + (f" and {len(rest) - 4} more" if len(rest) > 4 else "")
+
+
+def dotted(version: tuple[int, ...]) -> str:
+    """2.28."""
+    return ".".join(map(str, version))
+
+
+def check_library(path: Path, called: set[str]) -> Imports:
+    """The library's needs and offers; returns the former."""
+    if paths := re.findall(rb"\0(/[\w.+~/ -]+\.(?:h|hpp|cpp|cc))\0", path.read_bytes()):
+        first = paths[0].decode()
+        raise WheelError(f"the library names files of the build machine, such as {first}")
+    with path.open("rb") as file:
+        elf = ELFFile(file)
+        dynamic = list(elf.get_section_by_name(".dynamic").iter_tags())
+        if any(tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH") for tag in dynamic):
+            raise WheelError("the library has an RPATH, and torch lies elsewhere on each machine")
+        needed = {tag.needed for tag in dynamic if tag.entry.d_tag == "DT_NEEDED"}
+        if strangers := {name for name in needed - {TORCH} if not SYSTEM.fullmatch(name)}:
+            raise WheelError(f"the library needs {some(strangers)}")
+
+        # The version of each symbol, such as GLIBC_2.14; those without one are torch's.
+        required = elf.get_section_by_name(".gnu.version_r")
+        versions = {
+            need["vna_other"]: need.name for _, needs in required.iter_versions() for need in needs
+        }
+        versioned = elf.get_section_by_name(".gnu.version")
+        torch, system, exports = set(), set(), set()
+        for index, symbol in enumerate(elf.get_section_by_name(".dynsym").iter_symbols()):
+            version = versions.get(versioned.get_symbol(index)["ndx"])
+            if not symbol.name or symbol.name in WEAK:
+                continue
+            if symbol["st_shndx"] != "SHN_UNDEF":
+                exports.add(symbol.name)
+            elif version is None:
+                torch.add(symbol.name)
+            else:
+                system.add(version)
+    if exports != called:
+        odd = some(exports ^ called)
+        raise WheelError(f"the library must export what native.py calls and no more, not {odd}")
+    return Imports(frozenset(torch), frozenset(system))
+
+
+def check_known(torch: frozenset[str]) -> list[str]:
+    """That others have verified torch's functions; returns in which versions."""
+    lines = SYMBOLS.read_text().splitlines()
+    known = {line for line in lines if line and not line.startswith("#")}
+    if new := torch - known:
+        raise WheelError(
+            f"{SYMBOLS.name} does not list {some(new)}: look them up in torch 2.11 and "
+            "later with --torch-lib, and --record them"
+        )
+    return [line.removeprefix("# torch ") for line in lines if line.startswith("# torch ")]
+
+
+def check_torch(torch: frozenset[str], library: Path) -> str:
+    """Look torch's functions up in a ``libtorch_cpu.so``; returns the torch's version."""
+    with library.open("rb") as file:
+        defined = ELFFile(file).get_section_by_name(".gnu.hash")
+        if missing := [name for name in torch if defined.get_symbol(name) is None]:
+            raise WheelError(f"{library} lacks {some(missing)}")
+    version = library.parents[1] / "version.py"
+    if not version.exists():
+        return f"at {library}"
+    return re.search(r"^__version__ = '(.+)'", version.read_text(), re.M)[1]
+
+
+def record(torch: frozenset[str], versions: list[str]) -> None:
+    """Write the list anew; only what all of ``versions`` were seen to provide belongs in it."""
+    head = [
+        "# The functions of libtorch_cpu.so that the CPU kernels' library calls, found in each of",
+        *(f"# torch {version}" for version in versions),
+        "# by tools/check_wheel.py --record.",
+    ]
+    SYMBOLS.write_text("\n".join([*head, *sorted(torch)]) + "\n")
+
+
+def check_use(wheel: Path, python: str, tests: bool) -> None:
+    """Install the wheel beside ``python``'s torch, away from the source tree, and compute."""
+    if (found := shutil.which(python)) is None:
+        raise WheelError(f"there is no Python at {python} to use it with")
+    python = os.path.abspath(found)
+    find = "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
+    torch = subprocess.run([python, "-c", find], capture_output=True, text=True)
+    if torch.returncode:
+        raise WheelError(f"{python} has no torch to use it with")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VSTAR"))}
+
+        def run(*command: object) -> None:
+            words = [str(word) for word in command]
+            if subprocess.run(words, cwd=root, env=environment).returncode:
+                raise WheelError(f"it does not work with {python}: see above")
+
+        run(python, "-m", "venv", root / "venv")
+        new = root / "venv" / "bin" / "python"
+        run(new, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel)
+        # The torch that is there, after the wheel's package: no second copy, and a source tree
+        # installed beside it stays hidden, since only a site folder's own .pth files are read.
+        site = next(root.glob("venv/lib/python*/site-packages"))
+        (site / "torch.pth").write_text(f"{Path(torch.stdout.strip()).parent}\n")
+        run(new, "-W", "ignore", "-c", USE)
+        if tests:
+            shutil.copytree(ROOT / "tests", root / "tests")
+            run(new, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/backends/test_cpu.py")
+
+
+def main() -> int:
+    """Check one wheel; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("wheel", type=Path)
+    parser.add_argument("--python", action="append", help="a Python with torch (default: this)")
+    parser.add_argument(
+        "--torch-lib",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a libtorch_cpu.so",
+    )
+    parser.add_argument("--tests", action="store_true", help="run the CPU kernels' tests as well")
+    parser.add_argument(
+        "--record", action="store_true", help=f"write {SYMBOLS.name} from --torch-lib"
+    )
+    args = parser.parse_args()
+    if args.record and not args.torch_lib:
+        parser.error("--record needs a --torch-lib to look the functions up in")
+    try:
+        check(args)
+    except WheelError as error:
+        print(f"{args.wheel.name}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """All of it, in the order of what it costs."""
+    _, version, tag = args.wheel.stem.split("-", 2)
+    with zipfile.ZipFile(args.wheel) as wheel, tempfile.TemporaryDirectory() as folder:
+        check_files(wheel, version)
+        source = wheel.read("vstar_kernels/native.py").decode()
+        called = set(re.findall(r"\bhandle\.(vstar_kernels_\w+)", source))
+        imports = check_library(Path(wheel.extract(LIBRARY, folder)), called)
+    check_tag(tag, imports)
+    newest = {name: dotted(imports.newest(name)) for name in ("GLIBC", "GLIBCXX", "CXXABI")}
+    print(f"{args.wheel.name}: needs", ", ".join(f"{k}_{v}" for k, v in newest.items()))
+
+    seen = [check_torch(imports.torch, library) for library in args.torch_lib]
+    if args.record:
+        record(imports.torch, seen)
+    known = check_known(imports.torch)
+    versions = ", ".join(dict.fromkeys([*known, *seen]))
+    print(f"its {len(imports.torch)} imports from torch are in torch {versions}")
+    for python in args.python or [sys.executable]:
+        check_use(args.wheel.resolve(), python, args.tests)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
