@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -95,6 +97,20 @@ int64_t rows_per_item(int64_t sequences, int64_t frames) {
   return std::min(frames, (rows + kRows - 1) / kRows * kRows);
 }
 
+// OpenMP keeps a thread's team of helpers with that thread. A fork copies the thread that calls it
+// but not the team, for which GNU's runtime would then wait for ever, as it does under torch's own
+// operators: such a thread computes alone.
+thread_local bool has_team = false, lost_team = false;
+[[maybe_unused]] const int watching_forks =
+    pthread_atfork(nullptr, nullptr, [] { lost_team = lost_team || has_team; });
+
+template <typename Body>
+void parallel_for(int64_t items, int64_t grain, const Body& body) {
+  if (lost_team) return body(int64_t{0}, items);
+  has_team = has_team || (items > grain && torch::stable::get_num_threads() > 1);
+  torch::stable::parallel_for(0, items, grain, body);
+}
+
 struct FreeScratch {
   void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
 };
@@ -144,7 +160,7 @@ void cpu_forward(Tensor out, Tensor query, Tensor key, Tensor value, std::option
   const double operations = 4.0 * args.rows_per_item * args.frames * args.head_dim;
   const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(1e6 / operations));
   const auto scratch_floats = static_cast<size_t>(kernels.forward_scratch(args));
-  torch::stable::parallel_for(0, sequences * items, grain, [&](int64_t first, int64_t last) {
+  parallel_for(sequences * items, grain, [&](int64_t first, int64_t last) {
     const std::unique_ptr<float[], FreeScratch> scratch(static_cast<float*>(
         ::operator new[](scratch_floats * sizeof(float), std::align_val_t(64))));
     kernels.forward(args, first, last, scratch.get());

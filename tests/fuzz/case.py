@@ -1,0 +1,217 @@
+"""One call of the CPU kernels: what is drawn, and how it is run between guard pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import vstar_kernels as vk
+from tests.fuzz.guarded import Guarded
+from tests.helpers import assert_exact
+from vstar_kernels import native
+from vstar_kernels.backends import cpu
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_ELEMENTS = 40_000  # of query, to keep the oracle quick
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor lies in memory. Its rows are head_dim's elements; those of a statistic are one.
+
+    ``order`` names the other dimensions from the outermost in memory inwards. A dimension's
+    ``steps`` is 0 if it is expanded (stride 0), 2 or 3 if only every second or third entry is used.
+    """
+
+    order: tuple[int, ...]
+    steps: tuple[int, ...]
+    gap: int  # elements between rows
+    flush_end: bool
+
+    def strides(self, sizes: tuple[int, ...], row: int) -> tuple[int, ...]:
+        strides = [0] * len(sizes)
+        reach = row + self.gap
+        for d in reversed(self.order):
+            strides[d] = reach * self.steps[d]
+            reach = max(reach, strides[d] * sizes[d])
+        return tuple(strides)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything about one call; its repr makes it again."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    query: Layout
+    key: Layout
+    value: Layout
+    out_flush_end: bool
+    form: str
+    per_head: bool
+    values_dtype: str
+    extra: int  # frames that a table reaches beyond the call's
+    sigma: float
+    strength: float
+    stat: str
+    stat_layout: Layout
+    clamp_negative: bool
+    bias_flush_end: bool
+    scale: float | None
+    magnitude: float
+    isa: str
+    threads: int
+    seed: int
+
+
+@st.composite
+def layouts(draw, dims: int) -> Layout:
+    steps = [1] * dims
+    for step in draw(st.lists(st.sampled_from([0, 2, 3]), max_size=2)):
+        steps[draw(st.integers(0, dims - 1))] = step
+    return Layout(
+        order=tuple(draw(st.permutations(range(dims)))),
+        steps=tuple(steps),
+        gap=draw(st.sampled_from([0, 0, 1, 5])),
+        flush_end=draw(st.booleans()),
+    )
+
+
+@st.composite
+def shapes(draw) -> tuple[int, ...]:
+    frames = draw(st.one_of(st.integers(1, 40), st.integers(1, 100), st.integers(101, 400)))
+    usual = st.sampled_from([8, 16, 40, 64, 72, 80, 96, 128, 160, 256])
+    head_dim = draw(st.one_of(usual, st.integers(1, 70)))
+    outer = [draw(st.integers(1, 3)) for _ in range(draw(st.integers(1, 2)))]
+    heads = draw(st.integers(1, 4))
+    if frames * head_dim * heads * outer[0] * outer[-1] > MOST_ELEMENTS:
+        outer, heads = [1] * len(outer), min(heads, 2)
+    return (*outer, frames, heads, head_dim)
+
+
+@st.composite
+def cases(draw) -> Case:
+    shape = draw(shapes())
+    layout = layouts(len(shape) - 1)
+    return Case(
+        shape=shape,
+        dtype=draw(st.sampled_from(list(DTYPES))),
+        query=draw(layout),
+        key=draw(layout),
+        value=draw(layout),
+        out_flush_end=draw(st.booleans()),
+        form=draw(st.sampled_from(["gaussian", "toeplitz", "signed", "dense", "none"])),
+        per_head=draw(st.booleans()),
+        values_dtype=draw(st.sampled_from([*DTYPES, "float32"])),
+        extra=draw(st.sampled_from([0, 0, 1, 7])),
+        sigma=draw(st.sampled_from([0.0, 0.3, 1.0, 8.0, 1e4])),
+        strength=draw(st.sampled_from([1.0, 0.3, -0.7, 2.5, 0.0, -40.0, 1e3])),
+        stat=draw(st.sampled_from(["row_max", "map_max", "none", "tensor"])),
+        stat_layout=draw(layout),
+        clamp_negative=draw(st.booleans()),
+        bias_flush_end=draw(st.booleans()),
+        scale=draw(st.sampled_from([None, None, 1.0, -0.3, 0.0, 1e-20, 30.0])),
+        magnitude=draw(st.sampled_from([1.0, 1.0, 0.01, 4.0])),
+        isa=draw(st.sampled_from(native.load().isas)),
+        threads=draw(st.sampled_from([1, 2, 3])),
+        seed=draw(st.integers(0, 1 << 30)),
+    )
+
+
+class _TorchOfTheBackend:
+    """``torch`` as the backend sees it: its outputs lie between guard pages."""
+
+    def __init__(self, guarded: Guarded, flush_end: bool) -> None:
+        self._guarded, self._flush_end = guarded, flush_end
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+    def empty_like(self, x: Tensor) -> Tensor:
+        strides = torch.empty_like(x).stride()
+        return self._guarded.tensor(tuple(x.shape), strides, x.dtype, self._flush_end)
+
+    def empty(self, shape, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self.empty_like(torch.empty(shape, dtype=dtype, device=device))
+
+
+class Runner:
+    """Runs cases in memory that it keeps."""
+
+    def __init__(self) -> None:
+        names = ("query", "key", "value", "out", "values", "table", "stat")
+        self._guarded = {name: Guarded(8 << 20) for name in names}
+
+    def run(self, case: Case) -> None:
+        """Raise AssertionError unless the kernel errs as little as the plain formula."""
+        generator = torch.Generator().manual_seed(case.seed)
+        *outer, head_dim = case.shape
+        dtype = DTYPES[case.dtype]
+        inputs, copies = [], []
+        for name in ("query", "key", "value"):
+            layout = getattr(case, name)
+            x = self._strided(name, (*outer, head_dim), layout, dtype, case.magnitude, generator)
+            inputs.append(x)
+            copies.append(x.clone(memory_format=torch.contiguous_format))
+        bias = self._bias(case, generator)
+        native.load().select_isa(case.isa)
+        table = cpu._kernel_bias
+
+        def guarded_table(*args) -> Tensor:
+            return self._guarded["table"].copy(table(*args), case.bias_flush_end)
+
+        backend_torch = _TorchOfTheBackend(self._guarded["out"], case.out_flush_end)
+        with (
+            mock.patch.object(cpu, "torch", backend_torch),
+            mock.patch.object(cpu, "_kernel_bias", guarded_table),
+        ):
+            torch.set_num_threads(case.threads)
+            out = vk.tar_attention(*inputs, bias, scale=case.scale, backend="cpu")
+            torch.set_num_threads(1)  # the oracle is small
+        assert self._guarded["out"].holds(out), "the output is not where the guard pages are"
+        for name, guarded in self._guarded.items():
+            assert guarded.untouched(), f"the kernel wrote beside {name}"
+        for x, copy in zip(inputs, copies, strict=True):
+            assert torch.equal(x, copy), "the kernel wrote an input"
+        assert_exact(out, *copies, bias, scale=case.scale)
+
+    def _strided(self, name, shape, layout, dtype, magnitude, generator) -> Tensor:
+        """Random numbers in the layout; ``shape``'s last dimension is the row."""
+        *outer, row = shape
+        strides = (*layout.strides(tuple(outer), row), 1)
+        # A stride in a row of one element means nothing, so it may be anything.
+        if row == 1:
+            strides = (*strides[:-1], 1 + layout.gap)
+        kept = [1 if step == 0 else n for n, step in zip(outer, layout.steps, strict=True)]
+        x = self._guarded[name].tensor((*kept, row), strides, dtype, layout.flush_end)
+        x.copy_(magnitude * torch.randn(*kept, row, generator=generator))
+        return x.expand(shape)
+
+    def _bias(self, case: Case, generator: torch.Generator) -> vk.bias.Bias | None:
+        if case.form == "none":
+            return None
+        *outer, frames, heads, _ = case.shape
+        stat: str | Tensor = case.stat
+        if stat == "tensor":
+            sizes = (*outer, frames, heads, 1)
+            stat = self._strided("stat", sizes, case.stat_layout, torch.float32, 2.0, generator)
+            stat = stat.squeeze(-1)
+        options = {
+            "strength": case.strength,
+            "stat": stat,
+            "clamp_negative": case.clamp_negative,
+        }
+        if case.form == "gaussian":
+            return vk.GaussianBias(case.sigma, **options)
+        reach = frames + case.extra
+        shape = {"toeplitz": (reach,), "signed": (2 * reach - 1,), "dense": (frames, frames)}
+        size = (heads,) * case.per_head + shape[case.form]
+        values = torch.randn(size, generator=generator).to(DTYPES[case.values_dtype])
+        values = self._guarded["values"].copy(values, case.bias_flush_end)
+        if case.form == "dense":
+            return vk.DenseBias(values, **options)
+        return vk.ToeplitzBias(values, signed=case.form == "signed", **options)

@@ -1,0 +1,90 @@
+"""Random calls of the CPU kernels between guard pages, against the float64 oracle.
+
+    python -m tests.fuzz.fuzz_cpu --calls 10000 [--seed 1]
+    python -m tests.fuzz.fuzz_cpu --case "Case(shape=...)"     # what a failure prints
+
+The calls run in a process of their own, which writes each one down before it makes it: of a crash
+there is otherwise nothing left to make it again from. POSIX only, for the guard pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from tests.fuzz.case import Case, Layout, Runner, cases
+
+
+def fuzz(calls: int, first_seed: int, record: Path) -> None:
+    """Make ``calls`` drawn calls, the present one always in ``record``."""
+    runner = Runner()
+    start = time.monotonic()
+    done = 0
+    step = max(1, min(1000, calls // 10))
+
+    @seed(first_seed)
+    @settings(
+        max_examples=calls,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases())
+    def check(case: Case) -> None:
+        nonlocal done
+        record.write_text(repr(case))
+        runner.run(case)
+        done += 1
+        if done % step == 0:
+            print(f"{done} of {calls} calls, {time.monotonic() - start:.0f} s", flush=True)
+
+    check()
+    print(f"{done} calls, no failure")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--calls", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    parser.add_argument("--case", help="make this one call")
+    parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    faulthandler.enable()
+    if args.case:
+        Runner().run(eval(args.case, {"Case": Case, "Layout": Layout}))
+        print("no failure")
+        return 0
+    if args.record:
+        fuzz(args.calls, args.seed, args.record)
+        return 0
+    print(f"{args.calls} calls, --seed {args.seed}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder) / "case"
+        options = ["--calls", str(args.calls), "--seed", str(args.seed), "--record", str(record)]
+        code = subprocess.call(
+            [sys.executable, "-m", "tests.fuzz.fuzz_cpu", *options],
+            # Threads that spin between calls are a burden on a busy machine.
+            env={"OMP_WAIT_POLICY": "passive", **os.environ},
+        )
+        if code == 0:
+            return 0
+        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        case = record.read_text() if record.exists() else None
+    print(f"\nfailed: {how}. The last call, to be made again:")
+    print(f'  python -m tests.fuzz.fuzz_cpu --case "{case}"', flush=True)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
