@@ -247,6 +247,16 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def describe(result: dict) -> str:
+    """One line for what a result was measured on."""
+    facts = result["environment"]
+    return (
+        f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}, torch {facts['torch']} "
+        f"({facts['torch_cpu_capability']}), {result['allocator']} allocator, "
+        f"medians of {result['rounds']} rounds:"
+    )
+
+
 def run_child(allocator: str, arguments: list[str], isa: str | None) -> dict:
     """Measure in a process of its own, whose allocator and libraries start with their settings."""
     with tempfile.TemporaryDirectory() as folder:
@@ -297,14 +307,7 @@ def main(arguments: list[str] | None = None) -> None:
         str(args.threads),
     ]
     results = [run_child(allocator, passed_on, args.isa) for allocator in ALLOCATORS]
-    parts = []
-    for result in results:
-        facts = result["environment"]
-        parts.append(
-            f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}, torch {facts['torch']} "
-            f"({facts['torch_cpu_capability']}), {result['allocator']} allocator, "
-            f"medians of {result['rounds']} rounds\n\n{table(result)}\n"
-        )
+    parts = [f"{describe(result)}\n\n{table(result)}\n" for result in results]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(results, indent=1) + "\n")
     args.output.with_suffix(".md").write_text("\n".join(parts))
