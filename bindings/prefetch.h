@@ -2,7 +2,7 @@
 //
 // A sequence's rows lie a whole frame apart, so the hardware's stream prefetchers do not see them
 // coming, and a burst of software prefetches overflows the miss buffers and is dropped. Spread over
-// the microkernel calls of the present sequence they hide nearly all of the memory's latency.
+// the microkernel calls of the present sequence they arrive.
 #pragma once
 
 #include "types.h"

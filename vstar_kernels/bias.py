@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -20,7 +21,7 @@ STATS = ("row_max", "map_max", "none")
 
 
 @dataclass(frozen=True, eq=False)
-class _Bias:
+class _Bias(ABC):
     """What the three forms share: the weight of Δ.
 
     ``stat`` is the row statistic:
@@ -55,14 +56,15 @@ class _Bias:
                 f"stat must be one of {', '.join(map(repr, STATS))} or a tensor, got {self.stat!r}"
             )
 
+    @abstractmethod
     def matrix(self, num_frames: int) -> Tensor:
         """Δ, ``(N, N)`` or ``(heads, N, N)``: row i, the query's frame; column j, the key's."""
-        raise NotImplementedError
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The tensors in it: Δ's ``values``, if it has them, and ``stat``, if that is one."""
         return {"stat": self.stat} if isinstance(self.stat, Tensor) else {}
 
+    @abstractmethod
     def check(self, num_frames: int, num_heads: int) -> None:
         """Raise ValueError if Δ cannot serve this many frames and heads."""
 
@@ -86,6 +88,9 @@ class GaussianBias(_Bias):
 
     def matrix(self, num_frames: int) -> Tensor:
         return _from_table(gaussian_table(float(self.sigma), num_frames), num_frames)
+
+    def check(self, num_frames: int, num_heads: int) -> None:
+        """It serves any number of both."""
 
 
 @dataclass(frozen=True, eq=False)
