@@ -7,12 +7,13 @@ VENV ?= .venv
 HAS_TORCH = python -c "import importlib.util as u, sys; sys.exit(u.find_spec('torch') is None)"
 PYTHON := $(shell if [ -n "$$VIRTUAL_ENV$$CONDA_PREFIX" ] && $(HAS_TORCH) 2>/dev/null; \
 	then command -v python; else echo $(VENV)/bin/python; fi)
+CTEST = $(abspath $(dir $(PYTHON)))/ctest --output-on-failure --test-dir
 PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check
 # One stamp for each environment, so that VENV= can be changed.
 STAMP := build/setup$(subst /,-,$(abspath $(PYTHON)))
 NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp cmake/*)
 
-.PHONY: help demo test native native-neon sanitize fuzz setup lint format typecheck bench wheel clean
+.PHONY: help demo test native native-neon sanitize fuzz setup lint format bench wheel clean
 
 help:
 	@echo "make demo       denoise a video three ways: stock, eager TAR, vstar_kernels"
@@ -39,24 +40,22 @@ native-neon: $(STAMP)
 	$(PYTHON) -m cmake -S . -B build/neon -DVSTAR_TORCH=OFF \
 		-DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/cmake/aarch64-linux-gnu.cmake
 	$(PYTHON) -m cmake --build build/neon --parallel
-	cd build/neon && $(abspath $(dir $(PYTHON)))/ctest --output-on-failure
+	$(CTEST) build/neon
 
 native: $(STAMP)
 	$(PYTHON) -m cmake -S . -B build/native -DVSTAR_TORCH=OFF
 	$(PYTHON) -m cmake --build build/native --parallel
-	cd build/native && $(abspath $(dir $(PYTHON)))/ctest --output-on-failure
+	$(CTEST) build/native
 
 # Races are for the tests that have threads; they alone run under ThreadSanitizer.
 sanitize: $(STAMP)
 	$(PYTHON) -m cmake -S . -B build/sanitize-address -DVSTAR_TORCH=OFF \
 		-DVSTAR_SANITIZE=address,undefined
 	$(PYTHON) -m cmake --build build/sanitize-address --parallel
-	cd build/sanitize-address && \
-		$(abspath $(dir $(PYTHON)))/ctest --output-on-failure --parallel 2
+	$(CTEST) build/sanitize-address --parallel 2
 	$(PYTHON) -m cmake -S . -B build/sanitize-thread -DVSTAR_TORCH=OFF -DVSTAR_SANITIZE=thread
 	$(PYTHON) -m cmake --build build/sanitize-thread --parallel --target test_threads
-	cd build/sanitize-thread && \
-		$(abspath $(dir $(PYTHON)))/ctest --output-on-failure --tests-regex threads
+	$(CTEST) build/sanitize-thread --tests-regex threads
 
 CALLS ?= 10000
 fuzz: $(STAMP)

@@ -169,20 +169,20 @@ class Sequence {
                 args.value_strides.frame, scratch + plan.values) {}
 
   void fetch_ahead(int64_t index) {
-    const int64_t row_bytes = a_.head_dim * static_cast<int64_t>(sizeof(T));
+    constexpr int64_t size = sizeof(T);
+    const int64_t row_bytes = a_.head_dim * size;
     if (4 * a_.frames * row_bytes > kPrefetchBytes) return;
     const Place next(a_, index);
     const void* const rows[4] = {next.in(static_cast<const T*>(a_.query), a_.query_strides),
                                  next.in(static_cast<const T*>(a_.key), a_.key_strides),
                                  next.in(static_cast<const T*>(a_.value), a_.value_strides),
                                  next.in(static_cast<const T*>(a_.out), a_.out_strides)};
-    constexpr int64_t size = sizeof(T);
     const int64_t strides[4] = {a_.query_strides.frame * size, a_.key_strides.frame * size,
                                 a_.value_strides.frame * size, a_.out_strides.frame * size};
     const int64_t panels = (a_.frames + kMaxPanelRows - 1) / kMaxPanelRows;
     const int64_t logits_steps = (a_.frames + kKeyRows - 1) / kKeyRows;
-    const int64_t values_steps = value_tiles(a_.head_dim);
-    ahead_ = Prefetcher(rows, strides, a_.frames, row_bytes, panels * (logits_steps + values_steps));
+    const int64_t steps = panels * (logits_steps + value_tiles(a_.head_dim));
+    ahead_ = Prefetcher(rows, strides, a_.frames, row_bytes, steps);
   }
 
   // The map's largest logit (times log2 e).
@@ -238,8 +238,8 @@ class Sequence {
     for (int p = 0; p < count; ++p) {
       const Panel& panel = panels[p];
       pack_queries<typename Read::Source>(query_ + panel.row * a_.query_strides.frame,
-                                             a_.query_strides.frame, panel.count, panel.lanes(),
-                                             units, scale, panel.queries);
+                                          a_.query_strides.frame, panel.count, panel.lanes(), units,
+                                          scale, panel.queries);
       for (int i = 0; i < panel.lanes(); ++i) panel.row_max[i] = -kInfinity;
     }
     for (int64_t j = 0; j < a_.frames; j += kKeyRows) {

@@ -6,6 +6,6 @@
 #include "forward.h"
 
 namespace vstar {
-const Kernels kernels_portable = {"portable", portable::kLanes, portable::forward_scratch, portable::forward,
-                              portable::exp2};
+const Kernels kernels_portable = {"portable", portable::kLanes, portable::forward_scratch,
+                                  portable::forward, portable::exp2};
 }  // namespace vstar

@@ -5,7 +5,7 @@
 #include "types.h"
 
 #define VSTAR_INLINE __attribute__((always_inline))
-// A function of its own for profilers (benchmarks/breakdown.py), called once for a panel or more.
+// A function of its own for profilers (benchmarks/breakdown.py), long enough that the call is free.
 #define VSTAR_STAGE __attribute__((noinline))
 
 namespace vstar::VSTAR_ISA {
@@ -158,7 +158,7 @@ inline void logits_tail(int rows, const Unit* keys, int64_t key_stride, const fl
 
 template <int VECTORS, typename Unit>
 VSTAR_STAGE void logits_rows(const Unit* keys, int64_t key_stride, int rows, const float* queries,
-                 int64_t units, float scale, float* logits, float* row_max) {
+                             int64_t units, float scale, float* logits, float* row_max) {
   Vec m[VECTORS];
   for (int c = 0; c < VECTORS; ++c) m[c] = load(row_max + c * kLanes);
   if (rows == kKeyRows) {
@@ -172,8 +172,8 @@ VSTAR_STAGE void logits_rows(const Unit* keys, int64_t key_stride, int rows, con
 // Adds weight[i] * bias(j, i) to the logits; `row_max` becomes the new maxima. `count` of the lanes
 // hold queries: the table may end behind the last of them.
 template <int VECTORS>
-VSTAR_STAGE void add_bias(const float* bias, int64_t key_stride, int64_t keys, int count, const float* weight,
-              float* logits, float* row_max) {
+VSTAR_STAGE void add_bias(const float* bias, int64_t key_stride, int64_t keys, int count,
+                          const float* weight, float* logits, float* row_max) {
   Vec m[VECTORS];
   for (int c = 0; c < VECTORS; ++c) m[c] = broadcast(-kInfinity);
   for (int c = 0; c < VECTORS; ++c) {
@@ -193,7 +193,8 @@ VSTAR_STAGE void add_bias(const float* bias, int64_t key_stride, int64_t keys, i
 
 // logits = 2^(logits - row_max); `inverse_sum` gets one over each row's sum.
 template <int VECTORS>
-VSTAR_STAGE void exponentiate(int64_t keys, const float* row_max, float* logits, float* inverse_sum) {
+VSTAR_STAGE void exponentiate(int64_t keys, const float* row_max, float* logits,
+                              float* inverse_sum) {
   Vec m[VECTORS], sum[VECTORS];
   for (int c = 0; c < VECTORS; ++c) {
     m[c] = load(row_max + c * kLanes);
@@ -234,8 +235,9 @@ struct OutTile {
 // kQueryRows rows of out += P V over COLUMNS vectors of head_dim; with PARTIAL the last of them has
 // `tail` lanes.
 template <int COLUMNS, bool PARTIAL, typename T>
-VSTAR_STAGE void values_tile(const float* weights, int64_t lanes, const float* values, int64_t value_stride,
-                 int64_t keys, int tail, const OutTile<T>& tile) {
+VSTAR_STAGE void values_tile(const float* weights, int64_t lanes, const float* values,
+                             int64_t value_stride, int64_t keys, int tail,
+                             const OutTile<T>& tile) {
   Vec sum[kQueryRows][COLUMNS];
   unrolled<kQueryRows, COLUMNS>([&](auto r, auto c) VSTAR_INLINE { sum[r][c] = zero(); });
   for (int64_t j = 0; j < keys; ++j) {

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import vstar_kernels as vk
-from tests.helpers import inputs
+from tests.helpers import inputs, run_python
 
 BIAS = vk.GaussianBias(1.0)
 Q, K, V = inputs(2, 6, 3, 8)
@@ -75,14 +75,11 @@ def test_output_is_allocated_like_the_query():
 
 def test_importing_is_light():
     """Neither the optional packages nor the native library come with ``import vstar_kernels``."""
-    import subprocess
-    import sys
-
     code = (
         "import sys, vstar_kernels\n"
         "from vstar_kernels import native\n"
         "assert native.load.cache_info().currsize == 0\n"
         "print({'triton', 'diffusers', 'matplotlib', 'transformers'} & set(sys.modules))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = run_python(code)
     assert result.stdout.strip() == "set()", result.stderr

@@ -2,26 +2,23 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.helpers import ROOT, run_python
 from vstar_kernels import native
 
-ROOT = Path(__file__).parents[1]
 
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
+def test_the_environment_forces_an_instruction_set(isa):
+    code = "from vstar_kernels import native; print(native.load().isa)"
+    run = run_python(code, VSTAR_KERNELS_CPU_ISA=isa)
+    assert run.stdout.strip() == isa, run.stderr
 
 
 def test_unknown_instruction_set_is_an_error(isa):
-    run = python("from vstar_kernels import native; native.load()", VSTAR_KERNELS_CPU_ISA="sse9")
+    run = run_python(
+        "from vstar_kernels import native; native.load()", VSTAR_KERNELS_CPU_ISA="sse9"
+    )
     assert "VSTAR_KERNELS_CPU_ISA must be one of" in run.stderr
     assert "'sse9'" in run.stderr
     with pytest.raises(ValueError, match="instruction set must be one of"):

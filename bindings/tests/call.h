@@ -43,6 +43,16 @@ inline void write_scalar(void* p, vstar::ScalarType type, float x) {
   std::memcpy(p, &bits, type == vstar::ScalarType::float32 ? 4 : 2);
 }
 
+// Whether the bits of an element are a NaN's.
+inline bool is_nan(vstar::ScalarType type, uint32_t bits) {
+  switch (type) {
+    case vstar::ScalarType::float32: return (bits & 0x7fffffff) > 0x7f800000;
+    case vstar::ScalarType::bfloat16: return (bits & 0x7fff) > 0x7f80;
+    case vstar::ScalarType::float16: return (bits & 0x7fff) > 0x7c00;
+  }
+  return true;
+}
+
 class Call {
  public:
   Call(const Shape& s, const vstar::Kernels& kernels, const Allocate& allocate)
@@ -107,22 +117,17 @@ class Call {
     const int64_t row = s.frame < s.head ? s.frame : s.head;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t d = 0; d < row && (r + 1 < rows || d < args_.head_dim); ++d) {
-        if (is_nan(r * row + d) != (d >= args_.head_dim)) return false;
+        if (holds_nan(r * row + d) != (d >= args_.head_dim)) return false;
       }
     }
     return true;
   }
 
  private:
-  bool is_nan(int64_t index) const {
+  bool holds_nan(int64_t index) const {
     uint32_t bits = 0;
     std::memcpy(&bits, static_cast<const char*>(args_.out) + index * element_, element_);
-    switch (args_.type) {
-      case vstar::ScalarType::float32: return (bits & 0x7fffffff) > 0x7f800000;
-      case vstar::ScalarType::bfloat16: return (bits & 0x7fff) > 0x7f80;
-      case vstar::ScalarType::float16: return (bits & 0x7fff) > 0x7c00;
-    }
-    return true;
+    return is_nan(args_.type, bits);
   }
   void* random(void* p, int64_t count, vstar::ScalarType type) {
     for (int64_t i = 0; i < count; ++i) {

@@ -4,14 +4,10 @@
 #include <cstring>
 #include <vector>
 
+#include "call.h"
 #include "check.h"
 
 namespace {
-
-bool is_nan(vstar::ScalarType type, uint16_t bits) {
-  const uint16_t infinity = type == vstar::ScalarType::bfloat16 ? 0x7f80 : 0x7c00;
-  return (bits & 0x7fff) > infinity;
-}
 
 // out = 1 * value for sequences of one frame, so every bit pattern must come back.
 void round_trip(const vstar::Kernels& kernels, vstar::ScalarType type) {

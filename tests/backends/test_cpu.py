@@ -1,9 +1,5 @@
 """The C++ kernels against the float64 oracle, for every instruction set that can execute here."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -205,7 +201,7 @@ def test_many_sequences(sequences):
 
 
 def test_offsets_beyond_32_bits():
-    """Rows 2^29 elements apart: the last lies beyond 2^31 elements, 4 GiB into the tensor."""
+    """Rows 2^29 elements apart: the last lies beyond 2^31 elements."""
     frames, stride = 6, 1 << 29
     if not _memory_allows(2 * frames * stride):
         pytest.skip("needs 6 GiB of address space")
@@ -324,16 +320,6 @@ def test_real_shapes():
         q, k, v = inputs(rows, 16, heads, 64)
         bias = vk.GaussianBias(1.0)
         assert_exact(tar(q, k, v, bias), q, k, v, bias)
-
-
-def test_portable_path_needs_no_extension(isa):
-    """VSTAR_KERNELS_CPU_ISA chooses at start; what it cannot be is named."""
-    code = "from vstar_kernels import native; print(native.load().isa)"
-    environment = {**os.environ, "VSTAR_KERNELS_CPU_ISA": isa}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-    assert run.stdout.strip() == isa, run.stderr
 
 
 def test_oracle_is_not_the_kernel():

@@ -7,17 +7,15 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 import vstar_kernels as vk
-from tests.helpers import inputs
+from tests.helpers import inputs, run_python
 from vstar_kernels import native
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(bool(native.load().problems), reason="no native library")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 
@@ -28,15 +26,9 @@ def call(index: int) -> torch.Tensor:
     return vk.tar_attention(q, k, v, vk.GaussianBias(1.0), backend="cpu")
 
 
-def run_script(code: str) -> subprocess.CompletedProcess:
+def run_script(code: str) -> subprocess.CompletedProcess[str]:
     header = "import os, sys, torch\nfrom tests.backends.test_cpu_processes import call\n"
-    return subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", header + code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return run_python(header + code)
 
 
 class Calls(Dataset):

@@ -26,17 +26,9 @@ from vstar_kernels.demo import denoise, measure
 from vstar_kernels.demo.maps import band_share
 from vstar_kernels.processors.diffusers import TARAttnProcessor, TemporalAttention
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FRAMES = 6
 SMALL = ["demo", "--size", "64x64", "--frames", str(FRAMES)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These sizes gain nothing from more, and lose much where the processor is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def read_results(folder):

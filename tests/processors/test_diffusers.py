@@ -11,17 +11,9 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from vstar_kernels.processors.diffusers import TARAttnProcessor, temporal_attentions
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 HEADS, HEAD_DIM = 4, 16
 CHANNELS = HEADS * HEAD_DIM
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These sizes gain nothing from more, and lose much where the processor is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_attention(**changes):
