@@ -17,7 +17,7 @@ NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp
 
 help:
 	@echo "make demo       denoise a video three ways: stock, eager TAR, vstar_kernels"
-	@echo "make test       every test: the C++ ones, then pytest"
+	@echo "make test       every test: the C++ ones, pytest, the Triton kernels interpreted"
 	@echo "make native     build and run the C++ tests alone; native-neon for Arm, emulated"
 	@echo "make sanitize   the C++ tests under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make fuzz       10,000 drawn calls between guard pages (CALLS= for another number)"
@@ -29,8 +29,10 @@ help:
 demo: $(STAMP)
 	$(PYTHON) -m vstar_kernels demo $(ARGS)
 
+# Triton's interpreter takes over a whole process, so its tests have one of their own.
 test: native $(STAMP)
 	$(PYTHON) -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/backends/test_triton.py
 
 bench: $(STAMP)
 	$(PYTHON) -m benchmarks.cpu $(ARGS)

@@ -98,3 +98,16 @@ def sensitivity(query: Tensor, key: Tensor, value: Tensor, bias, scale: float | 
     moved = weights * terms
     result = moved @ v.abs() + moved.sum(-1, keepdim=True) * (weights @ v).abs()
     return result.transpose(-3, -2)
+
+
+def eager(
+    query: Tensor, key: Tensor, value: Tensor, bias: vk.bias.Bias | None, **options
+) -> Tensor:
+    """The formula with every step in the inputs' type, as the official code computes it."""
+    scale = query.shape[-1] ** -0.5 if options.get("scale") is None else options["scale"]
+    q, k, v = (x.transpose(-3, -2) for x in (query, key, value))
+    logits = (q @ k.mT) * scale
+    if bias is not None and bias.strength != 0:
+        delta = bias.matrix(query.shape[-3]).to(logits)
+        logits = logits + bias.strength * reference._statistic(logits, bias) * delta
+    return (logits.softmax(-1) @ v).transpose(-3, -2)

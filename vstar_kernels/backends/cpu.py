@@ -20,6 +20,8 @@ def unavailable() -> list[str]:
 
 def why_not(problem: Problem) -> list[str]:
     """Why the kernels cannot take this call."""
+    if problem.device.type != "cpu":
+        return [f"takes CPU tensors, query is on {problem.device}", *unavailable()]
     reasons = list(unavailable())
     for name, tensor in problem.tensors.items():
         if tensor.device.type != "cpu":

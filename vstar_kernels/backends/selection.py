@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from vstar_kernels.backends import cpu, reference
+from vstar_kernels.backends import cpu, reference, triton
 from vstar_kernels.problem import Problem
 
 
@@ -31,7 +31,7 @@ class SlowBackendWarning(UserWarning):
 
 
 # In the order of preference; the reference runs anything.
-BACKENDS: dict[str, Backend] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": triton, "reference": reference}
 
 
 def available() -> dict[str, list[str]]:

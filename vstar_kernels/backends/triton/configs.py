@@ -1,0 +1,81 @@
+"""Launch configurations: plain data, one line for each architecture, type, length and head size.
+
+``python -m benchmarks.tune`` writes them to ``configs.json``: of a list of candidates the fastest
+where there is a GPU to measure, and else the one that its compiled code predicts to be.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+FILE = Path(__file__).with_name("configs.json")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+KINDS = ("16-bit", "tf32", "ieee")  # how products are computed
+TILE_FRAMES = (16, 32, 64, 128)
+# Head sizes, as the two parts of a head add up; others take the configuration of the next.
+WIDTHS = (16, 32, 48, 64, 80, 96, 128, 160, 256)
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How :mod:`tile` covers a problem; ``shared`` is the memory it takes, in bytes."""
+
+    rows: int
+    sequences: int
+    warps: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How :mod:`stream` covers a problem; ``shared`` is the memory it takes, in bytes."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    shared: int
+
+
+def split(head_dim: int) -> tuple[int, int]:
+    """A head's two parts, powers of two of at least 16 (what matrix instructions take) or no rest.
+
+    >>> split(64), split(40), split(72), split(160), split(56)
+    ((64, 0), (32, 16), (64, 16), (128, 32), (64, 0))
+    """
+    main = max(16, 1 << (head_dim.bit_length() - 1))
+    if head_dim <= main:
+        return main, 0
+    rest = max(16, 1 << (head_dim - main - 1).bit_length())
+    return (main, rest) if rest < main else (2 * main, 0)
+
+
+def padded_frames(frames: int) -> int:
+    """The size of the tile that holds so many frames, if one does."""
+    return next((size for size in TILE_FRAMES if size >= frames), frames)
+
+
+def tile(architecture: str, kind: str, frames: int, head_dim: int) -> TileConfig | None:
+    """The configuration for so many frames; None where no tile holds them."""
+    key = (architecture, kind, padded_frames(frames), width(head_dim))
+    return _table("tile", TileConfig).get(key)
+
+
+def stream(architecture: str, kind: str, head_dim: int) -> StreamConfig:
+    """The configuration for any number of frames."""
+    return _table("stream", StreamConfig)[architecture, kind, None, width(head_dim)]
+
+
+def width(head_dim: int) -> int:
+    """Which of ``WIDTHS`` serves a head size."""
+    return next(size for size in WIDTHS if size >= sum(split(head_dim)))
+
+
+@functools.cache
+def _table(kernel: str, config: type) -> dict:
+    rows = json.loads(FILE.read_text())[kernel]
+    keys = ("architecture", "kind", "frames", "width")
+    return {tuple(row.pop(key, None) for key in keys): config(**row) for row in rows}
