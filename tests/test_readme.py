@@ -2,9 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+
+import vstar_kernels as vk
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -20,10 +23,8 @@ def test_usage(blocks):
     assert names["mean_map"].shape == (2048, 16, 16)
 
 
-def test_diffusers(blocks):
+def test_diffusers(blocks, capsys):
     diffusers = pytest.importorskip("diffusers")
-    from vstar_kernels.processors.diffusers import TARAttnProcessor
-
     unet = diffusers.UNet3DConditionModel(
         block_out_channels=(32, 64),
         attention_head_dim=8,
@@ -32,10 +33,19 @@ def test_diffusers(blocks):
         up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
         cross_attention_dim=8,
     )
-    import vstar_kernels as vk
 
-    exec(blocks[1], {"unet": unet, "vk": vk, "torch": torch})
-    ours = [
-        m for m in unet.modules() if isinstance(getattr(m, "processor", None), TARAttnProcessor)
-    ]
-    assert ours
+    class Pipeline:
+        """One step on latents that are 64 wide."""
+
+        scheduler = diffusers.DDIMScheduler()
+        components: ClassVar = {"unet": unet, "scheduler": scheduler}
+
+        @torch.no_grad()
+        def __call__(self, prompt, num_frames):
+            self.scheduler.set_timesteps(25)
+            sample, text = torch.randn(1, 4, num_frames, 4, 64), torch.randn(1, 3, 8)
+            self.frames = unet(sample, self.scheduler.timesteps[0], text).sample
+            return self
+
+    exec(blocks[1], {"pipe": Pipeline(), "vk": vk})
+    assert "level 1 (width 32), σ = 8, strength 0.5" in capsys.readouterr().out

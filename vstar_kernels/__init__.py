@@ -7,19 +7,28 @@
 
 from vstar_kernels import backends
 from vstar_kernels._version import __version__
+from vstar_kernels.analysis.capture import capture_maps
 from vstar_kernels.attention import tar_attention
 from vstar_kernels.backends import reference
 from vstar_kernels.backends.selection import SlowBackendWarning
 from vstar_kernels.bias import DenseBias, GaussianBias, ToeplitzBias
 from vstar_kernels.environment import info
+from vstar_kernels.nursing.config import TARConfig
+from vstar_kernels.processors.apply import TARHandle, apply_tar
+from vstar_kernels.processors.frames import condition_frames
 
 __all__ = [
     "DenseBias",
     "GaussianBias",
     "SlowBackendWarning",
+    "TARConfig",
+    "TARHandle",
     "ToeplitzBias",
     "__version__",
+    "apply_tar",
     "backends",
+    "capture_maps",
+    "condition_frames",
     "info",
     "reference",
     "tar_attention",

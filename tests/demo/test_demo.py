@@ -24,7 +24,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from vstar_kernels.demo import denoise, measure
 from vstar_kernels.demo.maps import band_share
-from vstar_kernels.processors.diffusers import TARAttnProcessor, TemporalAttention
+from vstar_kernels.processors.diffusers import TARAttnProcessor
+from vstar_kernels.processors.layers import TemporalLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FRAMES = 6
@@ -282,7 +283,7 @@ def test_the_core_is_timed_without_the_projections():
     attn = Attention(8, heads=1, dim_head=8)
     attn.to_q, attn.to_k, attn.to_v, attn.to_out[0] = (Slow() for _ in range(4))
     attn.processor = type("Processor", (), {"__call__": staticmethod(processor)})()
-    layer = TemporalAttention("layer", 0, attn)
+    layer = TemporalLayer("layer", 0, "down", attn)
     with measure.CoreTimer([layer], torch.device("cpu")) as timer:
         attn(torch.zeros(1, 2, 8))
         seconds = timer.take()["layer"]

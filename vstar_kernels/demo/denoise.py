@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vstar_kernels.analysis.capture import MapCapture, capture_maps
 from vstar_kernels.bias import GaussianBias
 from vstar_kernels.demo.eager import EagerTARAttnProcessor
-from vstar_kernels.demo.maps import MapCapture
 from vstar_kernels.demo.measure import CoreTimer, now, read_peak_memory, reset_peak_memory
 from vstar_kernels.demo.models import VideoModel
-from vstar_kernels.processors.diffusers import TARAttnProcessor, TemporalAttention
+from vstar_kernels.processors.diffusers import TARAttnProcessor
+from vstar_kernels.processors.layers import Level, TemporalLayer
 
 REGULARIZED_STEPS = 14  # step indices 0 to 13, as in the paper
+MAP_ROWS = 32  # few, so that the step with the maps takes no longer than the others
 GUIDANCE_SCALE = 9.0  # TextToVideoSDPipeline's default
 
 
@@ -67,8 +69,8 @@ class Demo:
     def __init__(
         self,
         model: VideoModel,
-        layers: list[TemporalAttention],
-        biases: dict[int, GaussianBias],
+        layers: list[TemporalLayer],
+        biases: Mapping[Level, GaussianBias],
         *,
         steps: int,
         seed: int,
@@ -130,7 +132,9 @@ class Demo:
         regularize = index < self.regularized_calls
         self._install(run.processors if regularize else self._own_processors)
         if index == self.regularized_calls - 1 and run.way is not EAGER:
-            run.capture = MapCapture(self.layers)
+            run.capture = capture_maps(
+                self.model.unet, layers=lambda layer: layer in self.layers, max_rows=MAP_ROWS
+            )
             with run.capture:
                 figures = self._measured_step(run, index, timer)
         else:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vstar_kernels.processors.diffusers import TemporalAttention
+from vstar_kernels.processors.layers import TemporalLayer
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
@@ -30,7 +30,7 @@ class CoreTimer:
     use between ``with`` and its end; ``take`` reads and clears it.
     """
 
-    def __init__(self, layers: Iterable[TemporalAttention], device: torch.device) -> None:
+    def __init__(self, layers: Iterable[TemporalLayer], device: torch.device) -> None:
         self._layers = list(layers)
         self._device = device
         self._handles: list[Any] = []

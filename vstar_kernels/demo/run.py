@@ -18,7 +18,7 @@ from vstar_kernels.bias import GaussianBias
 from vstar_kernels.demo import models, report, summary
 from vstar_kernels.demo.denoise import Demo
 from vstar_kernels.demo.options import DemoError, Options
-from vstar_kernels.processors.diffusers import temporal_attentions
+from vstar_kernels.processors.layers import Level, temporal_layers
 
 PACKAGES = ("diffusers", "transformers", "tqdm")
 VIDEO_WAYS = ("stock", "vstar_kernels")  # eager TAR's video is the same as ours
@@ -72,11 +72,11 @@ def _check_device(name: str) -> None:
 def _prepare(options: Options) -> Demo:
     model = models.load(options)
     try:
-        layers = temporal_attentions(model.unet)
+        layers = [layer for layer in temporal_layers(model.unet) if layer.level != "init"]
     except ValueError as error:
         raise DemoError(str(error)) from error
     levels = sorted({layer.level for layer in layers})
-    biases = {
+    biases: dict[Level, GaussianBias] = {
         level: GaussianBias(sigma, strength=options.strength)
         for level, sigma in enumerate(options.sigma)
     }

@@ -13,6 +13,7 @@ from vstar_kernels.demo.denoise import EAGER, KERNELS, STOCK, Demo, Denoising
 from vstar_kernels.demo.maps import band_share
 from vstar_kernels.demo.options import Options
 from vstar_kernels.environment import info
+from vstar_kernels.processors.layers import Level
 
 # Of the largest latent. Rounding alone gives some 1e-5; leaving TAR out, 1e-1.
 RELATIVE_TOLERANCE = 1e-4
@@ -64,7 +65,7 @@ def _figures_of_way(run: Denoising, eager: Denoising, demo: Demo) -> dict[str, A
     }
 
 
-def _core_seconds(run: Denoising, demo: Demo, level: int) -> float:
+def _core_seconds(run: Denoising, demo: Demo, level: Level) -> float:
     """Seconds in one level's layers in a step: their number times their median.
 
     The layers of a level do the same work, so the median is over all of them in every step, which
@@ -75,11 +76,11 @@ def _core_seconds(run: Denoising, demo: Demo, level: int) -> float:
 
 
 def _levels(demo: Demo) -> list[int]:
-    return sorted({layer.level for layer in demo.layers})
+    return sorted({layer.level for layer in demo.layers if layer.level != "init"})
 
 
 def _map_of_level(level: int, runs: dict[str, Denoising], demo: Demo) -> dict[str, Any]:
-    """The maps of the two runs, each with what it adds to its logits at that level."""
+    """The maps of the two runs at one level, the mean over its layers and the batch."""
     bias: GaussianBias | None = demo.biases.get(level)
     without, regularized = runs[STOCK.name].capture, runs[KERNELS.name].capture
     assert without is not None
@@ -92,8 +93,8 @@ def _map_of_level(level: int, runs: dict[str, Denoising], demo: Demo) -> dict[st
         "width": width,
         "layers": sum(layer.level == level for layer in demo.layers),
         "sigma": bias.sigma if bias else None,
-        "without_tar": _map_figures(without.mean_map(level, None)),
-        "with_tar": _map_figures(regularized.mean_map(level, bias)),
+        "without_tar": _map_figures(without.mean(level=level).mean(dim=0)),
+        "with_tar": _map_figures(regularized.mean(level=level).mean(dim=0)),
     }
 
 

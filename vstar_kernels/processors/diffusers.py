@@ -1,46 +1,75 @@
-"""Temporal attention regularization in diffusers' models.
+"""Temporal attention regularization in diffusers' ``Attention`` modules.
 
->>> from diffusers import UNet3DConditionModel
->>> from vstar_kernels.processors.diffusers import TARAttnProcessor, temporal_attentions
->>> for layer in temporal_attentions(unet):
+>>> from vstar_kernels.processors.layers import temporal_layers
+>>> from vstar_kernels.processors.diffusers import TARAttnProcessor
+>>> for layer in temporal_layers(unet):
 ...     if layer.level == 0:
 ...         layer.module.set_processor(TARAttnProcessor(vk.GaussianBias(sigma=1.0)))
+
+:func:`vstar_kernels.apply_tar` does this for whole models and pipelines, step by step.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
 from vstar_kernels.attention import tar_attention
 from vstar_kernels.bias import Bias
+from vstar_kernels.nursing.config import Override
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
-# `transformer_in`, VSTAR's init block, has temporal attention too; the paper leaves it alone.
-TEMPORAL_ATTENTION = re.compile(
-    r"(?P<block>(?:down|up)_blocks\.(?P<index>\d+)|mid_block)\."
-    r"temp_attentions\.\d+\.transformer_blocks\.\d+\.attn[12]"
+# What TAR may take the place of: they all compute plain attention.
+PLAIN_PROCESSORS = (
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "AttnProcessorNPU",
+    "FusedAttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+    "XLAFlashAttnProcessor2_0",
 )
+
+
+class Owner(Protocol):
+    """Who sets a processor's attributes before each forward pass of its model."""
+
+    def check_running(self) -> None:
+        """Raise RuntimeError outside of a forward pass, where nobody has set them."""
 
 
 class TARAttnProcessor:
     """An attention processor for the temporal self-attention of diffusers' ``Attention``.
 
     It takes ``(rows, frames, channels)``, rows being batch × height × width, and returns the same
-    shape. Without a bias it computes what ``AttnProcessor2_0`` computes.
+    shape. Without a bias it computes what ``AttnProcessor2_0`` computes. All attributes may be
+    changed between calls.
 
     Args:
         bias: The regularization; None is plain attention.
+        override: ``"identity"`` or ``"uniform"`` instead of the attention map (VSTAR, Fig. 4).
         backend: As for :func:`vstar_kernels.tar_attention`.
     """
 
-    def __init__(self, bias: Bias | None, *, backend: str | None = None) -> None:
+    # Set by the owner, which is what put it into a model: what it took the place of there, and
+    # whether to leave calls to that.
+    owner: Owner | None = None
+    previous: Any = None
+    stock: bool = False
+
+    # No argument is needed: diffusers re-creates processors as `processor.__class__()`.
+    def __init__(
+        self,
+        bias: Bias | None = None,
+        *,
+        override: Override | None = None,
+        backend: str | None = None,
+    ) -> None:
         self.bias = bias
+        self.override = override
         self.backend = backend
 
     # `Attention.forward` passes on only the keywords that it finds here by name.
@@ -58,22 +87,58 @@ class TARAttnProcessor:
             ValueError: The module or the call asks for more than temporal self-attention; the
                 message lists everything that it asks for.
         """
+        if self.owner is not None:
+            self.owner.check_running()
+        if self.stock:
+            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         reasons = _why_not(attn, hidden_states, encoder_hidden_states, attention_mask)
         if reasons:
             raise ValueError(f"TARAttnProcessor does not support {'; '.join(reasons)}")
-
-        query, key, value = (
-            project(hidden_states).unflatten(-1, (attn.heads, -1))
-            for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        out = tar_attention(query, key, value, self.bias, scale=attn.scale, backend=self.backend)
-        out = out.flatten(-2)
+        out = attend(attn, hidden_states, self.bias, override=self.override, backend=self.backend)
         for layer in attn.to_out:  # projection, dropout
             out = layer(out)
         if attn.residual_connection:
             out = out + hidden_states
         # Dividing by 1 would be a pass over the memory, which costs as much as small attention.
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """In a copy of a model that has an owner, what was there before: the copy has none."""
+        if self.previous is None:
+            return super().__reduce_ex__(protocol)
+        return _same, (self.previous,)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def attend(
+    attn: Any,
+    hidden_states: Tensor,
+    bias: Bias | None,
+    *,
+    override: Override | None,
+    backend: str | None,
+) -> Tensor:
+    """Self-attention over frames, before the output projection; ``(rows, frames, channels)``.
+
+    Args:
+        attn: Has ``to_q``, ``to_k``, ``to_v``, ``heads`` and ``scale``.
+        hidden_states: ``(rows, frames, channels)``.
+        bias, override, backend: See :class:`TARAttnProcessor`.
+    """
+    # The projections are called, not read: adapters, casting and offloading hook into the call.
+    if override is not None:
+        value: Tensor = attn.to_v(hidden_states)
+        if override == "identity":
+            return value
+        return value.mean(dim=1, keepdim=True).expand_as(value)
+    q, k, v = (
+        project(hidden_states).unflatten(-1, (attn.heads, -1))
+        for project in (attn.to_q, attn.to_k, attn.to_v)
+    )
+    return tar_attention(q, k, v, bias, scale=attn.scale, backend=backend).flatten(-2)
 
 
 def _why_not(
@@ -111,44 +176,45 @@ def _why_not(
     return reasons
 
 
-@dataclass(frozen=True)
-class TemporalAttention:
-    """One temporal self-attention module: its name in the model, and the UNet level it is at.
-
-    Level 0 is the finest, at the latents' resolution; each level halves it.
-    """
-
-    name: str
-    level: int
-    module: Attention
+def get_processor(module: nn.Module) -> Any:
+    """The module's processor."""
+    return module.processor
 
 
-def temporal_attentions(model: nn.Module) -> list[TemporalAttention]:
-    """The temporal self-attention modules of a ``UNet3DConditionModel``, in the model's order.
+def set_processor(module: nn.Module, processor: Any) -> None:
+    """Give the module a processor."""
+    module.set_processor(processor)  # type: ignore[operator]
 
-    Raises:
-        ValueError: The model has none.
-    """
-    modules = {
-        match: module
-        for name, module in model.named_modules()
-        if (match := TEMPORAL_ATTENTION.fullmatch(name))
-    }
-    if not modules:
-        raise ValueError(
-            f"{type(model).__name__} has no temporal self-attention that is known here: "
-            "no module is named like down_blocks.0.temp_attentions.0.transformer_blocks.0.attn1"
+
+def make_processor(module: nn.Module, backend: str | None) -> TARAttnProcessor:
+    """A processor for the module, plain until it is given a bias."""
+    return TARAttnProcessor(backend=backend)
+
+
+def why_not_replace(processor: Any) -> str | None:
+    """Why a processor that is found in a model cannot make way for TAR; None if it can."""
+    if isinstance(processor, TARAttnProcessor):
+        return None
+    name = type(processor).__name__
+    if name in PLAIN_PROCESSORS:
+        return None
+    if name.startswith("PAG"):
+        return (
+            f"perturbed attention guidance ({name}) is applied to it: restrict pag_applied_layers "
+            "to spatial attention, e.g. 'mid_block.attentions.*attn1'"
         )
-    num_levels = len(list(model.get_submodule("down_blocks").children()))
-    return [
-        TemporalAttention(match[0], _level(match, num_levels), module)
-        for match, module in modules.items()
-    ]
+    return f"it has a {name}, which TAR would replace"
 
 
-def _level(match: re.Match[str], num_levels: int) -> int:
-    block = match["block"]
-    if block == "mid_block":
-        return num_levels - 1
-    index = int(match["index"])
-    return index if block.startswith("down") else num_levels - 1 - index
+def register_for_layer_skip() -> None:
+    """Let diffusers' LayerSkip skip attention with our processor, as it does with its own.
+
+    Where diffusers is too old to have the registry, it has nothing to register for.
+    """
+    try:
+        from diffusers.hooks._helpers import AttentionProcessorRegistry
+        from diffusers.models.attention_processor import AttnProcessor2_0
+    except ImportError:
+        return
+    metadata = AttentionProcessorRegistry.get(AttnProcessor2_0)
+    AttentionProcessorRegistry.register(TARAttnProcessor, metadata)

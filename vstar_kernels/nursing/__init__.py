@@ -1,0 +1,1 @@
+"""The VSTAR method around the kernel: where and when attention is regularized."""

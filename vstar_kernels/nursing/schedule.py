@@ -1,0 +1,185 @@
+"""The step gate: at which denoising steps attention is regularized.
+
+The model is told a timestep, not a step. The step is looked up in the scheduler's ``timesteps``, so
+that nothing is counted: loops that restart (FreeInit) or call the model twice in a step need no
+care.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Steps = int | float | Callable[[int, float], bool] | None
+
+
+def check_steps(steps: Steps) -> None:
+    """Raise if ``steps`` is not of a kind that :class:`StepGate` takes.
+
+    Raises:
+        TypeError, ValueError: It is not.
+    """
+    if steps is None or callable(steps):
+        return
+    if isinstance(steps, bool) or not isinstance(steps, int | float):
+        raise TypeError(
+            "steps must be an int (the last step index), a float (a share of the schedule), None "
+            f"(all) or a callable (step, timestep) -> bool, got {type(steps).__name__}"
+        )
+    if isinstance(steps, int):
+        if steps < 0:
+            raise ValueError(f"steps as an index must be at least 0, got {steps}")
+    elif not 0 < steps <= 1:
+        raise ValueError(f"steps as a share of the schedule must be in (0, 1], got {steps}")
+
+
+class StepGate:
+    """Whether a forward pass is at a regularized step.
+
+    The index of a step is its place in ``scheduler.timesteps``, the whole schedule's even where
+    img2vid's ``strength`` skips its beginning: a step index always means the same noise level. It
+    counts denoising steps, not calls of the model, with second-order schedulers (Heun, KDPM2), and
+    a timestep that a first-order one visits twice (PNDM) is one step.
+
+    Args:
+        steps: See :class:`vstar_kernels.TARConfig`.
+        scheduler: Gives the scheduler when it is needed, so that it can be exchanged; None from it
+            means that there is none.
+
+    Attributes:
+        step: The step that the caller announces, instead of looking it up; None to look it up.
+    """
+
+    def __init__(self, steps: Steps, scheduler: Callable[[], Any]) -> None:
+        check_steps(steps)
+        self.steps = steps
+        self.step: int | None = None
+        self._scheduler = scheduler
+
+    def is_on(self, timestep: Any, step: int | None = None) -> bool:
+        """Whether TAR is on for a forward pass.
+
+        Args:
+            timestep: What the model is given: a number, or a tensor of equal ones.
+            step: The step, where the model is told it (the official code).
+
+        Raises:
+            ValueError: The step cannot be known, or the schedule has been cut so that no step is
+                regularized.
+        """
+        if self.steps is None:
+            return True
+        announced = self.step if self.step is not None else step
+        if announced is not None:
+            return self._decide(announced, timestep)
+        scheduler = self._scheduler()
+        if scheduler is None:
+            raise ValueError(
+                f"steps={self.steps!r} needs the step of each forward pass: give apply_tar the "
+                "scheduler=, announce it by handle.step = i, or use steps=None for all steps"
+            )
+        step = find_step(timestep, scheduler)
+        on = self._decide(step, timestep)
+        if not on and not callable(self.steps):
+            self._check_begin(scheduler, timestep)
+        return on
+
+    def _decide(self, step: int, timestep: Any) -> bool:
+        if callable(self.steps):
+            return bool(self.steps(step, _one_value(timestep)))
+        if isinstance(self.steps, int):
+            return step <= self.steps
+        assert self.steps is not None
+        # 0.56 × 25 is a little more than 14 in floating point.
+        return step < round(self.steps * self._num_steps(), 6)
+
+    def _num_steps(self) -> int:
+        scheduler = self._scheduler()
+        if scheduler is None:
+            raise ValueError(
+                f"steps={self.steps} is a share of the schedule: give apply_tar the scheduler=, or "
+                "give steps as an index"
+            )
+        return find_step(_timesteps(scheduler)[-1], scheduler, last=True) + 1
+
+    def _check_begin(self, scheduler: Any, timestep: Any) -> None:
+        begin = getattr(scheduler, "begin_index", None)
+        if not begin:
+            return
+        first = begin // scheduler.order
+        if not self._decide(first, timestep):
+            raise ValueError(
+                f"steps={self.steps!r} regularizes no step: the schedule is entered at step "
+                f"{first} (strength of the pipeline), and step indices are those of the whole "
+                f"schedule of {self._num_steps()}. Allow more steps, or use steps=None"
+            )
+
+
+def find_step(timestep: Any, scheduler: Any, *, last: bool = False) -> int:
+    """The index of the denoising step that evaluates the model at ``timestep``.
+
+    Heun's scheduler visits a timestep as the end of one step and as the start of the next; its own
+    ``step_index`` tells them apart, and where it does not know yet, it is the start.
+
+    Args:
+        timestep: A number, or a tensor of one value, any shape.
+        scheduler: Has ``timesteps``, in the order of denoising, and perhaps ``order`` and
+            ``step_index``, as diffusers' schedulers have.
+        last: Of several places take the last.
+
+    Raises:
+        ValueError: The timestep is not in the schedule, there is no schedule yet, or the tensor
+            holds several timesteps.
+    """
+    timesteps = _timesteps(scheduler)
+    value = _one_value(timestep)
+    nearest = min(timesteps, key=lambda candidate: abs(candidate - value))
+    # A model of a 16-bit type may be given the timestep in that type.
+    dtype = timestep.dtype if _is_floating(timestep) else torch.float32
+    if not abs(nearest - value) <= torch.finfo(dtype).eps * abs(value):
+        raise ValueError(
+            f"timestep {value:g} is not in the scheduler's timesteps ({_shorten(timesteps)}): does "
+            "the model run with the scheduler that apply_tar was given?"
+        )
+    places = [place for place, candidate in enumerate(timesteps) if candidate == nearest]
+    order = getattr(scheduler, "order", 1)
+    if order == 1:
+        return len(set(timesteps[: places[0]]))
+    current = getattr(scheduler, "step_index", None)
+    place = current if current in places and not last else places[-1]
+    return place // order
+
+
+def _timesteps(scheduler: Any) -> list[float]:
+    timesteps = getattr(scheduler, "timesteps", None)
+    if timesteps is None or not len(timesteps):
+        raise ValueError(
+            f"{type(scheduler).__name__} has no timesteps yet: call its set_timesteps() first"
+        )
+    return [float(t) for t in torch.as_tensor(timesteps).tolist()]
+
+
+def _one_value(timestep: Any) -> float:
+    if timestep is None:
+        raise ValueError("the model was called without a timestep, which tells the step")
+    if not isinstance(timestep, Tensor):
+        return float(timestep)
+    values = set(timestep.flatten().tolist())
+    if len(values) != 1:
+        raise ValueError(
+            "the batch must be at one timestep for TAR to know its step, got "
+            f"{_shorten(sorted(values))}; use steps=None, or announce it by handle.step = i"
+        )
+    return float(values.pop())
+
+
+def _is_floating(timestep: Any) -> bool:
+    return isinstance(timestep, Tensor) and timestep.is_floating_point()
+
+
+def _shorten(values: list[float]) -> str:
+    shown = [f"{value:g}" for value in values]
+    return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "…", *shown[-2:]])
