@@ -1,0 +1,135 @@
+import os
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from tests.helpers import ROOT
+from tests.processors.lvdm_model import UNetModel
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+from PIL import Image
+
+from examples import tiny
+
+EXAMPLES = ROOT / "examples"
+VIDEOS = {  # what each writes, with how many frames
+    "animatediff": {"tar": 48},
+    "frame_prompts": {"frame_prompts": 16},
+    "i2vgen_xl": {"stock": 16, "tar": 16},
+    "latte": {"tar": 32},
+    "stable_video_diffusion": {"stock": 16, "tar": 16},
+    "text_to_video": {"stock": 16, "tar": 16},
+}
+SHARED = {"common", "tiny"}
+
+
+def run(name, *arguments, **environment):
+    """Run an example as its reader does, from anywhere."""
+    return subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_example(name, tmp_path):
+    done = run(name, "--output", tmp_path, "--steps", 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {}
+    for path in tmp_path.glob("*.gif"):
+        with Image.open(path) as video:
+            found[path.stem] = video.n_frames
+        with Image.open(path.with_suffix(".png")) as strip:
+            assert strip.width == 8 * strip.height
+    assert found == VIDEOS[name]
+    if "stock" in found:
+        stock, tar = (tmp_path / f"{kind}.gif" for kind in ("stock", "tar"))
+        assert stock.read_bytes() != tar.read_bytes()
+
+
+def test_a_saved_pipeline_is_loaded(tmp_path):
+    tiny.text_to_video().save_pretrained(tmp_path / "model")
+    options = ["--model", tmp_path / "model", "--frames", 3, "--steps", 2, "--output", tmp_path]
+    done = run("text_to_video", *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with Image.open(tmp_path / "tar.gif") as video:
+        assert (video.n_frames, video.size) == (3, (16, 16))  # the model's own size
+
+
+REPOSITORY = {  # as much of the official code as the example touches
+    "omegaconf.py": """
+        from types import SimpleNamespace
+        class OmegaConf:
+            def load(path):
+                assert path.name == "inference_t2v_512_v2.0.yaml"
+                return SimpleNamespace(model="the model's part")
+        """,
+    "utils/utils.py": """
+        from lvdm.model import Model
+        def instantiate_from_config(config):
+            assert config == "the model's part"
+            return Model()
+        """,
+    "lvdm/model.py": """
+        import torch
+        from tests.processors.lvdm_model import UNetModel
+        class Model(torch.nn.Module):
+            channels, device = 4, torch.device("cpu")
+            def __init__(self):
+                super().__init__()
+                self.model = torch.nn.Module()
+                self.model.diffusion_model = UNetModel()
+            def get_learned_conditioning(self, texts):
+                return torch.ones(len(texts), 3, 24) * len(texts[0])
+            def decode_first_stage_2DAE(self, latents):
+                assert all(p.eq(0.01).all() for p in self.parameters()), "not the checkpoint's"
+                return latents[:, :3].clamp(-1, 1)
+        """,
+    "lvdm/models/samplers/ddim.py": """
+        import numpy, torch
+        class DDIMSampler:
+            def __init__(self, model):
+                self.unet = model.model.diffusion_model
+            def make_schedule(self, steps, ddim_eta, verbose):
+                self.ddim_timesteps = numpy.arange(steps) * (1000 // steps) + 1
+            def sample(self, S, batch_size, shape, conditioning, unconditional_conditioning, **_):
+                x = torch.randn(batch_size, *shape)
+                for t in numpy.flip(self.ddim_timesteps):
+                    t = torch.full((batch_size,), t)
+                    for texts in (conditioning, unconditional_conditioning):
+                        x = x - 0.1 * self.unet(x, t, context=texts["c_crossattn"][0])
+                return x, None
+        """,
+}
+
+
+def test_videocrafter(tmp_path):
+    for name, code in REPOSITORY.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(code))
+    unet = UNetModel()
+    weights = {f"model.diffusion_model.{k}": v.fill_(0.01) for k, v in unet.state_dict().items()}
+    torch.save({"state_dict": weights}, tmp_path / "model.ckpt")
+    options = ["--checkpoint", tmp_path / "model.ckpt", "--frames", 3, "--output", tmp_path]
+    done = run("videocrafter", "--repository", tmp_path, *options, "--steps", 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"TAR on \d+ of .* at steps 0 to 13", done.stdout)
+    assert "level 0 (width 64), σ = 1" in done.stdout
+    with Image.open(tmp_path / "tar.gif") as video:
+        assert (video.n_frames, video.size) == (3, (64, 40))
+
+
+def test_every_example_is_tested_and_listed():
+    names = {path.stem for path in EXAMPLES.glob("*.py")} - SHARED
+    assert names == {*VIDEOS, "videocrafter"}
+    readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{name}.py`" in readme for name in names)
