@@ -23,7 +23,7 @@ STAGES = {
     "logits": r"::logits_",
     "bias and maximum": r"::add_bias",
     "exponential and sum": r"::exponentiate",
-    "values": r"::values_",
+    "values": r"::product_tile",
     "the rest": r"vstar::",
 }
 RUN = """

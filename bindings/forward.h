@@ -2,219 +2,99 @@
 //
 // A translation unit includes one simd_*.h, defines VSTAR_ISA as its namespace, then includes this.
 //
-// A *panel* is one or two vectors of queries. All its logits stay in the nearest caches, with the
-// queries along the lanes and one row per key:
+// weights.h computes a panel's weights; then, with the queries still along the lanes,
 //
-//     logits[j][i] = (scale * log2 e) q_i . k_j        keys broadcast against packed queries
-//     m_i  = max_j logits[j][i]                        exact: the whole row is there
-//     logits[j][i] += strength * stat_i * bias(j, i)   a shifted row of the Toeplitz table
-//     logits[j][i]  = 2^(logits[j][i] - max_j)
-//     out_i = sum_j logits[j][i] v_j / sum_j logits[j][i]
+//     out_i = sum_j weights[j][i] v_j / sum_j weights[j][i]
 //
-// so no step needs a sum or a maximum across lanes, and neither K nor V is transposed. The order of
-// the operations on one row depends on nothing but N and head_dim: not on its neighbours, its
-// panel, or the number of threads.
+// and where the mean map is wanted, the normalised weights are added up over the sequences of one
+// batch element, a row of lanes at a time, and the sums are transposed at the end.
 #pragma once
 
-#include "microkernels.h"
-#include "prefetch.h"
+#include "weights.h"
 
 namespace vstar::VSTAR_ISA {
 
-constexpr int kMaxPanelRows = kMaxVectors * kLanes;
-constexpr int kMaxGroup = 4;  // panels that share one pass over K and V
 // K and V up to this size (bytes of one of them in float32) are read once for each panel.
 constexpr int64_t kResidentBytes = 64 << 10;
 constexpr int64_t kGroupLogitBytes = 256 << 10;
 
-// Rows up to this many are used where they lie: they stay in the first cache at any stride.
-constexpr int64_t kUnpackedFrames = 32;
-// The next sequence is fetched ahead when its four tensors' rows take no more than this.
-constexpr int64_t kPrefetchBytes = 256 << 10;
+struct ForwardPlan : PanelPlan {
+  int64_t partial;
+  int64_t map_rows, map_sums;  // map_rows queries for each key
 
-struct Panel {
-  int64_t row;  // its first query
-  int count;    // queries
-  int vectors;
-  float* queries;
-  float* logits;
-  float* row_max;
-  float* weight;
-  float* inverse_sum;
-  float* partial;
-
-  int lanes() const { return vectors * kLanes; }
-};
-
-// How one call is cut, and where each part of a thread's scratch begins (in floats).
-struct Plan {
-  int64_t group;  // panels that share one pass over K and V
-  int64_t padded_dim;
-  int64_t queries, logits, partial, keys, values, per_row, size;
-
-  explicit Plan(const ForwardArgs& a) {
-    const int64_t logit_bytes = a.frames * kMaxPanelRows * 4;
-    const bool resident = a.frames * a.head_dim * 4 <= kResidentBytes;
-    group = resident ? 1 : min64(kMaxGroup, kGroupLogitBytes / logit_bytes);
-    if (group < 1) group = 1;
-    padded_dim = round_up(a.head_dim, kLanes);
-    const int64_t rows = group * kMaxPanelRows;
-    size = 0;
-    queries = take(rows * a.head_dim);
-    logits = take(rows * a.frames);
-    partial = take(rows * padded_dim);
-    keys = take(a.frames * a.head_dim);
-    values = take(a.frames * a.head_dim);
-    per_row = take(3 * rows);
-  }
-
-  Panel panel(const ForwardArgs& a, float* scratch, int64_t index, int64_t row,
-              int64_t rows) const {
-    float* statistics = scratch + per_row + 3 * index * kMaxPanelRows;
-    return {row,
-            static_cast<int>(min64(rows, kMaxPanelRows)),
-            rows > kLanes ? 2 : 1,
-            scratch + queries + index * kMaxPanelRows * a.head_dim,
-            scratch + logits + index * kMaxPanelRows * a.frames,
-            statistics,
-            statistics + kMaxPanelRows,
-            statistics + 2 * kMaxPanelRows,
-            scratch + partial + index * kMaxPanelRows * padded_dim};
+  explicit ForwardPlan(const ForwardArgs& a) : PanelPlan(a, panels_at_once(a)) {
+    partial = take(group * kMaxPanelRows * padded_dim);
+    map_rows = round_up(a.rows_per_item, kLanes);
+    map_sums = take(a.wants_map ? round_up(a.frames, kLanes) * map_rows : 0);
   }
 
  private:
-  int64_t take(int64_t floats) {
-    const int64_t start = size;
-    size += round_up(floats, 16);  // a cache line
-    return start;
+  // So many that share one pass over K and V.
+  static int64_t panels_at_once(const ForwardArgs& a) {
+    if (a.frames * a.head_dim * 4 <= kResidentBytes) return 1;
+    const int64_t panels = kGroupLogitBytes / (a.frames * kMaxPanelRows * 4);
+    return panels < 1 ? 1 : min64(kMaxGroup, panels);
   }
 };
 
-// Which (batch, space, head) a sequence is.
-struct Place {
-  int64_t batch, space, head;
-
-  Place(const ForwardArgs& a, int64_t index)
-      : batch(index / a.heads / a.space), space(index / a.heads % a.space), head(index % a.heads) {}
-
-  int64_t offset(const Strides& s) const {
-    return batch * s.batch + space * s.space + head * s.head;
-  }
-  template <typename T>
-  T* in(T* tensor, const Strides& s) const {
-    return tensor + offset(s);
-  }
-};
-
-// How rows of T are read to compute in Units: as Units where they hold those in memory, else
-// converted, one unit an element.
+// The types of a call: its tensors hold T, and QK' is computed in Units.
 template <typename T, typename Unit>
-struct Reading {
-  using Source = T;
-  static constexpr int64_t kElements = 1;  // of a unit
-  static constexpr bool kInPlace = false;
-};
-template <>
-struct Reading<float, float> {
-  using Source = float;
-  static constexpr int64_t kElements = 1;
-  static constexpr bool kInPlace = true;
-};
+struct Types {};
+
+template <typename Body>
+void with_types(const Problem& p, const Body& body) {
+  switch (p.type) {
+    case ScalarType::float32: return body(Types<float, float>());
+    case ScalarType::bfloat16:
 #if defined(VSTAR_BFLOAT16_PAIRS)
-template <>
-struct Reading<bfloat16, Pair> {
-  using Source = Pair;
-  static constexpr int64_t kElements = 2;
-  static constexpr bool kInPlace = true;
-};
+      if (p.head_dim % 2 == 0) return body(Types<bfloat16, Pair>());
 #endif
-
-// Rows of K or V in units: the tensor's own, or a packed copy.
-template <typename Unit>
-struct Rows {
-  const Unit* data;
-  int64_t stride;  // units
-
-  template <typename T>
-  Rows(const ForwardArgs& a, const T* rows, int64_t row_stride, float* scratch) {
-    using Read = Reading<T, Unit>;
-    const bool near = a.frames <= kUnpackedFrames || row_stride == a.head_dim;
-    if (Read::kInPlace && near && row_stride % Read::kElements == 0) {
-      data = reinterpret_cast<const Unit*>(rows);
-      stride = row_stride / Read::kElements;
-    } else {
-      stride = a.head_dim / Read::kElements;
-      pack_rows<typename Read::Source>(rows, row_stride, a.frames, stride, scratch);
-      data = reinterpret_cast<const Unit*>(scratch);
-    }
+      return body(Types<bfloat16, float>());
+    case ScalarType::float16: return body(Types<float16, float>());
   }
+}
 
-  const Unit* from(int64_t row) const { return data + row * stride; }
-};
-
-// One sequence of T, its QK' computed in Units.
 template <typename T, typename Unit>
 class Sequence {
  public:
-  Sequence(const ForwardArgs& args, const Plan& plan, int64_t index, float* scratch)
+  Sequence(const ForwardArgs& args, const ForwardPlan& plan, int64_t index, float* scratch)
       : a_(args),
         plan_(plan),
-        scratch_(scratch),
+        partial_(scratch + plan.partial),
         place_(args, index),
-        query_(place_.in(static_cast<const T*>(args.query), args.query_strides)),
-        out_(place_.in(static_cast<T*>(args.out), args.out_strides)),
-        keys_(args, place_.in(static_cast<const T*>(args.key), args.key_strides),
-              args.key_strides.frame, scratch + plan.keys),
-        values_(args, place_.in(static_cast<const T*>(args.value), args.value_strides),
-                args.value_strides.frame, scratch + plan.values) {}
+        weights_(args, plan, place_, scratch),
+        values_(place_.in<T>(args.value, args.value_strides), args.value_strides.frame, args.frames,
+                args.head_dim, scratch + plan.values) {}
 
   void fetch_ahead(int64_t index) {
-    constexpr int64_t size = sizeof(T);
-    const int64_t row_bytes = a_.head_dim * size;
-    if (4 * a_.frames * row_bytes > kPrefetchBytes) return;
+    const int64_t row_bytes = a_.head_dim * static_cast<int64_t>(sizeof(T));
+    if (a_.frames * row_bytes > kPrefetchBytes) return;
     const Place next(a_, index);
-    const void* const rows[4] = {next.in(static_cast<const T*>(a_.query), a_.query_strides),
-                                 next.in(static_cast<const T*>(a_.key), a_.key_strides),
-                                 next.in(static_cast<const T*>(a_.value), a_.value_strides),
-                                 next.in(static_cast<const T*>(a_.out), a_.out_strides)};
-    const int64_t strides[4] = {a_.query_strides.frame * size, a_.key_strides.frame * size,
-                                a_.value_strides.frame * size, a_.out_strides.frame * size};
+    const RowStream streams[] = {
+        next.stream<T>(a_.query, a_.query_strides), next.stream<T>(a_.key, a_.key_strides),
+        next.stream<T>(a_.value, a_.value_strides), next.stream<T>(a_.out, a_.out_strides)};
     const int64_t panels = (a_.frames + kMaxPanelRows - 1) / kMaxPanelRows;
     const int64_t logits_steps = (a_.frames + kKeyRows - 1) / kKeyRows;
-    const int64_t steps = panels * (logits_steps + value_tiles(a_.head_dim));
-    ahead_ = Prefetcher(rows, strides, a_.frames, row_bytes, steps);
+    ahead_ = Prefetcher(streams, a_.frames, row_bytes,
+                        panels * (logits_steps + column_tiles(a_.head_dim)));
   }
 
-  // The map's largest logit (times log2 e).
-  float map_max() {
-    float result = -kInfinity;
-    Panel panels[kMaxGroup];
-    for (int64_t row = 0; row < a_.frames;) {
-      const int count = next_panels(row, a_.frames, panels);
-      compute_logits(panels, count);
-      for (int p = 0; p < count; ++p) {
-        for (int i = 0; i < panels[p].count; ++i) {
-          if (panels[p].row_max[i] > result) result = panels[p].row_max[i];
-        }
-        row += panels[p].count;
-      }
-    }
-    return result;
-  }
-
-  // The output rows [row, end).
-  void compute(int64_t row, int64_t end) {
-    const bool needs_map_max = a_.bias && a_.stat == Stat::map_max;
-    const float stat_of_map = needs_map_max ? map_max() : 0.0f;
+  // The output rows [row, end). With `map_sums` their weights are added to those, which begin with
+  // `row`.
+  void compute(int64_t row, int64_t end, float* map_sums) {
+    const MapMax map_max = weights_.map_max(ahead_);
     Panel panels[kMaxGroup];
     while (row < end) {
-      const int count = next_panels(row, end, panels);
-      compute_logits(panels, count);
+      const int count = weights_.panels(row, end, panels);
+      weights_.compute_logits(panels, count, ahead_);
       for (int p = 0; p < count; ++p) {
         const Panel& panel = panels[p];
-        if (a_.bias) regularize(panel, stat_of_map);
-        const auto apply = panel.vectors == 1 ? exponentiate<1> : exponentiate<2>;
-        apply(a_.frames, panel.row_max, panel.logits, panel.inverse_sum);
+        weights_.exponentiate_logits(panel, map_max);
+        if (map_sums) {
+          const auto add = panel.vectors == 1 ? add_to_sums<1> : add_to_sums<2>;
+          add(a_.frames, panel.inverse_sum, panel.logits, plan_.map_rows, plan_.map_rows, map_sums);
+          map_sums += panel.count;
+        }
         row += panel.count;
       }
       compute_out(panels, count);
@@ -222,96 +102,35 @@ class Sequence {
   }
 
  private:
-  int next_panels(int64_t row, int64_t end, Panel* panels) const {
-    int count = 0;
-    while (count < plan_.group && row < end) {
-      panels[count] = plan_.panel(a_, scratch_, count, row, end - row);
-      row += panels[count++].count;
-    }
-    return count;
-  }
-
-  void compute_logits(const Panel* panels, int count) {
-    using Read = Reading<T, Unit>;
-    const int64_t units = a_.head_dim / Read::kElements;
-    const float scale = a_.scale * kLog2E;
-    for (int p = 0; p < count; ++p) {
-      const Panel& panel = panels[p];
-      pack_queries<typename Read::Source>(query_ + panel.row * a_.query_strides.frame,
-                                          a_.query_strides.frame, panel.count, panel.lanes(), units,
-                                          scale, panel.queries);
-      for (int i = 0; i < panel.lanes(); ++i) panel.row_max[i] = -kInfinity;
-    }
-    for (int64_t j = 0; j < a_.frames; j += kKeyRows) {
-      const int rows = static_cast<int>(min64(kKeyRows, a_.frames - j));
-      for (int p = 0; p < count; ++p) {
-        const Panel& panel = panels[p];
-        ahead_.step();
-        const auto multiply = panel.vectors == 1 ? logits_rows<1, Unit> : logits_rows<2, Unit>;
-        multiply(keys_.from(j), keys_.stride, rows, panel.queries, units, scale,
-                 panel.logits + j * panel.lanes(), panel.row_max);
-      }
-    }
-  }
-
-  // logits += strength * stat * bias; the statistic is in the logits' unit, log2 e times the scaled
-  // ones.
-  void regularize(const Panel& panel, float stat_of_map) const {
-    for (int i = 0; i < panel.count; ++i) {
-      float stat = 0.0f;
-      switch (a_.stat) {
-        case Stat::none: stat = kLog2E; break;
-        case Stat::row_max: stat = panel.row_max[i]; break;
-        case Stat::map_max: stat = stat_of_map; break;
-        case Stat::tensor:
-          stat = place_.in(a_.stat_values,
-                           a_.stat_strides)[(panel.row + i) * a_.stat_strides.frame] *
-                 kLog2E;
-          break;
-      }
-      if (a_.clamp_negative && stat < 0.0f) stat = 0.0f;
-      panel.weight[i] = a_.strength * stat;
-    }
-    for (int i = panel.count; i < panel.lanes(); ++i) panel.weight[i] = 0.0f;
-    const float* bias = a_.bias + place_.head * a_.bias_head_stride + panel.row;
-    const auto add = panel.vectors == 1 ? add_bias<1> : add_bias<2>;
-    add(bias, a_.bias_key_stride, a_.frames, panel.count, panel.weight, panel.logits,
-        panel.row_max);
-  }
-
   void compute_out(const Panel* panels, int count) {
+    T* out = place_.in(static_cast<T*>(a_.out), a_.out_strides);
     for (int64_t j = 0; j < a_.frames; j += kKeyBlock) {
-      const int64_t keys = min64(kKeyBlock, a_.frames - j);
       for (int p = 0; p < count; ++p) {
         const Panel& panel = panels[p];
-        const OutTile<T> tile = {out_ + panel.row * a_.out_strides.frame,
-                                 a_.out_strides.frame,
-                                 panel.partial,
-                                 plan_.padded_dim,
-                                 panel.inverse_sum,
-                                 panel.count,
-                                 j == 0,
-                                 j + keys == a_.frames};
-        values_panel(panel.logits + j * panel.lanes(), panel.lanes(), values_.from(j),
-                     values_.stride, keys, a_.head_dim, tile, [this] { ahead_.step(); });
+        const Target<T> target = {out + panel.row * a_.out_strides.frame,
+                                  a_.out_strides.frame,
+                                  partial_ + p * kMaxPanelRows * plan_.padded_dim,
+                                  plan_.padded_dim,
+                                  panel.inverse_sum,
+                                  1};
+        product_over_keys(panel, panel.logits, values_, j, a_.frames, a_.head_dim, target, ahead_);
       }
     }
   }
 
   const ForwardArgs& a_;
-  const Plan& plan_;
-  float* scratch_;
+  const ForwardPlan& plan_;
+  float* partial_;
   Place place_;
-  const T* query_;
-  T* out_;
-  Rows<Unit> keys_;
+  Weights<T, Unit> weights_;
   Rows<float> values_;
   Prefetcher ahead_;
 };
 
 template <typename T, typename Unit>
-void forward_typed(const ForwardArgs& a, int64_t first, int64_t last, float* scratch) {
-  const Plan plan(a);
+void forward_typed(Types<T, Unit>, const ForwardArgs& a, int64_t first, int64_t last,
+                   float* scratch) {
+  const ForwardPlan plan(a);
   const int64_t items_per_sequence = (a.frames + a.rows_per_item - 1) / a.rows_per_item;
   while (first < last) {
     const int64_t index = first / items_per_sequence;
@@ -320,23 +139,54 @@ void forward_typed(const ForwardArgs& a, int64_t first, int64_t last, float* scr
     first += items;
     Sequence<T, Unit> sequence(a, plan, index, scratch);
     if (first < last) sequence.fetch_ahead(index + 1);
-    sequence.compute(item * a.rows_per_item, min64((item + items) * a.rows_per_item, a.frames));
+    sequence.compute(item * a.rows_per_item, min64((item + items) * a.rows_per_item, a.frames),
+                     nullptr);
   }
+}
+
+// The part's rows of map: the sums' transpose, divided by the number of sequences.
+inline void write_map(const ForwardArgs& a, const MapPart& part, const float* sums, int64_t rows) {
+  const Vec factor = broadcast(1.0f / static_cast<float>(a.space * a.heads));
+  for (int64_t row = part.first_row; row < part.last_row; row += kLanes, sums += kLanes) {
+    const int count = static_cast<int>(min64(kLanes, part.last_row - row));
+    for (int64_t key = 0; key < a.frames; key += kLanes) {
+      const int keys = static_cast<int>(min64(kLanes, a.frames - key));
+      Vec block[kLanes];
+      for (int j = 0; j < kLanes; ++j) block[j] = load(sums + (key + j) * rows);
+      transpose(block);
+      for (int i = 0; i < count; ++i) {
+        float* cell = part.map + (row + i) * a.frames + key;
+        Vec mean = mul(block[i], factor);
+        if (part.add) mean = add(mean, load_partial(cell, keys));
+        store_partial(cell, mean, keys);
+      }
+    }
+  }
+}
+
+template <typename T, typename Unit>
+void forward_map_typed(Types<T, Unit>, const ForwardArgs& a, const MapPart& part, float* scratch) {
+  const ForwardPlan plan(a);
+  float* sums = scratch + plan.map_sums;
+  for (int64_t i = 0; i < a.frames * plan.map_rows; i += kLanes) store(sums + i, zero());
+  for (int64_t index = part.first_sequence; index < part.last_sequence; ++index) {
+    Sequence<T, Unit> sequence(a, plan, index, scratch);
+    // Often the next part is this thread's too.
+    if (index + 1 < a.batch * a.space * a.heads) sequence.fetch_ahead(index + 1);
+    sequence.compute(part.first_row, part.last_row, sums);
+  }
+  write_map(a, part, sums, plan.map_rows);
 }
 
 inline void forward(const ForwardArgs& a, int64_t first, int64_t last, float* scratch) {
-  switch (a.type) {
-    case ScalarType::float32: return forward_typed<float, float>(a, first, last, scratch);
-    case ScalarType::bfloat16:
-#if defined(VSTAR_BFLOAT16_PAIRS)
-      if (a.head_dim % 2 == 0) return forward_typed<bfloat16, Pair>(a, first, last, scratch);
-#endif
-      return forward_typed<bfloat16, float>(a, first, last, scratch);
-    case ScalarType::float16: return forward_typed<float16, float>(a, first, last, scratch);
-  }
+  with_types(a, [&](auto types) { forward_typed(types, a, first, last, scratch); });
 }
 
-inline int64_t forward_scratch(const ForwardArgs& a) { return Plan(a).size; }
+inline void forward_map(const ForwardArgs& a, const MapPart& part, float* scratch) {
+  with_types(a, [&](auto types) { forward_map_typed(types, a, part, scratch); });
+}
+
+inline int64_t forward_scratch(const ForwardArgs& a) { return ForwardPlan(a).size; }
 
 inline void exp2(const float* in, float* out, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {

@@ -3,9 +3,16 @@
 // the linker keeps for every processor.
 #define VSTAR_ISA avx2
 #include "simd_avx2.h"
+#include "backward.h"
 #include "forward.h"
 
 namespace vstar {
-const Kernels kernels_avx2 = {"avx2", avx2::kLanes, avx2::forward_scratch, avx2::forward,
+const Kernels kernels_avx2 = {"avx2",
+                              avx2::kLanes,
+                              avx2::forward_scratch,
+                              avx2::forward,
+                              avx2::forward_map,
+                              avx2::backward_scratch,
+                              avx2::backward,
                               avx2::exp2};
 }  // namespace vstar

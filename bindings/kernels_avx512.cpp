@@ -3,9 +3,16 @@
 // the linker keeps for every processor.
 #define VSTAR_ISA avx512
 #include "simd_avx512.h"
+#include "backward.h"
 #include "forward.h"
 
 namespace vstar {
-const Kernels kernels_avx512 = {"avx512", avx512::kLanes, avx512::forward_scratch, avx512::forward,
-                              avx512::exp2};
+const Kernels kernels_avx512 = {"avx512",
+                                avx512::kLanes,
+                                avx512::forward_scratch,
+                                avx512::forward,
+                                avx512::forward_map,
+                                avx512::backward_scratch,
+                                avx512::backward,
+                                avx512::exp2};
 }  // namespace vstar

@@ -4,10 +4,16 @@
 #define VSTAR_ISA avx512_bf16
 #define VSTAR_BFLOAT16_PAIRS
 #include "simd_avx512.h"
+#include "backward.h"
 #include "forward.h"
 
 namespace vstar {
-const Kernels kernels_avx512_bf16 = {"avx512_bf16", avx512_bf16::kLanes,
-                                     avx512_bf16::forward_scratch, avx512_bf16::forward,
+const Kernels kernels_avx512_bf16 = {"avx512_bf16",
+                                     avx512_bf16::kLanes,
+                                     avx512_bf16::forward_scratch,
+                                     avx512_bf16::forward,
+                                     avx512_bf16::forward_map,
+                                     avx512_bf16::backward_scratch,
+                                     avx512_bf16::backward,
                                      avx512_bf16::exp2};
 }  // namespace vstar

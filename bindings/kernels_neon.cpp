@@ -3,9 +3,16 @@
 // the linker keeps for every processor.
 #define VSTAR_ISA neon
 #include "simd_neon.h"
+#include "backward.h"
 #include "forward.h"
 
 namespace vstar {
-const Kernels kernels_neon = {"neon", neon::kLanes, neon::forward_scratch, neon::forward,
+const Kernels kernels_neon = {"neon",
+                              neon::kLanes,
+                              neon::forward_scratch,
+                              neon::forward,
+                              neon::forward_map,
+                              neon::backward_scratch,
+                              neon::backward,
                               neon::exp2};
 }  // namespace vstar

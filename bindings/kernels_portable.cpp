@@ -3,9 +3,16 @@
 // the linker keeps for every processor.
 #define VSTAR_ISA portable
 #include "simd_portable.h"
+#include "backward.h"
 #include "forward.h"
 
 namespace vstar {
-const Kernels kernels_portable = {"portable", portable::kLanes, portable::forward_scratch,
-                                  portable::forward, portable::exp2};
+const Kernels kernels_portable = {"portable",
+                                  portable::kLanes,
+                                  portable::forward_scratch,
+                                  portable::forward,
+                                  portable::forward_map,
+                                  portable::backward_scratch,
+                                  portable::backward,
+                                  portable::exp2};
 }  // namespace vstar

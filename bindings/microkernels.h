@@ -1,5 +1,5 @@
-// The pieces of a panel's computation (forward.h puts them together): packing, logits, bias,
-// exponentials, values. Queries lie along the lanes throughout.
+// The pieces of a panel's computation (forward.h and backward.h put them together): packing,
+// logits, bias, exponentials, products with rows. Queries lie along the lanes throughout.
 #pragma once
 
 #include "types.h"
@@ -16,6 +16,7 @@ constexpr int kMaxVectors = 2;  // vectors of queries in a panel
 constexpr int64_t kKeyBlock = 128;
 
 constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.693147180559945309417f;
 constexpr float kInfinity = __builtin_inff();
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -64,24 +65,15 @@ inline Vec exp2_nonpositive(Vec x) {
 // QK' is computed in *units* of head_dim: floats, or where the processor multiplies them pairs of
 // bfloat16, which lie in memory as they are needed. The unused pointers choose by the unit's type.
 inline Vec multiply_add(const float*, Vec a, Vec b, Vec c) { return fma(a, b, c); }
-// Floats are scaled once, as queries are packed; pairs cannot be, so their logits are.
-template <typename T>
-Vec scale_query(const T*, Vec x, Vec scale) {
-  return mul(x, scale);
-}
-inline Vec scale_logit(const float*, Vec x, Vec) { return x; }
 #if defined(VSTAR_BFLOAT16_PAIRS)
 inline Vec multiply_add(const Pair*, Vec a, Vec b, Vec c) { return dot(a, b, c); }
-inline Vec scale_query(const Pair*, Vec x, Vec) { return x; }
-inline Vec scale_logit(const Pair*, Vec x, Vec scale) { return mul(x, scale); }
 #endif
 
 // packed[d][lane] = unit d of row `lane`, zero in the lanes from `count` on. Rows are read as
 // Source: their own type, or Pair.
 template <typename Source, typename T>
 VSTAR_STAGE void pack_queries(const T* rows, int64_t stride, int count, int lanes, int64_t units,
-                              float scale, float* packed) {
-  const Vec factor = broadcast(scale);
+                              float* packed) {
   for (int lane = 0; lane < lanes; lane += kLanes) {
     for (int64_t d = 0; d < units; d += kLanes) {
       const int columns = static_cast<int>(min64(kLanes, units - d));
@@ -91,9 +83,9 @@ VSTAR_STAGE void pack_queries(const T* rows, int64_t stride, int count, int lane
         if (lane + r >= count) {
           block[r] = zero();
         } else if (columns == kLanes) {
-          block[r] = scale_query(row, load(row), factor);
+          block[r] = load(row);
         } else {
-          block[r] = scale_query(row, load_partial(row, columns), factor);
+          block[r] = load_partial(row, columns);
         }
       }
       transpose(block);
@@ -118,7 +110,9 @@ VSTAR_STAGE void pack_rows(const T* rows, int64_t stride, int64_t count, int64_t
   }
 }
 
-// The logits of ROWS keys against a panel of VECTORS vectors of queries; raises its maxima.
+// The logits of ROWS keys against a panel of VECTORS vectors of queries; raises its maxima. They
+// are scaled last: products that are equal stay so, whatever their terms, and it is the first of
+// equal logits that takes the gradient through the maximum.
 template <int ROWS, int VECTORS, typename Unit>
 inline void logits_tile(const Unit* keys, int64_t key_stride, const float* queries, int64_t units,
                         float scale, float* logits, Vec (&row_max)[VECTORS]) {
@@ -136,7 +130,7 @@ inline void logits_tile(const Unit* keys, int64_t key_stride, const float* queri
   }
   const Vec factor = broadcast(scale);
   unrolled<ROWS, VECTORS>([&](auto r, auto c) VSTAR_INLINE {
-    const Vec logit = scale_logit(keys, sum[r][c], factor);
+    const Vec logit = mul(sum[r][c], factor);
     row_max[c] = max(row_max[c], logit);
     store(logits + r * lanes + c * kLanes, logit);
   });
@@ -219,102 +213,123 @@ VSTAR_STAGE void exponentiate(int64_t keys, const float* row_max, float* logits,
   }
 }
 
-// Where a tile of the output goes: `partial` carries the sums of the key blocks before, and the
-// last block writes `rows` normalised rows to `out`.
+// sums[j][i] += factor[i] * cells[j][i], with the sums laid out as BiasSums says.
+template <int VECTORS>
+VSTAR_STAGE void add_to_sums(int64_t keys, const float* factor, const float* cells,
+                             int64_t block_stride, int64_t key_stride, float* sums) {
+  Vec f[VECTORS];
+  for (int c = 0; c < VECTORS; ++c) f[c] = load(factor + c * kLanes);
+  for (int64_t block = 0; block < keys; block += kLanes, sums += kLanes * block_stride) {
+    const int64_t rest = min64(kLanes, keys - block);
+    for (int64_t j = 0; j < rest; ++j) {
+      for (int c = 0; c < VECTORS; ++c, cells += kLanes) {
+        float* sum = sums + j * key_stride + c * kLanes;
+        store(sum, fma(f[c], load(cells), load(sum)));
+      }
+    }
+  }
+}
+
+// Where a product's rows go. They are summed up in blocks: `partial` carries the sums of those
+// before, in whole tiles, and the last one writes `out`, row r times scale[r * scale_stride].
 template <typename T>
-struct OutTile {
+struct Target {
   T* out;
   int64_t stride;
   float* partial;
   int64_t partial_stride;
-  const float* inverse_sum;
-  int rows;
-  bool first, last;
+  const float* scale;
+  int64_t scale_stride;
+  int64_t rows = 0;
+  bool first = true, last = true;  // block
+
+  Target from(int64_t row, int64_t column) const {
+    Target tile = *this;
+    tile.out += row * stride + column;
+    tile.partial += row * partial_stride + column;
+    tile.scale += row * scale_stride;
+    tile.rows -= row;
+    return tile;
+  }
 };
 
-// kQueryRows rows of out += P V over COLUMNS vectors of head_dim; with PARTIAL the last of them has
-// `tail` lanes.
-template <int COLUMNS, bool PARTIAL, typename T>
-VSTAR_STAGE void values_tile(const float* weights, int64_t lanes, const float* values,
-                             int64_t value_stride, int64_t keys, int tail,
-                             const OutTile<T>& tile) {
+// What a product sums over. Over keys its rows are the panel's queries: out_i = sum_j w[j][i] x_j.
+// Over the panel's queries they are the keys: out_j = sum_i w[j][i] x_i.
+enum class Over { keys, queries };
+
+// kQueryRows rows of a product over `count` rows x, in COLUMNS vectors of head_dim; with PARTIAL
+// the last of them has `tail` lanes.
+template <Over OVER, int COLUMNS, bool PARTIAL, typename T>
+VSTAR_STAGE void product_tile(const float* weights, int64_t lanes, const float* x,
+                              int64_t x_stride, int64_t count, int tail, const Target<T>& tile) {
   Vec sum[kQueryRows][COLUMNS];
   unrolled<kQueryRows, COLUMNS>([&](auto r, auto c) VSTAR_INLINE { sum[r][c] = zero(); });
-  for (int64_t j = 0; j < keys; ++j) {
+  for (int64_t n = 0; n < count; ++n) {
     Vec v[COLUMNS];
     unrolled<COLUMNS>([&](auto c) VSTAR_INLINE {
-      const float* p = values + j * value_stride + c * kLanes;
+      const float* p = x + n * x_stride + c * kLanes;
       v[c] = PARTIAL && c == COLUMNS - 1 ? load_partial(p, tail) : load(p);
     });
     unrolled<kQueryRows>([&](auto r) VSTAR_INLINE {
-      const Vec w = broadcast(weights + j * lanes + r);
+      const Vec w = broadcast(weights + (OVER == Over::keys ? n * lanes + r : r * lanes + n));
       unrolled<COLUMNS>([&](auto c) VSTAR_INLINE { sum[r][c] = fma(w, v[c], sum[r][c]); });
     });
   }
   unrolled<kQueryRows, COLUMNS>([&](auto r, auto c) VSTAR_INLINE {
-    Vec x = sum[r][c];
+    Vec y = sum[r][c];
     float* partial = tile.partial + r * tile.partial_stride + c * kLanes;
-    if (!tile.first) x = add(x, load(partial));
+    if (!tile.first) y = add(y, load(partial));
     if (!tile.last) {
-      store(partial, x);
+      store(partial, y);
     } else if (r < tile.rows) {
-      x = mul(x, broadcast(tile.inverse_sum + r));
+      y = mul(y, broadcast(tile.scale + r * tile.scale_stride));
       T* out = tile.out + r * tile.stride + c * kLanes;
       if (PARTIAL && c == COLUMNS - 1) {
-        store_partial(out, x, tail);
+        store_partial(out, y, tail);
       } else {
-        store(out, x);
+        store(out, y);
       }
     }
   });
 }
 
-template <typename T, int COLUMNS = kMaxColumns>
-void values_columns(int columns, const float* weights, int64_t lanes, const float* values,
-                    int64_t value_stride, int64_t keys, int tail, const OutTile<T>& tile) {
+template <Over OVER, typename T, int COLUMNS = kMaxColumns>
+void product_columns(int columns, const float* weights, int64_t lanes, const float* x,
+                     int64_t x_stride, int64_t count, int tail, const Target<T>& tile) {
   if constexpr (COLUMNS > 0) {
     if (columns != COLUMNS) {
-      values_columns<T, COLUMNS - 1>(columns, weights, lanes, values, value_stride, keys, tail,
-                                     tile);
+      product_columns<OVER, T, COLUMNS - 1>(columns, weights, lanes, x, x_stride, count, tail,
+                                            tile);
     } else if (tail == 0) {
-      values_tile<COLUMNS, false>(weights, lanes, values, value_stride, keys, tail, tile);
+      product_tile<OVER, COLUMNS, false>(weights, lanes, x, x_stride, count, tail, tile);
     } else {
-      values_tile<COLUMNS, true>(weights, lanes, values, value_stride, keys, tail, tile);
+      product_tile<OVER, COLUMNS, true>(weights, lanes, x, x_stride, count, tail, tile);
     }
   }
 }
 
-// In how many tiles values_panel takes head_dim.
-inline int value_tiles(int64_t head_dim) {
+// In how many tiles product() takes head_dim.
+inline int column_tiles(int64_t head_dim) {
   const int vectors = static_cast<int>((head_dim + kLanes - 1) / kLanes);
   return (vectors + kMaxColumns - 1) / kMaxColumns;
 }
 
-// A panel's `rows` output rows, or with `last` unset their sums over one key block. Calls
-// before_tile() for each column of tiles.
-template <typename T, typename BeforeTile>
-void values_panel(const float* weights, int lanes, const float* values, int64_t value_stride,
-                  int64_t keys, int64_t head_dim, const OutTile<T>& panel,
-                  const BeforeTile& before_tile) {
+// All rows of a product, or with `last` unset their sums so far. Calls before_tiles() for each
+// column of tiles. Of weights and partial sums, whole tiles of rows are touched.
+template <Over OVER, typename T, typename BeforeTiles>
+void product(const float* weights, int lanes, const float* x, int64_t x_stride, int64_t count,
+             int64_t head_dim, const Target<T>& out, const BeforeTiles& before_tiles) {
   const int vectors = static_cast<int>((head_dim + kLanes - 1) / kLanes);
-  const int tiles = value_tiles(head_dim);
+  const int tiles = column_tiles(head_dim);
   const int tail = static_cast<int>(head_dim % kLanes);
   for (int t = 0, column = 0; t < tiles; ++t) {
     const int columns = vectors / tiles + (t < vectors % tiles);  // as even as can be
     const int d = column * kLanes;
     column += columns;
-    before_tile();
-    for (int r = 0; r < panel.rows; r += kQueryRows) {
-      const OutTile<T> tile = {panel.out + r * panel.stride + d,
-                               panel.stride,
-                               panel.partial + r * panel.partial_stride + d,
-                               panel.partial_stride,
-                               panel.inverse_sum + r,
-                               static_cast<int>(min64(kQueryRows, panel.rows - r)),
-                               panel.first,
-                               panel.last};
-      values_columns<T>(columns, weights + r, lanes, values + d, value_stride, keys,
-                        t == tiles - 1 ? tail : 0, tile);
+    before_tiles();
+    for (int64_t r = 0; r < out.rows; r += kQueryRows) {
+      product_columns<OVER>(columns, weights + (OVER == Over::keys ? r : r * lanes), lanes, x + d,
+                            x_stride, count, t == tiles - 1 ? tail : 0, out.from(r, d));
     }
   }
 }

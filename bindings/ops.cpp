@@ -13,6 +13,7 @@
 #include <optional>
 
 #include "dispatch.h"
+#include "groups.h"
 
 namespace {
 
@@ -37,54 +38,133 @@ vstar::ScalarType scalar_type(const Tensor& t) {
     case ScalarType::Float: return vstar::ScalarType::float32;
     case ScalarType::BFloat16: return vstar::ScalarType::bfloat16;
     case ScalarType::Half: return vstar::ScalarType::float16;
-    default: STD_TORCH_CHECK(false, "cpu_forward takes float32, bfloat16 and float16");
+    default: STD_TORCH_CHECK(false, "the kernels take float32, bfloat16 and float16");
   }
 }
 
-void check_like(const Tensor& t, const Tensor& query, const char* name) {
-  STD_TORCH_CHECK(t.dim() == query.dim() && t.scalar_type() == query.scalar_type() && t.is_cpu(),
-                  "cpu_forward: ", name, " must have query's type and number of dimensions");
-  for (int64_t d = 0; d < query.dim(); ++d) {
-    STD_TORCH_CHECK(t.size(d) == query.size(d), "cpu_forward: ", name, " must have query's shape");
+// Of the last dimension; 1 where it means nothing.
+int64_t dim_stride(const Tensor& t) {
+  return t.size(t.dim() - 1) == 1 ? 1 : t.stride(t.dim() - 1);
+}
+
+bool has_shape(const Tensor& t, const Tensor& of, int64_t dims) {
+  if (t.dim() != dims) return false;
+  for (int64_t d = 0; d < dims; ++d) {
+    if (t.size(d) != of.size(d)) return false;
   }
-  STD_TORCH_CHECK(t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1, "cpu_forward: ", name,
-                  " must be contiguous in head_dim");
+  return true;
+}
+
+void check_like_but_strides(const Tensor& t, const Tensor& query, const char* name) {
+  STD_TORCH_CHECK(t.dim() == query.dim() && t.scalar_type() == query.scalar_type() && t.is_cpu(),
+                  name, " must have query's type and number of dimensions");
+  STD_TORCH_CHECK(has_shape(t, query, query.dim()), name, " must have query's shape");
+}
+
+void check_like(const Tensor& t, const Tensor& query, const char* name) {
+  check_like_but_strides(t, query, name);
+  STD_TORCH_CHECK(dim_stride(t) == 1, name, " must be contiguous in head_dim");
+}
+
+void check_contiguous(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_cpu() && t.is_contiguous(), name,
+                  " must be a contiguous float32 tensor");
+}
+
+void check_map(const Tensor& map, const Tensor& query, const Layout& layout, const char* name) {
+  const int64_t frames = query.size(layout.frame);
+  check_contiguous(map, name);
+  STD_TORCH_CHECK(map.dim() == 3 && map.size(0) == query.size(0) && map.size(1) == frames &&
+                      map.size(2) == frames,
+                  name, " must be (batch, frames, frames)");
+}
+
+void check_stat(const Tensor& stat, const Tensor& query, const char* name) {
+  STD_TORCH_CHECK(stat.scalar_type() == ScalarType::Float && stat.is_cpu() &&
+                      has_shape(stat, query, query.dim() - 1),
+                  name, " must be float32, of query's shape without head_dim");
 }
 
 // Toeplitz tables are (1 or heads, 2L - 1) over i - j, dense biases (1 or heads, N, N) over (j, i),
 // with i the query's frame and j the key's: the kernels take queries along their lanes.
-void set_bias(vstar::ForwardArgs& args, const Tensor& bias) {
-  STD_TORCH_CHECK(bias.scalar_type() == ScalarType::Float && bias.is_cpu() && bias.is_contiguous(),
-                  "cpu_forward: bias must be a contiguous float32 tensor");
+void set_bias(vstar::Problem& problem, const Tensor& bias) {
+  check_contiguous(bias, "bias");
   const int64_t heads = bias.size(0), columns = bias.size(bias.dim() - 1);
-  STD_TORCH_CHECK(heads == 1 || heads == args.heads, "cpu_forward: bias must have 1 or ",
-                  args.heads, " heads, got ", heads);
-  args.bias = bias.const_data_ptr<float>();
+  STD_TORCH_CHECK(heads == 1 || heads == problem.heads, "bias must have 1 or ", problem.heads,
+                  " heads, got ", heads);
+  problem.bias = bias.const_data_ptr<float>();
   if (bias.dim() == 2) {
-    STD_TORCH_CHECK(columns % 2 == 1 && columns >= 2 * args.frames - 1,
-                    "cpu_forward: the table must be odd in length and reach all frames");
-    args.bias += columns / 2;
-    args.bias_key_stride = -1;
-    args.bias_head_stride = columns;
+    STD_TORCH_CHECK(columns % 2 == 1 && columns >= 2 * problem.frames - 1,
+                    "the table must be odd in length and reach all frames");
+    problem.bias += columns / 2;
+    problem.bias_key_stride = -1;
+    problem.bias_head_stride = columns;
   } else {
-    STD_TORCH_CHECK(bias.dim() == 3 && columns == args.frames && bias.size(1) == args.frames,
-                    "cpu_forward: a dense bias must be (heads, frames, frames)");
-    args.bias_key_stride = columns;
-    args.bias_head_stride = columns * columns;
+    STD_TORCH_CHECK(
+        bias.dim() == 3 && columns == problem.frames && bias.size(1) == problem.frames,
+        "a dense bias must be (heads, frames, frames)");
+    problem.bias_key_stride = columns;
+    problem.bias_head_stride = columns * columns;
   }
-  if (heads == 1) args.bias_head_stride = 0;
+  if (heads == 1) problem.bias_head_stride = 0;
 }
 
-void set_stat(vstar::ForwardArgs& args, const Tensor& stat, const Tensor& query,
-              const Layout& layout) {
-  STD_TORCH_CHECK(stat.scalar_type() == ScalarType::Float && stat.dim() == query.dim() - 1,
-                  "cpu_forward: stat_values must be float32, of query's shape without head_dim");
-  for (int64_t d = 0; d < stat.dim(); ++d) {
-    STD_TORCH_CHECK(stat.size(d) == query.size(d),
-                    "cpu_forward: stat_values must be float32, of query's shape without head_dim");
+// What both operators are asked, in their order of arguments.
+struct Question {
+  const Tensor& query;
+  const Tensor& key;
+  const Tensor& value;
+  const std::optional<Tensor>& bias;
+  const std::optional<Tensor>& stat_values;
+  double scale, strength;
+  int64_t stat;
+  bool clamp_negative;
+
+  Layout check() const {
+    STD_TORCH_CHECK(query.dim() == 4 || query.dim() == 5, "query must be 4-D or 5-D");
+    check_like(query, query, "query");
+    check_like(key, query, "key");
+    check_like(value, query, "value");
+    STD_TORCH_CHECK(stat >= 0 && stat <= 3, "stat must be 0 to 3, got ", stat);
+    STD_TORCH_CHECK((static_cast<vstar::Stat>(stat) == vstar::Stat::tensor) ==
+                        stat_values.has_value(),
+                    "stat 3 goes with stat_values");
+    if (stat_values) check_stat(*stat_values, query, "stat_values");
+    return Layout(query.dim());
   }
-  args.stat_values = stat.const_data_ptr<float>();
-  args.stat_strides = layout.strides(stat);
+
+  void set(vstar::Problem& problem, const Layout& layout) const {
+    problem.type = scalar_type(query);
+    problem.batch = query.size(0);
+    problem.space = layout.space_size(query);
+    problem.frames = query.size(layout.frame);
+    problem.heads = query.size(layout.head);
+    problem.head_dim = query.size(query.dim() - 1);
+    problem.query = query.const_data_ptr();
+    problem.key = key.const_data_ptr();
+    problem.value = value.const_data_ptr();
+    problem.query_strides = layout.strides(query);
+    problem.key_strides = layout.strides(key);
+    problem.value_strides = layout.strides(value);
+    problem.scale = static_cast<float>(scale);
+    problem.strength = static_cast<float>(strength);
+    problem.stat = static_cast<vstar::Stat>(stat);
+    problem.clamp_negative = clamp_negative;
+    if (bias) set_bias(problem, *bias);
+    if (stat_values) {
+      problem.stat_values = stat_values->const_data_ptr<float>();
+      problem.stat_strides = layout.strides(*stat_values);
+    }
+  }
+};
+
+int64_t sequences(const vstar::Problem& p) { return p.batch * p.space * p.heads; }
+// Of one product of N x N x D, over all sequences.
+double product_operations(const vstar::Problem& p) {
+  return 2.0 * sequences(p) * p.frames * p.frames * p.head_dim;
+}
+bool is_empty(const vstar::Problem& p) {
+  return sequences(p) == 0 || p.frames == 0 || p.head_dim == 0;
 }
 
 // Rows that a thread takes at once. Sequences are shared out whole while there are enough of them.
@@ -115,58 +195,152 @@ struct FreeScratch {
   void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
 };
 
-void cpu_forward(Tensor out, Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
-                 std::optional<Tensor> stat_values, double scale, double strength, int64_t stat,
-                 bool clamp_negative) {
-  STD_TORCH_CHECK(query.dim() == 4 || query.dim() == 5, "cpu_forward: query must be 4-D or 5-D");
-  const Layout layout(query.dim());
-  check_like(query, query, "query");
-  check_like(key, query, "key");
-  check_like(value, query, "value");
-  check_like(out, query, "out");
-  STD_TORCH_CHECK(stat >= 0 && stat <= 3, "cpu_forward: stat must be 0 to 3, got ", stat);
+// A thread is worth waking for a million operations, some 10 microseconds.
+int64_t items_per_thread(double operations_of_item) {
+  return std::max<int64_t>(1, static_cast<int64_t>(1e6 / operations_of_item));
+}
 
-  vstar::ForwardArgs args = {};
-  args.type = scalar_type(query);
-  args.batch = query.size(0);
-  args.space = layout.space_size(query);
-  args.frames = query.size(layout.frame);
-  args.heads = query.size(layout.head);
-  args.head_dim = query.size(query.dim() - 1);
-  const int64_t sequences = args.batch * args.space * args.heads;
-  if (sequences == 0 || args.frames == 0 || args.head_dim == 0) return;
+using Floats = std::unique_ptr<float[], FreeScratch>;
 
-  args.query = query.const_data_ptr();
-  args.key = key.const_data_ptr();
-  args.value = value.const_data_ptr();
-  args.out = out.mutable_data_ptr();
-  args.query_strides = layout.strides(query);
-  args.key_strides = layout.strides(key);
-  args.value_strides = layout.strides(value);
-  args.out_strides = layout.strides(out);
-  args.scale = static_cast<float>(scale);
-  args.strength = static_cast<float>(strength);
-  args.stat = static_cast<vstar::Stat>(stat);
-  args.clamp_negative = clamp_negative;
-  if (bias) set_bias(args, *bias);
-  if (stat_values) set_stat(args, *stat_values, query, layout);
-  STD_TORCH_CHECK((args.stat == vstar::Stat::tensor) == (args.stat_values != nullptr),
-                  "cpu_forward: stat 3 goes with stat_values");
-  args.rows_per_item = rows_per_item(sequences, args.frames);
+Floats allocate(int64_t floats) {
+  return Floats(static_cast<float*>(
+      ::operator new[](static_cast<size_t>(floats) * sizeof(float), std::align_val_t(64))));
+}
 
+// body(task, scratch) for all tasks, in any number of threads, each with a scratch of its own.
+template <typename Body>
+void for_each_task(int64_t tasks, double operations, int64_t scratch_floats, const Body& body) {
+  const int64_t grain = items_per_thread(operations / static_cast<double>(tasks));
+  parallel_for(tasks, grain, [&](int64_t first, int64_t last) {
+    const Floats scratch = allocate(scratch_floats);
+    for (int64_t task = first; task < last; ++task) body(task, scratch.get());
+  });
+}
+
+void forward(vstar::ForwardArgs& args) {
   const vstar::Kernels& kernels = vstar::selected_kernels();
+  args.rows_per_item = rows_per_item(sequences(args), args.frames);
   const int64_t items = (args.frames + args.rows_per_item - 1) / args.rows_per_item;
-  // A thread is worth waking for a million operations, some 10 microseconds.
-  const double operations = 4.0 * args.rows_per_item * args.frames * args.head_dim;
-  const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(1e6 / operations));
-  const auto scratch_floats = static_cast<size_t>(kernels.forward_scratch(args));
-  parallel_for(sequences * items, grain, [&](int64_t first, int64_t last) {
-    const std::unique_ptr<float[], FreeScratch> scratch(static_cast<float*>(
-        ::operator new[](scratch_floats * sizeof(float), std::align_val_t(64))));
+  const int64_t grain = items_per_thread(4.0 * args.rows_per_item * args.frames * args.head_dim);
+  const int64_t scratch_floats = kernels.forward_scratch(args);
+  parallel_for(sequences(args) * items, grain, [&](int64_t first, int64_t last) {
+    const Floats scratch = allocate(scratch_floats);
     kernels.forward(args, first, last, scratch.get());
   });
 }
 
+void forward_with_map(vstar::ForwardArgs& args, float* map) {
+  const vstar::Kernels& kernels = vstar::selected_kernels();
+  const vstar::MapTasks tasks(args);
+  const Floats partials = allocate(tasks.partial_floats());
+  for_each_task(tasks.count(), 2 * product_operations(args), kernels.forward_scratch(args),
+                [&](int64_t task, float* scratch) {
+                  tasks.run(kernels, task, map, partials.get(), scratch);
+                });
+  tasks.finish(partials.get(), map);
+}
+
+void cpu_forward(Tensor out, std::optional<Tensor> map, Tensor query, Tensor key, Tensor value,
+                 std::optional<Tensor> bias, std::optional<Tensor> stat_values, double scale,
+                 double strength, int64_t stat, bool clamp_negative) {
+  const Question question = {query, key,      value, bias,          stat_values,
+                             scale, strength, stat,  clamp_negative};
+  const Layout layout = question.check();
+  check_like(out, query, "out");
+  if (map) check_map(*map, query, layout, "map");
+  vstar::ForwardArgs args = {};
+  question.set(args, layout);
+  if (is_empty(args)) {
+    if (map) torch::stable::fill_(*map, __builtin_nan(""));  // the mean of nothing
+    return;
+  }
+  args.out = out.mutable_data_ptr();
+  args.out_strides = layout.strides(out);
+  if (map) {
+    forward_with_map(args, map->mutable_data_ptr<float>());
+  } else {
+    forward(args);
+  }
+}
+
+void backward(const vstar::BackwardArgs& args) {
+  const vstar::Kernels& kernels = vstar::selected_kernels();
+  const int64_t grain = items_per_thread(5 * product_operations(args) / sequences(args));
+  const int64_t scratch_floats = kernels.backward_scratch(args);
+  parallel_for(sequences(args), grain, [&](int64_t first, int64_t last) {
+    const Floats scratch = allocate(scratch_floats);
+    kernels.backward(args, first, last, scratch.get());
+  });
+}
+
+void backward_with_bias(const vstar::BackwardArgs& args, const Tensor& grad_bias) {
+  const vstar::Kernels& kernels = vstar::selected_kernels();
+  const vstar::BiasTasks tasks(kernels, args, grad_bias.size(0),
+                               grad_bias.size(grad_bias.dim() - 1));
+  const Floats partials = allocate(tasks.partial_floats());
+  for_each_task(tasks.count(), 5 * product_operations(args),
+                tasks.scratch_floats() + kernels.backward_scratch(args),
+                [&](int64_t task, float* scratch) { tasks.run(task, partials.get(), scratch); });
+  tasks.finish(partials.get(), grad_bias.mutable_data_ptr<float>());
+}
+
+void cpu_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value,
+                  std::optional<Tensor> grad_bias, std::optional<Tensor> grad_stat,
+                  Tensor grad_out, std::optional<Tensor> grad_map, Tensor query, Tensor key,
+                  Tensor value, std::optional<Tensor> bias, std::optional<Tensor> stat_values,
+                  double scale, double strength, int64_t stat, bool clamp_negative,
+                  bool detach_stat) {
+  const Question question = {query, key,      value, bias,          stat_values,
+                             scale, strength, stat,  clamp_negative};
+  const Layout layout = question.check();
+  check_like(grad_query, query, "grad_query");
+  check_like(grad_key, query, "grad_key");
+  check_like(grad_value, query, "grad_value");
+  check_like_but_strides(grad_out, query, "grad_out");
+  if (grad_map) check_map(*grad_map, query, layout, "grad_map");
+  if (grad_bias) {
+    check_contiguous(*grad_bias, "grad_bias");
+    STD_TORCH_CHECK(bias && grad_bias->dim() == bias->dim() &&
+                        has_shape(*grad_bias, *bias, bias->dim()),
+                    "grad_bias must have bias's shape");
+  }
+  if (grad_stat) {
+    STD_TORCH_CHECK(stat_values.has_value(), "grad_stat goes with stat_values");
+    check_stat(*grad_stat, query, "grad_stat");
+  }
+
+  vstar::BackwardArgs args = {};
+  question.set(args, layout);
+  // The kernels write the gradients that there are.
+  if (grad_bias && is_empty(args)) torch::stable::zero_(*grad_bias);
+  if (grad_stat && (!bias || detach_stat || is_empty(args))) torch::stable::zero_(*grad_stat);
+  if (is_empty(args)) return;
+
+  args.detach_stat = detach_stat;
+  args.grad_out = grad_out.const_data_ptr();
+  args.grad_out_strides = layout.strides(grad_out);
+  args.grad_out_dim_stride = dim_stride(grad_out);
+  if (grad_map) args.grad_map = grad_map->const_data_ptr<float>();
+  args.grad_query = grad_query.mutable_data_ptr();
+  args.grad_key = grad_key.mutable_data_ptr();
+  args.grad_value = grad_value.mutable_data_ptr();
+  args.grad_query_strides = layout.strides(grad_query);
+  args.grad_key_strides = layout.strides(grad_key);
+  args.grad_value_strides = layout.strides(grad_value);
+  if (grad_stat) {
+    args.grad_stat = grad_stat->mutable_data_ptr<float>();
+    args.grad_stat_strides = layout.strides(*grad_stat);
+  }
+  if (grad_bias) {
+    backward_with_bias(args, *grad_bias);
+  } else {
+    backward(args);
+  }
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(vstar_kernels, CPU, m) { m.impl("cpu_forward", TORCH_BOX(&cpu_forward)); }
+STABLE_TORCH_LIBRARY_IMPL(vstar_kernels, CPU, m) {
+  m.impl("cpu_forward", TORCH_BOX(&cpu_forward));
+  m.impl("cpu_backward", TORCH_BOX(&cpu_backward));
+}

@@ -9,44 +9,61 @@
 
 namespace vstar::VSTAR_ISA {
 
+// One tensor's rows of a sequence; the stride is in bytes.
+struct RowStream {
+  const void* rows;
+  int64_t stride;
+};
+
 class Prefetcher {
  public:
   // Nothing to fetch.
   Prefetcher() = default;
 
-  // Fetches `frames` rows of `row_bytes` in each of four tensors, in about `steps` steps.
-  Prefetcher(const void* const (&rows)[4], const int64_t (&strides)[4], int64_t frames,
-             int64_t row_bytes, int64_t steps)
-      : frames_(frames), row_bytes_(row_bytes) {
-    for (int t = 0; t < 4; ++t) {
-      rows_[t] = static_cast<const char*>(rows[t]);
-      strides_[t] = strides[t];
-    }
+  // Fetches `frames` rows of `row_bytes` of each stream, in about `steps` steps.
+  template <int COUNT>
+  Prefetcher(const RowStream (&streams)[COUNT], int64_t frames, int64_t row_bytes, int64_t steps)
+      : count_(COUNT), frames_(frames), row_bytes_(row_bytes) {
+    static_assert(COUNT <= kMaxStreams, "too many tensors");
+    for (int t = 0; t < COUNT; ++t) streams_[t] = streams[t];
     const int64_t lines_per_row = (row_bytes + kLineBytes - 1) / kLineBytes;
-    per_step_ = 4 * frames * lines_per_row / steps + 1;
+    per_step_ = COUNT * frames * lines_per_row / steps + 1;
+    start_row();
   }
 
   void step() {
-    for (int64_t i = 0; i < per_step_; ++i) {
-      prefetch(rows_[tensor_] + frame_ * strides_[tensor_] + byte_);
-      byte_ += kLineBytes;
-      if (byte_ < row_bytes_) continue;
-      byte_ = 0;
-      if (++frame_ < frames_) continue;
-      frame_ = 0;
-      if (++tensor_ < 4) continue;
-      per_step_ = 0;
+    for (int64_t left = per_step_; left > 0; --left) {
+      prefetch(line_);
+      line_ += kLineBytes;
+      if (line_ >= row_end_ && !next_row()) return;
     }
   }
 
  private:
   static constexpr int64_t kLineBytes = 64;
+  static constexpr int kMaxStreams = 7;
 
-  const char* rows_[4] = {};
-  int64_t strides_[4] = {};  // bytes
-  int64_t frames_ = 0, row_bytes_ = 0, per_step_ = 0;
-  int64_t frame_ = 0, byte_ = 0;
-  int tensor_ = 0;
+  bool next_row() {
+    if (++frame_ == frames_) {
+      frame_ = 0;
+      if (++stream_ == count_) {
+        per_step_ = 0;
+        return false;
+      }
+    }
+    start_row();
+    return true;
+  }
+  void start_row() {
+    const RowStream& stream = streams_[stream_];
+    line_ = static_cast<const char*>(stream.rows) + frame_ * stream.stride;
+    row_end_ = line_ + row_bytes_;
+  }
+
+  RowStream streams_[kMaxStreams];
+  int count_ = 0, stream_ = 0;
+  int64_t frames_ = 0, row_bytes_ = 0, per_step_ = 0, frame_ = 0;
+  const char *line_ = nullptr, *row_end_ = nullptr;
 };
 
 }  // namespace vstar::VSTAR_ISA

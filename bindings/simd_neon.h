@@ -26,6 +26,10 @@ inline Vec div(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 // NaN where either is, unlike x86; the kernel is content with both.
 inline Vec max(Vec a, Vec b) { return {vmaxq_f32(a.v, b.v)}; }
+// x in the lanes where a == b, else y.
+inline Vec select_equal(Vec a, Vec b, Vec x, Vec y) {
+  return {vbslq_f32(vceqq_f32(a.v, b.v), x.v, y.v)};
+}
 
 inline Vec load(const float* p) { return {vld1q_f32(p)}; }
 inline void store(float* p, Vec x) { vst1q_f32(p, x.v); }

@@ -29,6 +29,10 @@ inline Vec div(Vec a, Vec b) { return {a.v / b.v}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 // b where either is NaN, as the x86 instruction does.
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+// x in the lanes where a == b, else y.
+inline Vec select_equal(Vec a, Vec b, Vec x, Vec y) {
+  return {a.v == b.v ? x.v : y.v};
+}
 
 inline float to_float(float x) { return x; }
 inline float to_float(bfloat16 x) {

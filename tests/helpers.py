@@ -12,6 +12,7 @@ from torch import Tensor
 
 import vstar_kernels as vk
 from vstar_kernels.backends import reference
+from vstar_kernels.backends.blocks import block_sums
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,7 +89,7 @@ def sensitivity(query: Tensor, key: Tensor, value: Tensor, bias, scale: float | 
     terms = abs(scale) * (q.abs() @ k.mT.abs())
     if bias is not None and bias.strength != 0:
         weight = bias.strength * bias.matrix(query.shape[-3]).double()
-        stat = reference._statistic(logits, bias)
+        stat = reference.statistic(logits, bias)
         stat_terms = stat.abs()
         if isinstance(bias.stat, str) and bias.stat != "none":  # one of the logits, with its terms
             stat_terms = terms.amax(-1 if bias.stat == "row_max" else (-2, -1), keepdim=True)
@@ -104,10 +105,20 @@ def eager(
     query: Tensor, key: Tensor, value: Tensor, bias: vk.bias.Bias | None, **options
 ) -> Tensor:
     """The formula with every step in the inputs' type, as the official code computes it."""
+    return eager_with_map(query, key, value, bias, **options)[0]
+
+
+def eager_with_map(
+    query: Tensor, key: Tensor, value: Tensor, bias: vk.bias.Bias | None, **options
+) -> tuple[Tensor, Tensor]:
+    """:func:`eager` and the mean map."""
     scale = query.shape[-1] ** -0.5 if options.get("scale") is None else options["scale"]
     q, k, v = (x.transpose(-3, -2) for x in (query, key, value))
     logits = (q @ k.mT) * scale
     if bias is not None and bias.strength != 0:
         delta = bias.matrix(query.shape[-3]).to(logits)
-        logits = logits + bias.strength * reference._statistic(logits, bias) * delta
-    return (logits.softmax(-1) @ v).transpose(-3, -2)
+        logits = logits + bias.strength * reference.statistic(logits, bias) * delta
+    weights = logits.softmax(-1)
+    mean_map = weights.mean(tuple(range(1, weights.ndim - 2)))
+    mean_map = block_sums(mean_map, options.get("map_block", 1))
+    return (weights @ v).transpose(-3, -2), mean_map

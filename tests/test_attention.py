@@ -21,7 +21,10 @@ Q, K, V = inputs(2, 6, 3, 8)
         (lambda: vk.tar_attention(Q.long(), K, V), "floating-point type, got torch.int64"),
         (lambda: vk.tar_attention(Q[:, :0], K[:, :0], V[:, :0]), "at least one frame"),
         (lambda: vk.tar_attention(Q, K, V, scale=float("nan")), "scale must be finite"),
-        (lambda: vk.tar_attention(Q, K, V, backend="gpu"), "'cpu', 'triton', 'reference'.*got 'gpu'"),
+        (
+            lambda: vk.tar_attention(Q, K, V, backend="gpu"),
+            "'cpu', 'triton', 'reference'.*got 'gpu'",
+        ),
         (
             lambda: vk.tar_attention(Q, K, V, vk.ToeplitzBias(torch.ones(5))),
             "reaches 5 frames.*query has 6",
@@ -81,7 +84,8 @@ def test_importing_is_light():
         "import sys, vstar_kernels\n"
         "from vstar_kernels import native\n"
         "assert native.load.cache_info().currsize == 0\n"
-        "print({'triton', 'diffusers', 'matplotlib', 'transformers'} & set(sys.modules))"
+        "optional = {'triton', 'diffusers', 'matplotlib', 'transformers', 'openai', 'av'}\n"
+        "print(optional & set(sys.modules))"
     )
     result = run_python(code)
     assert result.stdout.strip() == "set()", result.stderr

@@ -12,6 +12,7 @@ def arguments(**changes):
     q, k, v = inputs(2, 6, 3, 8)
     names = {
         "out": torch.empty_like(q),
+        "map": None,
         "query": q,
         "key": k,
         "value": v,

@@ -53,7 +53,7 @@ for isa in library.isas:
         assert error < 1e-5 + 4 * torch.finfo(dtype).eps, f"{isa}, {dtype}: error {error}"
 # An exception on its way from the library's C++ through torch's into Python.
 try:
-    torch.ops.vstar_kernels.cpu_forward(q, q, k.double(), v, None, None, 1.0, 1.0, 0, False)
+    torch.ops.vstar_kernels.cpu_forward(q, None, q, k.double(), v, None, None, 1.0, 1.0, 0, False)
 except RuntimeError as error:
     assert "key must have query's type" in str(error), error
 else:

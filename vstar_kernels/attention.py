@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
+from vstar_kernels import autograd
 from vstar_kernels.backends import selection
 from vstar_kernels.bias import Bias, DenseBias, GaussianBias, ToeplitzBias
 from vstar_kernels.problem import Problem
@@ -23,6 +25,7 @@ def tar_attention(
     *,
     scale: float | None = ...,
     return_map: Literal[False] = ...,
+    map_block: int = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -34,6 +37,7 @@ def tar_attention(
     *,
     scale: float | None = ...,
     return_map: Literal[True],
+    map_block: int = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def tar_attention(
@@ -44,6 +48,7 @@ def tar_attention(
     *,
     scale: float | None = None,
     return_map: bool = False,
+    map_block: int = 1,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Temporal self-attention, regularized as in VSTAR (arXiv 2403.13501, eq. 3)::
@@ -55,12 +60,13 @@ def tar_attention(
             ``hidden.unflatten(-1, (heads, head_dim))`` gives, or
             ``(batch, space, frames, heads, head_dim)``. Same shape, type and device; any strides,
             though the kernels need head_dim contiguous. They are never copied to be made
-            contiguous.
+            contiguous. Under autocast they are cast as for scaled_dot_product_attention.
         bias: Δ and its weight: a :class:`GaussianBias`, :class:`ToeplitzBias` or
             :class:`DenseBias`. None, or a strength of 0, is plain scaled-dot-product attention.
         scale: Factor on QKᵀ; 1/√head_dim if None.
         return_map: Also return the mean of A′ over space and heads (4-D: over heads),
             ``(batch, frames, frames)`` in float32.
+        map_block: Return the map's sums over blocks of so many frames instead, for long videos.
         backend: A name of :func:`vstar_kernels.backends.available`, which then runs or raises.
             None takes the fastest that can run the call, and warns once when that is the reference.
 
@@ -72,8 +78,13 @@ def tar_attention(
             with every reason.
         TypeError: An argument of the wrong kind.
     """
-    problem = _check(query, key, value, bias, scale, return_map)
-    return selection.choose(problem, backend).run(problem)
+    problem = _check(query, key, value, bias, scale, return_map, map_block)
+    if torch.compiler.is_compiling() and backend != "reference":
+        return autograd.attention(problem, backend)
+    chosen = selection.choose(problem, backend)
+    if chosen != "reference" and autograd.needed(problem):
+        return autograd.attention(problem, chosen)
+    return selection.BACKENDS[chosen].run(problem)
 
 
 def _check(
@@ -83,11 +94,15 @@ def _check(
     bias: Bias | None,
     scale: float | None,
     return_map: bool,
+    map_block: int,
 ) -> Problem:
     tensors = {"query": query, "key": key, "value": value}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if torch.is_autocast_enabled(query.device.type):
+        tensors = {name: _autocast(tensor) for name, tensor in tensors.items()}
+        query = tensors["query"]
     shape, dtype, device = query.shape, query.dtype, query.device
     if len(shape) not in (4, 5):
         raise ValueError(f"query must be {LAYOUTS}, got shape {tuple(shape)}")
@@ -127,7 +142,18 @@ def _check(
             bias = None
         else:
             tensors.update(bias.named_tensors())
-    return Problem(tuple(shape), dtype, device, tensors, bias, scale, return_map)
+    if isinstance(map_block, bool) or not isinstance(map_block, int):
+        raise TypeError(f"map_block must be an integer, got {type(map_block).__name__}")
+    if map_block < 1:
+        raise ValueError(f"map_block must be at least 1 frame, got {map_block}")
+    return Problem(tuple(shape), dtype, device, tensors, bias, scale, return_map, map_block)
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """What autocast does to the arguments of scaled_dot_product_attention."""
+    if tensor.is_floating_point() and tensor.dtype != torch.float64:
+        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    return tensor
 
 
 def _check_stat(bias: Bias, query: Tensor) -> None:

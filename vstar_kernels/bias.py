@@ -13,8 +13,10 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 STATS = ("row_max", "map_max", "none")
@@ -59,6 +61,10 @@ class _Bias(ABC):
     @abstractmethod
     def matrix(self, num_frames: int) -> Tensor:
         """Δ, ``(N, N)`` or ``(heads, N, N)``: row i, the query's frame; column j, the key's."""
+
+    def values_gradient(self, matrix_gradient: Tensor) -> Tensor:
+        """The gradient of ``values`` for one of ``.matrix()``, of that one's shape."""
+        raise TypeError(f"{type(self).__name__} has no values that a gradient could be for")
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The tensors in it: Δ's ``values``, if it has them, and ``stat``, if that is one."""
@@ -137,6 +143,19 @@ class ToeplitzBias(_Bias):
     def matrix(self, num_frames: int) -> Tensor:
         return _from_table(self.signed_table(), num_frames)
 
+    def values_gradient(self, matrix_gradient: Tensor) -> Tensor:
+        return self.table_gradient(_diagonal_sums(matrix_gradient))
+
+    def table_gradient(self, signed_gradient: Tensor) -> Tensor:
+        """The gradient of ``values`` for one of a signed table that may reach fewer frames."""
+        missing = self.max_frames - (signed_gradient.shape[-1] + 1) // 2
+        gradient = F.pad(signed_gradient, (missing, missing))
+        if not self.signed:
+            centre = self.max_frames - 1
+            mirrored = F.pad(gradient[..., :centre].flip(-1), (1, 0))
+            gradient = gradient[..., centre:] + mirrored
+        return gradient.to(self.values)
+
     def check(self, num_frames: int, num_heads: int) -> None:
         _check_heads(self.values, 1, num_heads, "values")
         if num_frames > self.max_frames:
@@ -166,12 +185,34 @@ class DenseBias(_Bias):
         if rows != columns:
             raise ValueError(f"values must be square, got shape {tuple(self.values.shape)}")
 
+    @classmethod
+    def from_frames(
+        cls, frames: Any, embedder: Any = "pixels", *, min_max: bool = False, **weight: Any
+    ) -> DenseBias:
+        """Δ as the inter-frame similarity of a reference video, with peak 1 (Fig. 8).
+
+        Args:
+            frames, embedder: As for :func:`vstar_kernels.analysis.frame_similarity`.
+            min_max: Spread the similarities over 0 to 1. Only their differences within a row tell
+                in a softmax, and those of real frames are small.
+            weight: ``strength``, ``stat``, … of the bias.
+
+        Raises:
+            TypeError, ValueError: As the similarity's; or ``min_max`` where all frames are alike.
+        """
+        from vstar_kernels.analysis.similarity import similarity_bias
+
+        return cls(similarity_bias(frames, embedder, min_max=min_max), **weight)
+
     def named_tensors(self) -> dict[str, Tensor]:
         return {"values": self.values, **super().named_tensors()}
 
     def matrix(self, num_frames: int) -> Tensor:
         self._check_frames(num_frames)
         return self.values
+
+    def values_gradient(self, matrix_gradient: Tensor) -> Tensor:
+        return matrix_gradient.to(self.values)
 
     def check(self, num_frames: int, num_heads: int) -> None:
         _check_heads(self.values, 2, num_heads, "values")
@@ -200,6 +241,14 @@ def gaussian_table(sigma: float, num_frames: int) -> Tensor:
     half[1:] = torch.exp(-0.5 * (distance[1:] / sigma) ** 2) if sigma > 0 else 0.0
     half[half < torch.finfo(torch.float32).tiny] = 0.0
     return torch.cat([half[1:].flip(0), half]).float()
+
+
+def _diagonal_sums(matrix: Tensor) -> Tensor:
+    """Sums over j−i = −(N−1) … N−1, ``(…, 2N−1)``, always in the same order."""
+    frames = matrix.shape[-1]
+    # Rows of 2N numbers read as rows of 2N − 1: each begins one column further to the right.
+    skewed = F.pad(matrix.flip(-1), (0, frames)).flatten(-2)[..., :-frames]
+    return skewed.unflatten(-1, (frames, 2 * frames - 1)).sum(-2).flip(-1)
 
 
 def _from_table(signed_table: Tensor, num_frames: int) -> Tensor:

@@ -15,7 +15,8 @@ class Problem:
     """Shapes, types and wishes of one :func:`vstar_kernels.tar_attention` call, already checked.
 
     ``tensors`` names every tensor of the call. ``bias`` is None where nothing is added to the
-    logits (strength 0).
+    logits (strength 0). The map, where it is returned, is summed over blocks of ``map_block`` ×
+    ``map_block`` frames.
     """
 
     shape: tuple[int, ...]
@@ -25,6 +26,7 @@ class Problem:
     bias: Bias | None
     scale: float
     return_map: bool
+    map_block: int = 1
 
     @property
     def frames(self) -> int:
@@ -35,6 +37,12 @@ class Problem:
     def head_dim(self) -> int:
         """D, the size of a head."""
         return self.shape[-1]
+
+    @property
+    def map_shape(self) -> tuple[int, int, int]:
+        """Of the mean map: the batch, and the frames in blocks of ``map_block``."""
+        blocks = -(-self.frames // self.map_block)
+        return self.shape[0], blocks, blocks
 
     def needs_grad(self) -> list[str]:
         """The names of the tensors whose gradient is wanted."""

@@ -7,8 +7,8 @@
 #include <memory>
 #include <vector>
 
-#include "call.h"
 #include "check.h"
+#include "group_calls.h"
 #include "guarded.h"
 
 namespace {
@@ -32,24 +32,34 @@ void on_crash(int) {
 class Bounds {
  public:
   Bounds() {
-    for (int i = 0; i < 7; ++i) blocks_.emplace_back(size_t{1} << 21);
+    for (int i = 0; i < 14; ++i) blocks_.emplace_back(size_t{1} << 22);
   }
 
   void expect(const vstar::Kernels& kernels, const Shape& shape) {
     std::snprintf(current, sizeof current, "%s %s", kernels.name, shape.name().c_str());
+    expect_same<Call>(kernels, shape, [&](Call& call) {
+      kernels.forward(call.args(), 0, call.items(), call.scratch());
+    });
+    expect_same<MapCall>(kernels, shape, [](MapCall& call) { call.run_all(); });
+    expect_same<BackwardCall>(kernels, shape, [](BackwardCall& call) { call.run_all(); });
+  }
+
+ private:
+  template <typename AnyCall, typename Run>
+  void expect_same(const vstar::Kernels& kernels, const Shape& shape, const Run& run) {
     std::vector<std::unique_ptr<char[]>> heap;
-    Call plain(shape, kernels, [&](size_t bytes) {
+    AnyCall plain(shape, kernels, [&](size_t bytes) {
       heap.emplace_back(new char[bytes]);
       return heap.back().get();
     });
-    kernels.forward(plain.args(), 0, plain.items(), plain.scratch());
+    run(plain);
     CHECK(plain.complete(), "%s", current);
     for (const bool flush_end : {true, false}) {
       size_t used = 0;
-      Call call(shape, kernels, [&](size_t bytes) {
-        return blocks_[used++].block(bytes, flush_end);
+      AnyCall call(shape, kernels, [&](size_t bytes) {
+        return blocks_.at(used++).block(bytes, flush_end);
       });
-      kernels.forward(call.args(), 0, call.items(), call.scratch());
+      run(call);
       CHECK(call.out() == plain.out(), "%s: other bits between guard pages", current);
       for (size_t i = 0; i < used; ++i) {
         CHECK(blocks_[i].in_place(), "%s: block %zu was written beside", current, i);
@@ -57,7 +67,6 @@ class Bounds {
     }
   }
 
- private:
   std::deque<Guarded> blocks_;
 };
 
@@ -82,6 +91,8 @@ void test(const vstar::Kernels& kernels) {
       shape.stat = kStats[frames % 4];
       shape.heads_first = frames % 3 == 0;
       shape.gap = frames % 5 == 0 ? 3 : 0;
+      shape.map_gradient = frames % 2 == 0;
+      shape.grad_out_dim_stride = frames % 7 == 0 ? 3 : 1;
       biases(bounds, kernels, shape);
     }
     // Every remainder of head_dim against vectors and tiles; few and many (packed) keys.

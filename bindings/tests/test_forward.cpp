@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "check.h"
+#include "formula.h"
 
 namespace {
 
@@ -122,39 +123,25 @@ class Problem {
 
   template <typename Real>
   void formula(int64_t b, int64_t s, int64_t h, std::vector<Real>& out) const {
-    const int64_t N = c_.frames;
-    std::vector<Real> phi(static_cast<size_t>(N * N));
-    Real map_max = -INFINITY;
+    const int64_t N = c_.frames, D = c_.head_dim;
+    Formula<Real> f;
+    f.N = N;
+    f.D = D;
+    f.scale = scale();
+    f.strength = kStrength;
+    f.stat = c_.stat;
+    f.clamp_negative = c_.clamp_negative;
     for (int64_t i = 0; i < N; ++i) {
-      for (int64_t j = 0; j < N; ++j) {
-        Real x = 0;
-        for (int64_t d = 0; d < c_.head_dim; ++d) {
-          x += static_cast<Real>(q_[start(b, s, i, h) + d]) * k_[start(b, s, j, h) + d];
-        }
-        phi[i * N + j] = x * scale();
-        map_max = std::max(map_max, phi[i * N + j]);
-      }
+      const auto row = static_cast<size_t>(start(b, s, i, h));
+      f.query.insert(f.query.end(), &q_[row], &q_[row] + D);
+      f.key.insert(f.key.end(), &k_[row], &k_[row] + D);
+      f.value.insert(f.value.end(), &v_[row], &v_[row] + D);
+      f.stat_values.push_back(stat_[((b * c_.space + s) * N + i) * c_.heads + h]);
+      for (int64_t j = 0; j < N && c_.regularized; ++j) f.bias.push_back(bias(h, i, j));
     }
+    f.forward();
     for (int64_t i = 0; i < N; ++i) {
-      Real* row = phi.data() + i * N;
-      Real stat = 1;
-      if (c_.stat == vstar::Stat::row_max) stat = *std::max_element(row, row + N);
-      if (c_.stat == vstar::Stat::map_max) stat = map_max;
-      if (c_.stat == vstar::Stat::tensor) {
-        stat = stat_[((b * c_.space + s) * N + i) * c_.heads + h];
-      }
-      if (c_.clamp_negative) stat = std::max(stat, Real(0));
-      for (int64_t j = 0; j < N && c_.regularized; ++j) {
-        row[j] += kStrength * stat * bias(h, i, j);
-      }
-      const Real m = *std::max_element(row, row + N);
-      Real sum = 0;
-      for (int64_t j = 0; j < N; ++j) sum += row[j] = std::exp(row[j] - m);
-      for (int64_t d = 0; d < c_.head_dim; ++d) {
-        Real x = 0;
-        for (int64_t j = 0; j < N; ++j) x += row[j] / sum * v_[start(b, s, j, h) + d];
-        out[start(b, s, i, h) + d] = x;
-      }
+      std::copy_n(f.out.begin() + i * D, D, out.begin() + start(b, s, i, h));
     }
   }
 

@@ -8,8 +8,8 @@
 #include <thread>
 #include <vector>
 
-#include "call.h"
 #include "check.h"
+#include "group_calls.h"
 
 namespace {
 
@@ -89,6 +89,49 @@ void share(const vstar::Kernels& kernels, const Shape& shape, int64_t rows_per_i
   }
 }
 
+// Tasks in any order on any thread, whose sums are added up at the end.
+template <typename AnyCall>
+void share_tasks(const vstar::Kernels& kernels, const Shape& shape, int repeats) {
+  std::deque<std::unique_ptr<char[]>> heap;
+  AnyCall call(shape, kernels, [&](size_t bytes) {
+    heap.emplace_back(new char[bytes]);
+    return heap.back().get();
+  });
+  call.run_all();
+  const std::string expected = call.out();
+  CHECK(call.complete(), "%s %s", kernels.name, shape.name().c_str());
+  std::vector<std::vector<float>> scratch(kThreads);
+  for (auto& own : scratch) own.resize(call.scratch_bytes() / 4);
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    call.poison();
+    std::atomic<int64_t> next{0};
+    in_threads([&](int t) {
+      for (int64_t task = next++; task < call.tasks(); task = next++) {
+        std::memset(scratch[t].data(), 0xff, call.scratch_bytes());
+        call.run(call.tasks() - 1 - task, scratch[t].data());
+      }
+    });
+    call.finish();
+    CHECK(call.out() == expected, "%s %s: other bits in threads, repeat %d", kernels.name,
+          shape.name().c_str(), repeat);
+  }
+}
+
+void test_tasks(const vstar::Kernels& kernels, ScalarType type) {
+  Shape shape = {.batch = 3, .space = 2, .frames = 7, .heads = 3, .head_dim = 13, .type = type};
+  shape.map_gradient = true;
+  for (const bool dense : {false, true}) {
+    shape.dense = dense;
+    share_tasks<MapCall>(kernels, shape, 30);
+    share_tasks<BackwardCall>(kernels, shape, 30);
+  }
+  shape.bias_gradient = false;
+  shape.stat = vstar::Stat::tensor;
+  share_tasks<BackwardCall>(kernels, shape, 30);
+  // A map's rows in chunks, its sequences in groups.
+  share_tasks<MapCall>(kernels, {.batch = 1, .frames = 300, .heads = 2, .type = type}, 10);
+}
+
 void test(const vstar::Kernels& kernels) {
   for (const auto type : {ScalarType::float32, ScalarType::bfloat16, ScalarType::float16}) {
     // Odd rows without a gap: two threads write next to each other in one cache line.
@@ -99,6 +142,7 @@ void test(const vstar::Kernels& kernels) {
     longer.heads_first = longer.dense = true;
     longer.stat = vstar::Stat::map_max;
     share(kernels, longer, 64, 10);
+    test_tasks(kernels, type);
     // While the next sequence's rows are fetched ahead, its thread writes them.
     share(kernels, {.batch = 16, .frames = 16, .heads = 2, .head_dim = 40, .type = type}, 16, 30);
   }

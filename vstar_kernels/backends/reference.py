@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vstar_kernels.backends.allocate import empty_like
+from vstar_kernels.backends.blocks import block_sums
 from vstar_kernels.bias import Bias
 from vstar_kernels.problem import Problem
 
@@ -21,6 +23,7 @@ def tar_attention(
     *,
     scale: float | None = None,
     return_map: bool = False,
+    map_block: int = 1,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`vstar_kernels.tar_attention` by its formula, in float32 or, of float64, in float64.
 
@@ -28,24 +31,25 @@ def tar_attention(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):
-        q, k, v = (_heads_first(x) for x in (query, key, value))
+        q, k, v = (heads_first(x) for x in (query, key, value))
         logits = scale * (q @ k.mT)
         if bias is not None and bias.strength != 0:
             delta = bias.matrix(query.shape[-3]).to(logits)
-            logits = logits + bias.strength * _statistic(logits, bias) * delta
+            logits = logits + bias.strength * statistic(logits, bias) * delta
         weights = logits.softmax(dim=-1)
-        out = torch.empty_like(query).copy_((weights @ v).transpose(-3, -2))
+        out = empty_like(query).copy_((weights @ v).transpose(-3, -2))
     if not return_map:
         return out
-    return out, weights.mean(dim=tuple(range(1, weights.ndim - 2))).float()
+    mean = weights.mean(dim=tuple(range(1, weights.ndim - 2)))
+    return out, block_sums(mean, map_block).float()
 
 
-def _heads_first(x: Tensor) -> Tensor:
+def heads_first(x: Tensor) -> Tensor:
     """(…, frames, heads, head_dim) → (…, heads, frames, head_dim), in at least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32)).transpose(-3, -2)
 
 
-def _statistic(logits: Tensor, bias: Bias) -> Tensor:
+def statistic(logits: Tensor, bias: Bias) -> Tensor:
     """Each row's weight before ``strength``, broadcastable to ``(…, heads, frames, frames)``."""
     if isinstance(bias.stat, Tensor):
         stat = bias.stat.mT.unsqueeze(-1).to(logits)
@@ -59,6 +63,19 @@ def _statistic(logits: Tensor, bias: Bias) -> Tensor:
     if bias.detach_stat:
         stat = stat.detach()
     return stat.clamp(min=0) if bias.clamp_negative else stat
+
+
+def backward(
+    problem: Problem,
+    out: Tensor,
+    grad_out: Tensor | None,
+    grad_map: Tensor | None,
+    wanted: set[str],
+) -> dict[str, Tensor]:
+    """The gradients by their formulas; a call that PyTorch can see through has them by autograd."""
+    from vstar_kernels.backends import reference_backward  # which builds on this module
+
+    return reference_backward.backward(problem, grad_out, grad_map)
 
 
 def unavailable() -> list[str]:
@@ -81,4 +98,5 @@ def run(problem: Problem) -> Tensor | tuple[Tensor, Tensor]:
         problem.bias,
         scale=problem.scale,
         return_map=problem.return_map,
+        map_block=problem.map_block,
     )

@@ -25,6 +25,19 @@ class Backend(Protocol):
     def run(self, problem: Problem) -> Tensor | tuple[Tensor, Tensor]:
         """The output, or ``(output, map)`` where the problem asks for the map."""
 
+    def backward(
+        self,
+        problem: Problem,
+        out: Tensor,
+        grad_out: Tensor | None,
+        grad_map: Tensor | None,
+        wanted: set[str],
+    ) -> dict[str, Tensor]:
+        """Gradients of "query", "key" and "value", and of those of "values" and "stat" ``wanted``.
+
+        ``out`` is what ``run`` returned; None for a gradient means that it is zero.
+        """
+
 
 class SlowBackendWarning(UserWarning):
     """A call was left to the reference, which holds every attention map in memory."""
@@ -39,8 +52,13 @@ def available() -> dict[str, list[str]]:
     return {name: backend.unavailable() for name, backend in BACKENDS.items()}
 
 
-def choose(problem: Problem, name: str | None) -> Backend:
-    """The backend called ``name``, or the first that can run the problem.
+def backend(problem: Problem, name: str | None) -> Backend:
+    """The backend that :func:`choose` names."""
+    return BACKENDS[choose(problem, name)]
+
+
+def choose(problem: Problem, name: str | None) -> str:
+    """``name`` if that backend can run the problem, or the first that can.
 
     Raises:
         ValueError: Unknown name, or that backend cannot run the problem.
@@ -53,11 +71,11 @@ def choose(problem: Problem, name: str | None) -> Backend:
         if not reasons[name]:
             if backend is reference:
                 _warn_once(_list_reasons(reasons))
-            return backend
+            return name
     raise AssertionError("the reference runs any checked problem")
 
 
-def _explicit(problem: Problem, name: str) -> Backend:
+def _explicit(problem: Problem, name: str) -> str:
     if name not in BACKENDS:
         allowed = ", ".join(map(repr, BACKENDS))
         raise ValueError(f"backend must be one of {allowed} or None, got {name!r}")
@@ -67,7 +85,7 @@ def _explicit(problem: Problem, name: str) -> Backend:
             f"backend {name!r} cannot run this call:\n{_list_reasons({name: reasons})}\n"
             f"It was given:\n{problem.describe()}"
         )
-    return BACKENDS[name]
+    return name
 
 
 def _list_reasons(reasons: dict[str, list[str]]) -> str:
