@@ -13,14 +13,26 @@ import pytest
 import torch
 
 import vstar_kernels as vk
-from tests.helpers import assert_exact, eager, inputs, largest_error, oracle
+from tests.helpers import assert_exact, eager, eager_with_map, inputs, largest_error, oracle
 from tests.pairwise import pairwise
 from vstar_kernels.backends import triton as backend
 
 if backend.unavailable():
     pytest.skip("; ".join(backend.unavailable()), allow_module_level=True)
 
-from vstar_kernels.backends.triton import configs, launch, pieces, plan, stream, tile
+from vstar_kernels.backends.triton import (
+    configs,
+    launch,
+    maps,
+    pieces,
+    plan,
+    plan_backward,
+    stream,
+    stream_backward,
+    tile,
+    tile_backward,
+)
+from vstar_kernels.backends.triton import facts as facts_module
 from vstar_kernels.backends.triton.configs import StreamConfig, TileConfig
 
 DEVICE = "cpu" if backend.interpreted() else "cuda"
@@ -30,10 +42,17 @@ NAN = float("nan")
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """Outputs start as NaN, so that an element left unwritten shows."""
-    empty_like, empty = torch.empty_like, torch.empty
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(NAN))
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(NAN))
+    """What kernels fill starts as NaN or −1, so that an element left unwritten shows."""
+    for name in ("empty_like", "empty"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+def poisoned(allocate):
+    def run(*args, **options):
+        tensor = allocate(*args, **options)
+        return tensor.fill_(NAN if tensor.is_floating_point() else -1)
+
+    return run
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +60,7 @@ def fresh_plans():
     """Some tests replace configurations, which plans remember."""
     yield
     plan.make.cache_clear()
+    plan_backward.make.cache_clear()
 
 
 def tar(query, key, value, bias=None, **options):
@@ -114,7 +134,7 @@ OPTIONS = {
 @pytest.mark.parametrize("case", pairwise(OPTIONS), ids=lambda c: f"{c['frames']}-{c['bias']}")
 def test_options(case, monkeypatch):
     if case["int64"]:
-        monkeypatch.setattr(plan, "INT32_MAX", -1)
+        monkeypatch.setattr(facts_module, "INT32_MAX", -1)
     frames, heads = case["frames"], 3
     shape = (2, 2, frames, heads) if case["five"] else (3, frames, heads)
     q, k, v = (case["layout"](x) for x in inputs(*shape, case["head_dim"], dtype=case["dtype"]))
@@ -178,37 +198,162 @@ def test_window(sigma, monkeypatch):
     check(q, k, v, vk.GaussianBias(sigma, strength=100.0))
 
 
+# ---- maps and gradients ----
+
+GRADIENT_OPTIONS = {
+    "dtype": DTYPES,
+    "frames": [13, 16, 32, 50],
+    "head_dim": [16, 40],
+    "bias": list(BIASES),
+    "stat": ["row_max", "map_max", "none", "tensor"],
+    "clamp_negative": [False, True],
+    "detach_stat": [False, True],
+    "scale": [0.3, -0.2],
+    "layout": [lambda x: x, frames_outermost, with_gaps],
+    "map_block": [0, 1, 4],
+    "streamed": [False, True],
+}
+SMALL = StreamConfig(rows=32, keys=16, warps=4, stages=1, shared=0)
+
+
+@pytest.fixture
+def streamed(monkeypatch):
+    """The kernels for long sequences, with blocks that short ones fill."""
+    monkeypatch.setattr(configs, "tile", lambda *args: None)
+    monkeypatch.setattr(configs, "tile_backward", lambda *args: None)
+    monkeypatch.setattr(configs, "stream", lambda *args: SMALL)
+    monkeypatch.setattr(configs, "stream_backward", lambda *args: SMALL)
+
+
+def leaves(tensors, bias):
+    """The tensors that have gradients."""
+    found = dict(zip(("query", "key", "value"), tensors, strict=True))
+    if bias is not None:
+        found.update(bias.named_tensors())
+        if bias.detach_stat:
+            found.pop("stat", None)
+    return found
+
+
+def gradients(attention, tensors, bias, weights, **options):
+    """Of a weighted sum of the output and, if there is one, the map."""
+    found = leaves(tensors, bias)
+    for tensor in found.values():
+        tensor.requires_grad_()
+    result = attention(*tensors, bias, **options)
+    results = result if isinstance(result, tuple) else (result,)
+    loss = sum((r.double() * w.to(r.device)).sum() for r, w in zip(results, weights, strict=False))
+    made = torch.autograd.grad(loss, list(found.values()))
+    return results, dict(zip(found, made, strict=True))
+
+
+def assert_gradient(name, gradient, expected, plain):
+    """Within twice the error of PyTorch in the same type, and not biased by it."""
+    gradient, expected, plain = (x.cpu().double() for x in (gradient, expected, plain))
+    size = expected.norm()
+    error, allowed = (gradient - expected).norm(), 2 * (plain - expected).norm()
+    eps = torch.finfo(torch.float32).eps
+    assert error <= allowed + 20 * eps * size, (name, error, allowed)
+    if size > 1e-3:
+        cosine = (gradient * expected).sum() / (gradient.norm() * size)
+        assert cosine > 0.999, (name, cosine)
+        bias = ((gradient - expected) * expected.sign()).mean()
+        assert bias.abs() <= error / expected.numel() ** 0.5 + eps, (name, bias)
+
+
+@pytest.mark.parametrize(
+    "case",
+    pairwise(GRADIENT_OPTIONS),
+    ids=lambda c: f"{c['frames']}-{c['bias']}-{'stream' if c['streamed'] else 'tile'}",
+)
+def test_gradients(case, request):
+    if case["streamed"]:
+        request.getfixturevalue("streamed")
+    frames, heads, block = case["frames"], 2, case["map_block"]
+    shape = (2, frames, heads, case["head_dim"])
+    tensors = [case["layout"](x) for x in inputs(*shape, dtype=case["dtype"])]
+    torch.manual_seed(1)
+    stat = torch.randn(2, frames, heads) if case["stat"] == "tensor" else case["stat"]
+    weight = {name: case[name] for name in ("clamp_negative", "detach_stat")}
+    bias = BIASES[case["bias"]](frames, heads, stat=stat, strength=0.8, **weight)
+    options = {"scale": case["scale"]}
+    weights = [torch.randn(shape)]
+    if block:
+        options |= {"return_map": True, "map_block": block}
+        weights.append(torch.randn(2, -(-frames // block), -(-frames // block)))
+
+    def copies(dtype):
+        return [x.detach().to(dtype) if dtype != x.dtype else x.detach() for x in tensors]
+
+    results, found = gradients(tar, copies(case["dtype"]), bias, weights, **options)
+    reference = vk.reference.tar_attention
+    expected_results, expected = gradients(
+        reference, copies(torch.double), bias, weights, **options
+    )
+    plain_attention = eager_with_map if case["dtype"] != torch.float32 else reference
+    _, plain = gradients(plain_attention, copies(case["dtype"]), bias, weights, **options)
+    if block:
+        largest = expected_results[1].abs().max()
+        tolerance = 1e-5 if case["dtype"] == torch.float32 else 1e-2
+        assert largest_error(results[1].cpu(), expected_results[1]) <= tolerance * largest
+    for name, gradient in found.items():
+        assert_gradient(name, gradient, expected[name], plain[name])
+
+
+@pytest.mark.parametrize("frames", [16, 70])
+def test_maps_and_gradients_are_the_same_every_time(frames):
+    tensors = inputs(3, frames, 3, 16)
+    values = torch.rand(frames)
+
+    def run():
+        copies = [x.clone() for x in tensors]
+        weights = [torch.ones(()), torch.ones(())]
+        bias = vk.ToeplitzBias(values.clone())
+        results, found = gradients(tar, copies, bias, weights, return_map=True)
+        return [*results, *found.values()]
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
 @pytest.mark.skipif(not backend.interpreted(), reason="on a GPU no line can be watched")
 def test_every_line_of_the_kernels_runs(monkeypatch):
     """No statement is left to chance; a new one needs a case here and among the options."""
-    statements, executed = set(), set()
-    for module in (pieces, stream, tile):
-        statements |= _kernel_statements(module)
+    modules = (maps, pieces, stream, stream_backward, tile, tile_backward)
+    statements = {line for module in modules for line in _kernel_statements(module)}
+    files = {module.__file__ for module in modules}
+    executed = set()
 
     def trace(frame, event, _):
-        if frame.f_code.co_filename.startswith(str(Path(tile.__file__).parent)):
-            executed.add((frame.f_code.co_filename, frame.f_lineno))
-            return trace
-        return None
+        if frame.f_code.co_filename not in files:
+            return None
+        executed.add((frame.f_code.co_filename, frame.f_lineno))
+        return trace
 
     cases = [
         (13, "gaussian", "row_max"),
         (13, "signed", "map_max"),
-        (13, "dense by head", torch.randn(1, 13, 2)),
+        (13, "dense by head", "tensor"),
         (16, "toeplitz", "none"),
-        (50, "gaussian", "row_max"),
-        (50, "toeplitz", "map_max"),
-        (50, "dense by head", torch.randn(1, 50, 2)),
+        (33, "gaussian", "row_max"),
+        (33, "toeplitz", "map_max"),
+        (33, "dense by head", "tensor"),
+        (33, "toeplitz", "none"),
     ]
-    small = TileConfig(rows=16, sequences=2, warps=1, shared=0)
-    blocks = StreamConfig(rows=32, keys=16, warps=4, stages=1, shared=0)
-    monkeypatch.setattr(configs, "tile", lambda *args: small if args[2] <= 16 else None)
-    monkeypatch.setattr(configs, "stream", lambda *args: blocks)
+    packed = TileConfig(rows=16, sequences=2, warps=1, shared=0)
+    blocks = StreamConfig(rows=16, keys=16, warps=1, stages=1, shared=0)
+    for direction in ("", "_backward"):
+        monkeypatch.setattr(configs, f"tile{direction}", lambda *a: packed if a[2] <= 16 else None)
+        monkeypatch.setattr(configs, f"stream{direction}", lambda *args: blocks)
     sys.settrace(trace)
     try:
         for frames, form, stat in cases:
-            bias = BIASES[form](frames, 2, stat=stat, clamp_negative=True)
-            tar(*inputs(1, frames, 2, 40), bias, scale=-0.1)
+            tensors = inputs(1, frames, 1, 40)
+            values = torch.randn(1, frames, 1) if stat == "tensor" else stat
+            bias = BIASES[form](frames, 1, stat=values, clamp_negative=True)
+            if frames <= 16:
+                tar(*tensors, bias, scale=-0.1)
+            gradients(tar, tensors, bias, [torch.ones(())] * 2, scale=-0.1, return_map=True)
     finally:
         sys.settrace(None)
     assert not sorted(f"{Path(file).name}:{line}" for file, line in statements - executed)
@@ -309,7 +454,6 @@ def test_output_lies_as_empty_like_lays_it():
         ({"dtype": torch.float64}, "takes torch.float32, torch.bfloat16, torch.float16"),
         ({"head_dim": 257}, "head_dim up to 256, query has 257"),
         ({"transposed": True}, "contiguous head_dim, query has stride 16"),
-        ({"grad": True}, "no gradients yet, wanted for query"),
     ],
 )
 def test_reasons(options, message):
@@ -317,14 +461,16 @@ def test_reasons(options, message):
     q, k, v = (x.to(options.get("dtype", torch.float32)) for x in (q, k, v))
     if options.get("transposed"):
         q = q.mT.contiguous().mT.transpose(1, 3).contiguous().transpose(1, 3)
-    q.requires_grad_(options.get("grad", False))
     with pytest.raises(ValueError, match=message):
         tar(q, k, v)
 
 
-def test_the_map_is_not_there_yet():
-    with pytest.raises(ValueError, match="does not return the mean map yet"):
-        tar(*inputs(1, 16, 1, 8), return_map=True)
+def test_a_long_map_is_asked_for_in_blocks(monkeypatch):
+    monkeypatch.setattr(backend, "MAX_MAP_FRAMES", 20)
+    tensors = inputs(1, 21, 1, 8)
+    tar(*tensors, return_map=True, map_block=2)
+    with pytest.raises(ValueError, match="up to 20 frames, query has 21; map_block=k returns"):
+        tar(*tensors, return_map=True)
 
 
 # ---- plans ----
@@ -336,7 +482,7 @@ def facts(shape, dtype=torch.bfloat16, strides=None, **changes):
         shape, dtype, torch.device(DEVICE), dict.fromkeys(("query", "key", "value"), tensor),
         None, 1.0, False,
     )  # fmt: skip
-    made = launch.facts(problem, tensor.stride(), ())
+    made = launch.facts(problem, (tensor.stride(),) * 4, ())
     return made._replace(strides=strides or made.strides, **changes)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels: float32, bfloat16 and float16 tensors on NVIDIA and AMD GPUs, forward.
+"""The Triton kernels: float32, bfloat16 and float16 tensors on NVIDIA and AMD GPUs.
 
 With ``TRITON_INTERPRET=1`` in the environment of the process, Triton's interpreter runs the same
 kernels on CPU tensors, slowly, for tests. Nothing here imports triton before it is used.
@@ -7,10 +7,11 @@ kernels on CPU tensors, slowly, for tests. Nothing here imports triton before it
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import math
 import os
-from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from vstar_kernels.problem import Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+MAX_MAP_FRAMES = 4096  # 64 MiB for each batch element
 MAX_ROWS = 2**31 - 1  # no grid has more programs than the problem has rows
 OLDEST_GPU = (8, 0)  # the compute capability from which on there is bfloat16
 
@@ -59,16 +61,28 @@ def why_not(problem: Problem) -> list[str]:
     rows = math.prod(problem.shape[:-1])
     if rows > MAX_ROWS:
         reasons.append(f"takes up to {MAX_ROWS} rows of head_dim, query has {rows}")
-    if gradients := problem.needs_grad():
-        reasons.append(f"has no gradients yet, wanted for {', '.join(gradients)}")
-    if problem.return_map:
-        reasons.append("does not return the mean map yet")
+    if problem.return_map and problem.map_block == 1 and problem.frames > MAX_MAP_FRAMES:
+        reasons.append(
+            f"returns the mean map of up to {MAX_MAP_FRAMES} frames, query has {problem.frames}; "
+            "map_block=k returns its sums over k × k frames"
+        )
     return reasons
 
 
-def run(problem: Problem) -> Tensor:
-    """The output of a problem that ``why_not`` has nothing against."""
-    return _launcher()(problem)
+def run(problem: Problem) -> Tensor | tuple[Tensor, Tensor]:
+    """The output, or ``(output, map)``, of a problem that ``why_not`` has nothing against."""
+    return _module("launch").run(problem)
+
+
+def backward(
+    problem: Problem,
+    out: Tensor,
+    grad_out: Tensor | None,
+    grad_map: Tensor | None,
+    wanted: set[str],
+) -> dict[str, Tensor]:
+    """The gradients; everything is computed anew but the output."""
+    return _module("launch_backward").run(problem, out, grad_out, grad_map, wanted)
 
 
 def _too_old(device: torch.device) -> list[str]:
@@ -81,7 +95,6 @@ def _too_old(device: torch.device) -> list[str]:
 
 
 @functools.cache
-def _launcher() -> Callable[[Problem], Tensor]:
-    from vstar_kernels.backends.triton import launch
-
-    return launch.run
+def _module(name: str) -> ModuleType:
+    """One of this package's, all of which import triton."""
+    return importlib.import_module(f"vstar_kernels.backends.triton.{name}")

@@ -10,8 +10,10 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 FILE = Path(__file__).with_name("configs.json")
+BACKWARD_FILE = Path(__file__).with_name("configs_backward.json")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 KINDS = ("16-bit", "tf32", "ieee")  # how products are computed
 TILE_FRAMES = (16, 32, 64, 128)
@@ -61,12 +63,23 @@ def padded_frames(frames: int) -> int:
 def tile(architecture: str, kind: str, frames: int, head_dim: int) -> TileConfig | None:
     """The configuration for so many frames; None where no tile holds them."""
     key = (architecture, kind, padded_frames(frames), width(head_dim))
-    return _table("tile", TileConfig).get(key)
+    return _table(FILE, "tile", TileConfig).get(key)
 
 
 def stream(architecture: str, kind: str, head_dim: int) -> StreamConfig:
     """The configuration for any number of frames."""
-    return _table("stream", StreamConfig)[architecture, kind, None, width(head_dim)]
+    return _table(FILE, "stream", StreamConfig)[architecture, kind, None, width(head_dim)]
+
+
+def tile_backward(architecture: str, kind: str, frames: int, head_dim: int) -> TileConfig | None:
+    """The configuration of the gradients for so many frames; None where no tile holds them."""
+    key = (architecture, kind, padded_frames(frames), width(head_dim))
+    return _table(BACKWARD_FILE, "tile", TileConfig).get(key)
+
+
+def stream_backward(architecture: str, kind: str, head_dim: int) -> StreamConfig:
+    """The configuration of the gradients for any number of frames."""
+    return _table(BACKWARD_FILE, "stream", StreamConfig)[architecture, kind, None, width(head_dim)]
 
 
 def width(head_dim: int) -> int:
@@ -75,7 +88,7 @@ def width(head_dim: int) -> int:
 
 
 @functools.cache
-def _table(kernel: str, config: type) -> dict:
-    rows = json.loads(FILE.read_text())[kernel]
+def _table(file: Path, kernel: str, config: type) -> dict[tuple[object, ...], Any]:
+    rows = json.loads(file.read_text())[kernel]
     keys = ("architecture", "kind", "frames", "width")
     return {tuple(row.pop(key, None) for key in keys): config(**row) for row in rows}

@@ -114,6 +114,28 @@ def logits(
 
 
 @triton.jit
+def block_logits(
+    q_main, q_rest, k, rows, j, frames,
+    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    EVEN: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The logits of key frames ``j``, which lie at ``rows``."""
+    k_main, k_rest = load(k, rows, j < frames, HEAD_DIM, MAIN, REST)
+    return logits(q_main, q_rest, k_main, k_rest, j, frames, REST, EVEN, NEGATIVE, PRECISION)
+
+
+@triton.jit
+def blocks_in_window(start, SIZE: tl.constexpr, OTHER: tl.constexpr, window, frames):
+    """Which blocks of ``OTHER`` frames are within ``window`` of frames start … start + SIZE − 1.
+
+    From the first of them up to, and without, the second number returned.
+    """
+    near = tl.maximum(start - window, 0) // OTHER
+    far = tl.minimum(tl.cdiv(start + SIZE + window, OTHER), tl.cdiv(frames, OTHER))
+    return near, far
+
+
+@triton.jit
 def regularization(
     values, strides, rate, head, i, j, frames, FORM: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -153,3 +175,12 @@ def regularized(s, weight, strength, delta, CLAMP: tl.constexpr):
 def exponentials(s, row_max, scale):
     """exp(φ − its row maximum): one fused multiply-add and one exponential for each logit."""
     return tl.exp2(s * scale - tl.expand_dims(row_max * scale, -1))
+
+
+@triton.jit
+def map_gradient(grad_map, strides, batch, i, j, frames, map_block):
+    """G of a batch element, whose rows and columns stand for ``map_block`` frames each."""
+    i = tl.expand_dims(i, -1)
+    offsets = batch.to(tl.int64) * strides[0]
+    offsets = offsets + (i // map_block) * strides[1] + (j // map_block) * strides[2]
+    return tl.load(grad_map + offsets, mask=(i < frames) & (j < frames), other=0.0)

@@ -20,11 +20,12 @@ from vstar_kernels.backends.triton.pieces import (
     LOG2E,
     STRIDES,
     along,
+    block_logits,
+    blocks_in_window,
     exponentials,
     first,
     load,
     locate,
-    logits,
     product,
     regularization,
     regularized,
@@ -37,19 +38,21 @@ from vstar_kernels.backends.triton.pieces import (
     do_not_specialize_on_alignment=["space"],
 )
 def stream_kernel(
-    q, k, v, out, values, stat,
+    q, k, v, out, values, stat, lse, weights,
     q_strides, k_strides, v_strides, out_strides, values_strides, stat_strides,
     space, heads, frames, scale, strength, rate, window,
     HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
     FORM: tl.constexpr, PER_HEAD: tl.constexpr, STAT: tl.constexpr, CLAMP: tl.constexpr,
     EVEN: tl.constexpr, UNIT: tl.constexpr, OFFSET: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
+    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """``ROWS`` queries of one sequence against all keys, ``KEYS`` at a time.
 
     Δᵢⱼ counts as zero for |j − i| > ``window``. With ``STAT`` "map_max", ``stat`` holds the maxima
-    that :func:`map_max_kernel` left, ``(sequences, blocks of queries)``.
+    that :func:`map_max_kernel` left, ``(sequences, blocks of queries)``. ``SAVE`` writes for each
+    row the binary logarithm of the sum of its exponentials, and the weight of Δ, ``(sequences,
+    frames)``.
     """
     blocks = tl.cdiv(frames, ROWS)
     sequence = tl.program_id(0) // blocks
@@ -67,8 +70,7 @@ def stream_kernel(
     near = 0
     far = 0
     if FORM != "none":
-        near = tl.maximum(start - window, 0) // KEYS
-        far = tl.minimum(tl.cdiv(start + ROWS + window, KEYS), key_blocks)
+        near, far = blocks_in_window(start, ROWS, KEYS, window, frames)
 
     row_max = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -76,7 +78,7 @@ def stream_kernel(
     o_rest = tl.zeros((ROWS, REST if REST else MAIN), tl.float32)
     for n in tl.range(0, key_blocks - (far - near), num_stages=STAGES):
         j = tl.where(n < near, n, n + (far - near)) * KEYS + tl.arange(0, KEYS)
-        s = _block(
+        s = block_logits(
             q_main, q_rest, k, along(k_strides, j, UNIT, OFFSET), j, frames,
             HEAD_DIM, MAIN, REST, EVEN, NEGATIVE, PRECISION,
         )  # fmt: skip
@@ -92,7 +94,7 @@ def stream_kernel(
             weight = row_max
             for n in tl.range(near, far, num_stages=STAGES):
                 j = n * KEYS + tl.arange(0, KEYS)
-                s = _block(
+                s = block_logits(
                     q_main, q_rest, k, along(k_strides, j, UNIT, OFFSET), j, frames,
                     HEAD_DIM, MAIN, REST, EVEN, NEGATIVE, PRECISION,
                 )  # fmt: skip
@@ -109,7 +111,7 @@ def stream_kernel(
         delta_head = head if PER_HEAD else 0
         for n in tl.range(near, far, num_stages=STAGES):
             j = n * KEYS + tl.arange(0, KEYS)
-            s = _block(
+            s = block_logits(
                 q_main, q_rest, k, along(k_strides, j, UNIT, OFFSET), j, frames,
                 HEAD_DIM, MAIN, REST, EVEN, NEGATIVE, PRECISION,
             )  # fmt: skip
@@ -123,21 +125,15 @@ def stream_kernel(
                 HEAD_DIM, MAIN, REST, PRECISION,
             )  # fmt: skip
 
+    if SAVE:
+        saved = sequence.to(tl.int64) * frames + i
+        tl.store(lse + saved, row_max * scale + tl.log2(total), mask=inside)
+        if FORM != "none":
+            tl.store(weights + saved, tl.zeros((ROWS,), tl.float32) + weight, mask=inside)
     inverse = tl.expand_dims(1.0 / total, 1)
     out += first(out_strides, batch, place, head, UNIT, OFFSET)
     out_rows = along(out_strides, i, UNIT, OFFSET)
     store(out, out_rows, inside, o_main * inverse, o_rest * inverse, HEAD_DIM, MAIN, REST)
-
-
-@triton.jit
-def _block(
-    q_main, q_rest, k, rows, j, frames,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    EVEN: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The logits of key frames ``j``."""
-    k_main, k_rest = load(k, rows, j < frames, HEAD_DIM, MAIN, REST)
-    return logits(q_main, q_rest, k_main, k_rest, j, frames, REST, EVEN, NEGATIVE, PRECISION)
 
 
 @triton.jit
@@ -179,7 +175,7 @@ def map_max_kernel(
     row_max = tl.full((ROWS,), float("-inf"), tl.float32)
     for n in tl.range(0, tl.cdiv(frames, KEYS), num_stages=STAGES):
         j = n * KEYS + tl.arange(0, KEYS)
-        s = _block(
+        s = block_logits(
             q_main, q_rest, k, along(k_strides, j, UNIT, OFFSET), j, frames,
             HEAD_DIM, MAIN, REST, EVEN, NEGATIVE, PRECISION,
         )  # fmt: skip

@@ -26,15 +26,16 @@ from vstar_kernels.backends.triton.pieces import (
 
 
 @triton.jit(
-    do_not_specialize=[*STRIDES, "sequences", "heads", "frames"],
+    do_not_specialize=[*STRIDES, "sequences", "heads", "frames", "chunks"],
     do_not_specialize_on_alignment=["space"],
 )
 def tile_kernel(
-    q, k, v, out, values, stat,
+    q, k, v, out, values, stat, map_sums,
     q_strides, k_strides, v_strides, out_strides, values_strides, stat_strides,
-    sequences, space, heads, frames, scale, strength, rate,
+    sequences, space, heads, frames, chunks, scale, strength, rate,
     HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    FRAMES: tl.constexpr, ROWS: tl.constexpr, SEQUENCES: tl.constexpr, PERSISTENT: tl.constexpr,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, SEQUENCES: tl.constexpr,
+    PERSISTENT: tl.constexpr, MAP: tl.constexpr,
     FORM: tl.constexpr, PER_HEAD: tl.constexpr, STAT: tl.constexpr, CLAMP: tl.constexpr,
     EVEN: tl.constexpr, UNIT: tl.constexpr, OFFSET: tl.constexpr,
     NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
@@ -42,44 +43,68 @@ def tile_kernel(
     """``SEQUENCES`` sequences at a time, each padded to ``FRAMES``, in blocks of ``ROWS`` queries.
 
     A ``PERSISTENT`` program goes on to further tiles and keeps Δ for them, which then must be the
-    same for all heads. ``values`` and ``stat`` may be any pointers where FORM and STAT need none.
+    same for all heads. With ``MAP``, ``chunks`` programs share a batch element, and each leaves the
+    sum of its sequences' A′ in ``map_sums``, ``(batch, chunks, FRAMES, FRAMES)``; ROWS is FRAMES.
+    Tensors that FORM, STAT or MAP do not need may be any.
     """
-    if PERSISTENT:
+    if MAP:
+        per_batch = space * heads
+        batch_first = tl.program_id(0) // chunks * per_batch
+        total = tl.zeros((FRAMES, FRAMES), tl.float32)
+        if SEQUENCES > 1:
+            total = tl.zeros((SEQUENCES, FRAMES, FRAMES), tl.float32)
+        tiles = tl.cdiv(per_batch, SEQUENCES)
+        for tile in tl.range(tl.program_id(0) % chunks, tiles, chunks, num_stages=1):
+            total += _tile(
+                batch_first + tile * SEQUENCES, batch_first + per_batch, 0.0,
+                q, k, v, out, values, stat,
+                q_strides, k_strides, v_strides, out_strides, values_strides, stat_strides,
+                space, heads, frames, scale, strength, rate,
+                HEAD_DIM, MAIN, REST, FRAMES, ROWS, SEQUENCES, False,
+                FORM, PER_HEAD, STAT, CLAMP, EVEN, UNIT, OFFSET, NEGATIVE, PRECISION,
+            )  # fmt: skip
+        if SEQUENCES > 1:
+            total = tl.sum(total, 0)
+        i = tl.expand_dims(tl.arange(0, FRAMES), 1)
+        place = tl.program_id(0).to(tl.int64) * FRAMES * FRAMES
+        tl.store(map_sums + place + i * FRAMES + tl.arange(0, FRAMES), total)
+    elif PERSISTENT:
         j = tl.arange(0, FRAMES)
         delta = regularization(values, values_strides, rate, 0, j, j, frames, FORM, EVEN)
         tiles = tl.cdiv(sequences, SEQUENCES)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1):
             _tile(
-                tile, delta, q, k, v, out, values, stat,
+                tile * SEQUENCES, sequences, delta, q, k, v, out, values, stat,
                 q_strides, k_strides, v_strides, out_strides, values_strides, stat_strides,
-                sequences, space, heads, frames, scale, strength, rate,
-                HEAD_DIM, MAIN, REST, FRAMES, ROWS, SEQUENCES, PERSISTENT,
+                space, heads, frames, scale, strength, rate,
+                HEAD_DIM, MAIN, REST, FRAMES, ROWS, SEQUENCES, True,
                 FORM, PER_HEAD, STAT, CLAMP, EVEN, UNIT, OFFSET, NEGATIVE, PRECISION,
             )  # fmt: skip
     else:
         _tile(
-            tl.program_id(0), 0.0, q, k, v, out, values, stat,
+            tl.program_id(0) * SEQUENCES, sequences, 0.0, q, k, v, out, values, stat,
             q_strides, k_strides, v_strides, out_strides, values_strides, stat_strides,
-            sequences, space, heads, frames, scale, strength, rate,
-            HEAD_DIM, MAIN, REST, FRAMES, ROWS, SEQUENCES, PERSISTENT,
+            space, heads, frames, scale, strength, rate,
+            HEAD_DIM, MAIN, REST, FRAMES, ROWS, SEQUENCES, False,
             FORM, PER_HEAD, STAT, CLAMP, EVEN, UNIT, OFFSET, NEGATIVE, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def _tile(
-    tile, delta, q, k, v, out, values, stat,
+    first_sequence, sequences, delta, q, k, v, out, values, stat,
     q_strides, k_strides, v_strides, out_strides, values_strides, stat_strides,
-    sequences, space, heads, frames, scale, strength, rate,
+    space, heads, frames, scale, strength, rate,
     HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     FRAMES: tl.constexpr, ROWS: tl.constexpr, SEQUENCES: tl.constexpr, DELTA_GIVEN: tl.constexpr,
     FORM: tl.constexpr, PER_HEAD: tl.constexpr, STAT: tl.constexpr, CLAMP: tl.constexpr,
     EVEN: tl.constexpr, UNIT: tl.constexpr, OFFSET: tl.constexpr,
     NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    sequence = tile
+    """Stores the outputs of ``SEQUENCES`` sequences, those below ``sequences``; returns A′."""
+    sequence = first_sequence
     if SEQUENCES > 1:
-        sequence = tl.expand_dims(tile * SEQUENCES + tl.arange(0, SEQUENCES), 1)
+        sequence = tl.expand_dims(first_sequence + tl.arange(0, SEQUENCES), 1)
     batch, place, head = locate(sequence, space, heads)
     j = tl.arange(0, FRAMES)
     key_inside = (sequence < sequences) & (j < frames)  # (FRAMES,) or (SEQUENCES, FRAMES)
@@ -127,10 +152,12 @@ def _tile(
             s = regularized(s, weight, strength, delta, CLAMP)
         p = exponentials(s, tl.max(s, -1), scale)
         inverse = tl.expand_dims(1.0 / tl.sum(p, -1), -1)
-        p = p.to(v_main.dtype)
-        o_main = product(p, v_main, PRECISION) * inverse
+        rounded = p.to(v_main.dtype)
+        o_main = product(rounded, v_main, PRECISION) * inverse
         o_rest = o_main
         if REST:
-            o_rest = product(p, v_rest, PRECISION) * inverse
+            o_rest = product(rounded, v_rest, PRECISION) * inverse
         out_rows = out_first + along(out_strides, i, UNIT, OFFSET)
         store(out, out_rows, inside, o_main, o_rest, HEAD_DIM, MAIN, REST)
+    # The last block's, which is all where the caller wants it; nothing of what is padded.
+    return tl.where(tl.expand_dims(inside, -1), p * inverse, 0.0)
