@@ -2,7 +2,6 @@
 
 import common
 import tiny
-import torch
 from diffusers import TextToVideoSDPipeline
 from PIL import Image
 from torch import Tensor
@@ -14,13 +13,6 @@ STAGES = (
     "A landscape in summer, green meadows.",
     "A landscape in winter, deep snow.",
 )
-
-
-def interpolate(stages: Tensor, frames: int) -> Tensor:
-    """``(stages, tokens, channels)`` at equal distances, linear in between, for each frame."""
-    flat = stages.flatten(1).T[None].float()
-    between = torch.nn.functional.interpolate(flat, frames, mode="linear", align_corners=True)
-    return between[0].T.unflatten(1, stages.shape[1:])
 
 
 def picture(attention_map: Tensor) -> Image.Image:
@@ -36,9 +28,10 @@ def main() -> None:
     options = parser.parse_args()
     pipe = common.load(TextToVideoSDPipeline, options, tiny.text_to_video)
     stages, _ = pipe.encode_prompt(list(STAGES), options.device, 1, False)
+    embeddings = vk.interpolate_embeddings(stages, options.frames)
     with (
         vk.apply_tar(pipe, vk.TARConfig(sigma={0: 1.0, 1: 8.0}, steps=0.56)),
-        vk.condition_frames(pipe, interpolate(stages, options.frames), guidance=True),
+        vk.condition_frames(pipe, embeddings, guidance=True),
         vk.capture_maps(pipe, steps=[0, options.steps - 1]) as capture,
     ):
         video = pipe("", num_frames=options.frames, **common.settings(options)).frames[0]

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from vstar_kernels._version import __version__
-from vstar_kernels.demo.options import DemoError, add_arguments, from_arguments
+from vstar_kernels.arguments import CommandError
+from vstar_kernels.demo import options as demo_options
+from vstar_kernels.generate import options as generate_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,10 +20,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     info = commands.add_parser("info", help="versions, the native library, and what can run here")
     info.set_defaults(run=_info)
     demo = commands.add_parser("demo", help="a video UNet denoises with and without the kernels")
-    add_arguments(demo)
+    demo_options.add_arguments(demo)
     demo.set_defaults(run=_demo)
+    generate = commands.add_parser("generate", help="a video from a prompt, with the whole method")
+    generate_options.add_arguments(generate)
+    generate.set_defaults(run=_generate)
     args = parser.parse_args(arguments)
-    return args.run(args)
+    try:
+        return args.run(args)
+    except CommandError as error:
+        print(f"vstar-kernels {args.command}: error: {error}", file=sys.stderr)
+        return 2
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -35,11 +44,14 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    try:
-        options = from_arguments(args)
-        from vstar_kernels.demo.run import run
+    options = demo_options.from_arguments(args)
+    from vstar_kernels.demo.run import run
 
-        return run(options)
-    except DemoError as error:
-        print(f"vstar-kernels demo: error: {error}", file=sys.stderr)
-        return 2
+    return run(options)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    options = generate_options.from_arguments(args)
+    from vstar_kernels.generate.run import run
+
+    return run(options)

@@ -152,6 +152,7 @@ def test_layers_are_chosen(unet):
 
 @pytest.mark.parametrize("max_rows", [1, 6, 9])
 def test_the_reference_takes_positions_at_equal_distances(unet, max_rows, monkeypatch):
+    monkeypatch.setattr("vstar_kernels.analysis.maps.BACKENDS", {"reference": reference})
     monkeypatch.setattr("vstar_kernels.analysis.maps.MAP_ELEMENTS", 2 * FRAMES**2 * 5)
     layer = temporal_layers(unet)[2]
     count = max(1, max_rows // 2)

@@ -28,6 +28,7 @@ def capture_maps(
     layers: Callable[[TemporalLayer], bool] | None = None,
     scheduler: Any = None,
     max_rows: int = 256,
+    differentiable: bool = False,
 ) -> MapCapture:
     """Collect the mean temporal attention maps of a model while it runs.
 
@@ -51,6 +52,9 @@ def capture_maps(
             it for ``steps``, unless :attr:`MapCapture.step` is set.
         max_rows: For the reference, from how many rows (batch × positions) of a layer a map is
             computed at most; at least one position of each batch element.
+        differentiable: Keep the maps on the model's device and in autograd's graph, wherever
+            gradients are enabled. Call ``backward()`` before the handle is removed: a model with
+            gradient checkpointing then runs its layers again.
 
     Returns:
         A handle: a context manager, with ``remove()``, which keeps its maps afterwards.
@@ -75,7 +79,7 @@ def capture_maps(
     def find_scheduler() -> Any:
         return scheduler if scheduler is not None else getattr(pipe_or_model, "scheduler", None)
 
-    return MapCapture(models, steps, selected, find_scheduler, max_rows)
+    return MapCapture(models, steps, selected, find_scheduler, max_rows, differentiable)
 
 
 class MapCapture(HookHandle):
@@ -92,6 +96,7 @@ class MapCapture(HookHandle):
         selected: Selected,
         find_scheduler: Callable[[], Any],
         max_rows: int,
+        differentiable: bool,
     ) -> None:
         super().__init__()
         self.step: int | None = None
@@ -99,7 +104,8 @@ class MapCapture(HookHandle):
         self._find_scheduler = find_scheduler
         self._maps: dict[tuple[Any, ...], AttentionMap] = {}
         self._watches = [
-            Watch(self, name, model, selected, max_rows) for name, model in models.items()
+            Watch(self, name, model, selected, max_rows, differentiable)
+            for name, model in models.items()
         ]
         for watch in self._watches:
             self._hooks += watch.install()
@@ -145,7 +151,7 @@ class MapCapture(HookHandle):
         """Take the hooks off, and keep the maps; nothing happens the second time."""
         super().remove()
         for watch in self._watches:
-            watch.end()
+            watch.unwatch()
 
     def find_step(self, timestep: Any) -> int | None:
         """The step of a forward pass, None if it is not known.

@@ -26,9 +26,9 @@ class AttentionMap:
         layer, level, place: The layer's name and where it is, as of :class:`TemporalLayer`.
         step: The index of the denoising step; None where it is not known.
         timestep: What the model was given.
-        map: ``(batch, frames, frames)``, float32, on the CPU: the mean over heads and positions. A
-            row is a query's frame and adds up to 1. Under classifier-free guidance the batch's
-            first half is the unconditional one.
+        map: ``(batch, frames, frames)``, float32, on the CPU unless the capture is differentiable:
+            the mean over heads and positions. A row is a query's frame and adds up to 1. Under
+            classifier-free guidance the batch's first half is the unconditional one.
         positions: Of how many positions (of height × width) the mean is.
         calls: Of how many forward passes it is: FreeInit, for one, repeats its steps.
     """

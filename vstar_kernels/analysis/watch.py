@@ -42,17 +42,25 @@ class Watch:
         name: The model's name in its pipeline.
         model: The model.
         selected: Which of its layers to watch.
-        max_rows: See :func:`vstar_kernels.capture_maps`.
+        max_rows, differentiable: See :func:`vstar_kernels.capture_maps`.
     """
 
     def __init__(
-        self, capture: MapCapture, name: str, model: nn.Module, selected: Selected, max_rows: int
+        self,
+        capture: MapCapture,
+        name: str,
+        model: nn.Module,
+        selected: Selected,
+        max_rows: int,
+        differentiable: bool,
     ) -> None:
         self._capture = capture
         self._name = name
         self._model = model
         self._selected = selected
         self._max_rows = max_rows
+        self._differentiable = differentiable
+        self._running = False  # not where gradient checkpointing calls the layers again
         self._sample, self._timestep = Argument(model, 0), Argument(model, 1)
         self._hooks: list[Any] = []
         self._pending: set[str] = set()  # layers whose call is still to come
@@ -64,17 +72,24 @@ class Watch:
         return [
             self._model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self._model.register_forward_hook(self._check),
-            self._model.register_forward_hook(self.end, always_call=True),
+            self._model.register_forward_hook(self._end, always_call=True),
         ]
 
-    def end(self, *_: object) -> None:
+    def _end(self, *_: object) -> None:
         """After a forward pass, or what it raised."""
+        self._running = False
+        if not self._keeps_graph():
+            self.unwatch()
+
+    def unwatch(self) -> None:
+        """Take the hooks off the layers."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.end()
+        self.unwatch()
+        self._running = True
         self._pending = set()
         timestep = self._timestep.get(args, kwargs)
         step = self._capture.find_step(timestep)
@@ -106,8 +121,12 @@ class Watch:
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             shape = hidden_states.get(args, kwargs).shape
-            self._add(layer, *self._mean_map(layer, shape, projected))
+            with torch.set_grad_enabled(self._keeps_graph()):
+                found = self._mean_map(layer, shape, projected)
             projected.clear()
+            # Gradient checkpointing wants the same operations again, but not their result.
+            if self._running:
+                self._add(layer, *found)
 
         self._hooks += [
             module.to_q.register_forward_hook(keep("query")),
@@ -115,13 +134,15 @@ class Watch:
             module.register_forward_hook(after, with_kwargs=True),
         ]
 
-    @torch.no_grad()
+    def _keeps_graph(self) -> bool:
+        return self._differentiable and torch.is_grad_enabled()
+
     def _mean_map(
         self, layer: TemporalLayer, shape: torch.Size, projected: dict[str, Tensor]
     ) -> tuple[Tensor, int]:
         """The map of one call, from ``(rows, frames, channels)``, and of how many positions."""
         rows, frames, _ = shape
-        if rows % self._batch or layer.name not in self._pending:
+        if rows % self._batch or (self._running and layer.name not in self._pending):
             raise RuntimeError(
                 f"{layer.name} was called with a part of the video (FreeNoise, split inference), "
                 "and capture_maps cannot put the parts together"
@@ -147,7 +168,8 @@ class Watch:
     def _add(self, layer: TemporalLayer, map_: Tensor, positions: int) -> None:
         self._pending.remove(layer.name)
         where = (self._name, layer.name, layer.level, layer.place)
-        self._capture.add(AttentionMap(*where, *self._when, map_.cpu(), positions))
+        kept = map_ if self._differentiable else map_.cpu()
+        self._capture.add(AttentionMap(*where, *self._when, kept, positions))
 
 
 def _treatment(module: Any) -> tuple[Bias | None, Override | None]:

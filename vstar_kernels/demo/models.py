@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vstar_kernels.demo.options import DemoError, Options
+from vstar_kernels.arguments import CommandError
+from vstar_kernels.demo.options import Options
 
 SIZE = (320, 512)  # VideoCrafter2's, in pixels
 PIXELS_PER_LATENT = 8
@@ -41,7 +42,7 @@ def load(options: Options) -> VideoModel:
     """The model that the options ask for, on their device.
 
     Raises:
-        DemoError: It cannot be loaded.
+        CommandError: It cannot be loaded.
     """
     torch.manual_seed(options.seed)
     return _random(options) if options.model is None else _pretrained(options, options.model)
@@ -82,7 +83,7 @@ def _pretrained(options: Options, model: str) -> VideoModel:
     # diffusers raises whatever its parts raise: of the network, of a file, of a wrong class.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DemoError(f"--model: cannot load {model}: {reason}") from error
+        raise CommandError(f"--model: cannot load {model}: {reason}") from error
     pipeline.to(options.device)
     conditional, unconditional = pipeline.encode_prompt(
         options.prompt,

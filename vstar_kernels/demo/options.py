@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import math
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MAX_STEPS = 1000  # of the schedulers' training
+from vstar_kernels.arguments import MAX_STEPS, CommandError, check_model, integer, number, size
+
 # Pixels. Below, group norms over single positions amplify rounding without bound.
 MIN_SIZE = 64
-
-
-class DemoError(Exception):
-    """The demo cannot go on; the message says why in one line."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +33,12 @@ class Options:
         """Whatever can be found wrong without loading anything.
 
         Raises:
-            DemoError: It cannot work.
+            CommandError: It cannot work.
         """
         if self.output.exists() and not self.output.is_dir():
-            raise DemoError(f"--output must be a folder, {self.output} is a file")
+            raise CommandError(f"--output must be a folder, {self.output} is a file")
         if self.model is not None:
-            _check_model(self.model)
+            check_model(self.model)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,16 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="channels of the random UNet's first level: 'full' for 320 as in VideoCrafter2, or a "
         "multiple of 32 (default: %(default)s, to be quick)",
     )
-    parser.add_argument("--frames", type=_integer(1), default=32, help="default: %(default)s")
+    parser.add_argument("--frames", type=integer(1), default=32, help="default: %(default)s")
     parser.add_argument(
         "--size",
-        type=_size,
+        type=size(MIN_SIZE),
         metavar="HEIGHTxWIDTH",
         help="of the video in pixels, multiples of 8 from 64 (default: 320x512, or the model's)",
     )
     parser.add_argument(
         "--steps",
-        type=_integer(1, MAX_STEPS),
+        type=integer(1, MAX_STEPS),
         default=2,
         help="denoising steps, of which the first 14 are regularized (default: %(default)s)",
     )
@@ -89,9 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "are not regularized (default: 1)",
     )
     parser.add_argument(
-        "--strength", type=_finite, default=1.0, help="of the regularization (default: %(default)s)"
+        "--strength", type=number, default=1.0, help="of the regularization (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=_integer(0, 2**63 - 1), default=0)
+    parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0)
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument(
         "--output",
@@ -106,7 +100,7 @@ def from_arguments(args: argparse.Namespace) -> Options:
     """The options of a parsed command line.
 
     Raises:
-        DemoError: They cannot work.
+        CommandError: They cannot work.
     """
     names = Options.__dataclass_fields__
     values: dict[str, Any] = {name: value for name, value in vars(args).items() if name in names}
@@ -114,56 +108,14 @@ def from_arguments(args: argparse.Namespace) -> Options:
 
 
 def _width(text: str) -> int:
-    width = 320 if text == "full" else _integer(1)(text)
+    width = 320 if text == "full" else integer(1)(text)
     if width % 32:
         raise argparse.ArgumentTypeError(f"must be 'full' or a multiple of 32, got {text!r}")
     return width
 
 
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    height, width = (int(match[1]), int(match[2])) if match else (0, 0)
-    if min(height, width) < MIN_SIZE or height % 8 or width % 8:
-        raise argparse.ArgumentTypeError(
-            f"must be HEIGHTxWIDTH in multiples of 8 from {MIN_SIZE}, such as 320x512, got {text!r}"
-        )
-    return height, width
-
-
-def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
-    allowed = f"an integer of at least {least}" + (f", at most {most}" if most else "")
-
-    def parse(text: str) -> int:
-        value = int(text) if re.fullmatch(r"[+-]?\d+", text) else None
-        if value is None or value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}")
-        return value
-
-    return parse
-
-
-def _finite(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
-    return value
-
-
 def _sigma(text: str) -> float:
-    value = _finite(text)
+    value = number(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0 frames, got {text!r}")
     return value
-
-
-def _check_model(model: str) -> None:
-    path = Path(model)
-    looks_like_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model)
-    if path.exists() or not looks_like_id:
-        if not path.is_dir():
-            raise DemoError(f"--model: there is no folder {model}")
-        if not (path / "model_index.json").is_file():
-            raise DemoError(f"--model: {model} is not a saved pipeline: it has no model_index.json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -14,10 +13,11 @@ from typing import Any
 
 import torch
 
+from vstar_kernels.arguments import CommandError, check_device, check_packages
 from vstar_kernels.bias import GaussianBias
 from vstar_kernels.demo import models, report, summary
 from vstar_kernels.demo.denoise import Demo
-from vstar_kernels.demo.options import DemoError, Options
+from vstar_kernels.demo.options import Options
 from vstar_kernels.processors.layers import Level, temporal_layers
 
 PACKAGES = ("diffusers", "transformers", "tqdm")
@@ -28,10 +28,10 @@ def run(options: Options) -> int:
     """Denoise, print the table, write the folder. 0, or 1 if the kernels disagree with eager TAR.
 
     Raises:
-        DemoError: It could not be done; nothing was written.
+        CommandError: It could not be done; nothing was written.
     """
-    _check_packages()
-    _check_device(options.device)
+    check_packages(PACKAGES, extra="demo")
+    check_device(options.device)
     start = time.perf_counter()
     demo = _prepare(options)
     _denoise(demo)
@@ -51,37 +51,19 @@ def run(options: Options) -> int:
     return 1
 
 
-def _check_packages() -> None:
-    for name in PACKAGES:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise DemoError(
-                f"the demo needs {name} ({error}): pip install 'vstar_kernels[demo]'"
-            ) from error
-
-
-def _check_device(name: str) -> None:
-    try:
-        torch.empty(1, device=name)
-    # RuntimeError for an unknown name or a broken driver, AssertionError for a build without it.
-    except (RuntimeError, AssertionError) as error:
-        raise DemoError(f"--device {name}: {str(error).splitlines()[0]}") from error
-
-
 def _prepare(options: Options) -> Demo:
     model = models.load(options)
     try:
         layers = [layer for layer in temporal_layers(model.unet) if layer.level != "init"]
     except ValueError as error:
-        raise DemoError(str(error)) from error
+        raise CommandError(str(error)) from error
     levels = sorted({layer.level for layer in layers})
     biases: dict[Level, GaussianBias] = {
         level: GaussianBias(sigma, strength=options.strength)
         for level, sigma in enumerate(options.sigma)
     }
     if missing := set(biases) - set(levels):
-        raise DemoError(
+        raise CommandError(
             f"--sigma names level {min(missing)}, "
             f"the model has temporal attention at levels {', '.join(map(str, levels))}"
         )

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from vstar_kernels.analysis import band_share
 from vstar_kernels.bias import GaussianBias
 from vstar_kernels.demo.denoise import EAGER, KERNELS, STOCK, Demo, Denoising
-from vstar_kernels.demo.maps import band_share
 from vstar_kernels.demo.options import Options
 from vstar_kernels.environment import info
 from vstar_kernels.processors.layers import Level
@@ -100,7 +100,7 @@ def _map_of_level(level: int, runs: dict[str, Denoising], demo: Demo) -> dict[st
 
 def _map_figures(attention_map: Tensor) -> dict[str, Any]:
     return {
-        "band_share": band_share(attention_map),
+        "band_share": float(band_share(attention_map)),
         "map": [[round(weight, 7) for weight in row] for row in attention_map.tolist()],
     }
 
