@@ -13,7 +13,8 @@ PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check
 STAMP := build/setup$(subst /,-,$(abspath $(PYTHON)))
 NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp cmake/*)
 
-.PHONY: help demo test native native-neon sanitize fuzz setup lint format bench wheel clean
+.PHONY: help demo test native native-neon sanitize fuzz setup lint format bench codegen tune \
+	wheel clean
 
 help:
 	@echo "make demo       denoise a video three ways: stock, eager TAR, vstar_kernels"
@@ -22,6 +23,8 @@ help:
 	@echo "make sanitize   the C++ tests under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make fuzz       10,000 drawn calls between guard pages (CALLS= for another number)"
 	@echo "make bench      the CPU benchmark's tables"
+	@echo "make codegen    compile every GPU configuration and check the code; needs no GPU"
+	@echo "make tune       choose those configurations: on a GPU by time, without by the code"
 	@echo "make wheel      dist/*.whl, one for every Python and torch, and checks it"
 	@echo "make lint       ruff and mypy; make format rewrites"
 	@echo "make clean      remove what was built"
@@ -36,6 +39,18 @@ test: native $(STAMP)
 
 bench: $(STAMP)
 	$(PYTHON) -m benchmarks.cpu $(ARGS)
+	$(PYTHON) -m benchmarks.cpu_backward
+
+# They need Triton, which torch's builds for GPUs bring.
+codegen: $(STAMP)
+	$(PYTHON) -c "import triton" 2>/dev/null || $(PIP) -c constraints.txt triton
+	$(PYTHON) -m benchmarks.codegen --jobs 2 --json benchmark-output/codegen.json $(ARGS)
+
+GPU = $(PYTHON) -c "import torch, sys; sys.exit(not torch.cuda.is_available())"
+tune: $(STAMP)
+	$(PYTHON) -c "import triton" 2>/dev/null || $(PIP) -c constraints.txt triton
+	if $(GPU); then $(PYTHON) -m benchmarks.tune $(ARGS); \
+		else $(PYTHON) -m benchmarks.tune --predict --jobs 2 $(ARGS); fi
 
 # The same tests for 64-bit Arm: needs Debian's g++-aarch64-linux-gnu and qemu-user.
 native-neon: $(STAMP)

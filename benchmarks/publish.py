@@ -9,11 +9,13 @@ import json
 import re
 from pathlib import Path
 
+from benchmarks import cpu_backward
 from benchmarks.cpu import describe, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/cpu-amd-epyc-zen5-2-cores"
 RUNS = ("native", "avx2")
+CODEGEN = ROOT / "benchmarks/results/codegen/report.json"
 
 
 def short_table() -> str:
@@ -49,6 +51,36 @@ def full_tables() -> str:
     return "\n\n".join(parts)
 
 
+def gradient_table() -> str:
+    """Forward and backward together, and the mean map."""
+    result = json.loads((RESULTS / "backward.json").read_text())
+    return f"{describe(result)}\n\n{cpu_backward.table(result)}"
+
+
+def predictions() -> str:
+    """The compiled tiles in bfloat16: what they are predicted to reach, never measured."""
+    report = json.loads(CODEGEN.read_text())
+    lines = [
+        f"Predicted from Triton {report['triton']}'s code, not measured:\n",
+        "| architecture | N | D | bytes | operations | warps | registers | shared | programs "
+        "| share of the bandwidth | limit |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for row in report["kernels"]:
+        if (row["kernel"], row["kind"], row["variant"]) != ("tile", "16-bit", "gaussian"):
+            continue
+        if row["head_dim"] not in (40, 48, 64, 80, 160):
+            continue
+        limit = row["limit"] if row["headroom"] < 1 else "memory"
+        lines.append(
+            f"| {row['architecture']} | {row['frames']} | {row['head_dim']} "
+            f"| {row['sequence_bytes']:,} | {row['sequence_operations']:,} "
+            f"| {row['config']['warps']} | {row['registers']} | {row['shared']:,} "
+            f"| {row['resident']} | {row['share']:.0%} | {limit} |"
+        )
+    return "\n".join(lines)
+
+
 def replace(path: Path, name: str, text: str) -> None:
     """Put ``text`` between the marks called ``name``."""
     pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
@@ -70,3 +102,5 @@ def _read(name: str) -> list[dict]:
 if __name__ == "__main__":
     replace(ROOT / "README.md", "cpu", short_table())
     replace(ROOT / "docs/performance/cpu.md", "cpu", full_tables())
+    replace(ROOT / "docs/performance/cpu.md", "cpu-backward", gradient_table())
+    replace(ROOT / "docs/performance/gpu.md", "predictions", predictions())

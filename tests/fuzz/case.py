@@ -14,6 +14,7 @@ from tests.fuzz.guarded import Guarded
 from tests.helpers import assert_exact
 from vstar_kernels import native
 from vstar_kernels.backends import cpu
+from vstar_kernels.backends.allocate import empty_like
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_ELEMENTS = 40_000  # of query, to keep the oracle quick
@@ -122,23 +123,6 @@ def cases(draw) -> Case:
     )
 
 
-class _TorchOfTheBackend:
-    """``torch`` as the backend sees it: its outputs lie between guard pages."""
-
-    def __init__(self, guarded: Guarded, flush_end: bool) -> None:
-        self._guarded, self._flush_end = guarded, flush_end
-
-    def __getattr__(self, name: str):
-        return getattr(torch, name)
-
-    def empty_like(self, x: Tensor) -> Tensor:
-        strides = torch.empty_like(x).stride()
-        return self._guarded.tensor(tuple(x.shape), strides, x.dtype, self._flush_end)
-
-    def empty(self, shape, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self.empty_like(torch.empty(shape, dtype=dtype, device=device))
-
-
 class Runner:
     """Runs cases in memory that it keeps."""
 
@@ -164,9 +148,13 @@ class Runner:
         def guarded_table(*args) -> Tensor:
             return self._guarded["table"].copy(table(*args), case.bias_flush_end)
 
-        backend_torch = _TorchOfTheBackend(self._guarded["out"], case.out_flush_end)
+        def guarded_output(x: Tensor) -> Tensor:
+            strides = empty_like(x).stride()
+            out = self._guarded["out"]
+            return out.tensor(tuple(x.shape), strides, x.dtype, case.out_flush_end)
+
         with (
-            mock.patch.object(cpu, "torch", backend_torch),
+            mock.patch.object(cpu, "empty_like", guarded_output),
             mock.patch.object(cpu, "_kernel_bias", guarded_table),
         ):
             torch.set_num_threads(case.threads)

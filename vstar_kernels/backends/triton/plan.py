@@ -96,7 +96,9 @@ def make(facts: Facts) -> Plan:
             return _tile_with_map(facts, tile)
     stream = configs.stream(architecture, kind(facts), head_dim)
     map_max = map_max_launch(facts, stream) if facts.stat == "map_max" else None
-    maps = _strips(facts, stream) if facts.map_block else ()
+    maps: tuple[MapsLaunch, ...] = ()
+    if facts.map_block:
+        maps = _strips(facts, configs.stream_backward(architecture, kind(facts), head_dim))
     return Plan(stream_launch(facts, stream, save=bool(maps)), map_max, maps=maps)
 
 
