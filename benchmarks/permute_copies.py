@@ -197,7 +197,8 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {name: value for name, value in vars(args).items() if name not in ("json", "models")}
     results = {
         "settings": settings,
-        "environment": vk.info() | {"threads": torch.get_num_threads()},
+        # Not where things are installed.
+        "environment": {name: fact for name, fact in vk.info().items() if "library" not in name},
         "models": {name: measure(name, args) for name in args.models},
     }
     print(table(results))
