@@ -140,6 +140,16 @@ def test_only_what_is_wanted_has_a_gradient():
     assert values.grad is None
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_detached_statistic_has_no_gradient(backend):
+    q, k, v = (x.requires_grad_() for x in inputs(2, 6, 3, 8))
+    stat = torch.rand(2, 6, 3, requires_grad=True)
+    bias = vk.GaussianBias(1.0, stat=stat, detach_stat=True)
+    vk.tar_attention(q, k, v, bias, backend=backend).sum().backward()
+    assert q.grad is not None
+    assert stat.grad is None
+
+
 def test_gradient_of_the_map_alone():
     q, k, v = (x.requires_grad_() for x in inputs(2, 6, 3, 8))
     bias = vk.GaussianBias(1.0)

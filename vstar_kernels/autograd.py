@@ -186,7 +186,7 @@ def _attention_backward_fake(
     return tuple(gradients[name] if name in gradients else _nothing(out) for name in _NAMES)
 
 
-_MAP_BLOCK = -2  # its place among the options
+_MAP_BLOCK, _DETACH_STAT = -2, -4  # their places among the options
 _NAMES = ("query", "key", "value", "values", "stat")
 
 
@@ -206,7 +206,9 @@ def _gradient(ctx: Any, grad_out: Tensor | None, grad_map: Tensor | None) -> tup
     *tensors, out = ctx.saved_tensors
     if not ctx.map_block:  # there is no map, whatever its gradient
         grad_map = None
-    wanted = ctx.needs_input_grad[:5]
+    wanted = list(ctx.needs_input_grad[:5])
+    if ctx.options[_DETACH_STAT]:
+        wanted[4] = False
     no_options = (None,) * (len(ctx.needs_input_grad) - 5)
     if grad_out is None and grad_map is None:
         return *(None,) * 5, *no_options
