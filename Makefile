@@ -13,8 +13,8 @@ PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check
 STAMP := build/setup$(subst /,-,$(abspath $(PYTHON)))
 NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp cmake/*)
 
-.PHONY: help demo test native native-neon sanitize fuzz setup lint format bench codegen tune \
-	wheel clean
+.PHONY: help demo test native native-neon sanitize fuzz setup lint format bench bench-pytest \
+	codegen tune wheel clean
 
 help:
 	@echo "make demo       denoise a video three ways: stock, eager TAR, vstar_kernels"
@@ -22,7 +22,8 @@ help:
 	@echo "make native     build and run the C++ tests alone; native-neon for Arm, emulated"
 	@echo "make sanitize   the C++ tests under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make fuzz       10,000 drawn calls between guard pages (CALLS= for another number)"
-	@echo "make bench      the CPU benchmark's tables"
+	@echo "make bench      every peer on every model's shapes (ARGS=--quick for 3 minutes)"
+	@echo "make bench-pytest  some of it under pytest-benchmark, for developers"
 	@echo "make codegen    compile every GPU configuration and check the code; needs no GPU"
 	@echo "make tune       choose those configurations: on a GPU by time, without by the code"
 	@echo "make wheel      dist/*.whl, one for every Python and torch, and checks it"
@@ -37,9 +38,16 @@ test: native $(STAMP)
 	$(PYTHON) -m pytest $(ARGS)
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/backends/test_triton.py
 
+BENCH_TOOLS = $(PYTHON) -c "import rich, xformers, pytest_benchmark" 2>/dev/null \
+	|| $(PIP) -c constraints.txt rich xformers pytest-benchmark
+
 bench: $(STAMP)
-	$(PYTHON) -m benchmarks.cpu $(ARGS)
-	$(PYTHON) -m benchmarks.cpu_backward
+	$(BENCH_TOOLS)
+	$(PYTHON) -m benchmarks run $(ARGS)
+
+bench-pytest: $(STAMP)
+	$(BENCH_TOOLS)
+	$(PYTHON) -m pytest benchmarks/test_speed.py $(ARGS)
 
 # They need Triton, which torch's builds for GPUs bring.
 codegen: $(STAMP)

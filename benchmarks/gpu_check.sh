@@ -2,18 +2,20 @@
 # benchmarks/gpu_check.sh STAGE: one stage of the checks that need a GPU, at most 8 minutes long.
 #
 #   tests      pytest -m gpu: log and JUnit report
-#   tile       the models' calls, up to 128 frames: JSON, table, plot
-#   stream     1,024 to 8,192 frames: JSON, table, plot
+#   tile       the models' calls, up to 128 frames, against all peers that need no compiling
+#   compiled   some of them against torch.compile and two-pass FlexAttention
+#   stream     256 to 8,192 frames
+#   models     gradients, maps, whole UNet steps, the overhead of a call
 #   sanitizer  compute-sanitizer's memcheck and racecheck over the smaller tests: logs
 #
-# Results go to $OUT, or to benchmark-output/ where OUT is not set. Needs torch with its triton, and
-# pytest for the tests: where no registry can be reached, put its wheels (pip download pytest -d
-# wheels) into a folder and name it in WHEELS. Without matplotlib the plots are left out, and
-# `python -m benchmarks.gpu plot FILE.json` draws them elsewhere.
+# The four in between write JSON lines, tables and a page: see `python -m benchmarks run --help`.
+# Results go to $OUT, or to benchmark-output/ where OUT is not set. Needs torch with its triton,
+# pytest, tqdm, rich, matplotlib, and diffusers for the steps: where no registry can be reached, put
+# their wheels (pip download NAME -d wheels) into a folder and name it in WHEELS.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
-stage=${1:?"usage: $0 tests|tile|stream|sanitizer"}
+stage=${1:?"usage: $0 tests|tile|compiled|stream|models|sanitizer"}
 out=${OUT:-benchmark-output}
 python=${PYTHON:-python3}
 limit=480 # seconds
@@ -35,6 +37,12 @@ need() { # a module, from the registry's wheels at hand if it is not there
     exit 3
 }
 
+measure() { # suites and options
+    for module in tqdm rich matplotlib pytest; do need "$module"; done
+    timeout "$limit" "$python" -m benchmarks run --device cuda --output "$out/$stage.jsonl" \
+        --stop-after $((limit - 60)) --suites "$@" 2>"$out/$stage.log"
+}
+
 case $stage in
 tests)
     need pytest
@@ -42,10 +50,18 @@ tests)
         -p no:cacheprovider --durations=15 --junitxml="$out/tests.xml" 2>&1 |
         tee "$out/tests.log"
     ;;
-tile | stream)
-    need tqdm
-    timeout "$limit" "$python" -m benchmarks.gpu "$stage" --seconds 400 \
-        --output "$out/$stage.json" 2>&1 | tee "$out/$stage.log"
+tile)
+    measure short --peers eager sdpa-bias xformers-bias strength-0 sdpa xformers flash-attn
+    ;;
+compiled)
+    measure short --peers eager eager-compiled flex sdpa --frames 16 64 128 \
+        --models videocrafter2-320x512 animatediff-sd15-512x512
+    ;;
+stream)
+    measure long
+    ;;
+models)
+    measure backward maps overhead unet --frames 16 64 --peers eager without-map sdpa
     ;;
 sanitizer)
     need pytest

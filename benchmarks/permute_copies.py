@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 import vstar_kernels as vk
+from benchmarks.models import TEXT_TOKENS, motion, unet3d
 from vstar_kernels.demo.measure import now
 from vstar_kernels.processors.hooks import Argument
 
 PIXELS_PER_LATENT = 8
-TEXT_TOKENS = 77
 TRANSFORMERS = ("TransformerTemporalModel", "AnimateDiffTransformer3D")
 
 
@@ -58,25 +58,6 @@ def to_frames(rows: Tensor, shape: Shape) -> Tensor:
     """Back to ``(batch · frames, channels, height, width)``."""
     grid = rows.unflatten(0, (shape.batch, shape.height, shape.width))
     return grid.permute(0, 3, 4, 1, 2).contiguous().flatten(0, 1)
-
-
-def unet3d(width: int) -> Any:
-    """ModelScope's UNet, ``width`` channels at its finest level (really 320)."""
-    from diffusers import UNet3DConditionModel
-
-    head = 64 if width % 64 == 0 else 32
-    return UNet3DConditionModel(block_out_channels=_channels(width), attention_head_dim=head)
-
-
-def motion(width: int) -> Any:
-    """AnimateDiff's UNet, ``width`` channels at its finest level (really 320)."""
-    from diffusers import UNetMotionModel
-
-    return UNetMotionModel(block_out_channels=_channels(width), cross_attention_dim=768)
-
-
-def _channels(width: int) -> tuple[int, ...]:
-    return (width, 2 * width, 4 * width, 4 * width)
 
 
 MODELS: dict[str, Callable[[int], Any]] = {"unet3d": unet3d, "motion": motion}

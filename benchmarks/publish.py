@@ -9,52 +9,49 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import cpu_backward
-from benchmarks.cpu import describe, table
+from benchmarks import results
+from benchmarks.peers import EAGER, SDPA, VSTAR_KERNELS
+from benchmarks.report import figures, tables
+from benchmarks.report.page import describe
+from benchmarks.report.render import markdown
+from benchmarks.results import Run
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/cpu-amd-epyc-zen5-2-cores"
-RUNS = ("native", "avx2")
+RUNS = ("float32", "16-bit", "avx2")
 CODEGEN = ROOT / "benchmarks/results/codegen/report.json"
+MARGIN_FRAMES = (16, 32, 64, 128)
 
 
-def short_table() -> str:
-    """The README's: the first suites with the warm allocator, in ratios."""
+def margins() -> str:
+    """The README's: how many times as long others take for a model's step, by frames."""
+    run = _read("float32")
+    found = {(x.model, x.frames): x.seconds for x in figures.steps(figures.kernels(run))}
     lines = [
-        "| type | instructions | N | here | eager TAR | SDPA *without* TAR |",
-        "|---|---|--:|--:|--:|--:|",
+        f"| model | {' | '.join(f'N = {frames}' for frames in MARGIN_FRAMES)} |",
+        "|---|" + "--:|" * len(MARGIN_FRAMES),
     ]
-    for name in RUNS:
-        warm = _read(name)[0]
-        for row in warm["rows"]:
-            if row["dtype"] == "float16" or row["frames"] not in (16, 32, 64, 128):
-                continue
-            if row["head_dim"] != 64:
-                continue
-            ours, eager, sdpa = (row["seconds"][x] for x in ("vstar_kernels", "eager", "sdpa"))
-            lines.append(
-                f"| {row['dtype']} | {warm['environment']['isa']} | {row['frames']} "
-                f"| {ours * 1e3:.1f} ms | {eager / ours:.1f}× as long "
-                f"| {sdpa / ours:.1f}× as long |"
-            )
-    overhead = _read(RUNS[0])[0]["overhead_seconds"]
-    lines.append(f"\nOne call on a tiny input costs {overhead * 1e6:.0f} µs.")
-    return "\n".join(lines)
+    for model in dict.fromkeys(model for model, _ in found):
+        cells = []
+        for frames in MARGIN_FRAMES:
+            seconds = found[model, frames]
+            ours = seconds[VSTAR_KERNELS.name]
+            times = (f"{seconds[x.name] / ours:.1f}×" for x in (EAGER, SDPA))
+            cells.append(" / ".join(times))
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    (overhead,) = figures.of_suite(figures.kernels(run), "overhead")
+    call = overhead.median(VSTAR_KERNELS.name) or 0.0
+    return "\n".join([*lines, f"\nOne call on a tiny input costs {call * 1e6:.0f} µs."])
 
 
-def full_tables() -> str:
-    """The docs': everything that was measured."""
+def everything() -> str:
+    """The docs': every table of every kept run."""
     parts = []
     for name in RUNS:
-        for result in _read(name):
-            parts.append(f"{describe(result)}\n\n{table(result)}")
-    return "\n\n".join(parts)
-
-
-def gradient_table() -> str:
-    """Forward and backward together, and the mean map."""
-    result = json.loads((RESULTS / "backward.json").read_text())
-    return f"{describe(result)}\n\n{cpu_backward.table(result)}"
+        run = _read(name)
+        parts.append(f"## {name}\n\n{describe(run)}\n")
+        parts += [markdown(table, heading="### ") for table in tables.all_tables(run)]
+    return "\n".join(parts)
 
 
 def predictions() -> str:
@@ -95,12 +92,11 @@ def replace(path: Path, name: str, text: str) -> None:
     path.write_text(page, encoding="utf-8")
 
 
-def _read(name: str) -> list[dict]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+def _read(name: str) -> Run:
+    return results.load(RESULTS / f"{name}.jsonl")
 
 
 if __name__ == "__main__":
-    replace(ROOT / "README.md", "cpu", short_table())
-    replace(ROOT / "docs/performance/cpu.md", "cpu", full_tables())
-    replace(ROOT / "docs/performance/cpu.md", "cpu-backward", gradient_table())
+    replace(ROOT / "README.md", "cpu", margins())
+    replace(ROOT / "docs/performance/cpu.md", "cpu", everything())
     replace(ROOT / "docs/performance/gpu.md", "predictions", predictions())

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
+
 import torch
 from torch import Tensor
 
 import vstar_kernels as vk
+from benchmarks.check import Oracle
+from benchmarks.clock import Contestant, GpuClock, time_in_turn
 from benchmarks.codegen import cases
 from benchmarks.codegen.cases import Row
-from benchmarks.gpu.check import check
-from benchmarks.gpu.timing import compare, random_inputs, sets_needed
 from tests.helpers import largest_error, oracle
 from vstar_kernels.backends.triton import launch, plan
 from vstar_kernels.backends.triton.configs import TileConfig
@@ -18,6 +20,7 @@ from vstar_kernels.backends.triton.plan import Launch
 
 TRAFFIC = 512 * 2**20  # bytes of one call
 ROUNDS = 15
+SECONDS = 2.0  # for the rounds
 TF32_ERROR = 2e-2
 
 
@@ -33,22 +36,27 @@ def seconds(row: Row) -> float:
     facts = small_facts(row)
     call = a_launch(row, facts)
     shape, dtype = facts.shape, facts.dtype
+    clock = GpuClock()
     traffic = 4 * torch.Size(shape).numel() * dtype.itemsize
-    inputs = [random_inputs(shape, dtype) for _ in range(sets_needed(traffic))]
+    inputs = [
+        tuple(torch.randn(3, *shape, device="cuda").to(dtype).unbind())
+        for _ in range(clock.sets(traffic))
+    ]
     query, key, value = inputs[0]
     out = torch.full_like(query, float("nan"))
     call({"q": query, "k": key, "v": value, "out": out})
-    bias = vk.GaussianBias(1.0)
-    if row.kind == "tf32":
-        check_tf32(out, query, key, value, bias)
-    else:
-        check(out, query, key, value, bias)
+    _check(out, query, key, value, row.kind)
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> None:
         call({"q": query, "k": key, "v": value, "out": out})
 
-    found = compare({"candidate": run}, inputs, ROUNDS)["candidate"]
-    return float("inf") if found.median is None else found.median
+    candidate = Contestant("candidate", run)
+    try:
+        calls = {candidate.name: clock.ready(candidate, inputs)}
+    except RuntimeError:
+        return float("inf")
+    times = time_in_turn(clock, [candidate], calls, len(inputs), rounds=ROUNDS, seconds=SECONDS)
+    return statistics.median(times[candidate.name])
 
 
 def small_facts(row: Row) -> Facts:
@@ -68,10 +76,15 @@ def a_launch(row: Row, facts: Facts) -> Launch:
     return plan.stream_launch(facts, row.config)
 
 
-def check_tf32(
-    out: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: vk.GaussianBias
-) -> None:
-    """TF32 keeps ten bits of the operands."""
-    error = largest_error(out[:2], oracle(query[:2], key[:2], value[:2], bias))
-    if not error <= TF32_ERROR:
-        raise SystemExit(f"wrong result for {tuple(query.shape)} in TF32: error {error}")
+def _check(out: Tensor, query: Tensor, key: Tensor, value: Tensor, kind: str) -> None:
+    """Refuse to time a wrong result."""
+    bias = vk.GaussianBias(1.0)
+    try:
+        if kind == "tf32":  # which keeps ten bits of the operands
+            parts = (x[:2].cpu() for x in (query, key, value))
+            error = largest_error(out[:2].cpu(), oracle(*parts, bias))
+            assert error <= TF32_ERROR, f"error {error}"
+        else:
+            Oracle((query, key, value), bias).check_forward(out)
+    except AssertionError as error:
+        raise SystemExit(f"wrong result for {tuple(query.shape)}, {kind}: {error}") from None

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vstar_kernels as vk
-from benchmarks.gpu.check import assert_right, sample
+from benchmarks.check import assert_right, sample
 from tests.helpers import inputs
 
 ROOT = Path(__file__).parents[2]

@@ -8,40 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vstar_kernels.demo import charts
+from vstar_kernels.demo.page import facts, page, section
 from vstar_kernels.demo.summary import COLUMNS, cells
-
-STYLE = """
-:root { color-scheme: light dark; --text: #1d2329; --soft: #5b6670; --line: #d8dde2;
-  --page: #ffffff; --bar: #b3bcc5; --ours: #1f8a70; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --text: #e4e8ec; --soft: #9aa5af; --line: #37404a;
-  --page: #15191d; --bar: #56616c; --ours: #3fb896; --bad: #ff8a80; } }
-body { margin: 2.5rem auto; max-width: 60rem; padding: 0 1.25rem; background: var(--page);
-  color: var(--text); font: 15px/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; margin-bottom: .3rem; }
-h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
-.soft, figcaption, th { color: var(--soft); }
-.bad { color: var(--bad); }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .6rem; border-bottom: 1px solid var(--line); text-align: right; }
-th { font-weight: 500; }
-th:first-child, td:first-child { text-align: left; }
-tr.ours td { font-weight: 600; }
-.facts { font-size: .85rem; }
-.facts td { text-align: left; overflow-wrap: anywhere; }
-.facts td:first-child { color: var(--soft); width: 14rem; }
-figure { margin: 0; }
-figcaption { font-size: .82rem; line-height: 1.4; margin-top: .35rem; }
-.maps { display: grid; gap: 1rem; margin-bottom: 1rem; }
-.maps img { width: 100%; image-rendering: pixelated; display: block; }
-.videos { display: flex; flex-wrap: wrap; gap: 1rem; }
-.scale { display: inline-block; width: 8rem; height: .7rem; vertical-align: -1px; }
-svg { width: 100%; max-width: 44rem; display: block; font: 13px system-ui, sans-serif; }
-svg text { fill: var(--text); dominant-baseline: central; }
-svg .label { text-anchor: end; }
-svg .bar { fill: var(--bar); }
-svg .ours { fill: var(--ours); }
-"""
 
 
 def render(results: dict[str, Any], videos: dict[str, Path]) -> str:
@@ -49,24 +17,16 @@ def render(results: dict[str, Any], videos: dict[str, Path]) -> str:
     body = "\n".join(
         [
             _head(results),
-            _section("Time, memory and agreement", _table(results), _table_notes(results)),
-            _section("Time in the temporal attention core", _bars(results, "core_seconds")),
-            _section("Time of a whole step", _bars(results, "step_seconds"), _step_note(results)),
-            _section("Temporal attention maps", _map_notes(), _maps(results)),
-            _section("Videos", _videos(videos)) if videos else "",
-            _section("Setting", _facts(_setting(results))),
-            _section("Environment", _facts(results["environment"].items())),
+            section("Time, memory and agreement", _table(results), _table_notes(results)),
+            section("Time in the temporal attention core", _bars(results, "core_seconds")),
+            section("Time of a whole step", _bars(results, "step_seconds"), _step_note(results)),
+            section("Temporal attention maps", _map_notes(), _maps(results)),
+            section("Videos", _videos(videos)) if videos else "",
+            section("Setting", facts(_setting(results))),
+            section("Environment", facts(results["environment"].items())),
         ]
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>vstar_kernels demo</title>\n<style>{STYLE}</style>\n{body}\n</html>\n"
-    )
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section><h2>{title}</h2>\n" + "\n".join(parts) + "</section>"
+    return page("vstar_kernels demo", body)
 
 
 def _head(results: dict[str, Any]) -> str:
@@ -182,11 +142,3 @@ def _setting(results: dict[str, Any]) -> Iterable[tuple[str, Any]]:
     )
     model = ((name.replace("_", " "), value) for name, value in results["model"].items())
     return [*given, *model, ("seconds in all", f"{results['total_seconds']:.0f}")]
-
-
-def _facts(facts: Iterable[tuple[str, Any]]) -> str:
-    rows = (
-        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>"
-        for name, value in facts
-    )
-    return f'<table class="facts">{"".join(rows)}</table>'

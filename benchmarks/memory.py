@@ -1,0 +1,42 @@
+"""The memory that a call takes beyond what it is given and what it returns."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vstar_kernels.demo.measure import STATUS, read_peak_memory, reset_peak_memory
+
+
+def peak_bytes(device: str, call: Callable[[], object]) -> int | None:
+    """Bytes at the peak of a warm call, without its results; None where it cannot be measured."""
+    gc.collect()
+    where = torch.device(device)
+    if not reset_peak_memory(where):
+        return None
+    before = _in_use(device)
+    results = call()
+    return max(0, read_peak_memory(where) - before - sum(map(_bytes, _tensors(results))))
+
+
+def _in_use(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    status = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    return int(status["VmRSS"].split()[0]) * 1024
+
+
+def _tensors(results: Any) -> list[Tensor]:
+    if isinstance(results, Tensor):
+        return [results]
+    if isinstance(results, (tuple, list)):
+        return [x for part in results for x in _tensors(part)]
+    return []
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

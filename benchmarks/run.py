@@ -1,0 +1,104 @@
+"""``python -m benchmarks run``: plans a run, and has workers measure it."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import results
+from benchmarks.cases import Case
+from benchmarks.environment import differences, environment
+from benchmarks.results import Plan, Record, ResultsError, Run, Task
+
+# Large outputs are mapped afresh by glibc at every call, and clearing their pages can take longer
+# than the kernel; "warm" keeps them. "default" is what users have by default.
+ALLOCATORS: dict[str, dict[str, str]] = {
+    "": {},  # on a GPU
+    "warm": {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"},
+    "default": {},
+}
+# Kernels are compared with the warm one; what the default costs shows in these.
+DEFAULT_ALLOCATOR_SUITES = ("short",)
+# The same limit for the kernels, PyTorch and the libraries below it.
+ISAS: dict[str, dict[str, str]] = {
+    "avx512": {"VSTAR_KERNELS_CPU_ISA": "avx512"},
+    "avx2": {
+        "VSTAR_KERNELS_CPU_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+}
+ROOT = Path(__file__).parents[1]
+
+
+def tasks(cases: Sequence[Case], device: str, allocators: Sequence[str]) -> tuple[Task, ...]:
+    """The cases under each allocator setting that they are measured with, in order."""
+    if device == "cuda":
+        return tuple(Task(case, "") for case in cases)
+    return tuple(
+        Task(case, allocator)
+        for allocator in allocators
+        for case in cases
+        if allocator == "warm" or case.suite in DEFAULT_ALLOCATOR_SUITES
+    )
+
+
+def begin(path: Path, plan: Plan) -> Run:
+    """A new file for a run."""
+    _limit(plan)
+    results.create(path, environment(plan.device, plan.threads), plan)
+    return results.load(path)
+
+
+def resume(path: Path) -> Run:
+    """A run that was interrupted. Raises ResultsError where something else would go on with it."""
+    run = results.load(path)
+    _limit(run.plan)
+    now = environment(run.plan.device, run.plan.threads)
+    different = differences(run.environment, now)
+    if run.environment["commit"] != now["commit"]:
+        different.append(f"commit: {run.environment['commit']} and {now['commit']}")
+    if different:
+        raise ResultsError(f"{path} was begun in another environment: {'; '.join(different)}")
+    results.drop_torn_line(path)
+    return run
+
+
+def measure(path: Path, seconds: float = math.inf) -> Run:
+    """Measure what a run's file lacks; after ``seconds`` no case begins.
+
+    A worker that is killed costs the case that it died of.
+    """
+    deadline = time.monotonic() + seconds
+    while (run := results.load(path)).missing and (left := deadline - time.monotonic()) > 0:
+        task = run.missing[0]
+        ended = _work(path, task.allocator, left)
+        if ended > 0:
+            raise ResultsError(f"the measuring process ended with exit status {ended}")
+        if ended < 0:
+            results.drop_torn_line(path)
+            killer = signal.Signals(-ended).name
+            # It measures in order, so it died of the first that is missing now.
+            fatal = next(x for x in results.load(path).missing if x.allocator == task.allocator)
+            results.append(path, Record(fatal, {}, failure=f"ended by {killer}"))
+    return run
+
+
+def _limit(plan: Plan) -> None:
+    """Let this process, which describes itself, and its workers use no better instructions."""
+    if plan.isa:
+        os.environ.update(ISAS[plan.isa])
+
+
+def _work(path: Path, allocator: str, seconds: float) -> int:
+    worker = [sys.executable, "-m", "benchmarks.worker"]
+    command = [*worker, str(path.resolve()), allocator, str(seconds)]
+    variables = {**os.environ, **ALLOCATORS[allocator]}
+    return subprocess.run(command, env=variables, cwd=ROOT, check=False).returncode

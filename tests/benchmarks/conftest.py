@@ -1,0 +1,50 @@
+import pytest
+
+from benchmarks import run
+from benchmarks.cases import Case, Use
+from benchmarks.results import Plan, Task
+
+USES = (Use("a-model", "0", rows=40, calls=10), Use("b-model", "1", rows=4, calls=2))
+PEERS = ("vstar_kernels", "eager", "sdpa-bias", "flex", "xformers-bias", "without-map",
+         "strength-0", "sdpa", "flash-attn")  # fmt: skip
+
+
+def small_cases():
+    """One of each suite, and two numbers of frames where that matters."""
+    sizes = {"batch": 4, "heads": 2, "head_dim": 16}
+    for frames in (3, 8):
+        yield Case("short", "forward", "float32", frames=frames, uses=USES, **sizes)
+    yield Case("short", "forward", "bfloat16", frames=8, uses=USES, **sizes)
+    yield Case("long", "forward", "float32", frames=200, **sizes)
+    yield Case("backward", "backward", "float32", frames=8, **sizes)
+    yield Case("maps", "map", "float32", frames=8, **sizes)
+    yield Case("overhead", "call", "float32", frames=4, **sizes)
+    for threads in (1, 2):
+        yield Case("threads", "forward", "float32", frames=8, threads=threads, **sizes)
+    yield Case("unet", "step", "float32", 32, 2, 1, 32, latents=(4, 4))
+
+
+def a_plan(cases, **changes):
+    tasks = run.tasks(list(cases), "cpu", ("warm", "default"))
+    options = {"device": "cpu", "threads": 1, "isa": None, "peers": PEERS, "rounds": 5,
+               "seconds": 0.2, "unet_width": 32, "tasks": tasks}  # fmt: skip
+    return Plan(**{**options, **changes})
+
+
+@pytest.fixture
+def task():
+    return Task(next(small_cases()), "warm")
+
+
+@pytest.fixture
+def plan():
+    return a_plan(small_cases())
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The file of a run of all small cases, measured by the real workers."""
+    path = tmp_path_factory.mktemp("run") / "run.jsonl"
+    run.begin(path, a_plan(small_cases()))
+    run.measure(path)
+    return path

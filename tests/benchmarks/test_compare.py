@@ -1,0 +1,107 @@
+import dataclasses
+import random
+
+import pytest
+
+from benchmarks import results
+from benchmarks.cli import main
+from benchmarks.compare import compare
+from benchmarks.results import FAILED, MEASURED, Outcome, Record, ResultsError, Run
+from tests.benchmarks.conftest import a_plan, small_cases
+
+ENVIRONMENT = {"device": "a device", "torch": "2"}
+PLAN = a_plan(small_cases())
+
+
+def a_run(seed, *, kernels=1.0, machine=1.0, noise=0.03, only=None):
+    """Made-up times: ``kernels`` times as long for the kernels, ``machine`` for all."""
+    random.seed(seed)
+    records = []
+    for task in PLAN.tasks:
+        peers = {}
+        for name, seconds in (("vstar_kernels", 1e-3), ("eager", 4e-3), ("sdpa", 3e-3)):
+            slowed = name == "vstar_kernels" and only in (None, task.key)
+            factor = machine * (kernels if slowed else 1.0)
+            times = [seconds * factor * random.lognormvariate(0, noise) for _ in range(15)]
+            peers[name] = Outcome(MEASURED, times)
+        records.append(Record(task, peers))
+    return Run(ENVIRONMENT, PLAN, records)
+
+
+def outcome(a, b, **options):
+    return compare(a, b, peer="vstar_kernels", tolerance=0.05, **options)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_same_kernels_on_a_slower_machine_are_not_slower(seed):
+    found = outcome(a_run(seed), a_run(seed + 100, machine=1.7))
+    assert found.passed
+    assert all(0.9 < ratio.value < 1.1 for ratio in found.cases)
+    assert all(1.5 < ratio.absolute < 1.9 for ratio in found.cases)
+    assert not outcome(a_run(seed), a_run(seed + 100, machine=1.7), absolute=True).passed
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_fifth_more_time_is_caught(seed):
+    found = outcome(a_run(seed), a_run(seed + 100, kernels=1.2))
+    assert {ratio.name for ratio in found.slower} >= {"short", "backward", "long"}
+    assert not found.passed
+    back = outcome(a_run(seed + 100, kernels=1.2), a_run(seed))
+    assert back.passed
+    assert {ratio.verdict for ratio in back.suites} == {"faster"}
+
+
+def test_one_slow_case_is_caught():
+    key = PLAN.tasks[2].key
+    found = outcome(a_run(1), a_run(2, kernels=1.3, only=key))
+    assert [ratio.name for ratio in found.slower] == [key]
+
+
+def test_noise_is_not_a_regression():
+    found = outcome(a_run(3, noise=0.5), a_run(4, noise=0.5, kernels=1.1))
+    assert found.passed
+    assert any(ratio.high - ratio.low > 0.3 for ratio in found.cases)
+
+
+def test_cases_measured_beside_other_work_say_nothing():
+    a, b = a_run(5), a_run(6, kernels=1.5)
+    disturbed = [dataclasses.replace(record, others=0.3) for record in b.records]
+    mixed = dataclasses.replace(b, records=[*disturbed[:-1], a_run(6).records[-1]])
+    found = outcome(a, mixed)
+    assert found.passed
+    assert [x.verdict for x in found.cases] == ["disturbed"] * (len(PLAN.tasks) - 1) + [""]
+    with pytest.raises(ResultsError, match="measured beside other work"):
+        outcome(a, dataclasses.replace(b, records=disturbed))
+
+
+def test_a_case_that_fails_in_b_is_lost():
+    b = a_run(6)
+    first = b.records[0]
+    failed = {**first.peers, "vstar_kernels": Outcome(FAILED, reason="no memory")}
+    b.records[0] = dataclasses.replace(first, peers=failed)
+    found = outcome(a_run(5), b)
+    assert not found.passed
+    assert found.lost == [f"Lost: {first.task.key}: no memory"]
+
+
+def test_runs_without_a_common_case_are_refused():
+    b = a_run(6)
+    with pytest.raises(ResultsError, match="share no case in which vstar_kernels"):
+        outcome(a_run(5), dataclasses.replace(b, records=[]))
+
+
+def test_the_command_fails_on_a_regression(tmp_path, capsys):
+    paths = []
+    for name, kernels in (("a", 1.0), ("b", 1.0), ("c", 1.2)):
+        made = a_run(name, kernels=kernels)
+        paths.append(str(tmp_path / f"{name}.jsonl"))
+        environment = {**ENVIRONMENT, "torch": name}
+        results.create(tmp_path / f"{name}.jsonl", environment, PLAN)
+        for record in made.records:
+            results.append(tmp_path / f"{name}.jsonl", record)
+    assert main(["compare", paths[0], paths[1]]) == 0
+    printed = capsys.readouterr().out
+    assert "Not slower" in printed
+    assert "A and B differ in torch: a and b" in printed
+    assert main(["compare", paths[0], paths[2]]) == 1
+    assert "Slower: short" in capsys.readouterr().out

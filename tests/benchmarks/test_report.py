@@ -1,0 +1,86 @@
+import dataclasses
+import re
+
+import pytest
+
+from benchmarks import results
+from benchmarks.report import figures, page, plots, tables, write_report
+from benchmarks.results import FAILED, MEASURED, Outcome, Record, Task
+from tests.benchmarks.conftest import small_cases
+
+
+@pytest.fixture(scope="module")
+def run(finished):
+    return results.load(finished)
+
+
+def a_record(case, **seconds):
+    peers = {name.replace("_", "-"): Outcome(MEASURED, [x] * 5) for name, x in seconds.items()}
+    peers["vstar_kernels"] = peers.pop("ours")
+    return Record(Task(case, "warm"), peers, bandwidth=1e9, rate=1e12)
+
+
+def test_a_models_step_is_the_sum_of_its_calls():
+    three, eight, *_ = small_cases()
+    records = [a_record(three, ours=2e-3, eager=6e-3), a_record(eight, ours=1e-3, sdpa=2e-3)]
+    steps = {(x.model, x.frames): x for x in figures.steps(records)}
+    assert set(steps) == {(m, n) for m in ("a-model", "b-model") for n in (3, 8)}
+    step = steps["a-model", 3]  # 40 rows of which 4 were measured, 10 calls
+    assert step.seconds == {"vstar_kernels": pytest.approx(0.2), "eager": pytest.approx(0.6)}
+    assert (step.calls, step.scale) == (10, 10)
+    assert steps["b-model", 8].seconds["sdpa"] == pytest.approx(2 * 2e-3)
+
+
+def test_who_is_first():
+    case = next(small_cases())
+    records = [
+        a_record(case, ours=2e-3, eager=3e-3, sdpa_bias=1e-3, sdpa=0.5e-3),
+        a_record(case, ours=2e-3, eager=3e-3, strength_0=1e-3, sdpa=0.5e-3),
+    ]
+    assert figures.fastest_other(records[0]) == "sdpa-bias"
+    assert figures.not_first(records) == [(records[0], "sdpa-bias", 0.5)]
+
+
+def test_the_report_has_every_case_and_says_what_could_not_run(finished, run, capsys, tmp_path):
+    write_report(finished, tmp_path / "report")
+    markdown = (tmp_path / "report.md").read_text()
+    html = (tmp_path / "report.html").read_text()
+    for text in (markdown, html):
+        for record in run.records:
+            assert " × ".join(map(str, record.case.shape)) in text
+        assert "max scores is not supported on CPU" in text
+        assert run.environment["commit"] in text
+    for line in markdown.splitlines():
+        if line.startswith("|"):
+            assert len(re.findall(r"(?<!\\)\|", line)) >= 3
+    assert "Overview" in capsys.readouterr().out
+
+
+def test_the_page_needs_nothing_beside_it(run):
+    html = page.render(run)
+    assert not re.findall(r'(?:src|href|srcset)="(?!data:)', html)
+    drawn = {plot.title for plot in plots.all_plots(run)}
+    assert drawn == {"Time against frames", "Speed-up by model", "Share of the floor",
+                     "Memory against frames", "Long sequences", "Forward and backward",
+                     "With the mean map", "Scaling with threads"}  # fmt: skip
+    assert html.count("prefers-color-scheme: dark)") == 1 + len(drawn)
+
+
+def test_tables_are_rectangular(run):
+    for table in tables.all_tables(run):
+        assert {len(row) for row in table.rows} <= {len(table.head)}, table.title
+
+
+def test_failures_are_in_the_report(run):
+    first, second, *rest = run.records
+    peers = {**first.peers, "eager": Outcome(FAILED, reason="no memory")}
+    changed = [
+        dataclasses.replace(first, peers=peers),
+        Record(second.task, {}, failure="ended by SIGKILL"),
+        *rest,
+    ]
+    changed_run = dataclasses.replace(run, records=changed)
+    rows = tables.failures(changed_run).rows
+    assert (first.task.key, "eager formula", FAILED, "no memory") in rows
+    assert (second.task.key, "all", FAILED, "ended by SIGKILL") in rows
+    page.render(changed_run)
