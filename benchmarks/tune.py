@@ -6,7 +6,8 @@ over the memory's bandwidth in ``benchmarks.codegen.model``, or the first with e
 streams and of all gradients the first in order of preference (those of gradients are chosen by that
 alone, with a GPU too). Neither keeps a configuration that breaks a rule of
 ``benchmarks.codegen.rules``: sizes without a fit tile get no row, so that their calls go to the
-stream kernel.
+stream kernel; where no candidate is fit for all the kernels of a stream's gradients, the one that
+is for most of them is kept, and the others get their own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
@@ -87,13 +88,23 @@ def headroom(row: Row) -> float | None:
 
 def fit(row: Row) -> Row | None:
     """The row with the shared memory that it needs, if none of its variants has a fault."""
-    shared = 0
+    shared: dict[str, int] = {}
     for case in cases.shipped(row):
         binary = inspect_fit(case)
         if binary is None:
             return None
-        shared = max(shared, binary.shared)
-    return replace(row, config=replace(row.config, shared=shared))
+        shared[case.kernel] = max(shared.get(case.kernel, 0), binary.shared)
+    return with_shared(row, shared)
+
+
+def with_shared(row: Row, shared: Mapping[str, int]) -> Row:
+    """The row with the shared memory that each of its kernels takes."""
+    config = row.config
+    if isinstance(config, TileConfig):
+        return replace(row, config=replace(config, shared=max(shared.values())))
+    most = max(taken for kernel, taken in shared.items() if kernel not in config.own)
+    own = {kernel: replace(x, shared=shared[kernel]) for kernel, x in config.own.items()}
+    return replace(row, config=replace(config, shared=most, own=own))
 
 
 def inspect_fit(case: Case) -> Binary | None:
@@ -108,7 +119,12 @@ def inspect_fit(case: Case) -> Binary | None:
 
 def runs_everywhere(row: Row) -> bool:
     """Whether the row runs on all the GPUs that it serves."""
-    return row.config.shared <= SMALLEST_SHARED.get(row.architecture, INT32_MAX)
+    return row.config.shared <= shared_everywhere(row.architecture)
+
+
+def shared_everywhere(architecture: str) -> int:
+    """Bytes that a program may take on all the GPUs that an architecture's rows serve."""
+    return SMALLEST_SHARED.get(architecture, INT32_MAX)
 
 
 def predicted(cell: Cell) -> Row | None:
@@ -130,7 +146,37 @@ def predicted(cell: Cell) -> Row | None:
             if runs_everywhere(found):
                 return found
             second_best = second_best or found
-    return second_best
+    return in_parts(cell) or second_best
+
+
+def in_parts(cell: Cell) -> Row | None:
+    """The candidate that is fit for most of the gradients' kernels, and others for the rest."""
+    if not cell.backward or cell.frames is not None:
+        return None
+    rows = options(cell)
+    taken = [fit_kernels(row) for row in rows]
+    best = max(range(len(rows)), key=lambda n: len(taken[n]))
+    kernels = {case.kernel for case in cases.shipped(rows[best])}
+    shared, own = dict(taken[best]), {}
+    for kernel in sorted(kernels - taken[best].keys()):
+        n = next((n for n, fits in enumerate(taken) if kernel in fits), None)
+        if n is None:
+            return None
+        own[kernel], shared[kernel] = rows[n].config, taken[n][kernel]
+    return with_shared(replace(rows[best], config=replace(rows[best].config, own=own)), shared)
+
+
+def fit_kernels(row: Row) -> dict[str, int]:
+    """Those of a row's kernels that no variant makes unfit, with the shared memory they take."""
+    found: dict[str, int] = {}
+    unfit = set()
+    for case in cases.shipped(row):
+        binary = inspect_fit(case)
+        if binary is None or binary.shared > shared_everywhere(row.architecture):
+            unfit.add(case.kernel)
+        else:
+            found[case.kernel] = max(found.get(case.kernel, 0), binary.shared)
+    return {kernel: shared for kernel, shared in found.items() if kernel not in unfit}
 
 
 def measured(cell: Cell) -> Row | None:
@@ -140,7 +186,7 @@ def measured(cell: Cell) -> Row | None:
     found = [row for option in options(cell) if (row := fit(option))]
     found = [row for row in found if runs_everywhere(row)] or found
     if cell.backward:
-        return found[0] if found else None
+        return found[0] if found else in_parts(cell)
     return min(found, key=seconds, default=None)
 
 
@@ -188,7 +234,12 @@ def order(row: Row) -> tuple:
 def fields(row: Row) -> dict[str, object]:
     """A row of the file."""
     found = {name: getattr(row, name) for name in cases.KEYS if getattr(row, name) is not None}
-    return {**found, **asdict(row.config)}
+    config = asdict(row.config)
+    if not config.get("own", True):
+        del config["own"]
+    for own in config.get("own", {}).values():
+        del own["own"]
+    return {**found, **config}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -113,6 +113,12 @@ class Case:
     dtypes: tuple[torch.dtype, ...]
 
     @property
+    def config(self) -> TileConfig | StreamConfig:
+        """The kernel's own configuration, or else the row's."""
+        config = self.row.config
+        return config.of(self.kernel) if isinstance(config, StreamConfig) else config
+
+    @property
     def name(self) -> str:
         """For people."""
         row = self.row
@@ -132,7 +138,7 @@ def rows() -> list[Row]:
         tables = json.loads(file.read_text())
         found += [
             Row(**{key: row.pop(key, None) for key in KEYS}, config=kind(**row), backward=backward)
-            for kernel, kind in (("tile", TileConfig), ("stream", StreamConfig))
+            for kernel, kind in (("tile", TileConfig), ("stream", configs.stream_config))
             for row in tables[kernel]
         ]
     return found
@@ -164,13 +170,11 @@ def _forward_launches(config: TileConfig | StreamConfig, call: Facts) -> dict[st
         if not call.map_block:
             return {"tile": plan.tile_launch(call, config)}
         if config.rows == configs.padded_frames(call.shape[-3]) <= plan.LARGEST_MAP_TILE:
-            return {"tile": plan._tile_with_map(call, config).forward}
+            return {"tile": plan.tile_with_map(call, config).forward}
         return {}
     found = {"stream": plan.stream_launch(call, config, save=call.map_block > 0)}
     if call.stat == "map_max":
         found["map_max"] = plan.map_max_launch(call, config)
-    if call.map_block:
-        found["maps"] = plan._strips(call, config)[0]
     return found
 
 
@@ -179,7 +183,9 @@ def _backward_launches(config: TileConfig | StreamConfig, call: Facts) -> dict[s
         if call.grad_values and not plan_backward.sums_values(call):
             return {}
         return {"tile_backward": plan_backward.tile_plan(call, config).gradients}
-    found = vars(plan_backward.stream_plan(call, config))
+    found: dict[str, Launch | None] = dict(vars(plan_backward.stream_plan(call, config)))
+    if call.map_block:  # the forward call's, which takes the gradients' configuration
+        found = {"maps": plan.strips(call, config)[0], **found}
     # The last ones need most: what is not fit fails early.
     return {name: launch for name, launch in reversed(found.items()) if launch is not None}
 

@@ -12,6 +12,7 @@ from benchmarks.codegen.binary import Counts
 from benchmarks.codegen.cases import Case
 from benchmarks.codegen.compile import inspect
 from benchmarks.codegen.targets import TARGETS
+from vstar_kernels.backends.triton.configs import StreamConfig, TileConfig
 
 Result = dict[str, Any]
 HEAD = (
@@ -30,8 +31,8 @@ def examine(case: Case) -> Result:
         reason = f"does not compile: {type(error).__name__}: {str(error)[:200]}"
         return {"name": case.name, "faults": [reason]}
     faults = rules.faults(case, binary, target)
-    if binary.shared > row.config.shared:
-        faults.append(f"takes {binary.shared} bytes of shared memory, {row.config.shared} stated")
+    if binary.shared > case.config.shared:
+        faults.append(f"takes {binary.shared} bytes of shared memory, {case.config.shared} stated")
     result = {
         "name": case.name,
         "architecture": row.architecture,
@@ -40,15 +41,19 @@ def examine(case: Case) -> Result:
         "kind": row.kind,
         "frames": row.frames,
         "head_dim": case.head_dim,
-        "config": asdict(row.config),
+        "config": _sizes(case.config),
         **asdict(binary),
-        "resident": model.resident(binary, row.config.warps, target),
+        "resident": model.resident(binary, case.config.warps, target),
         "faults": faults,
     }
     if case.kernel == "tile":
         prediction = model.predict(case, binary, target)
         result |= asdict(prediction) | {"share": prediction.share}
     return result
+
+
+def _sizes(config: TileConfig | StreamConfig) -> dict[str, int]:
+    return {name: value for name, value in vars(config).items() if name != "own"}
 
 
 def is_main(result: Result) -> bool:

@@ -300,6 +300,35 @@ def test_gradients(case, request):
         assert_gradient(name, gradient, expected[name], plain[name])
 
 
+@pytest.mark.parametrize("head_dim", [100, 128, 200])
+def test_gradients_of_large_heads_by_kernels_with_their_own_blocks(monkeypatch, streamed, head_dim):
+    own = {
+        name: StreamConfig(rows, keys, warps=4, stages=1, shared=0)
+        for name, rows, keys in (
+            ("statistics", 16, 32),
+            ("columns", 32, 64),
+            ("grad_values", 64, 16),
+            ("maps", 64, 32),
+        )
+    }
+    mixed = StreamConfig(rows=16, keys=16, warps=4, stages=1, shared=0, own=own)
+    monkeypatch.setattr(configs, "stream_backward", lambda *args: mixed)
+    tensors, weights = inputs(2, 50, 1, head_dim), [torch.randn(2, 50, 1, head_dim)]
+    weights.append(torch.randn(2, 50, 50))
+    bias = vk.ToeplitzBias(torch.rand(50), stat="map_max")
+
+    def run(attention, dtype):
+        copies = [x.detach().to(dtype).clone() for x in tensors]
+        return gradients(attention, copies, bias, weights, return_map=True)[1]
+
+    found = run(tar, torch.float32)
+    expected = run(vk.reference.tar_attention, torch.double)
+    plain = run(vk.reference.tar_attention, torch.float32)
+    assert {"query", "key", "value", "values"} <= found.keys()
+    for name, gradient in found.items():
+        assert_gradient(name, gradient, expected[name], plain[name])
+
+
 @pytest.mark.parametrize("frames", [16, 70])
 def test_maps_and_gradients_are_the_same_every_time(frames):
     tensors = inputs(3, frames, 3, 16)
@@ -541,6 +570,36 @@ def test_tf32_follows_torch():
             assert plan.make(made).forward.constants["PRECISION"] == expected
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_every_sweep_over_the_map_has_its_own_grid():
+    own = {"columns": StreamConfig(rows=16, keys=64, warps=2, stages=1, shared=0)}
+    config = StreamConfig(rows=32, keys=16, warps=4, stages=1, shared=0, own=own)
+    made = plan_backward.stream_plan(facts((1, 128, 3, 64)), config)
+    assert (made.statistics.programs, made.rows.programs, made.columns.programs) == (12, 12, 6)
+    sizes = [made.columns.constants[name] for name in ("ROWS", "KEYS", "num_warps")]
+    assert sizes == [16, 64, 2]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "head_dim", "parts"),
+    [
+        ("sm_80", torch.float32, 256, (128, 128)),
+        ("sm_90", torch.float32, 128, (64, 64)),
+        ("sm_90", torch.float32, 160, (128, 32)),
+        ("sm_90", torch.float32, 64, (64, 0)),
+        ("sm_90", torch.bfloat16, 256, (256, 0)),
+        ("gfx942", torch.float32, 256, (256, 0)),
+    ],
+)
+def test_large_heads_are_halved_where_products_have_no_matrix_instructions(
+    architecture, dtype, head_dim, parts
+):
+    made = facts((1, 600, 1, head_dim), dtype)
+    made = made._replace(device=made.device._replace(architecture=architecture), map_block=1)
+    launches = [plan.make(made).maps[0], *vars(plan_backward.make(made)).values()]
+    found = {(x.constants["MAIN"], x.constants["REST"]) for x in launches if x is not None}
+    assert found == {parts}
 
 
 @pytest.mark.parametrize("head_dim", range(1, 257))

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
@@ -19,7 +19,7 @@ from benchmarks import candidates, tune
 from benchmarks.codegen import binary, cases, model, report, rules
 from benchmarks.codegen.targets import TARGETS
 from tests.helpers import ROOT
-from vstar_kernels.backends.triton import configs, pieces
+from vstar_kernels.backends.triton import configs, pieces, plan_backward
 from vstar_kernels.backends.triton.configs import StreamConfig, TileConfig
 
 LOAD_LINE = inspect.getsourcelines(pieces.load.fn)[1] + 3
@@ -199,8 +199,22 @@ def test_every_size_has_a_stream_configuration_and_none_has_two():
     assert {cell for cell in known if cell.frames is None} <= set(found) <= known
 
 
-def test_configurations_are_of_sizes_that_the_kernels_take():
+def own_configs(row):
+    """Those of single kernels."""
+    return row.config.own.values() if isinstance(row.config, StreamConfig) else ()
+
+
+def test_only_gradients_have_configurations_of_single_kernels():
+    kernels = {field.name for field in fields(plan_backward.StreamPlan)} | {"maps"}
     for row in cases.rows():
+        if own_configs(row):
+            assert row.backward, row
+            assert row.config.own.keys() < kernels, row
+
+
+def test_configurations_are_of_sizes_that_the_kernels_take():
+    own = [replace(row, config=x) for row in cases.rows() for x in own_configs(row)]
+    for row in [*cases.rows(), *own]:
         config = row.config
         numbers = vars(config).copy()
         shared = numbers.pop("shared")
@@ -219,7 +233,8 @@ def test_configurations_are_of_sizes_that_the_kernels_take():
 def test_smaller_relatives_of_sm_80_can_stream():
     for row in cases.rows():
         if row.architecture == "sm_80" and row.kernel == "stream":
-            assert row.config.shared <= 99 * 1024, row
+            for config in (row.config, *own_configs(row)):
+                assert config.shared <= 99 * 1024, row
 
 
 def test_the_tuner_writes_what_it_read(tmp_path, monkeypatch):
@@ -257,6 +272,36 @@ def test_the_tuner_prefers_headroom_and_skips_what_is_unfit(monkeypatch):
     assert size(tune.predicted(cell)) == (64, 1, 2)
     unfit.update(sizes)
     assert tune.predicted(cell) is None
+
+
+def test_the_tuner_gives_a_kernel_that_no_fit_candidate_serves_its_own(monkeypatch):
+    cell = tune.Cell("sm_80", "tf32", None, 256, backward=True)
+    wide, small, other = (StreamConfig(*x, 1, 0) for x in ((32, 16, 8), (16, 16, 8), (16, 32, 8)))
+    monkeypatch.setattr(candidates, "backward_streams", lambda *args: [wide, small, other])
+    large = 120 * 1024  # too much for some GPUs that the rows serve
+    shared = {
+        wide: {
+            "grad_values": 4096,
+            "maps": 4096,
+            "statistics": 4096,
+            "columns": large,
+            "rows": large,
+        },
+        small: {"grad_values": None, "maps": 64, "statistics": 64, "columns": 512, "rows": 256},
+        other: {"grad_values": 2048, "maps": None, "statistics": None, "columns": None, "rows": 1},
+    }
+
+    def inspect_fit(case):
+        taken = shared[replace(case.row.config, shared=0)][case.kernel]
+        return taken and replace(sass(), shared=taken)
+
+    monkeypatch.setattr(tune, "inspect_fit", inspect_fit)
+    own = {"grad_values": replace(wide, shared=4096)}
+    assert tune.predicted(cell).config == replace(small, shared=512, own=own)
+    shared[wide] = shared[other]
+    shared[other]["grad_values"] = None
+    assert tune.predicted(cell) is None
+    assert tune.in_parts(cell._replace(backward=False)) is None
 
 
 def test_no_candidate_is_taken_for_a_tile_that_is_too_large():
@@ -320,10 +365,15 @@ def test_the_map_and_the_gradients_have_kernels_of_their_own():
     config = StreamConfig(64, 64, 4, 1, shared=0)
     stream = cases.Row("sm_90", "16-bit", None, 64, config)
     assert names(stream, cases.GAUSSIAN) == {"stream"}
-    assert names(stream, cases.MAP) == {"stream", "maps"}
+    assert names(stream, cases.MAP) == {"stream"}
     stream = replace(stream, backward=True)
     assert names(stream, cases.GRADIENTS) == {"statistics", "rows", "columns"}
-    assert names(stream, cases.VALUES) >= {"grad_values", "map_max", "columns"}
+    assert names(stream, cases.VALUES) >= {"grad_values", "map_max", "columns", "maps"}
+    own = {"rows": StreamConfig(32, 32, 2, 1, shared=0)}
+    stream = replace(stream, config=replace(config, own=own))
+    found = {case.kernel: case for case in cases.cases(stream, cases.GRADIENTS)}
+    assert (found["rows"].config, found["columns"].config) == (own["rows"], stream.config)
+    assert found["rows"].launch.constants["num_warps"] == 2
     tile = cases.Row("sm_90", "16-bit", 64, 64, TileConfig(32, 1, 4, shared=0))
     assert names(tile, cases.MAP) == set()  # the plan has the stream kernel for it
     tile = replace(tile, config=TileConfig(64, 1, 8, shared=0), backward=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,29 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """How :mod:`stream` covers a problem; ``shared`` is the memory it takes, in bytes."""
+    """How :mod:`stream` covers a problem; ``shared`` is the memory it takes, in bytes.
+
+    Some of the gradients' kernels may have their ``own`` configurations, where no single one fits
+    the registers of all: by the names of ``plan_backward.StreamPlan``, "maps" for those of
+    ``plan.Plan``.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
     shared: int
+    own: Mapping[str, StreamConfig] = field(default_factory=dict, hash=False)
+
+    def of(self, kernel: str) -> StreamConfig:
+        """One kernel's own configuration, or else this one."""
+        return self.own.get(kernel, self)
+
+
+def stream_config(own: Mapping[str, dict[str, Any]] | None = None, **sizes: int) -> StreamConfig:
+    """A configuration from the fields of its line."""
+    parts = {kernel: StreamConfig(**config) for kernel, config in (own or {}).items()}
+    return StreamConfig(**sizes, own=parts)
 
 
 def split(head_dim: int) -> tuple[int, int]:
@@ -68,7 +85,7 @@ def tile(architecture: str, kind: str, frames: int, head_dim: int) -> TileConfig
 
 def stream(architecture: str, kind: str, head_dim: int) -> StreamConfig:
     """The configuration for any number of frames."""
-    return _table(FILE, "stream", StreamConfig)[architecture, kind, None, width(head_dim)]
+    return _table(FILE, "stream", stream_config)[architecture, kind, None, width(head_dim)]
 
 
 def tile_backward(architecture: str, kind: str, frames: int, head_dim: int) -> TileConfig | None:
@@ -79,7 +96,7 @@ def tile_backward(architecture: str, kind: str, frames: int, head_dim: int) -> T
 
 def stream_backward(architecture: str, kind: str, head_dim: int) -> StreamConfig:
     """The configuration of the gradients for any number of frames."""
-    return _table(BACKWARD_FILE, "stream", StreamConfig)[architecture, kind, None, width(head_dim)]
+    return _table(BACKWARD_FILE, "stream", stream_config)[architecture, kind, None, width(head_dim)]
 
 
 def width(head_dim: int) -> int:
@@ -88,7 +105,7 @@ def width(head_dim: int) -> int:
 
 
 @functools.cache
-def _table(file: Path, kernel: str, config: type) -> dict[tuple[object, ...], Any]:
+def _table(file: Path, kernel: str, config: Callable[..., Any]) -> dict[tuple[object, ...], Any]:
     rows = json.loads(file.read_text())[kernel]
     keys = ("architecture", "kind", "frames", "width")
     return {tuple(row.pop(key, None) for key in keys): config(**row) for row in rows}

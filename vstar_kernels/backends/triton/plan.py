@@ -93,12 +93,12 @@ def make(facts: Facts) -> Plan:
         if not facts.map_block:
             return Plan(tile_launch(facts, tile))
         if tile.rows == configs.padded_frames(frames) <= LARGEST_MAP_TILE:
-            return _tile_with_map(facts, tile)
+            return tile_with_map(facts, tile)
     stream = configs.stream(architecture, kind(facts), head_dim)
     map_max = map_max_launch(facts, stream) if facts.stat == "map_max" else None
     maps: tuple[MapsLaunch, ...] = ()
     if facts.map_block:
-        maps = _strips(facts, configs.stream_backward(architecture, kind(facts), head_dim))
+        maps = strips(facts, configs.stream_backward(architecture, kind(facts), head_dim))
     return Plan(stream_launch(facts, stream, save=bool(maps)), map_max, maps=maps)
 
 
@@ -127,8 +127,11 @@ def tile_launch(facts: Facts, config: TileConfig) -> Launch:
     )
 
 
-def _tile_with_map(facts: Facts, config: TileConfig) -> Plan:
-    """The tile kernel, whose programs keep the sum of their sequences' maps."""
+def tile_with_map(facts: Facts, config: TileConfig) -> Plan:
+    """The tile kernel, whose programs keep the sum of their sequences' maps.
+
+    ``config`` need not be the one in the table; its rows hold the whole map.
+    """
     batch, space, frames, heads, _ = five(facts.shape)
     padded = configs.padded_frames(frames)
     tiles = -(-space * heads // config.sequences)
@@ -161,10 +164,11 @@ def stream_launch(facts: Facts, config: StreamConfig, *, save: bool = False) -> 
     )
 
 
-def map_max_launch(facts: Facts, config: StreamConfig) -> Launch:
+def map_max_launch(facts: Facts, config: StreamConfig, **more: Any) -> Launch:
     """The maxima that a stream kernel of the same configuration needs with "map_max"."""
     programs = sequences(facts) * -(-facts.shape[-3] // config.rows)
-    return launch(map_max_kernel, programs, facts, STAGES=config.stages, **blocks(facts, config))
+    constants = {"STAGES": config.stages, **blocks(facts, config), **more}
+    return launch(map_max_kernel, programs, facts, **constants)
 
 
 def blocks(facts: Facts, config: StreamConfig) -> dict[str, Any]:
@@ -177,10 +181,26 @@ def blocks(facts: Facts, config: StreamConfig) -> dict[str, Any]:
     }
 
 
-def _strips(facts: Facts, config: StreamConfig) -> tuple[MapsLaunch, ...]:
-    """The mean map in strips of rows, so that block sums never need all of it."""
+def parts(facts: Facts) -> dict[str, int]:
+    """A large head's parts, for kernels of gradients and maps; empty: those of ``configs.split``.
+
+    Without matrix instructions a thread multiplies whole rows of a part. Those of a whole head stay
+    in registers from one block of the map to the next and leave too few; halves are read again.
+    """
+    main, rest = configs.split(facts.shape[-1])
+    nvidia = facts.device.architecture.startswith("sm_")
+    if nvidia and kind(facts) == "ieee" and main >= 128 and not rest:
+        return {"MAIN": main // 2, "REST": main // 2}
+    return {}
+
+
+def strips(facts: Facts, config: StreamConfig) -> tuple[MapsLaunch, ...]:
+    """The mean map in strips of rows, so that block sums never need all of it.
+
+    ``config`` need not be the one in the table, which is that of the gradients.
+    """
     batch, space, frames, heads, _ = five(facts.shape)
-    block = facts.map_block
+    block, config = facts.map_block, config.of("maps")
     strip = frames if block == 1 else block * max(1, MAP_STRIP // block)
     return tuple(
         maps_launch(
@@ -193,6 +213,7 @@ def _strips(facts: Facts, config: StreamConfig) -> tuple[MapsLaunch, ...]:
             first_row=first_row,
             rows=min(strip, frames - first_row),
             OF_DELTA=False,
+            **parts(facts),
         )
         for first_row in range(0, frames, strip)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 from vstar_kernels.backends.triton import configs
 from vstar_kernels.backends.triton.configs import StreamConfig, TileConfig
@@ -16,6 +17,7 @@ from vstar_kernels.backends.triton.plan import (
     launch,
     map_max_launch,
     maps_launch,
+    parts,
 )
 from vstar_kernels.backends.triton.stream_backward import (
     columns_kernel,
@@ -99,15 +101,13 @@ def tile_plan(facts: Facts, config: TileConfig) -> TilePlan:
 
 def stream_plan(facts: Facts, config: StreamConfig) -> StreamPlan:
     """The stream kernels with a configuration, which need not be the one in the table."""
-    frames, constants = facts.shape[-3], blocks(facts, config)
-    rows = sequences(facts) * -(-frames // config.rows)
-    columns = sequences(facts) * -(-frames // config.keys)
+    frames, split = facts.shape[-3], parts(facts)
     grad_values = None
     if facts.grad_values:
         groups = delta_groups(facts)
         grad_values = maps_launch(
             facts,
-            config,
+            config.of("grad_values"),
             groups=groups,
             count=sequences(facts) // groups,
             stride=1,
@@ -115,11 +115,18 @@ def stream_plan(facts: Facts, config: StreamConfig) -> StreamPlan:
             first_row=0,
             rows=frames,
             OF_DELTA=True,
+            **split,
         )
+
+    def sweep(kernel: Any, name: str, side: str) -> Launch:
+        own = config.of(name)
+        programs = sequences(facts) * -(-frames // getattr(own, side))
+        return launch(kernel, programs, facts, **blocks(facts, own), **split)
+
     return StreamPlan(
-        map_max_launch(facts, config) if facts.stat == "map_max" else None,
-        launch(statistics_kernel, rows, facts, **constants),
-        launch(rows_kernel, rows, facts, **constants),
-        launch(columns_kernel, columns, facts, **constants),
+        map_max_launch(facts, config.of("map_max"), **split) if facts.stat == "map_max" else None,
+        sweep(statistics_kernel, "statistics", "rows"),
+        sweep(rows_kernel, "rows", "rows"),
+        sweep(columns_kernel, "columns", "keys"),
         grad_values,
     )
