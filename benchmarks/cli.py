@@ -60,7 +60,6 @@ def _compare(args: argparse.Namespace) -> int:
         results.load(args.b),
         peer=args.peer,
         tolerance=args.tolerance,
-        absolute=args.absolute,
     )
     comparison.print(console())
     return 0 if comparison.passed else 1
@@ -98,9 +97,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("a", type=Path, metavar="A")
     command.add_argument("b", type=Path, metavar="B")
     command.add_argument("--tolerance", type=float, default=0.05, help="default: 0.05")
-    command.add_argument(
-        "--absolute", action="store_true", help="seconds, not relative to the peers"
-    )
     command.add_argument("--peer", default="vstar_kernels", help="default: vstar_kernels")
 
     command = commands.add_parser("report", help="the tables and the page of a run")

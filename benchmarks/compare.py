@@ -1,8 +1,9 @@
 """``python -m benchmarks compare A B``: is B slower than A, beyond what the machine's noise does?
 
-Machines differ from one hour to the next, so a peer's time is first divided by what the others
-took in the same round: their geometric mean, of those that both runs have. What is compared is the
-median of that over the rounds; the rounds, resampled, tell how far to trust it (Efron's bootstrap).
+Machines differ from one hour to the next, so a peer's time is also divided by what the others took
+in the same round: their geometric mean, of those that both runs have. Compared are the medians over
+the rounds; resampled rounds tell how far to trust them (Efron's bootstrap). Only what is slower
+both ways is slower: by the clock alone it may be the machine, by the others alone it may be them.
 
 A suite is slower where the geometric mean of its cases' ratios is above 1 by more than the
 tolerance, also at the low end of what resampled cases and rounds give. A case by itself must be
@@ -33,15 +34,28 @@ SLOWER, FASTER, EQUAL, DISTURBED = "slower", "faster", "", "disturbed"
 
 @dataclass(frozen=True)
 class Ratio:
-    """B's time over A's, from ``low`` to ``high`` with the noise."""
+    """B's time over A's, with ``drawn`` ones for the noise."""
+
+    value: float
+    drawn: Tensor = field(repr=False, compare=False)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Where it lies with the noise."""
+        tail = (1 - CONFIDENCE) / 2
+        ends = torch.tensor([tail, 1 - tail], dtype=self.drawn.dtype)
+        low, high = self.drawn.quantile(ends).tolist()
+        return low, high
+
+
+@dataclass(frozen=True)
+class Line:
+    """A case or a suite: the ratio relative to the other peers, and that of the seconds."""
 
     name: str
-    value: float
-    low: float
-    high: float
-    absolute: float
+    relative: Ratio
+    seconds: Ratio
     verdict: str
-    drawn: Tensor = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -49,13 +63,13 @@ class Comparison:
     """Two runs, case by case and suite by suite."""
 
     peer: str
-    cases: list[Ratio]
-    suites: list[Ratio]
+    cases: list[Line]
+    suites: list[Line]
     lost: list[str]
     warnings: list[str]
 
     @property
-    def slower(self) -> list[Ratio]:
+    def slower(self) -> list[Line]:
         """What got slower."""
         return [x for x in (*self.suites, *self.cases) if x.verdict == SLOWER]
 
@@ -68,11 +82,12 @@ class Comparison:
         """Tables of the suites and of the cases, and the verdict."""
         for title, rows in (("Cases", self.cases), ("Suites", self.suites)):
             table = Table(title=f"{title}: {self.peer}, B over A", title_justify="left")
-            for name in (title[:-1].lower(), "ratio", "from", "to", "of seconds", ""):
-                table.add_column(name, justify="left" if name in ("case", "suite", "") else "right")
+            table.add_column(title[:-1].lower())
+            table.add_column("relative to the others", justify="right")
+            table.add_column("seconds", justify="right")
+            table.add_column("")
             for row in rows:
-                numbers = (row.value, row.low, row.high, row.absolute)
-                table.add_row(row.name, *(f"{x:.3f}" for x in numbers), row.verdict)
+                table.add_row(row.name, _text(row.relative), _text(row.seconds), row.verdict)
             console.print(table)
         for line in (*self.warnings, *self.lost):
             console.print(line, markup=False)
@@ -80,7 +95,7 @@ class Comparison:
         console.print(f"Slower: {slower}" if slower else "Not slower, within the noise.")
 
 
-def compare(a: Run, b: Run, *, peer: str, tolerance: float, absolute: bool = False) -> Comparison:
+def compare(a: Run, b: Run, *, peer: str, tolerance: float) -> Comparison:
     """Compare a peer's times in the cases that both runs have.
 
     Args:
@@ -88,10 +103,9 @@ def compare(a: Run, b: Run, *, peer: str, tolerance: float, absolute: bool = Fal
         b: The run after.
         peer: Whose times.
         tolerance: Of a suite, 0.05 being 5%.
-        absolute: Compare seconds, not shares of what the other peers take.
 
     Raises:
-        ResultsError: The runs share no case in which the peer was measured.
+        ResultsError: The runs share no case in which the peer was measured on a quiet machine.
     """
     before = {record.task.key: record for record in a.records}
     torch.manual_seed(0)
@@ -100,12 +114,12 @@ def compare(a: Run, b: Run, *, peer: str, tolerance: float, absolute: bool = Fal
         other = before.get(record.task.key)
         if other is None or other.median(peer) is None or record.median(peer) is None:
             continue
-        ratio = _of_case(other, record, peer, CASE_TOLERANCE * tolerance, absolute)
+        line = _of_case(other, record, peer, CASE_TOLERANCE * tolerance)
         if other.disturbed or record.disturbed:
-            ratio = replace(ratio, verdict=DISTURBED)
+            line = replace(line, verdict=DISTURBED)
         else:
-            suites[record.case.suite].append(ratio)
-        cases.append(ratio)
+            suites[record.case.suite].append(line)
+        cases.append(line)
     if not cases:
         raise ResultsError(f"the runs share no case in which {peer} was measured")
     if not suites:
@@ -126,29 +140,45 @@ def compare(a: Run, b: Run, *, peer: str, tolerance: float, absolute: bool = Fal
     )
 
 
-def _of_case(a: Record, b: Record, peer: str, tolerance: float, absolute: bool) -> Ratio:
-    shared = [] if absolute else _yardsticks(a, b, peer)
-    series = [_relative(record, peer, shared) for record in (a, b)]
-    drawn = [_resampled(x).quantile(0.5, dim=1) for x in series]
-    value = (series[1].quantile(0.5) / series[0].quantile(0.5)).item()
-    seconds = (b.median(peer) or math.nan) / (a.median(peer) or math.nan)
-    return _ratio(b.task.key, value, drawn[1] / drawn[0], seconds, tolerance)
+def _of_case(a: Record, b: Record, peer: str, tolerance: float) -> Line:
+    relative, seconds = (
+        _ratio(*(_series(record, peer, others) for record in (a, b)))
+        for others in (_yardsticks(a, b, peer), [])
+    )
+    return Line(b.task.key, relative, seconds, _verdict(relative, seconds, tolerance))
 
 
-def _of_suite(name: str, cases: list[Ratio], tolerance: float) -> Ratio:
+def _of_suite(name: str, cases: list[Line], tolerance: float) -> Line:
+    relative = _mean([line.relative for line in cases])
+    seconds = _mean([line.seconds for line in cases])
+    return Line(name, relative, seconds, _verdict(relative, seconds, tolerance))
+
+
+def _ratio(a: Tensor, b: Tensor) -> Ratio:
+    """Of the medians; both are drawn again with replacement."""
+    drawn = _resampled(b).quantile(0.5, dim=1) / _resampled(a).quantile(0.5, dim=1)
+    return Ratio((b.quantile(0.5) / a.quantile(0.5)).item(), drawn)
+
+
+def _mean(ratios: list[Ratio]) -> Ratio:
     """The geometric mean; cases are drawn with replacement, each with a draw of its rounds."""
-    value = math.exp(sum(math.log(x.value) for x in cases) / len(cases))
-    seconds = math.exp(sum(math.log(x.absolute) for x in cases) / len(cases))
-    logs = torch.stack([x.drawn for x in cases]).log()
-    chosen = torch.randint(len(cases), logs.shape)
-    return _ratio(name, value, logs.gather(0, chosen).mean(dim=0).exp(), seconds, tolerance)
+    logs = torch.stack([x.drawn for x in ratios]).log()
+    chosen = torch.randint(len(ratios), logs.shape)
+    value = math.exp(sum(math.log(x.value) for x in ratios) / len(ratios))
+    return Ratio(value, logs.gather(0, chosen).mean(dim=0).exp())
 
 
-def _ratio(name: str, value: float, drawn: Tensor, seconds: float, tolerance: float) -> Ratio:
-    tail = (1 - CONFIDENCE) / 2
-    low, high = drawn.quantile(torch.tensor([tail, 1 - tail], dtype=drawn.dtype)).tolist()
-    verdict = SLOWER if low > 1 + tolerance else FASTER if high < 1 / (1 + tolerance) else EQUAL
-    return Ratio(name, value, low, high, seconds, verdict, drawn)
+def _verdict(relative: Ratio, seconds: Ratio, tolerance: float) -> str:
+    if min(relative.interval[0], seconds.interval[0]) > 1 + tolerance:
+        return SLOWER
+    if max(relative.interval[1], seconds.interval[1]) < 1 / (1 + tolerance):
+        return FASTER
+    return EQUAL
+
+
+def _text(ratio: Ratio) -> str:
+    low, high = ratio.interval
+    return f"{ratio.value:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _yardsticks(a: Record, b: Record, peer: str) -> list[str]:
@@ -160,7 +190,7 @@ def _yardsticks(a: Record, b: Record, peer: str) -> list[str]:
     ]
 
 
-def _relative(record: Record, peer: str, yardsticks: list[str]) -> Tensor:
+def _series(record: Record, peer: str, yardsticks: list[str]) -> Tensor:
     """Seconds by round, over the geometric mean of the yardsticks' in the same round."""
     seconds = torch.tensor(record.peers[peer].seconds, dtype=torch.float64)
     if not yardsticks:

@@ -28,39 +28,53 @@ def a_run(seed, *, kernels=1.0, machine=1.0, noise=0.03, only=None):
     return Run(ENVIRONMENT, PLAN, records)
 
 
-def outcome(a, b, **options):
-    return compare(a, b, peer="vstar_kernels", tolerance=0.05, **options)
+def outcome(a, b):
+    return compare(a, b, peer="vstar_kernels", tolerance=0.05)
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_the_same_kernels_on_a_slower_machine_are_not_slower(seed):
     found = outcome(a_run(seed), a_run(seed + 100, machine=1.7))
     assert found.passed
-    assert all(0.9 < ratio.value < 1.1 for ratio in found.cases)
-    assert all(1.5 < ratio.absolute < 1.9 for ratio in found.cases)
-    assert not outcome(a_run(seed), a_run(seed + 100, machine=1.7), absolute=True).passed
+    assert all(0.9 < line.relative.value < 1.1 for line in found.cases)
+    assert all(1.5 < line.seconds.value < 1.9 for line in found.cases)
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_fifth_more_time_is_caught(seed):
     found = outcome(a_run(seed), a_run(seed + 100, kernels=1.2))
-    assert {ratio.name for ratio in found.slower} >= {"short", "backward", "long"}
+    assert {line.name for line in found.slower} >= {"short", "backward", "long"}
     assert not found.passed
     back = outcome(a_run(seed + 100, kernels=1.2), a_run(seed))
     assert back.passed
-    assert {ratio.verdict for ratio in back.suites} == {"faster"}
+    assert {line.verdict for line in back.suites} == {"faster"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_faster_peers_are_no_slower_kernels(seed):
+    """They are machine=0.7 times as slow, the kernels take as long as before."""
+    found = outcome(a_run(seed), a_run(seed + 100, machine=0.7, kernels=1 / 0.7))
+    assert found.passed
+    assert all(line.relative.value > 1.2 for line in found.cases)
+
+
+@pytest.mark.parametrize("machine", [0.95, 1.5])
+def test_a_fifth_more_time_is_caught_on_another_machine(machine):
+    assert not outcome(a_run(1), a_run(2, machine=machine, kernels=1.2)).passed
 
 
 def test_one_slow_case_is_caught():
     key = PLAN.tasks[2].key
     found = outcome(a_run(1), a_run(2, kernels=1.3, only=key))
-    assert [ratio.name for ratio in found.slower] == [key]
+    assert [line.name for line in found.slower] == [key]
 
 
 def test_noise_is_not_a_regression():
     found = outcome(a_run(3, noise=0.5), a_run(4, noise=0.5, kernels=1.1))
     assert found.passed
-    assert any(ratio.high - ratio.low > 0.3 for ratio in found.cases)
+    for line in found.cases:
+        low, high = line.relative.interval
+        assert high - low > 0.2
 
 
 def test_cases_measured_beside_other_work_say_nothing():
