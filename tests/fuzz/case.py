@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from unittest import mock
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vstar_kernels as vk
+from tests.fuzz.call import Call, assert_gradients, assert_map
 from tests.fuzz.guarded import Guarded
 from tests.helpers import assert_exact
 from vstar_kernels import native
@@ -17,6 +19,7 @@ from vstar_kernels.backends import cpu
 from vstar_kernels.backends.allocate import empty_like
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RESULTS = ("out", "grad_query", "grad_key", "grad_value")
 MOST_ELEMENTS = 40_000  # of query, to keep the oracle quick
 
 
@@ -64,9 +67,18 @@ class Case:
     bias_flush_end: bool
     scale: float | None
     magnitude: float
+    map_block: int  # 0: no mean map
+    grad_out: Layout | None  # None: no gradients
+    grad_map: bool
     isa: str
     threads: int
     seed: int
+
+    @property
+    def is_mild(self) -> bool:
+        """Whether its logits are small enough for the errors of weights and gradients to be."""
+        scale = 1.0 if self.scale is None else self.scale * math.sqrt(self.shape[-1])
+        return abs(self.strength) <= 1 and abs(scale) <= 2 and self.magnitude <= 1
 
 
 @st.composite
@@ -117,6 +129,9 @@ def cases(draw) -> Case:
         bias_flush_end=draw(st.booleans()),
         scale=draw(st.sampled_from([None, None, 1.0, -0.3, 0.0, 1e-20, 30.0])),
         magnitude=draw(st.sampled_from([1.0, 1.0, 0.01, 4.0])),
+        map_block=draw(st.sampled_from([0, 0, 1, 2, 5])),
+        grad_out=draw(st.none() | layout),
+        grad_map=draw(st.booleans()),
         isa=draw(st.sampled_from(native.load().isas)),
         threads=draw(st.sampled_from([1, 2, 3])),
         seed=draw(st.integers(0, 1 << 30)),
@@ -127,11 +142,11 @@ class Runner:
     """Runs cases in memory that it keeps."""
 
     def __init__(self) -> None:
-        names = ("query", "key", "value", "out", "values", "table", "stat")
-        self._guarded = {name: Guarded(8 << 20) for name in names}
+        names = ("query", "key", "value", "values", "table", "stat", "grad_out")
+        self._guarded = {name: Guarded(8 << 20) for name in (*names, *RESULTS)}
 
     def run(self, case: Case) -> None:
-        """Raise AssertionError unless the kernel errs as little as the plain formula."""
+        """Raise AssertionError unless the kernels err as little as the plain formula."""
         generator = torch.Generator().manual_seed(case.seed)
         *outer, head_dim = case.shape
         dtype = DTYPES[case.dtype]
@@ -148,24 +163,36 @@ class Runner:
         def guarded_table(*args) -> Tensor:
             return self._guarded["table"].copy(table(*args), case.bias_flush_end)
 
+        results = iter(RESULTS)  # in the order in which they are allocated
+
         def guarded_output(x: Tensor) -> Tensor:
             strides = empty_like(x).stride()
-            out = self._guarded["out"]
-            return out.tensor(tuple(x.shape), strides, x.dtype, case.out_flush_end)
+            guarded = self._guarded[next(results)]
+            return guarded.tensor(tuple(x.shape), strides, x.dtype, case.out_flush_end)
 
+        grads = []
+        if case.grad_out is not None:
+            grad_out = self._strided("grad_out", case.shape, case.grad_out, dtype, 1.0, generator)
+            grads = [grad_out, *self._grad_map(case, generator)]
         with (
             mock.patch.object(cpu, "empty_like", guarded_output),
             mock.patch.object(cpu, "_kernel_bias", guarded_table),
         ):
             torch.set_num_threads(case.threads)
-            out = vk.tar_attention(*inputs, bias, scale=case.scale, backend="cpu")
+            call = Call(bias, case.scale, case.map_block, grads)
+            out, mean_map, gradients = call(*inputs, backend="cpu")
             torch.set_num_threads(1)  # the oracle is small
-        assert self._guarded["out"].holds(out), "the output is not where the guard pages are"
+        for name, x in zip(RESULTS, (out, *gradients), strict=False):
+            assert self._guarded[name].holds(x), f"{name} is not where the guard pages are"
         for name, guarded in self._guarded.items():
             assert guarded.untouched(), f"the kernel wrote beside {name}"
         for x, copy in zip(inputs, copies, strict=True):
             assert torch.equal(x, copy), "the kernel wrote an input"
         assert_exact(out, *copies, bias, scale=case.scale)
+        if mean_map is not None:
+            assert_map(mean_map, call, copies, exact=case.is_mild)
+        if gradients:
+            assert_gradients(gradients, call, copies, exact=case.is_mild)
 
     def _strided(self, name, shape, layout, dtype, magnitude, generator) -> Tensor:
         """Random numbers in the layout; ``shape``'s last dimension is the row."""
@@ -178,6 +205,15 @@ class Runner:
         x = self._guarded[name].tensor((*kept, row), strides, dtype, layout.flush_end)
         x.copy_(magnitude * torch.randn(*kept, row, generator=generator))
         return x.expand(shape)
+
+    def _grad_map(self, case: Case, generator: torch.Generator) -> list[Tensor]:
+        """The gradient of the mean map, as large as the output's in spite of the mean."""
+        if not (case.map_block and case.grad_map):
+            return []
+        *outer, frames, heads, _ = case.shape
+        sequences = math.prod(outer[1:]) * heads
+        blocks = -(-frames // case.map_block)
+        return [sequences * torch.randn(outer[0], blocks, blocks, generator=generator)]
 
     def _bias(self, case: Case, generator: torch.Generator) -> vk.bias.Bias | None:
         if case.form == "none":
