@@ -15,9 +15,9 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-from benchmarks import candidates, tune
 from benchmarks.codegen import binary, cases, model, report, rules
 from benchmarks.codegen.targets import TARGETS
+from benchmarks.tune import candidates, choose
 from tests.helpers import ROOT
 from vstar_kernels.backends.triton import configs, pieces, plan_backward
 from vstar_kernels.backends.triton.configs import StreamConfig, TileConfig
@@ -193,9 +193,9 @@ def test_the_model_by_hand():
 
 def test_every_size_has_a_stream_configuration_and_none_has_two():
     rows = cases.rows()
-    found = collections.Counter(tune.cell_of(row) for row in rows)
+    found = collections.Counter(choose.cell_of(row) for row in rows)
     assert [cell for cell, count in found.items() if count > 1] == []
-    known = set(tune.cells(list(configs.ARCHITECTURES)))
+    known = set(choose.cells(list(configs.ARCHITECTURES)))
     assert {cell for cell in known if cell.frames is None} <= set(found) <= known
 
 
@@ -243,18 +243,18 @@ def test_the_tuner_writes_what_it_read(tmp_path, monkeypatch):
     for name, text in before.items():
         monkeypatch.setattr(configs, name, tmp_path / name)
         getattr(configs, name).write_text(text)
-    tune.write({})
+    choose.write({})
     assert {name: getattr(configs, name).read_text() for name in names} == before
     for n in (0, len(rows) - 1):
-        cell = tune.cell_of(rows[n])
-        tune.write({cell: None})
+        cell = choose.cell_of(rows[n])
+        choose.write({cell: None})
         assert cases.rows() == rows[:n] + rows[n + 1 :]
-        tune.write({cell: rows[n]})
+        choose.write({cell: rows[n]})
         assert cases.rows() == rows
 
 
 def test_the_tuner_prefers_headroom_and_skips_what_is_unfit(monkeypatch):
-    cell = tune.Cell("sm_90", "16-bit", 64, 64)
+    cell = choose.Cell("sm_90", "16-bit", 64, 64)
     sizes = [(64, 1, 4), (64, 1, 2), (32, 1, 4), (32, 1, 2)]
     monkeypatch.setitem(candidates.TILES["16-bit"], 64, sizes)
     rooms = dict(zip(sizes, (None, 0.5, 0.9, 1.1), strict=True))
@@ -263,19 +263,19 @@ def test_the_tuner_prefers_headroom_and_skips_what_is_unfit(monkeypatch):
         return row.config.rows, row.config.sequences, row.config.warps
 
     unfit = set()
-    monkeypatch.setattr(tune, "headroom", lambda row: rooms[size(row)])
-    monkeypatch.setattr(tune, "fit", lambda row: None if size(row) in unfit else row)
-    assert size(tune.predicted(cell)) == (32, 1, 2)
+    monkeypatch.setattr(choose, "headroom", lambda row: rooms[size(row)])
+    monkeypatch.setattr(choose, "fit", lambda row: None if size(row) in unfit else row)
+    assert size(choose.predicted(cell)) == (32, 1, 2)
     unfit.add((32, 1, 2))
-    assert size(tune.predicted(cell)) == (32, 1, 4)
+    assert size(choose.predicted(cell)) == (32, 1, 4)
     rooms[64, 1, 2] = 2.0
-    assert size(tune.predicted(cell)) == (64, 1, 2)
+    assert size(choose.predicted(cell)) == (64, 1, 2)
     unfit.update(sizes)
-    assert tune.predicted(cell) is None
+    assert choose.predicted(cell) is None
 
 
 def test_the_tuner_gives_a_kernel_that_no_fit_candidate_serves_its_own(monkeypatch):
-    cell = tune.Cell("sm_80", "tf32", None, 256, backward=True)
+    cell = choose.Cell("sm_80", "tf32", None, 256, backward=True)
     wide, small, other = (StreamConfig(*x, 1, 0) for x in ((32, 16, 8), (16, 16, 8), (16, 32, 8)))
     monkeypatch.setattr(candidates, "backward_streams", lambda *args: [wide, small, other])
     large = 120 * 1024  # too much for some GPUs that the rows serve
@@ -295,13 +295,13 @@ def test_the_tuner_gives_a_kernel_that_no_fit_candidate_serves_its_own(monkeypat
         taken = shared[replace(case.row.config, shared=0)][case.kernel]
         return taken and replace(sass(), shared=taken)
 
-    monkeypatch.setattr(tune, "inspect_fit", inspect_fit)
+    monkeypatch.setattr(choose, "inspect_fit", inspect_fit)
     own = {"grad_values": replace(wide, shared=4096)}
-    assert tune.predicted(cell).config == replace(small, shared=512, own=own)
+    assert choose.predicted(cell).config == replace(small, shared=512, own=own)
     shared[wide] = shared[other]
     shared[other]["grad_values"] = None
-    assert tune.predicted(cell) is None
-    assert tune.in_parts(cell._replace(backward=False)) is None
+    assert choose.predicted(cell) is None
+    assert choose.in_parts(cell._replace(backward=False)) is None
 
 
 def test_no_candidate_is_taken_for_a_tile_that_is_too_large():

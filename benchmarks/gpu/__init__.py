@@ -1,1 +1,0 @@
-"""Measures the Triton kernels on a GPU: ``python -m benchmarks.gpu tile|stream|plot``."""

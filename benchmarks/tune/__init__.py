@@ -1,0 +1,1 @@
+"""Chooses the GPU kernels' launch configurations: ``python -m benchmarks.tune``."""
