@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -68,7 +69,7 @@ def measure(task: Task, plan: Plan, progress: Callable[[str], None]) -> Record:
         )
         others = watch.others() if device == "cpu" else None
     for name in contestants:
-        peers[name] = Outcome(**{**vars(peers[name]), "seconds": times.pop(name)})
+        peers[name] = replace(peers[name], seconds=times.pop(name))
     copied = 4 * case.elements * case.torch_dtype.itemsize
     bandwidth = copied / min(times[COPY]) if COPY in times else None
     product = min(min(seconds) for name, seconds in times.items() if name != COPY)

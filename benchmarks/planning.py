@@ -86,7 +86,8 @@ def plan(args: argparse.Namespace) -> Plan:
         chosen = replace(chosen, elements=None)
     _check("--models", chosen.models, tuple(workloads()["models"]))
     names = tuple(peer.name for peer in PEERS)
-    peers = _check("--peers", tuple(args.peers or names), names)
+    usual = tuple(peer.name for peer in PEERS if not peer.extra)
+    peers = _check("--peers", tuple(args.peers or usual), names)
     threads = args.threads or torch.get_num_threads()
     selection = Selection(
         models=chosen.models,

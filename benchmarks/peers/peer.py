@@ -25,7 +25,8 @@ class Peer:
     ``build`` gets query, key and value and returns the attention for inputs like them; what it has
     to tell is that function's ``note``. ``trial`` replaces ``build`` where it would take long to
     find out whether the peer can run at all. ``logits`` is how many tensors of all logits are held
-    at once. An ``own`` peer is this package's kernels, asked for something else.
+    at once. An ``own`` peer is this package's too, asked for something else. An ``extra`` one runs
+    only where it is asked for by name.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Peer:
     trial: Callable[[Inputs], Attention] | None = None
     logits: int = 0
     own: bool = False
+    extra: bool = False
 
     def unavailable(self, device: str, dtype: torch.dtype) -> str:
         """Why it cannot run on this device in this type; empty if it can."""

@@ -27,6 +27,11 @@ def kernels(inputs: Inputs, bias: vk.GaussianBias = BIAS) -> Attention:
     return functools.partial(vk.tar_attention, bias=bias, backend=own_backend(inputs[0].device))
 
 
+def reference(inputs: Inputs) -> Attention:
+    """This package's plain PyTorch backend."""
+    return functools.partial(vk.tar_attention, bias=BIAS, backend="reference")
+
+
 def kernels_with_map(inputs: Inputs) -> AttentionWithMap:
     """The same, returning the mean map."""
     return functools.partial(kernels(inputs), return_map=True)
@@ -136,6 +141,9 @@ VSTAR_KERNELS = Peer(
     build_with_map=kernels_with_map,
     processor=TARAttnProcessor,
     own=True,
+)
+REFERENCE = Peer(
+    "reference", "vstar_kernels' reference", True, reference, logits=6, own=True, extra=True
 )
 WITHOUT_MAP = Peer(
     "without-map",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import html
+import statistics
 
-from benchmarks.report import plots, tables
+from benchmarks.report import figures, plots, tables
 from benchmarks.report.plots import Plot
 from benchmarks.report.render import html_table
 from benchmarks.results import Run
@@ -48,8 +49,22 @@ def describe(run: Run) -> str:
     found = run.environment
     threads = "" if run.plan.device == "cuda" else f", {found['threads']} threads, {found['isa']}"
     return (
-        f"{found['device']}{threads}, PyTorch {found['torch']}, commit {found['commit']}; "
-        f"medians of at most {run.plan.rounds} interleaved rounds, σ = 1."
+        f"{found['device']}{threads}, PyTorch {found['torch']}, commit {found['commit']}. "
+        f"Medians of at most {run.plan.rounds} interleaved rounds, σ = 1. {_speeds(run)}"
+    )
+
+
+def _speeds(run: Run) -> str:
+    """What the device reached beside the kernels, over the models' calls on all its threads."""
+    records = figures.of_suite(figures.kernels(run), "short")
+    bandwidths = [x.bandwidth / 1e9 for x in records if x.bandwidth]
+    rates = [x.rate / 1e9 for x in records if x.rate]
+    if not bandwidths or not rates:
+        return ""
+    return (
+        f"Beside the models' calls a copy of as many bytes reached {min(bandwidths):,.0f} to "
+        f"{max(bandwidths):,.0f} GB/s (median {statistics.median(bandwidths):,.0f}) and a matrix "
+        f"product {statistics.median(rates):,.0f} GFLOP/s."
     )
 
 

@@ -30,6 +30,7 @@ COLOURS = {
     "sdpa-bias": "#CC79A7",
     "flex": "#0072B2",
     "xformers-bias": "#A6761D",
+    "reference": "#8C8C8C",
     "sdpa": "#56B4E9",
     "xformers": "#9467BD",
     "flash-attn": "#B0A000",

@@ -1,0 +1,67 @@
+import time
+
+import pytest
+import torch
+
+from benchmarks.clock import FEWEST_ROUNDS, Contestant, CpuClock, GpuClock, time_in_turn
+
+
+def timed(contestants, *, rounds, seconds=60.0, sets=1):
+    clock, inputs = CpuClock(), [(index,) for index in range(sets)]
+    calls = {x.name: clock.ready(x, inputs) for x in contestants}
+    return time_in_turn(clock, contestants, calls, sets, rounds=rounds, seconds=seconds)
+
+
+def test_every_round_has_everyone_in_another_order():
+    seen = []
+    contestants = [Contestant(name, lambda _, name=name: seen.append(name)) for name in "abcd"]
+    times = timed(contestants, rounds=20)
+    assert {name: len(x) for name, x in times.items()} == dict.fromkeys("abcd", 20)
+    rounds = ["".join(seen[i : i + 4]) for i in range(8, len(seen), 4)]  # after the warm-up
+    assert {"".join(sorted(x)) for x in rounds} == {"abcd"}
+    assert len(set(rounds)) > 5
+
+
+def test_inputs_rotate_and_preparation_is_not_timed():
+    prepared, seen = [], []
+
+    def prepare():
+        prepared.append(time.sleep(0.01))
+
+    times = timed([Contestant("a", seen.append, prepare)], rounds=7, sets=3)
+    assert seen[-7:] == [0, 1, 2, 0, 1, 2, 0]
+    assert len(prepared) == 1 + 1 + 7  # warm, the round that is not timed, the rounds
+    assert max(times["a"]) < 0.005
+
+
+def test_rounds_end_when_the_time_does():
+    slow = Contestant("a", lambda _: time.sleep(0.002))
+    assert len(timed([slow], rounds=100, seconds=0.0)["a"]) == FEWEST_ROUNDS
+    assert len(timed([slow], rounds=3, seconds=0.0)["a"]) == 3
+
+
+def test_short_calls_are_timed_many_at_once():
+    calls = []
+    times = timed([Contestant("a", calls.append, repeats=50)], rounds=2)
+    assert len(calls) == 1 + 1 + 2 * 50
+    assert all(seconds < 1e-4 for seconds in times["a"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+def test_graphs_replay_what_was_captured_and_others_are_launched():
+    clock = GpuClock()
+    inputs = [(torch.full((2**22,), float(n), device="cuda"),) for n in range(3)]
+    out = torch.empty_like(inputs[0][0])
+
+    def synchronising(x):
+        out.copy_(x)
+        return out.sum().item()  # not allowed in a capture
+
+    for call in (out.copy_, synchronising):
+        contestant = Contestant("a", call)
+        ready = clock.ready(contestant, inputs)
+        for n in (2, 0, 1):
+            assert clock.seconds(contestant, lambda n=n, ready=ready: ready(n)) > 1e-6
+            torch.cuda.synchronize()
+            assert out.eq(n).all()
