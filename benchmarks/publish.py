@@ -11,16 +11,24 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.peers import EAGER, SDPA, VSTAR_KERNELS
-from benchmarks.report import figures, tables
+from benchmarks.report import figures, plots, tables
 from benchmarks.report.page import describe
 from benchmarks.report.render import markdown
 from benchmarks.results import Run
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/cpu-amd-epyc-zen5-2-cores"
-RUNS = ("float32", "16-bit", "avx2")
+RUNS = ("float32", "16-bit", "avx2", "avx2-bfloat16")
 CODEGEN = ROOT / "benchmarks/results/codegen/report.json"
 MARGIN_FRAMES = (16, 32, 64, 128)
+PLOTS = ROOT / "docs/performance/plots"
+# Of the first run, by their titles: the names of their files.
+PLOTTED = {
+    "Time against frames": "time",
+    "Share of the floor": "share",
+    "Memory against frames": "memory",
+    "Long sequences": "long",
+}
 
 
 def margins() -> str:
@@ -52,6 +60,25 @@ def everything() -> str:
         parts.append(f"## {name}\n\n{describe(run)}\n")
         parts += [markdown(table, heading="### ") for table in tables.all_tables(run)]
     return "\n".join(parts)
+
+
+def pictures() -> str:
+    """The docs': some of the first run's plots, for light and dark pages."""
+    return "\n\n".join(
+        f"**{title}**\n\n"
+        f'<picture><source srcset="plots/{name}-dark.svg" media="(prefers-color-scheme: dark)">'
+        f'<img src="plots/{name}-light.svg" alt="{title}"></picture>'
+        for title, name in PLOTTED.items()
+    )
+
+
+def draw() -> None:
+    """Write the plots' files."""
+    PLOTS.mkdir(exist_ok=True)
+    for plot in plots.all_plots(_read(RUNS[0])):
+        if name := PLOTTED.get(plot.title):
+            for theme, svg in plot.svg.items():
+                (PLOTS / f"{name}-{theme}.svg").write_text(svg, encoding="utf-8")
 
 
 def predictions() -> str:
@@ -98,5 +125,7 @@ def _read(name: str) -> Run:
 
 if __name__ == "__main__":
     replace(ROOT / "README.md", "cpu", margins())
+    replace(ROOT / "docs/performance/cpu.md", "plots", pictures())
     replace(ROOT / "docs/performance/cpu.md", "cpu", everything())
+    draw()
     replace(ROOT / "docs/performance/gpu.md", "predictions", predictions())

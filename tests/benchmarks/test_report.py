@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from benchmarks import results
+from benchmarks import publish, results
 from benchmarks.report import figures, page, plots, tables, write_report
 from benchmarks.results import FAILED, MEASURED, Outcome, Record, Task
 from tests.benchmarks.conftest import small_cases
@@ -84,3 +84,17 @@ def test_failures_are_in_the_report(run):
     assert (first.task.key, "eager formula", FAILED, "no memory") in rows
     assert (second.task.key, "all", FAILED, "ended by SIGKILL") in rows
     page.render(changed_run)
+
+
+@pytest.mark.parametrize(
+    ("page", "name", "make"),
+    [
+        ("README.md", "cpu", publish.margins),
+        ("docs/performance/cpu.md", "plots", publish.pictures),
+        ("docs/performance/cpu.md", "cpu", publish.everything),
+        ("docs/performance/gpu.md", "predictions", publish.predictions),
+    ],
+)
+def test_what_is_published_is_that_of_the_kept_results(page, name, make):
+    text = (publish.ROOT / page).read_text(encoding="utf-8")
+    assert f"<!-- {name} -->\n\n{make()}\n\n<!-- end -->" in text
