@@ -15,6 +15,7 @@ from vstar_kernels.demo.page import facts, page, section
 STYLE = """
 body { max-width: 72rem; }
 th.left, td.left { text-align: left; }
+td.left:first-child { white-space: nowrap; }
 .scroll table { font-size: .85rem; }
 .scroll th { vertical-align: bottom; }
 details { margin: 1rem 0; }

@@ -266,14 +266,17 @@ def _bound(record: Record) -> str:
 
 
 def _milliseconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    return f"{seconds * 1e3:,.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
+    return "–" if seconds is None else _three_digits(seconds * 1e3)
 
 
 def _mebibytes(record: Record, peer: str) -> str:
     peak = record.peers[peer].peak_bytes if peer in record.peers else None
-    return "–" if peak is None else f"{peak / 2**20:.3g}"
+    return "–" if peak is None else _three_digits(peak / 2**20)
+
+
+def _three_digits(value: float) -> str:
+    """At least."""
+    return f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}"
 
 
 def _percent(value: float | None) -> str:
