@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks import results, run
 from benchmarks.compare import compare
 from benchmarks.listing import listing
+from benchmarks.peers import VSTAR_KERNELS
 from benchmarks.planning import plan
 from benchmarks.report import write_report
 from benchmarks.report.render import console
@@ -19,6 +20,7 @@ from benchmarks.suites import SUITES
 from vstar_kernels.arguments import integer
 
 OUTPUT = Path("benchmark-output")
+OURS = VSTAR_KERNELS.name
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -51,7 +53,10 @@ def _run(args: argparse.Namespace) -> int:
     write_report(path, path)
     if done.missing:
         print(f"{len(done.missing)} cases are not measured yet. {to_go_on}")
-    return 0
+    wrong = [x for x in done.records if x.peers and x.peers[OURS].status == results.WRONG]
+    for record in wrong:
+        print(f"wrong: {record.task.key}: {record.peers[OURS].reason}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -97,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("a", type=Path, metavar="A")
     command.add_argument("b", type=Path, metavar="B")
     command.add_argument("--tolerance", type=float, default=0.05, help="default: 0.05")
-    command.add_argument("--peer", default="vstar_kernels", help="default: vstar_kernels")
+    command.add_argument("--peer", default=OURS, help=f"default: {OURS}")
 
     command = commands.add_parser("report", help="the tables and the page of a run")
     command.set_defaults(command=_report)

@@ -7,6 +7,7 @@ behind work that keeps the GPU busy for as long as the CPU needs to queue it.
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -43,14 +44,22 @@ class Contestant:
     whole: bool = False
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A warm contestant; ``call`` takes the number of a set of inputs."""
+
+    contestant: Contestant
+    call: Callable[[int], object]
+
+
 class Clock(Protocol):
     """Times contestants on one kind of device."""
 
     def sets(self, traffic: int) -> int:
         """How many sets of inputs calls that move so many bytes rotate through."""
 
-    def ready(self, contestant: Contestant, inputs: Sequence[Tensors]) -> Callable[[int], object]:
-        """Warm up; the function that calls it with the set of that number."""
+    def ready(self, contestant: Contestant, inputs: Sequence[Tensors]) -> Ready:
+        """Warm up."""
 
     def seconds(self, contestant: Contestant, call: Callable[[], object]) -> float:
         """Of one call."""
@@ -62,10 +71,10 @@ class CpuClock:
     def sets(self, traffic: int) -> int:
         return 1
 
-    def ready(self, contestant: Contestant, inputs: Sequence[Tensors]) -> Callable[[int], object]:
+    def ready(self, contestant: Contestant, inputs: Sequence[Tensors]) -> Ready:
         contestant.prepare()
         contestant.call(*inputs[0])
-        return lambda index: contestant.call(*inputs[index])
+        return _launched(contestant, inputs)
 
     def seconds(self, contestant: Contestant, call: Callable[[], object]) -> float:
         return wall_seconds(call, contestant.repeats)
@@ -82,20 +91,20 @@ class GpuClock:
         cache = torch.cuda.get_device_properties().L2_cache_size
         return min(max(2, -(-CACHES * cache // traffic) + 1), MAX_SETS)
 
-    def ready(self, contestant: Contestant, inputs: Sequence[Tensors]) -> Callable[[int], object]:
+    def ready(self, contestant: Contestant, inputs: Sequence[Tensors]) -> Ready:
         contestant.prepare()
         for _ in range(2):  # compiles, then runs warm
             contestant.call(*inputs[0])
         torch.cuda.synchronize()
         if contestant.whole:
-            return lambda index: contestant.call(*inputs[index])
+            return _launched(contestant, inputs)
         try:
             graphs = [self._capture(contestant.call, tensors) for tensors in inputs]
         # Peers synchronise, allocate or compile in a capture, each with an error of its own.
         except Exception:
             torch.cuda.synchronize()
-            return lambda index: contestant.call(*inputs[index])
-        return lambda index: graphs[index].replay()
+            return _launched(contestant, inputs)
+        return Ready(contestant, lambda index: graphs[index].replay())
 
     def seconds(self, contestant: Contestant, call: Callable[[], object]) -> float:
         torch.cuda.synchronize()
@@ -119,6 +128,10 @@ class GpuClock:
         return graph
 
 
+def _launched(contestant: Contestant, inputs: Sequence[Tensors]) -> Ready:
+    return Ready(contestant, lambda index: contestant.call(*inputs[index]))
+
+
 def wall_seconds(call: Callable[[], object], repeats: int = 1) -> float:
     """Of one of so many calls."""
     start = time.perf_counter()
@@ -134,8 +147,7 @@ def clock_for(device: str) -> Clock:
 
 def time_in_turn(
     clock: Clock,
-    contestants: Sequence[Contestant],
-    calls: dict[str, Callable[[int], object]],
+    contestants: Sequence[Ready],
     num_sets: int,
     *,
     rounds: int,
@@ -148,19 +160,17 @@ def time_in_turn(
     """
     order = list(contestants)
     shuffle = random.Random(0).shuffle
-    times: dict[str, list[float]] = {x.name: [] for x in contestants}
-    for contestant in order:
-        contestant.prepare()
-        calls[contestant.name](0)
+    times: dict[str, list[float]] = {x.contestant.name: [] for x in contestants}
+    for ready in order:
+        ready.contestant.prepare()
+        ready.call(0)
     start = time.perf_counter()
     for turn in range(rounds):
         if turn >= FEWEST_ROUNDS and time.perf_counter() - start > seconds:
             break
         shuffle(order)
-        for contestant in order:
-            contestant.prepare()
-            call = calls[contestant.name]
-            times[contestant.name].append(
-                clock.seconds(contestant, lambda call=call, turn=turn: call(turn % num_sets))
-            )
+        for ready in order:
+            ready.contestant.prepare()
+            call = functools.partial(ready.call, turn % num_sets)
+            times[ready.contestant.name].append(clock.seconds(ready.contestant, call))
     return times

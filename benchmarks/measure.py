@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from benchmarks import results
 from benchmarks.cases import Case
-from benchmarks.clock import Clock, Contestant, clock_for, time_in_turn
+from benchmarks.clock import Clock, Contestant, Ready, clock_for, time_in_turn
 from benchmarks.disturbance import Watch
 from benchmarks.memory import peak_bytes
 from benchmarks.operations import OPERATIONS, Operation, Step
@@ -35,58 +34,34 @@ def measure(task: Task, plan: Plan, progress: Callable[[str], None]) -> Record:
     clock = clock_for(device)
     operation = _operation(case, plan, clock)
     peers: dict[str, Outcome] = {}
-    contestants: dict[str, Contestant] = {}
-    calls: dict[str, Callable[[int], object]] = {}
-    gradients = torch.enable_grad if case.operation == "backward" else torch.no_grad
-    with gradients():
+    timed: list[Ready] = []
+    with torch.enable_grad() if case.operation == "backward" else torch.no_grad():
         for peer in PEERS:
-            if peer.name not in plan.peers or not operation.offers(peer):
-                continue
-            progress(f"checks {peer.title}")
-            outcome, contestant = _prepare(peer, operation, device)
-            if contestant is not None:
-                try:
-                    calls[peer.name] = clock.ready(contestant, operation.inputs)
-                    contestants[peer.name] = contestant
-                except Exception as error:
-                    outcome = Outcome(results.FAILED, reason=reason(error))
-            peers[peer.name] = outcome
-        yardsticks = _matrix_products(case, device)
-        calls |= {x.name: clock.ready(x, operation.inputs) for x in yardsticks}
-        if case.bytes is not None:
-            yardsticks.append(_copy(operation.blocks))
-            blocks = [(block,) for block in operation.blocks]
-            calls[COPY] = clock.ready(yardsticks[-1], blocks)
+            if peer.name in plan.peers and operation.offers(peer):
+                progress(f"checks {peer.title}")
+                peers[peer.name], ready = _prepare(peer, operation, clock, device)
+                timed += [ready] if ready else []
+                _release(device)
+        timed += _yardsticks(operation, clock, device)
         progress("times")
         watch = Watch()
-        times = time_in_turn(
-            clock,
-            [*contestants.values(), *yardsticks],
-            calls,
-            len(operation.inputs),
-            rounds=plan.rounds,
-            seconds=plan.seconds,
-        )
+        sets, limits = len(operation.inputs), {"rounds": plan.rounds, "seconds": plan.seconds}
+        times = time_in_turn(clock, timed, sets, **limits)
         others = watch.others() if device == "cpu" else None
-    for name in contestants:
+    for name in peers.keys() & times.keys():
         peers[name] = replace(peers[name], seconds=times.pop(name))
-    copied = 4 * case.elements * case.torch_dtype.itemsize
-    bandwidth = copied / min(times[COPY]) if COPY in times else None
-    product = min(min(seconds) for name, seconds in times.items() if name != COPY)
-    rate = 2 * MATRIX_SIZE[device] ** 3 / product
-    return Record(task, peers, times, bandwidth, rate, others)
+    return Record(task, peers, times, *_rates(case, times, device), others)
 
 
 def _operation(case: Case, plan: Plan, clock: Clock) -> Operation | Step:
     if case.operation == "step":
         return Step(case, plan.device, plan.unet_width)
-    traffic = 4 * case.elements * case.torch_dtype.itemsize
-    return OPERATIONS[case.operation](case, plan.device, clock.sets(traffic))
+    return OPERATIONS[case.operation](case, plan.device, clock.sets(_copied_bytes(case)))
 
 
 def _prepare(
-    peer: Peer, operation: Operation | Step, device: str
-) -> tuple[Outcome, Contestant | None]:
+    peer: Peer, operation: Operation | Step, clock: Clock, device: str
+) -> tuple[Outcome, Ready | None]:
     """Build, run and check a peer: its outcome so far, and what to time if it may be."""
     case = operation.case
     if why := peer.unavailable(device, case.torch_dtype):
@@ -105,11 +80,10 @@ def _prepare(
         del result
         contestant.prepare()  # the check of a whole model has exchanged its processors
         peak = peak_bytes(device, lambda: contestant.call(*operation.inputs[0]))
+        ready = clock.ready(contestant, operation.inputs)
     except Exception as error:
-        _release(device)
         return Outcome(results.FAILED, reason=reason(error)), None
-    _release(device)
-    return Outcome(results.MEASURED, note=note, largest_error=error, peak_bytes=peak), contestant
+    return Outcome(results.MEASURED, note=note, largest_error=error, peak_bytes=peak), ready
 
 
 def _too_large(peer: Peer, case: Case, device: str) -> str:
@@ -131,21 +105,35 @@ def _free_bytes(device: str) -> int | None:
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
-def _matrix_products(case: Case, device: str) -> list[Contestant]:
-    """In each type that may serve the case."""
-    size = MATRIX_SIZE[device]
+def _yardsticks(operation: Operation | Step, clock: Clock, device: str) -> list[Ready]:
+    """Matrix products in each type that may serve the case; a copy, unless it is a whole model."""
+    case, size = operation.case, MATRIX_SIZE[device]
     found = []
     for dtype in dict.fromkeys((case.torch_dtype, torch.float32)):
         a, b, c = torch.randn(3, size, size, device=device).to(dtype).unbind()
         name = f"matrix product in {dtype}".replace("torch.", "")
-        found.append(Contestant(name, lambda *_, a=a, b=b, c=c: torch.mm(a, b, out=c)))
+        product = Contestant(name, lambda *_, a=a, b=b, c=c: torch.mm(a, b, out=c))
+        found.append(clock.ready(product, operation.inputs))
+    if isinstance(operation, Operation) and case.bytes is not None:
+        # It reads two tensors and writes two, as many bytes as the forward moves.
+        target = torch.empty_like(operation.blocks[0][:2])
+        copy = Contestant(COPY, lambda block: target.copy_(block[:2]))
+        found.append(clock.ready(copy, [(block,) for block in operation.blocks]))
     return found
 
 
-def _copy(blocks: Sequence[Tensor]) -> Contestant:
-    """It reads two tensors and writes two, as many bytes as the forward moves."""
-    target = torch.empty_like(blocks[0][:2])
-    return Contestant(COPY, lambda block: target.copy_(block[:2]))
+def _rates(
+    case: Case, times: dict[str, list[float]], device: str
+) -> tuple[float | None, float | None]:
+    """Of the yardsticks' best rounds: bytes and floating-point operations per second."""
+    bandwidth = _copied_bytes(case) / min(times[COPY]) if COPY in times else None
+    product = min(min(seconds) for name, seconds in times.items() if name != COPY)
+    return bandwidth, 2 * MATRIX_SIZE[device] ** 3 / product
+
+
+def _copied_bytes(case: Case) -> int:
+    """Four tensors."""
+    return 4 * case.elements * case.torch_dtype.itemsize
 
 
 def _release(device: str) -> None:

@@ -22,6 +22,7 @@ SUITE_TITLES = {
 }
 OVERVIEW, BEHIND, FAILURES = "Overview", "Where vstar_kernels is not first", "What failed"
 MODELS = "Temporal self-attention of one denoising step"
+ALWAYS = (OVERVIEW, BEHIND)
 DISTURBED = "Measured beside other work: not to be relied on"
 # The others are too wide for it.
 IN_THE_TERMINAL = (OVERVIEW, BEHIND, DISTURBED, FAILURES, MODELS)
@@ -223,7 +224,8 @@ def behind(run: Run) -> Table:
         (record.task.key, figures.title(name), _times(times))
         for record, name, times in figures.not_first(figures.kernels(run))
     ]
-    note = "" if rows else "vstar_kernels is the fastest that computes TAR in every case."
+    first = "vstar_kernels is the fastest that computes TAR in every case."
+    note = "" if rows else first if figures.kernels(run) else "Nothing of it was measured."
     return Table(BEHIND, ("case", "first", "its time over ours"), rows, note, left=2)
 
 
@@ -240,7 +242,7 @@ def all_tables(run: Run) -> list[Table]:
         allocators(run),
         peers(run),
     ]
-    return [table for table in found if table.rows or table.title == BEHIND]
+    return [table for table in found if table.rows or table.title in ALWAYS]
 
 
 def _extra(record: Record) -> str:

@@ -52,10 +52,10 @@ def seconds(row: Row) -> float:
 
     candidate = Contestant("candidate", run)
     try:
-        calls = {candidate.name: clock.ready(candidate, inputs)}
+        ready = clock.ready(candidate, inputs)
     except RuntimeError:
         return float("inf")
-    times = time_in_turn(clock, [candidate], calls, len(inputs), rounds=ROUNDS, seconds=SECONDS)
+    times = time_in_turn(clock, [ready], len(inputs), rounds=ROUNDS, seconds=SECONDS)
     return statistics.median(times[candidate.name])
 
 

@@ -8,8 +8,8 @@ from benchmarks.clock import FEWEST_ROUNDS, Contestant, CpuClock, GpuClock, time
 
 def timed(contestants, *, rounds, seconds=60.0, sets=1):
     clock, inputs = CpuClock(), [(index,) for index in range(sets)]
-    calls = {x.name: clock.ready(x, inputs) for x in contestants}
-    return time_in_turn(clock, contestants, calls, sets, rounds=rounds, seconds=seconds)
+    ready = [clock.ready(x, inputs) for x in contestants]
+    return time_in_turn(clock, ready, sets, rounds=rounds, seconds=seconds)
 
 
 def test_every_round_has_everyone_in_another_order():
@@ -62,6 +62,6 @@ def test_graphs_replay_what_was_captured_and_others_are_launched():
         contestant = Contestant("a", call)
         ready = clock.ready(contestant, inputs)
         for n in (2, 0, 1):
-            assert clock.seconds(contestant, lambda n=n, ready=ready: ready(n)) > 1e-6
+            assert clock.seconds(contestant, lambda n=n, ready=ready: ready.call(n)) > 1e-6
             torch.cuda.synchronize()
             assert out.eq(n).all()

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import results, run
 from benchmarks.cli import main
-from benchmarks.results import MEASURED, ResultsError
+from benchmarks.results import MEASURED, WRONG, Outcome, Record, ResultsError
 from tests.benchmarks.conftest import a_plan, small_cases
 from tests.helpers import ROOT
 
@@ -106,6 +106,18 @@ def test_a_worker_that_cannot_work_ends_the_run(tmp_path, monkeypatch):
     with pytest.raises(ResultsError, match="ended with exit status 1"):
         run.measure(path)
     assert results.load(path).records == []
+
+
+def test_a_wrong_result_of_our_own_fails_the_command(tmp_path, capsys):
+    path = tmp_path / "run.jsonl"
+    plan = few()
+    run.begin(path, plan)
+    for task in plan.tasks:
+        results.append(path, Record(task, {"vstar_kernels": Outcome(WRONG, reason="error 1")}))
+    assert main(["run", "--resume", str(path)]) == 1
+    captured = capsys.readouterr()
+    assert f"wrong: {plan.tasks[0].key}: error 1" in captured.err
+    assert "error 1" in path.with_suffix(".html").read_text()
 
 
 def test_no_case_begins_after_the_time(tmp_path):
