@@ -34,7 +34,7 @@ PLOTTED = {
 def margins() -> str:
     """The README's: how many times as long others take for a model's step, by frames."""
     run = _read("float32")
-    found = {(x.model, x.frames): x.seconds for x in figures.steps(figures.kernels(run))}
+    found = {(x.model, x.frames): x.seconds for x in figures.steps(run)}
     lines = [
         f"| model | {' | '.join(f'N = {frames}' for frames in MARGIN_FRAMES)} |",
         "|---|" + "--:|" * len(MARGIN_FRAMES),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarks.cases import Case
 from benchmarks.peers import EAGER, PEERS, SDPA, VSTAR_KERNELS, by_name
 from benchmarks.results import Record, Run
 
+DEFAULT = "default"  # the allocator's setting
 OURS, THEIRS, PLAIN = VSTAR_KERNELS.name, EAGER.name, SDPA.name
 OTHER_TAR = tuple(peer.name for peer in PEERS if peer.tar and not peer.own)
 
@@ -28,7 +30,7 @@ class Step:
 
 def kernels(run: Run) -> list[Record]:
     """The records in which kernels are compared: warm allocator, or a GPU; without the failed."""
-    return [x for x in run.records if x.task.allocator != "default" and x.median(OURS)]
+    return [x for x in run.records if x.task.allocator != DEFAULT and x.median(OURS)]
 
 
 def of_suite(records: Iterable[Record], suite: str) -> list[Record]:
@@ -64,10 +66,14 @@ def geometric_mean(values: Iterable[float | None]) -> float | None:
     return math.exp(sum(logs) / len(logs)) if logs else None
 
 
-def steps(records: Sequence[Record]) -> list[Step]:
-    """The models' denoising steps, from the ``short`` suite."""
+def steps(run: Run) -> list[Step]:
+    """The models' denoising steps whose levels were all measured, in the ``short`` suite."""
+    planned: Counter[tuple[str, int, str]] = Counter()
+    for task in run.plan.tasks:
+        if task.case.suite == "short" and task.allocator != DEFAULT:
+            planned.update((use.model, task.case.frames, task.case.dtype) for use in task.case.uses)
     groups: dict[tuple[str, int, str], list[tuple[Record, float, int]]] = {}
-    for record in of_suite(records, "short"):
+    for record in of_suite(kernels(run), "short"):
         for use in record.case.uses:
             key = (use.model, record.case.frames, record.case.dtype)
             groups.setdefault(key, []).append((record, use.rows / record.case.batch, use.calls))
@@ -85,6 +91,7 @@ def steps(records: Sequence[Record]) -> list[Step]:
             scale=max(scale for _, scale, _ in parts),
         )
         for key, parts in groups.items()
+        if len(parts) == planned[key]
     ]
 
 

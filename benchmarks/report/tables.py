@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks import results
 from benchmarks.peers import by_name
-from benchmarks.report import figures
+from benchmarks.report import cells, figures
 from benchmarks.report.figures import OURS, PLAIN, THEIRS
 from benchmarks.results import Record, Run
 
@@ -57,13 +57,13 @@ def overview(run: Run) -> Table:
                     dtype,
                     str(len(mine)),
                     f"{min(shares):.0%} to {max(shares):.0%}" if shares else "–",
-                    _times(figures.geometric_mean(figures.ratio(x, THEIRS) for x in mine)),
-                    _times(
+                    cells.times(figures.geometric_mean(figures.ratio(x, THEIRS) for x in mine)),
+                    cells.times(
                         figures.geometric_mean(
                             figures.ratio(x, figures.fastest_other(x) or "") for x in mine
                         )
                     ),
-                    _times(figures.geometric_mean(figures.ratio(x, PLAIN) for x in mine)),
+                    cells.times(figures.geometric_mean(figures.ratio(x, PLAIN) for x in mine)),
                     f"{first} of {len(compared)}",
                 )
             )
@@ -83,7 +83,7 @@ def overview(run: Run) -> Table:
 def models(run: Run) -> Table:
     """The temporal self-attention of one denoising step of each model."""
     rows = []
-    found = figures.steps(figures.kernels(run))
+    found = figures.steps(run)
     for step in sorted(found, key=lambda x: (x.dtype, x.model, x.frames)):
         ours = step.seconds[OURS]
         others = {x: step.seconds[x] for x in figures.OTHER_TAR if x in step.seconds}
@@ -94,10 +94,10 @@ def models(run: Run) -> Table:
                 step.dtype,
                 str(step.frames),
                 f"{step.calls}",
-                _milliseconds(ours),
-                *(_times(step.seconds[x] / ours if x in step.seconds else None) for x in (THEIRS,)),
-                f"{_times(others[other] / ours)} {figures.title(other)}" if other else "–",
-                _times(step.seconds[PLAIN] / ours if PLAIN in step.seconds else None),
+                cells.milliseconds(ours),
+                cells.times(step.seconds[THEIRS] / ours if THEIRS in step.seconds else None),
+                f"{cells.times(others[other] / ours)} {figures.title(other)}" if other else "–",
+                cells.times(step.seconds[PLAIN] / ours if PLAIN in step.seconds else None),
                 f"÷{step.scale:.3g}" if step.scale > 1 else "all",
             )
         )
@@ -129,8 +129,8 @@ def suite(run: Run, name: str) -> Table:
     rows = [
         (
             *(cell(record) for _, cell in columns),
-            *(_peer(record, peer) for peer in peers),
-            *(_mebibytes(record, peer) for peer in (OURS, THEIRS)),
+            *(cells.peer(record, peer) for peer in peers),
+            *(cells.mebibytes(record, peer) for peer in (OURS, THEIRS)),
         )
         for record in records
     ]
@@ -139,12 +139,12 @@ def suite(run: Run, name: str) -> Table:
 
 
 COLUMNS: tuple[tuple[str, Callable[[Record], str]], ...] = (
-    ("batch × N × heads × D", lambda x: " × ".join(map(str, x.case.shape)) + _extra(x)),
+    ("batch × N × heads × D", cells.shape),
     ("type", lambda x: x.case.dtype),
-    ("vstar_kernels ms", lambda x: _milliseconds(x.median(OURS))),
+    ("vstar_kernels ms", lambda x: cells.milliseconds(x.median(OURS))),
     ("±", lambda x: f"{x.peers[OURS].spread or 0:.1%}"),
-    ("share of the floor", lambda x: _percent(x.share_of_floor(OURS))),
-    ("bound by", lambda x: _bound(x)),
+    ("share of the floor", lambda x: cells.percent(x.share_of_floor(OURS))),
+    ("bound by", cells.bound),
 )
 NOTES = {
     "unet": "ModelScope's UNet with random weights, TAR with σ = 1 on every level but the first "
@@ -156,17 +156,18 @@ NOTES = {
 
 def allocators(run: Run) -> Table:
     """What fresh memory costs users who leave the allocator as it is."""
-    default = {x.case.key: x for x in run.records if x.task.allocator == "default"}
+    default = {x.case.key: x for x in run.records if x.task.allocator == figures.DEFAULT}
     rows = []
     for record in figures.of_suite(figures.kernels(run), "short"):
         other = default.get(record.case.key)
         if other is None or not other.median(OURS):
             continue
-        cells = []
+        line = [cells.shape(record), record.case.dtype]
         for peer in (OURS, THEIRS, PLAIN):
             warm, fresh = record.median(peer), other.median(peer)
-            cells += [_milliseconds(fresh), _times(fresh / warm if fresh and warm else None)]
-        rows.append((" × ".join(map(str, record.case.shape)), record.case.dtype, *cells))
+            longer = fresh / warm if fresh and warm else None
+            line += [cells.milliseconds(fresh), cells.times(longer)]
+        rows.append(tuple(line))
     head = ["batch × N × heads × D", "type"]
     for peer in (OURS, THEIRS, PLAIN):
         head += [f"{figures.title(peer)} ms", "over warm"]
@@ -213,7 +214,9 @@ def failures(run: Run) -> Table:
 def disturbed(run: Run) -> Table:
     """Where other processes had too much of the processor."""
     rows = [
-        (record.task.key, _percent(record.others)) for record in run.records if record.disturbed
+        (record.task.key, cells.percent(record.others))
+        for record in run.records
+        if record.disturbed
     ]
     return Table(DISTURBED, ("case", "share of the processor"), rows)
 
@@ -221,7 +224,7 @@ def disturbed(run: Run) -> Table:
 def behind(run: Run) -> Table:
     """Where another that computes TAR is faster."""
     rows = [
-        (record.task.key, figures.title(name), _times(times))
+        (record.task.key, figures.title(name), cells.times(times))
         for record, name, times in figures.not_first(figures.kernels(run))
     ]
     first = "vstar_kernels is the fastest that computes TAR in every case."
@@ -243,47 +246,3 @@ def all_tables(run: Run) -> list[Table]:
         peers(run),
     ]
     return [table for table in found if table.rows or table.title in ALWAYS]
-
-
-def _extra(record: Record) -> str:
-    threads, latents = record.case.threads, record.case.latents
-    if latents:
-        return f", latents {latents[0]} × {latents[1]}"
-    return f", {threads} thread{'s' if threads > 1 else ''}" if threads else ""
-
-
-def _peer(record: Record, peer: str) -> str:
-    value = figures.ratio(record, peer)
-    if value is not None:
-        note = record.peers[peer].note
-        return f"{_times(value)} {note}".strip()
-    return record.peers[peer].status if peer in record.peers else "–"
-
-
-def _bound(record: Record) -> str:
-    case = record.case
-    if not (case.bytes and case.flops and record.bandwidth and record.rate):
-        return "–"
-    return "memory" if case.bytes / record.bandwidth > case.flops / record.rate else "arithmetic"
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return "–" if seconds is None else _three_digits(seconds * 1e3)
-
-
-def _mebibytes(record: Record, peer: str) -> str:
-    peak = record.peers[peer].peak_bytes if peer in record.peers else None
-    return "–" if peak is None else _three_digits(peak / 2**20)
-
-
-def _three_digits(value: float) -> str:
-    """At least."""
-    return f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0%}"
-
-
-def _times(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}×"

@@ -5,8 +5,8 @@ import pytest
 
 from benchmarks import publish, results
 from benchmarks.report import figures, page, plots, tables, write_report
-from benchmarks.results import FAILED, MEASURED, Outcome, Record, Task
-from tests.benchmarks.conftest import small_cases
+from benchmarks.results import FAILED, MEASURED, Outcome, Record, Run, Task
+from tests.benchmarks.conftest import a_plan, small_cases
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +23,21 @@ def a_record(case, **seconds):
 def test_a_models_step_is_the_sum_of_its_calls():
     three, eight, *_ = small_cases()
     records = [a_record(three, ours=2e-3, eager=6e-3), a_record(eight, ours=1e-3, sdpa=2e-3)]
-    steps = {(x.model, x.frames): x for x in figures.steps(records)}
+    run = Run({}, a_plan([three, eight]), records)
+    steps = {(x.model, x.frames): x for x in figures.steps(run)}
     assert set(steps) == {(m, n) for m in ("a-model", "b-model") for n in (3, 8)}
     step = steps["a-model", 3]  # 40 rows of which 4 were measured, 10 calls
     assert step.seconds == {"vstar_kernels": pytest.approx(0.2), "eager": pytest.approx(0.6)}
     assert (step.calls, step.scale) == (10, 10)
     assert steps["b-model", 8].seconds["sdpa"] == pytest.approx(2 * 2e-3)
+
+
+def test_a_step_with_a_level_missing_has_no_sum():
+    three, *_ = small_cases()
+    other_level = dataclasses.replace(three, heads=5, uses=three.uses[:1])
+    plan = a_plan([three, other_level])
+    (step,) = figures.steps(Run({}, plan, [a_record(three, ours=2e-3)]))
+    assert step.model == "b-model"
 
 
 def test_who_is_first():
