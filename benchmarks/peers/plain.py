@@ -21,8 +21,8 @@ SDPA_BACKENDS = {
     "math": SDPBackend.MATH,
 }
 TRIALS = 3
-# The math backend holds all logits, several times.
-MATH_SHARE_OF_MEMORY = 2**30
+# Of logits. The math backend holds all of them, several times, and is slow where they are many.
+MOST_MATH_BYTES = 2**30
 
 
 class Sdpa:
@@ -33,7 +33,7 @@ class Sdpa:
         found: dict[str, float] = {}
         errors = []
         for name, backend in SDPA_BACKENDS.items():
-            if name == "math" and found and _logits_bytes(inputs[0]) > MATH_SHARE_OF_MEMORY:
+            if name == "math" and found and _logits_bytes(inputs[0]) > MOST_MATH_BYTES:
                 continue
             self._backend = backend
             try:
