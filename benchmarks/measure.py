@@ -18,6 +18,7 @@ from benchmarks.operations import OPERATIONS, Operation, Step
 from benchmarks.peers import PEERS, Peer
 from benchmarks.peers.peer import reason
 from benchmarks.results import Outcome, Plan, Record, Task
+from vstar_kernels.demo.measure import read_bytes
 
 MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
 COPY = "copy"
@@ -101,8 +102,7 @@ def _free_bytes(device: str) -> int | None:
         return torch.cuda.mem_get_info()[0]
     if not MEMINFO.exists():
         return None
-    fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    return read_bytes(MEMINFO, "MemAvailable")
 
 
 def _yardsticks(operation: Operation | Step, clock: Clock, device: str) -> list[Ready]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vstar_kernels.demo.measure import STATUS, read_peak_memory, reset_peak_memory
+from vstar_kernels.demo.measure import STATUS, read_bytes, read_peak_memory, reset_peak_memory
 
 
 def peak_bytes(device: str, call: Callable[[], object]) -> int | None:
@@ -20,14 +20,13 @@ def peak_bytes(device: str, call: Callable[[], object]) -> int | None:
         return None
     before = _in_use(device)
     results = call()
-    return max(0, read_peak_memory(where) - before - sum(map(_bytes, _tensors(results))))
+    return max(0, read_peak_memory(where) - before - sum(x.nbytes for x in _tensors(results)))
 
 
 def _in_use(device: str) -> int:
     if device == "cuda":
         return torch.cuda.memory_allocated()
-    status = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return int(status["VmRSS"].split()[0]) * 1024
+    return read_bytes(STATUS, "VmRSS")
 
 
 def _tensors(results: Any) -> list[Tensor]:
@@ -36,7 +35,3 @@ def _tensors(results: Any) -> list[Tensor]:
     if isinstance(results, (tuple, list)):
         return [x for part in results for x in _tensors(part)]
     return []
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import vstar_kernels as vk
 from benchmarks.cases import Case
 from benchmarks.check import Oracle
 from benchmarks.clock import Contestant, Tensors
 from benchmarks.peers import Peer
 from benchmarks.peers.peer import Attention
-from benchmarks.peers.tar import BIAS
+from benchmarks.peers.tar import BIAS, NO_BIAS
 from benchmarks.unet import RegularizedUnet
 
-PLAIN = vk.GaussianBias(1.0, strength=0.0)
 CALLS = 500  # of a call that takes microseconds
 
 
@@ -27,13 +25,11 @@ class Operation:
 
     def __init__(self, case: Case, device: str, num_sets: int) -> None:
         self.case = case
-        self.device = device
-        options: dict[str, Any] = {"device": device}
         # One block of memory for all three: two of them are what a copy of equal traffic reads.
         self.blocks = [
-            torch.randn(3, *case.shape, **options).to(case.torch_dtype) for _ in range(num_sets)
+            torch.randn(3, *case.shape, device=device).to(case.torch_dtype) for _ in range(num_sets)
         ]
-        self.oracles = {tar: Oracle(self._first, BIAS if tar else PLAIN) for tar in (True, False)}
+        self.oracles = {tar: Oracle(self._first, BIAS if tar else NO_BIAS) for tar in (True, False)}
 
     @property
     def inputs(self) -> Sequence[Tensors]:
@@ -139,7 +135,7 @@ class Step:
 
     def check(self, peer: Peer, result: Any) -> float:
         """The result's distance from the reference's. Raises AssertionError if it is too large."""
-        return self._unet.check(result, BIAS if peer.tar else PLAIN)
+        return self._unet.check(result, BIAS if peer.tar else NO_BIAS)
 
 
 OPERATIONS: dict[str, Callable[..., Operation]] = {

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from benchmarks.cases import Case
 from benchmarks.models import TEXT_TOKENS, unet3d
-from vstar_kernels.bias import Bias, GaussianBias
+from benchmarks.peers.tar import BIAS
+from vstar_kernels.bias import Bias
 from vstar_kernels.processors.diffusers import TARAttnProcessor
 from vstar_kernels.processors.layers import temporal_layers
 
@@ -44,8 +45,7 @@ class RegularizedUnet:
 
     def processors(self, make: Callable[[Bias], Any]) -> Processors:
         """A processor for each regularized layer; its own where ``make`` gives None."""
-        bias = GaussianBias(1.0)
-        return {name: make(bias) or own for name, own in self._own.items()}
+        return {name: make(BIAS) or own for name, own in self._own.items()}
 
     def install(self, processors: Processors) -> None:
         """Exchange the attention."""

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import vstar_kernels as vk
 from benchmarks.peers.peer import Attention, Inputs, Peer, reason
-from benchmarks.peers.tar import SIGMA, kernels
+from benchmarks.peers.tar import NO_BIAS, kernels
 
 SDPA_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -29,7 +28,6 @@ class Sdpa:
     """PyTorch's fused attention, by the backend that is the fastest for these inputs."""
 
     def __init__(self, inputs: Inputs) -> None:
-        self.note = ""
         found: dict[str, float] = {}
         errors = []
         for name, backend in SDPA_BACKENDS.items():
@@ -65,7 +63,7 @@ def _logits_bytes(query: Tensor) -> int:
 
 def strength_0(inputs: Inputs) -> Attention:
     """This package's kernels without the bias: what TAR adds to them is the difference."""
-    return kernels(inputs, vk.GaussianBias(SIGMA, strength=0.0))
+    return kernels(inputs, NO_BIAS)
 
 
 def xformers(inputs: Inputs) -> Attention:
@@ -79,10 +77,7 @@ def flash_attention(inputs: Inputs) -> Attention:
     """The flash-attn package's attention."""
     from flash_attn import flash_attn_func
 
-    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return flash_attn_func(query, key, value)
-
-    return call
+    return flash_attn_func
 
 
 def own_processor(bias: Any) -> None:

@@ -15,6 +15,7 @@ from vstar_kernels.processors.diffusers import TARAttnProcessor
 
 SIGMA = 1.0
 BIAS = vk.GaussianBias(SIGMA)
+NO_BIAS = vk.GaussianBias(SIGMA, strength=0.0)
 
 
 def own_backend(device: torch.device) -> str:
@@ -43,6 +44,11 @@ def kernels_without_map(inputs: Inputs) -> AttentionWithMap:
     return lambda query, key, value: (attention(query, key, value), None)
 
 
+def delta_for(inputs: Inputs) -> Tensor:
+    """Δ, ``(frames, frames)``, in the inputs' type and where they are."""
+    return BIAS.matrix(inputs[0].shape[1]).to(inputs[0])
+
+
 def eager_weights(query: Tensor, key: Tensor, delta: Tensor) -> Tensor:
     """A′ as VSTAR users compute it: one operation after the other, in the inputs' type."""
     q, k = (x.transpose(1, 2) for x in (query, key))
@@ -53,7 +59,7 @@ def eager_weights(query: Tensor, key: Tensor, delta: Tensor) -> Tensor:
 
 def eager(inputs: Inputs) -> Attention:
     """The formula with every map held in memory."""
-    delta = BIAS.matrix(inputs[0].shape[1]).to(inputs[0])
+    delta = delta_for(inputs)
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return (eager_weights(query, key, delta) @ value.transpose(1, 2)).transpose(1, 2)
@@ -63,7 +69,7 @@ def eager(inputs: Inputs) -> Attention:
 
 def eager_with_map(inputs: Inputs) -> AttentionWithMap:
     """The same, with the mean of the maps over the heads."""
-    delta = BIAS.matrix(inputs[0].shape[1]).to(inputs[0])
+    delta = delta_for(inputs)
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         weights = eager_weights(query, key, delta)
@@ -88,7 +94,7 @@ def row_max_bias(query: Tensor, key: Tensor, delta: Tensor) -> Tensor:
 
 def sdpa_with_bias(inputs: Inputs) -> Attention:
     """A pass for the row maxima, then PyTorch's fused attention with the bias as its mask."""
-    delta = BIAS.matrix(inputs[0].shape[1]).to(inputs[0])
+    delta = delta_for(inputs)
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         mask = row_max_bias(query, key, delta)
@@ -102,7 +108,7 @@ def xformers_with_bias(inputs: Inputs) -> Attention:
     """The same with xformers' attention."""
     from xformers.ops import memory_efficient_attention
 
-    delta = BIAS.matrix(inputs[0].shape[1]).to(inputs[0])
+    delta = delta_for(inputs)
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         bias = row_max_bias(query, key, delta)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarks.cases import Case
 from benchmarks.peers import EAGER, PEERS, SDPA, VSTAR_KERNELS, by_name
 from benchmarks.results import Record, Run
 
@@ -93,15 +92,6 @@ def steps(run: Run) -> list[Step]:
         for key, parts in groups.items()
         if len(parts) == planned[key]
     ]
-
-
-def scale_text(case: Case) -> str:
-    """Which rows of which levels the case stands for."""
-    return ", ".join(
-        f"{use.model} {use.level}"
-        + (f" ÷{use.rows / case.batch:.3g}" if use.rows > case.batch else "")
-        for use in case.uses
-    )
 
 
 def title(peer: str) -> str:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vstar_kernels as vk
-from tests.fuzz.call import Call, assert_gradients, assert_map
+from tests.fuzz.call import Call, assert_results
 from tests.fuzz.guarded import Guarded
 from tests.helpers import assert_exact
 from vstar_kernels import native
@@ -189,10 +189,7 @@ class Runner:
         for x, copy in zip(inputs, copies, strict=True):
             assert torch.equal(x, copy), "the kernel wrote an input"
         assert_exact(out, *copies, bias, scale=case.scale)
-        if mean_map is not None:
-            assert_map(mean_map, call, copies, exact=case.is_mild)
-        if gradients:
-            assert_gradients(gradients, call, copies, exact=case.is_mild)
+        assert_results(call, copies, mean_map, gradients, exact=case.is_mild)
 
     def _strided(self, name, shape, layout, dtype, magnitude, generator) -> Tensor:
         """Random numbers in the layout; ``shape``'s last dimension is the row."""

@@ -87,5 +87,10 @@ def read_peak_memory(device: torch.device) -> int:
     """Bytes at the peak since a reset that worked, of the GPU's allocator or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
+    return read_bytes(STATUS, "VmHWM")
+
+
+def read_bytes(table: Path, field: str) -> int:
+    """A field in kB of one of /proc's tables, in bytes."""
+    fields = dict(line.split(":", 1) for line in table.read_text().splitlines())
+    return int(fields[field].split()[0]) * 1024
