@@ -11,6 +11,7 @@ from torch import Tensor
 import vstar_kernels as vk
 
 EPS = torch.finfo(torch.float32).eps
+ROW_SUM = 4e-6  # a row of a map is off by at most, as in tests/backends/cpu_call.py
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def assert_map(
     """All weights are in it; where ``exact``, each in its place."""
     assert mean_map.shape == expected.shape
     error = (mean_map.double().sum((1, 2)) - expected.sum((1, 2))).abs().max().item()
-    assert error <= 8 * EPS * frames, f"the map's sum is off by {error:.3g}"
+    assert error <= ROW_SUM * frames, f"the map's sum is off by {error:.3g}"
     if exact:
         error = (mean_map - expected).abs().max().item()
         assert error <= 16 * EPS * map_block**2, f"the map is off by {error:.3g}"
