@@ -36,7 +36,7 @@ demo: $(STAMP)
 # Triton's interpreter takes over a whole process, so its tests have one of their own.
 test: native $(STAMP)
 	$(PYTHON) -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/backends/test_triton.py
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/attention/test_triton.py
 
 BENCH_TOOLS = $(PYTHON) -c "import rich, xformers, pytest_benchmark" 2>/dev/null \
 	|| $(PIP) -c constraints.txt rich xformers pytest-benchmark

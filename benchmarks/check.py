@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import vstar_kernels as vk
-from tests.helpers import assert_exact, eager, eager_with_map, largest_error, oracle
-from vstar_kernels.bias import Bias
+from vstar_kernels.attention.bias import Bias
+from vstar_kernels.testing import assert_exact, eager, eager_with_map, largest_error, oracle
 
 SEQUENCES, HEADS = 32, 2  # of the sample, up to SHORT_FRAMES; one of each above
 SHORT_FRAMES = 256

@@ -17,7 +17,7 @@ from benchmarks.report import write_report
 from benchmarks.report.render import console
 from benchmarks.results import ResultsError
 from benchmarks.suites import SUITES
-from vstar_kernels.arguments import integer
+from vstar_kernels.cli.options import integer
 
 OUTPUT = Path("benchmark-output")
 OURS = VSTAR_KERNELS.name

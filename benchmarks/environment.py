@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import vstar_kernels as vk
-from vstar_kernels import native
+from vstar_kernels.attention import native
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("triton", "diffusers", "xformers", "flash-attn")

@@ -46,7 +46,7 @@ measure() { # suites and options
 case $stage in
 tests)
     need pytest
-    timeout "$limit" "$python" -m pytest -m gpu tests/backends/test_triton_gpu.py \
+    timeout "$limit" "$python" -m pytest -m gpu tests/attention/test_triton_gpu.py \
         tests/benchmarks/test_clock.py -p no:cacheprovider --durations=15 --junitxml="$out/tests.xml" 2>&1 |
         tee "$out/tests.log"
     ;;
@@ -81,7 +81,7 @@ sanitizer)
     for tool in memcheck racecheck; do
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout $((limit / 2 - 30)) \
             "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes all \
-            "$python" -m pytest -m gpu tests/backends/test_triton_gpu.py -k small \
+            "$python" -m pytest -m gpu tests/attention/test_triton_gpu.py -k small \
             -p no:cacheprovider --quiet 2>&1 | tee -a "$out/sanitizer.log"
     done
     ;;

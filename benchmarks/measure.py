@@ -18,7 +18,7 @@ from benchmarks.operations import OPERATIONS, Operation, Step
 from benchmarks.peers import PEERS, Peer
 from benchmarks.peers.peer import reason
 from benchmarks.results import Outcome, Plan, Record, Task
-from vstar_kernels.demo.measure import read_bytes
+from vstar_kernels.cli.demo.measure import read_bytes
 
 MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
 COPY = "copy"

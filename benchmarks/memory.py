@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vstar_kernels.demo.measure import STATUS, read_bytes, read_peak_memory, reset_peak_memory
+from vstar_kernels.cli.demo.measure import STATUS, read_bytes, read_peak_memory, reset_peak_memory
 
 
 def peak_bytes(device: str, call: Callable[[], object]) -> int | None:

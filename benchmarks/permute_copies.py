@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 import vstar_kernels as vk
 from benchmarks.models import TEXT_TOKENS, motion, unet3d
-from vstar_kernels.demo.measure import now
-from vstar_kernels.processors.hooks import Argument
+from vstar_kernels.cli.demo.measure import now
+from vstar_kernels.models.hooks import Argument
 
 PIXELS_PER_LATENT = 8
 TRANSFORMERS = ("TransformerTemporalModel", "AnimateDiffTransformer3D")

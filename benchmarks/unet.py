@@ -11,9 +11,9 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.models import TEXT_TOKENS, unet3d
 from benchmarks.peers.tar import BIAS
-from vstar_kernels.bias import Bias
-from vstar_kernels.processors.diffusers import TARAttnProcessor
-from vstar_kernels.processors.layers import temporal_layers
+from vstar_kernels.attention.bias import Bias
+from vstar_kernels.models.layers import temporal_layers
+from vstar_kernels.models.unet import TARAttnProcessor
 
 SAMPLES = 2  # of classifier-free guidance
 TIMESTEP = 500

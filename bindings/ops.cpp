@@ -1,5 +1,5 @@
 // Registers the CPU kernels with PyTorch, through its stable C++ ABI. The schemas are Python's
-// (vstar_kernels/ops.py); so are the arguments' checks that users see. Those here only keep a direct
+// (vstar_kernels/attention/schemas.py); so are the arguments' checks that users see. Those here only keep a direct
 // call of the operator inside its tensors.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -58,7 +58,7 @@ def main(folder: Path = FOLDER) -> None:
 
     config = vk.TARConfig(sigma={0: 1.0, 1: 3.0}, strength=3.0)
     with vk.apply_tar(unet, config, scheduler=scheduler):
-        real = vk.analysis.capture_real_maps(
+        real = vk.capture_real_maps(
             unet,
             latents,
             inputs,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vstar_kernels import native
+from vstar_kernels.attention import native
 
 
 @pytest.fixture(params=native.load().isas or ["none"])

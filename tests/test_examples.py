@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.helpers import ROOT
-from tests.processors.lvdm_model import UNetModel
+from tests.models.lvdm_model import UNetModel
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -80,7 +80,7 @@ REPOSITORY = {  # as much of the official code as the example touches
         """,
     "lvdm/model.py": """
         import torch
-        from tests.processors.lvdm_model import UNetModel
+        from tests.models.lvdm_model import UNetModel
         class Model(torch.nn.Module):
             channels, device = 4, torch.device("cpu")
             def __init__(self):

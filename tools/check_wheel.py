@@ -37,7 +37,7 @@ WEAK = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_star
 USE = """
 import sys, torch
 import vstar_kernels as vk
-from vstar_kernels import native
+from vstar_kernels.attention import native
 
 assert vk.__file__.startswith(sys.prefix), f"imported {vk.__file__}, not the wheel"
 library = native.load()
@@ -216,7 +216,7 @@ def check_use(wheel: Path, python: str, tests: bool) -> None:
         run(new, "-W", "ignore", "-c", USE)
         if tests:
             shutil.copytree(ROOT / "tests", root / "tests")
-            run(new, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/backends/test_cpu.py")
+            run(new, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/attention/test_cpu.py")
 
 
 def main() -> int:
@@ -252,7 +252,7 @@ def check(args: argparse.Namespace) -> None:
     _, version, tag = args.wheel.stem.split("-", 2)
     with zipfile.ZipFile(args.wheel) as wheel, tempfile.TemporaryDirectory() as folder:
         check_files(wheel, version)
-        source = wheel.read("vstar_kernels/native.py").decode()
+        source = wheel.read("vstar_kernels/attention/native.py").decode()
         called = set(re.findall(r"\bhandle\.(vstar_kernels_\w+)", source))
         imports = check_library(Path(wheel.extract(LIBRARY, folder)), called)
     check_tag(tag, imports)

@@ -5,30 +5,34 @@
 >>> out = vk.tar_attention(query, key, value, vk.GaussianBias(sigma=1.0))
 """
 
-from vstar_kernels import analysis, backends
+from vstar_kernels import analysis
 from vstar_kernels._version import __version__
-from vstar_kernels.analysis.capture import capture_maps
-from vstar_kernels.attention import tar_attention
-from vstar_kernels.backends import reference
-from vstar_kernels.backends.selection import SlowBackendWarning
-from vstar_kernels.bias import DenseBias, GaussianBias, ToeplitzBias
-from vstar_kernels.environment import info
-from vstar_kernels.nursing.config import TARConfig
-from vstar_kernels.nursing.embeddings import interpolate_embeddings
-from vstar_kernels.nursing.noise import NoisePrior
-from vstar_kernels.nursing.optimize import OptimizedNoise, optimize_noise
-from vstar_kernels.nursing.synopsis import Synopsis
-from vstar_kernels.nursing.vstar import VSTAR
-from vstar_kernels.nursing.writer import SynopsisWriter
-from vstar_kernels.processors.apply import TARHandle, apply_tar
-from vstar_kernels.processors.frames import condition_frames
+from vstar_kernels.attention import dispatch as backends
+from vstar_kernels.attention import reference
+from vstar_kernels.attention.bias import DenseBias, GaussianBias, ToeplitzBias
+from vstar_kernels.attention.dispatch import SlowBackendWarning
+from vstar_kernels.attention.temporal import tar_attention
+from vstar_kernels.cli.info import info
+from vstar_kernels.methods.vstar.embeddings import interpolate_embeddings
+from vstar_kernels.methods.vstar.noise import NoisePrior
+from vstar_kernels.methods.vstar.optimize import OptimizedNoise, optimize_noise
+from vstar_kernels.methods.vstar.real_videos import RealVideoMaps, capture_real_maps, encode_frames
+from vstar_kernels.methods.vstar.synopsis import Synopsis
+from vstar_kernels.methods.vstar.vstar import VSTAR
+from vstar_kernels.methods.vstar.writer import SynopsisWriter
+from vstar_kernels.models.apply import TARHandle, apply_tar
+from vstar_kernels.models.capture import MapCapture, capture_maps
+from vstar_kernels.models.config import TARConfig
+from vstar_kernels.models.frames import condition_frames
 
 __all__ = [
     "VSTAR",
     "DenseBias",
     "GaussianBias",
+    "MapCapture",
     "NoisePrior",
     "OptimizedNoise",
+    "RealVideoMaps",
     "SlowBackendWarning",
     "Synopsis",
     "SynopsisWriter",
@@ -40,7 +44,9 @@ __all__ = [
     "apply_tar",
     "backends",
     "capture_maps",
+    "capture_real_maps",
     "condition_frames",
+    "encode_frames",
     "info",
     "interpolate_embeddings",
     "optimize_noise",

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from benchmarks.codegen import cases, report
 from benchmarks.codegen.cases import Case
 from benchmarks.codegen.compile import in_processes
-from vstar_kernels.backends.triton import configs
+from vstar_kernels.attention.triton import configs
 
 
 def chosen(targets: list[str], kinds: list[str], widths: list[int]) -> list[Case]:

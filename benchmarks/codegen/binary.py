@@ -19,7 +19,7 @@ from typing import Any
 
 import triton
 
-from vstar_kernels.backends.triton import pieces
+from vstar_kernels.attention.triton import pieces
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 

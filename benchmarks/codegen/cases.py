@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.codegen.targets import TARGETS
-from vstar_kernels.backends.triton import configs, plan, plan_backward
-from vstar_kernels.backends.triton.configs import StreamConfig, TileConfig
-from vstar_kernels.backends.triton.facts import STRIDED, Device, Facts
-from vstar_kernels.backends.triton.plan import Launch
+from vstar_kernels.attention.triton import configs, plan, plan_backward
+from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
+from vstar_kernels.attention.triton.facts import STRIDED, Device, Facts
+from vstar_kernels.attention.triton.plan import Launch
 
 BATCH, HEADS = 4096, 8
 KEYS = ("architecture", "kind", "frames", "width")  # what a configuration is found by

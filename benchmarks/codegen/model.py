@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from benchmarks.codegen.binary import Binary
 from benchmarks.codegen.cases import Case
 from benchmarks.codegen.targets import Target
-from vstar_kernels.backends.triton import configs
-from vstar_kernels.backends.triton.configs import TileConfig
+from vstar_kernels.attention.triton import configs
+from vstar_kernels.attention.triton.configs import TileConfig
 
 CYCLES = 4.0  # from one instruction of a warp to its next, on average; assumed
 MATRIX_RATES = {"16-bit": 1.0, "tf32": 0.5, "ieee": 1 / 16}

@@ -12,7 +12,7 @@ from benchmarks.codegen.binary import Counts
 from benchmarks.codegen.cases import Case
 from benchmarks.codegen.compile import inspect
 from benchmarks.codegen.targets import TARGETS
-from vstar_kernels.backends.triton.configs import StreamConfig, TileConfig
+from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
 
 Result = dict[str, Any]
 HEAD = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.codegen.binary import Binary
 from benchmarks.codegen.cases import Case
 from benchmarks.codegen.targets import Target
-from vstar_kernels.backends.triton.facts import VECTOR_BYTES
+from vstar_kernels.attention.triton.facts import VECTOR_BYTES
 
 
 def faults(case: Case, binary: Binary, target: Target) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vstar_kernels.bias import Bias
+from vstar_kernels.attention.bias import Bias
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import vstar_kernels as vk
 from benchmarks.peers.peer import Attention, AttentionWithMap, Inputs, Peer
-from vstar_kernels.demo.eager import EagerTARAttnProcessor
-from vstar_kernels.processors.diffusers import TARAttnProcessor
+from vstar_kernels.cli.demo.eager import EagerTARAttnProcessor
+from vstar_kernels.models.unet import TARAttnProcessor
 
 SIGMA = 1.0
 BIAS = vk.GaussianBias(SIGMA)

@@ -10,7 +10,7 @@ from benchmarks.report import figures, plots, tables
 from benchmarks.report.plots import Plot
 from benchmarks.report.render import html_table
 from benchmarks.results import Run
-from vstar_kernels.demo.page import facts, page, section
+from vstar_kernels.cli.demo.page import facts, page, section
 
 STYLE = """
 body { max-width: 72rem; }

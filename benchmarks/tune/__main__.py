@@ -31,7 +31,7 @@ from benchmarks.tune.choose import (
     predicted,
     write,
 )
-from vstar_kernels.backends.triton import configs
+from vstar_kernels.attention.triton import configs
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vstar_kernels.backends.triton.configs import StreamConfig, TileConfig, split
-from vstar_kernels.backends.triton.facts import VECTOR_BYTES
+from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig, split
+from vstar_kernels.attention.triton.facts import VECTOR_BYTES
 
 TILES = {
     "16-bit": {

@@ -17,9 +17,9 @@ from benchmarks.codegen.cases import Case, Row
 from benchmarks.codegen.compile import in_processes, inspect
 from benchmarks.codegen.targets import KIB, TARGETS
 from benchmarks.tune import candidates
-from vstar_kernels.backends.triton import configs
-from vstar_kernels.backends.triton.configs import StreamConfig, TileConfig
-from vstar_kernels.backends.triton.facts import INT32_MAX
+from vstar_kernels.attention.triton import configs
+from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
+from vstar_kernels.attention.triton.facts import INT32_MAX
 
 ENOUGH = 1.0  # of headroom: then the memory is what limits a tile
 # sm_80's rows serve architectures with less shared memory too: 8.6, 8.9 and 12.x.

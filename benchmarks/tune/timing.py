@@ -12,11 +12,11 @@ from benchmarks.check import Oracle
 from benchmarks.clock import Contestant, GpuClock, time_in_turn
 from benchmarks.codegen import cases
 from benchmarks.codegen.cases import Row
-from tests.helpers import largest_error, oracle
-from vstar_kernels.backends.triton import launch, plan
-from vstar_kernels.backends.triton.configs import TileConfig
-from vstar_kernels.backends.triton.facts import Facts
-from vstar_kernels.backends.triton.plan import Launch
+from vstar_kernels.attention.triton import launch, plan
+from vstar_kernels.attention.triton.configs import TileConfig
+from vstar_kernels.attention.triton.facts import Facts
+from vstar_kernels.attention.triton.plan import Launch
+from vstar_kernels.testing import largest_error, oracle
 
 TRAFFIC = 512 * 2**20  # bytes of one call
 ROUNDS = 15

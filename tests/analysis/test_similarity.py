@@ -258,7 +258,7 @@ def test_a_bias_from_frames():
 def test_a_dense_gaussian_equals_the_gaussian_in_a_model(name):
     """Dynamics transfer (Fig. 8), with frames that are as similar as VSTAR's Δ says."""
     pytest.importorskip("diffusers")
-    from tests.processors import models
+    from tests.models import models
 
     model = models.make(name)
     plain = models.call(model, name)

@@ -11,14 +11,14 @@ from torch import Tensor
 import vstar_kernels as vk
 
 EPS = torch.finfo(torch.float32).eps
-ROW_SUM = 4e-6  # a row of a map is off by at most, as in tests/backends/cpu_call.py
+ROW_SUM = 4e-6  # a row of a map is off by at most, as in tests/attention/cpu_call.py
 
 
 @dataclass(frozen=True)
 class Call:
     """What a call is asked for. ``grads`` are those of the output and of the map; empty: none."""
 
-    bias: vk.bias.Bias | None
+    bias: vk.attention.bias.Bias | None
     scale: float | None
     map_block: int
     grads: list[Tensor]

@@ -13,10 +13,9 @@ from torch import Tensor
 import vstar_kernels as vk
 from tests.fuzz.call import Call, assert_results
 from tests.fuzz.guarded import Guarded
-from tests.helpers import assert_exact
-from vstar_kernels import native
-from vstar_kernels.backends import cpu
-from vstar_kernels.backends.allocate import empty_like
+from vstar_kernels.attention import cpu, native
+from vstar_kernels.attention.allocate import empty_like
+from vstar_kernels.testing import assert_exact
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RESULTS = ("out", "grad_query", "grad_key", "grad_value")
@@ -212,7 +211,7 @@ class Runner:
         blocks = -(-frames // case.map_block)
         return [sequences * torch.randn(outer[0], blocks, blocks, generator=generator)]
 
-    def _bias(self, case: Case, generator: torch.Generator) -> vk.bias.Bias | None:
+    def _bias(self, case: Case, generator: torch.Generator) -> vk.attention.bias.Bias | None:
         if case.form == "none":
             return None
         *outer, frames, heads, _ = case.shape

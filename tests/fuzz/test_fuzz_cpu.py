@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vstar_kernels import native
+from vstar_kernels.attention import native
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [

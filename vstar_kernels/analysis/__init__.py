@@ -3,14 +3,12 @@
 Every function returns data; those named ``plot_…`` draw it, and need Matplotlib.
 """
 
-from vstar_kernels.analysis.capture import MapCapture, capture_maps
 from vstar_kernels.analysis.embedders import DreamSimEmbedder, Embedder, structural_similarity
 from vstar_kernels.analysis.frames import as_frames
 from vstar_kernels.analysis.maps import AttentionMap
 from vstar_kernels.analysis.metrics import CLIPVL, MTScore, clip_vl, mt_score
 from vstar_kernels.analysis.plots import plot_deltas, plot_figures, plot_maps
 from vstar_kernels.analysis.plots_similarity import plot_histogram, plot_losses, plot_similarities
-from vstar_kernels.analysis.real import RealVideoMaps, capture_real_maps, encode_frames
 from vstar_kernels.analysis.similarity import (
     JointSimilarity,
     SimilarityHistogram,
@@ -37,20 +35,15 @@ __all__ = [
     "Embedder",
     "JointSimilarity",
     "MTScore",
-    "MapCapture",
     "MapFigures",
     "MeanMap",
-    "RealVideoMaps",
     "SimilarityHistogram",
     "as_frames",
     "band_share",
     "band_width",
-    "capture_maps",
-    "capture_real_maps",
     "clip_vl",
     "delta_matrices",
     "diagonalness",
-    "encode_frames",
     "frame_similarity",
     "map_figures",
     "mean_maps",

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vstar_kernels.attention import tar_attention
-from vstar_kernels.backends import reference
-from vstar_kernels.backends.selection import BACKENDS
-from vstar_kernels.bias import Bias
-from vstar_kernels.problem import Problem
-from vstar_kernels.processors.layers import Level, Place
+from vstar_kernels.attention import reference
+from vstar_kernels.attention.bias import Bias
+from vstar_kernels.attention.call import Problem
+from vstar_kernels.attention.dispatch import BACKENDS
+from vstar_kernels.attention.temporal import tar_attention
+
+Level = int | Literal["init"]
+Place = Literal["down", "mid", "up", "init", "blocks"]
 
 MAP_ELEMENTS = 2**24  # of the attention maps that the reference holds at a time: 64 MiB
 

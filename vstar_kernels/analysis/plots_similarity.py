@@ -19,7 +19,7 @@ from vstar_kernels.analysis.similarity import JointSimilarity, SimilarityHistogr
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vstar_kernels.nursing.optimize import OptimizedNoise
+    from vstar_kernels.methods.vstar.optimize import OptimizedNoise
 
 
 @styled

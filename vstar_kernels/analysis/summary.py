@@ -9,11 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vstar_kernels.analysis.capture import MapCapture
-from vstar_kernels.analysis.maps import AttentionMap
-from vstar_kernels.analysis.real import RealVideoMaps
-from vstar_kernels.bias import Bias, GaussianBias
-from vstar_kernels.processors.layers import Level, Place
+from vstar_kernels.analysis.maps import AttentionMap, Level, Place
+from vstar_kernels.attention.bias import Bias, GaussianBias
+from vstar_kernels.methods.vstar.real_videos import RealVideoMaps
+from vstar_kernels.models.capture import MapCapture
 
 Axis = Literal["model", "level", "place", "step"]
 AXES: tuple[Axis, ...] = ("model", "level", "place", "step")

@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+import vstar_kernels as vk
+from tests.helpers import run_python
+from vstar_kernels.testing import inputs
+
+BIAS = vk.GaussianBias(1.0)
+Q, K, V = inputs(2, 6, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: vk.tar_attention(Q[0], K[0], V[0]),
+            r"\(batch, frames, heads.*got shape \(6, 3, 8",
+        ),
+        (lambda: vk.tar_attention(Q, K[:, :5], V), r"key must have query's shape.*\(2, 5, 3, 8\)"),
+        (lambda: vk.tar_attention(Q, K, V.half()), "value must have query's type.*float16"),
+        (lambda: vk.tar_attention(Q, K.to("meta"), V), "key must be on query's device cpu.*meta"),
+        (lambda: vk.tar_attention(Q.long(), K, V), "floating-point type, got torch.int64"),
+        (lambda: vk.tar_attention(Q[:, :0], K[:, :0], V[:, :0]), "at least one frame"),
+        (lambda: vk.tar_attention(Q, K, V, scale=float("nan")), "scale must be finite"),
+        (
+            lambda: vk.tar_attention(Q, K, V, backend="gpu"),
+            "'cpu', 'triton', 'reference'.*got 'gpu'",
+        ),
+        (
+            lambda: vk.tar_attention(Q, K, V, vk.ToeplitzBias(torch.ones(5))),
+            "reaches 5 frames.*query has 6",
+        ),
+        (
+            lambda: vk.tar_attention(Q, K, V, vk.ToeplitzBias(torch.ones(2, 6))),
+            "2 heads.*query has 3",
+        ),
+        (lambda: vk.tar_attention(Q, K, V, vk.DenseBias(torch.ones(5, 5))), "5 frames.*for 6"),
+        (
+            lambda: vk.tar_attention(Q, K, V, vk.GaussianBias(1.0, stat=torch.ones(2, 6))),
+            r"without head_dim, \(2, 6, 3\), got \(2, 6\)",
+        ),
+    ],
+)
+def test_bad_values(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: vk.tar_attention(Q.numpy(), K, V), "query must be a torch.Tensor, got ndarray"),
+        (lambda: vk.tar_attention(Q, K, V, 1.0), "bias must be a GaussianBias.*got float"),
+        (lambda: vk.tar_attention(Q, K, V, scale="1"), "scale must be a number or None, got str"),
+    ],
+)
+def test_wrong_kinds(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_scale_zero_is_not_the_default():
+    out = vk.tar_attention(Q, K, V, scale=0.0)
+    torch.testing.assert_close(out, V.mean(1, keepdim=True).expand_as(V))
+
+
+def test_map_comes_with_the_output():
+    out, mean_map = vk.tar_attention(Q, K, V, BIAS, return_map=True, backend="reference")
+    assert out.shape == Q.shape
+    assert mean_map.shape == (2, 6, 6)
+
+
+def test_output_is_allocated_like_the_query():
+    q, k, v = (x.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3) for x in (Q, K, V))
+    for backend, problems in vk.backends.available().items():
+        if problems:
+            continue
+        out = vk.tar_attention(q, k, v, BIAS, backend=backend)
+        assert out.stride() == torch.empty_like(q).stride()
+
+
+def test_importing_is_light():
+    """Neither the optional packages nor the native library come with ``import vstar_kernels``."""
+    code = (
+        "import sys, vstar_kernels\n"
+        "from vstar_kernels.attention import native\n"
+        "assert native.load.cache_info().currsize == 0\n"
+        "optional = {'triton', 'diffusers', 'matplotlib', 'transformers', 'openai', 'av'}\n"
+        "print(optional & set(sys.modules))"
+    )
+    result = run_python(code)
+    assert result.stdout.strip() == "set()", result.stderr

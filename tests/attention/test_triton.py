@@ -1,0 +1,614 @@
+"""The Triton kernels against the float64 oracle: on a GPU, or interpreted on the CPU.
+
+The interpreter needs ``TRITON_INTERPRET=1`` from the start of its process; ``make test`` runs this
+file in one of its own.
+"""
+
+import ast
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vstar_kernels as vk
+from tests.pairwise import pairwise
+from vstar_kernels.attention import triton as backend
+from vstar_kernels.testing import assert_exact, eager, eager_with_map, inputs, largest_error, oracle
+
+if backend.unavailable():
+    pytest.skip("; ".join(backend.unavailable()), allow_module_level=True)
+
+from vstar_kernels.attention.triton import (
+    configs,
+    launch,
+    maps,
+    pieces,
+    plan,
+    plan_backward,
+    stream,
+    stream_backward,
+    tile,
+    tile_backward,
+)
+from vstar_kernels.attention.triton import facts as facts_module
+from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
+
+DEVICE = "cpu" if backend.interpreted() else "cuda"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """What kernels fill starts as NaN or −1, so that an element left unwritten shows."""
+    for name in ("empty_like", "empty"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+def poisoned(allocate):
+    def run(*args, **options):
+        tensor = allocate(*args, **options)
+        return tensor.fill_(NAN if tensor.is_floating_point() else -1)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def fresh_plans():
+    """Some tests replace configurations, which plans remember."""
+    yield
+    plan.make.cache_clear()
+    plan_backward.make.cache_clear()
+
+
+def tar(query, key, value, bias=None, **options):
+    """The kernels' result; query, key and value may lie in any way on their device."""
+    query, key, value = (x.to(DEVICE) for x in (query, key, value))
+    if bias is not None and isinstance(bias.stat, torch.Tensor):
+        bias = dataclasses.replace(bias, stat=bias.stat.to(DEVICE))
+    return vk.tar_attention(query, key, value, bias, backend="triton", **options)
+
+
+def check(query, key, value, bias=None, **options):
+    """In float32 as exact as PyTorch; in 16 bits at most twice the eager formula's error."""
+    out = tar(query, key, value, bias, **options).cpu()
+    query, key, value = query.cpu(), key.cpu(), value.cpu()
+    if query.dtype == torch.float32:
+        assert_exact(out, query, key, value, bias, **options)
+        return
+    expected = oracle(query, key, value, bias, **options)
+    allowed = 2 * largest_error(eager(query, key, value, bias, **options), expected)
+    eps = torch.finfo(query.dtype).eps
+    assert largest_error(out, expected) <= allowed + 2 * eps * value.abs().max().item()
+
+
+# ---- options ----
+
+
+def heads_outermost(x):
+    return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+
+
+def frames_outermost(x):
+    """As (batch · frames, space, channels) lies in memory: no permute copy before attention."""
+    return x.transpose(1, -3).contiguous().transpose(1, -3)
+
+
+def with_gaps(x):
+    """Every row is followed by three elements of NaN, so that no stride is even."""
+    return torch.nn.functional.pad(x, (0, 3), value=NAN)[..., :-3]
+
+
+def one_batch_element(x):
+    """Expanded: stride 0."""
+    return x[:1].expand_as(x)
+
+
+BIASES = {
+    "none": lambda n, h, **o: None,
+    "gaussian": lambda n, h, **o: vk.GaussianBias(1.5, **o),
+    "toeplitz": lambda n, h, **o: vk.ToeplitzBias(torch.rand(n), **o),
+    "toeplitz by head": lambda n, h, **o: vk.ToeplitzBias(torch.rand(h, n + 3), **o),
+    "signed": lambda n, h, **o: vk.ToeplitzBias(torch.rand(2 * n + 5), signed=True, **o),
+    "signed by head": lambda n, h, **o: vk.ToeplitzBias(torch.rand(h, 2 * n - 1), signed=True, **o),
+    "dense": lambda n, h, **o: vk.DenseBias(torch.rand(n, n).mT, **o),
+    "dense by head": lambda n, h, **o: vk.DenseBias(torch.rand(h, n, n).bfloat16(), **o),
+}
+OPTIONS = {
+    "dtype": DTYPES,
+    "frames": [1, 13, 16, 31, 50, 64, 70, 128, 130, 192],
+    "head_dim": [8, 16, 40, 64, 72, 160],
+    "bias": list(BIASES),
+    "stat": ["row_max", "map_max", "none", "tensor"],
+    "clamp_negative": [False, True],
+    "strength": [1.3, -0.7],
+    "scale": [None, 0.3, -0.2],
+    "layout": [lambda x: x, heads_outermost, frames_outermost, with_gaps, one_batch_element],
+    "five": [False, True],
+    "int64": [False, True],
+}
+
+
+@pytest.mark.parametrize("case", pairwise(OPTIONS), ids=lambda c: f"{c['frames']}-{c['bias']}")
+def test_options(case, monkeypatch):
+    if case["int64"]:
+        monkeypatch.setattr(facts_module, "INT32_MAX", -1)
+    frames, heads = case["frames"], 3
+    shape = (2, 2, frames, heads) if case["five"] else (3, frames, heads)
+    q, k, v = (case["layout"](x) for x in inputs(*shape, case["head_dim"], dtype=case["dtype"]))
+    torch.manual_seed(1)
+    stat = case["stat"]
+    if stat == "tensor":  # with both signs, and its dimensions in another order
+        stat = torch.randn(*shape[::-1]).permute(*reversed(range(len(shape))))
+    bias = BIASES[case["bias"]](
+        frames, heads, stat=stat, strength=case["strength"], clamp_negative=case["clamp_negative"]
+    )
+    check(q, k, v, bias, scale=case["scale"])
+
+
+# ---- configurations: how a problem is cut must not matter ----
+
+TILES = [
+    TileConfig(rows=16, sequences=1, warps=1, shared=0),
+    TileConfig(rows=16, sequences=4, warps=4, shared=0),
+    TileConfig(rows=32, sequences=1, warps=2, shared=0),
+    TileConfig(rows=32, sequences=2, warps=2, shared=0),
+    TileConfig(rows=64, sequences=1, warps=4, shared=0),
+]
+STREAMS = [
+    StreamConfig(rows=16, keys=32, warps=1, stages=1, shared=0),
+    StreamConfig(rows=64, keys=16, warps=4, stages=2, shared=0),
+    StreamConfig(rows=32, keys=64, warps=4, stages=3, shared=0),
+]
+
+
+@pytest.mark.parametrize("stat", ["row_max", "map_max"])
+@pytest.mark.parametrize("form", ["gaussian", "toeplitz", "dense by head"])
+@pytest.mark.parametrize("config", TILES, ids=str)
+def test_tiles(config, form, stat, monkeypatch):
+    """Blocks of rows, several sequences at a time and their remainder, a persistent grid."""
+    monkeypatch.setattr(configs, "tile", lambda *args: config)
+    frames = config.rows if config.sequences > 1 else 64
+    for n in (frames, frames - 5):
+        q, k, v = inputs(3, n, 3, 40)
+        check(q, k, v, BIASES[form](n, 3, stat=stat))
+
+
+@pytest.mark.parametrize("stat", ["row_max", "map_max"])
+@pytest.mark.parametrize("form", ["gaussian", "toeplitz", "none"])
+@pytest.mark.parametrize("config", STREAMS, ids=str)
+def test_streams(config, form, stat, monkeypatch):
+    monkeypatch.setattr(configs, "tile", lambda *args: None)
+    monkeypatch.setattr(configs, "stream", lambda *args: config)
+    for n in (1, 33, 128):
+        q, k, v = inputs(2, n, 1, 24)
+        check(q, k, v, BIASES[form](n, 1, stat=stat))
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.4, 1.0, 8.0, 50.0, 1e6])
+def test_window(sigma, monkeypatch):
+    """Windows that end within, at and beyond blocks of keys and the sequence."""
+    small = StreamConfig(rows=32, keys=16, warps=4, stages=1, shared=0)
+    monkeypatch.setattr(configs, "tile", lambda *args: None)
+    monkeypatch.setattr(configs, "stream", lambda *args: small)
+    q, k, v = inputs(1, 150, 1, 16)
+    check(q, k, v, vk.GaussianBias(sigma))
+    check(q, k, v, vk.GaussianBias(sigma, strength=100.0))
+
+
+# ---- maps and gradients ----
+
+GRADIENT_OPTIONS = {
+    "dtype": DTYPES,
+    "frames": [13, 16, 32, 50],
+    "head_dim": [16, 40],
+    "bias": list(BIASES),
+    "stat": ["row_max", "map_max", "none", "tensor"],
+    "clamp_negative": [False, True],
+    "detach_stat": [False, True],
+    "scale": [0.3, -0.2],
+    "layout": [lambda x: x, frames_outermost, with_gaps],
+    "map_block": [0, 1, 4],
+    "streamed": [False, True],
+}
+SMALL = StreamConfig(rows=32, keys=16, warps=4, stages=1, shared=0)
+
+
+@pytest.fixture
+def streamed(monkeypatch):
+    """The kernels for long sequences, with blocks that short ones fill."""
+    monkeypatch.setattr(configs, "tile", lambda *args: None)
+    monkeypatch.setattr(configs, "tile_backward", lambda *args: None)
+    monkeypatch.setattr(configs, "stream", lambda *args: SMALL)
+    monkeypatch.setattr(configs, "stream_backward", lambda *args: SMALL)
+
+
+def leaves(tensors, bias):
+    """The tensors that have gradients."""
+    found = dict(zip(("query", "key", "value"), tensors, strict=True))
+    if bias is not None:
+        found.update(bias.named_tensors())
+        if bias.detach_stat:
+            found.pop("stat", None)
+    return found
+
+
+def gradients(attention, tensors, bias, weights, **options):
+    """Of a weighted sum of the output and, if there is one, the map."""
+    found = leaves(tensors, bias)
+    for tensor in found.values():
+        tensor.requires_grad_()
+    result = attention(*tensors, bias, **options)
+    results = result if isinstance(result, tuple) else (result,)
+    loss = sum((r.double() * w.to(r.device)).sum() for r, w in zip(results, weights, strict=False))
+    made = torch.autograd.grad(loss, list(found.values()))
+    return results, dict(zip(found, made, strict=True))
+
+
+def assert_gradient(name, gradient, expected, plain):
+    """Within twice the error of PyTorch in the same type, and not biased by it."""
+    gradient, expected, plain = (x.cpu().double() for x in (gradient, expected, plain))
+    size = expected.norm()
+    error, allowed = (gradient - expected).norm(), 2 * (plain - expected).norm()
+    eps = torch.finfo(torch.float32).eps
+    assert error <= allowed + 20 * eps * size, (name, error, allowed)
+    if size > 1e-3:
+        cosine = (gradient * expected).sum() / (gradient.norm() * size)
+        assert cosine > 0.999, (name, cosine)
+        bias = ((gradient - expected) * expected.sign()).mean()
+        assert bias.abs() <= error / expected.numel() ** 0.5 + eps, (name, bias)
+
+
+@pytest.mark.parametrize(
+    "case",
+    pairwise(GRADIENT_OPTIONS),
+    ids=lambda c: f"{c['frames']}-{c['bias']}-{'stream' if c['streamed'] else 'tile'}",
+)
+def test_gradients(case, request):
+    if case["streamed"]:
+        request.getfixturevalue("streamed")
+    frames, heads, block = case["frames"], 2, case["map_block"]
+    shape = (2, frames, heads, case["head_dim"])
+    tensors = [case["layout"](x) for x in inputs(*shape, dtype=case["dtype"])]
+    torch.manual_seed(1)
+    stat = torch.randn(2, frames, heads) if case["stat"] == "tensor" else case["stat"]
+    weight = {name: case[name] for name in ("clamp_negative", "detach_stat")}
+    bias = BIASES[case["bias"]](frames, heads, stat=stat, strength=0.8, **weight)
+    options = {"scale": case["scale"]}
+    weights = [torch.randn(shape)]
+    if block:
+        options |= {"return_map": True, "map_block": block}
+        weights.append(torch.randn(2, -(-frames // block), -(-frames // block)))
+
+    def copies(dtype):
+        return [x.detach().to(dtype) if dtype != x.dtype else x.detach() for x in tensors]
+
+    results, found = gradients(tar, copies(case["dtype"]), bias, weights, **options)
+    reference = vk.reference.tar_attention
+    expected_results, expected = gradients(
+        reference, copies(torch.double), bias, weights, **options
+    )
+    plain_attention = eager_with_map if case["dtype"] != torch.float32 else reference
+    _, plain = gradients(plain_attention, copies(case["dtype"]), bias, weights, **options)
+    if block:
+        largest = expected_results[1].abs().max()
+        tolerance = 1e-5 if case["dtype"] == torch.float32 else 1e-2
+        assert largest_error(results[1].cpu(), expected_results[1]) <= tolerance * largest
+    for name, gradient in found.items():
+        assert_gradient(name, gradient, expected[name], plain[name])
+
+
+@pytest.mark.parametrize("head_dim", [100, 128, 200])
+def test_gradients_of_large_heads_by_kernels_with_their_own_blocks(monkeypatch, streamed, head_dim):
+    own = {
+        name: StreamConfig(rows, keys, warps=4, stages=1, shared=0)
+        for name, rows, keys in (
+            ("statistics", 16, 32),
+            ("columns", 32, 64),
+            ("grad_values", 64, 16),
+            ("maps", 64, 32),
+        )
+    }
+    mixed = StreamConfig(rows=16, keys=16, warps=4, stages=1, shared=0, own=own)
+    monkeypatch.setattr(configs, "stream_backward", lambda *args: mixed)
+    tensors, weights = inputs(2, 50, 1, head_dim), [torch.randn(2, 50, 1, head_dim)]
+    weights.append(torch.randn(2, 50, 50))
+    bias = vk.ToeplitzBias(torch.rand(50), stat="map_max")
+
+    def run(attention, dtype):
+        copies = [x.detach().to(dtype).clone() for x in tensors]
+        return gradients(attention, copies, bias, weights, return_map=True)[1]
+
+    found = run(tar, torch.float32)
+    expected = run(vk.reference.tar_attention, torch.double)
+    plain = run(vk.reference.tar_attention, torch.float32)
+    assert {"query", "key", "value", "values"} <= found.keys()
+    for name, gradient in found.items():
+        assert_gradient(name, gradient, expected[name], plain[name])
+
+
+@pytest.mark.parametrize("frames", [16, 70])
+def test_maps_and_gradients_are_the_same_every_time(frames):
+    tensors = inputs(3, frames, 3, 16)
+    values = torch.rand(frames)
+
+    def run():
+        copies = [x.clone() for x in tensors]
+        weights = [torch.ones(()), torch.ones(())]
+        bias = vk.ToeplitzBias(values.clone())
+        results, found = gradients(tar, copies, bias, weights, return_map=True)
+        return [*results, *found.values()]
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.skipif(not backend.interpreted(), reason="on a GPU no line can be watched")
+def test_every_line_of_the_kernels_runs(monkeypatch):
+    """No statement is left to chance; a new one needs a case here and among the options."""
+    modules = (maps, pieces, stream, stream_backward, tile, tile_backward)
+    statements = {line for module in modules for line in _kernel_statements(module)}
+    files = {module.__file__ for module in modules}
+    executed = set()
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename not in files:
+            return None
+        executed.add((frame.f_code.co_filename, frame.f_lineno))
+        return trace
+
+    cases = [
+        (13, "gaussian", "row_max"),
+        (13, "signed", "map_max"),
+        (13, "dense by head", "tensor"),
+        (16, "toeplitz", "none"),
+        (33, "gaussian", "row_max"),
+        (33, "toeplitz", "map_max"),
+        (33, "dense by head", "tensor"),
+        (33, "toeplitz", "none"),
+    ]
+    packed = TileConfig(rows=16, sequences=2, warps=1, shared=0)
+    blocks = StreamConfig(rows=16, keys=16, warps=1, stages=1, shared=0)
+    for direction in ("", "_backward"):
+        monkeypatch.setattr(configs, f"tile{direction}", lambda *a: packed if a[2] <= 16 else None)
+        monkeypatch.setattr(configs, f"stream{direction}", lambda *args: blocks)
+    sys.settrace(trace)
+    try:
+        for frames, form, stat in cases:
+            tensors = inputs(1, frames, 1, 40)
+            values = torch.randn(1, frames, 1) if stat == "tensor" else stat
+            bias = BIASES[form](frames, 1, stat=values, clamp_negative=True)
+            if frames <= 16:
+                tar(*tensors, bias, scale=-0.1)
+            gradients(tar, tensors, bias, [torch.ones(())] * 2, scale=-0.1, return_map=True)
+    finally:
+        sys.settrace(None)
+    assert not sorted(f"{Path(file).name}:{line}" for file, line in statements - executed)
+
+
+def _kernel_statements(module):
+    """(file, line) of every statement in the module's kernels but their docstrings."""
+    kernels = [
+        node
+        for node in ast.parse(Path(module.__file__).read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.decorator_list
+    ]
+    assert kernels
+    return {
+        (module.__file__, statement.lineno)
+        for kernel in kernels
+        for statement in ast.walk(kernel)
+        if isinstance(statement, ast.stmt) and statement is not kernel and not _is_text(statement)
+    }
+
+
+def _is_text(statement):
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+# ---- single properties ----
+
+
+@pytest.mark.parametrize("frames", [16, 130])
+def test_strength_zero_is_plain_attention(frames):
+    q, k, v = inputs(2, frames, 2, 16)
+    assert torch.equal(tar(q, k, v, vk.GaussianBias(1.0, strength=0.0)), tar(q, k, v))
+    sdpa = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2).double() for x in (q, k, v))
+    )
+    torch.testing.assert_close(tar(q, k, v).cpu().double(), sdpa.transpose(1, 2), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("frames", [13, 150])
+def test_what_is_not_finite_stays_where_it_is(frames):
+    """A NaN in a query stays in its row, in a key or value in its sequence."""
+    clean = inputs(2, frames, 3, 16)
+    expected = tar(*clean, vk.GaussianBias(1.0))
+    for place in range(3):
+        for bad in (NAN, float("inf")):
+            tensors = [x.clone() for x in clean]
+            tensors[place][1, 5, 2, 3] = bad
+            out = tar(*tensors, vk.GaussianBias(1.0))
+            same = torch.ones(out.shape[:3], dtype=torch.bool, device=out.device)
+            same[1, 5 if place == 0 else slice(None), 2] = False
+            assert torch.equal(out[same], expected[same])
+            if bad != bad:
+                assert out[~same].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("frames", [16, 130])
+def test_neighbours_do_not_matter(frames, dtype):
+    """A sequence's result is the same bit for bit, whatever it is computed with."""
+    q, k, v = inputs(5, frames, 3, 40, dtype=dtype)
+    bias = vk.GaussianBias(1.0)
+    together = tar(q, k, v, bias)
+    for i in (0, 4):
+        assert torch.equal(together[i : i + 1], tar(q[i : i + 1], k[i : i + 1], v[i : i + 1], bias))
+
+
+def test_negative_row_maximum_turns_the_band_round():
+    q, k, v = inputs(1, 20, 1, 16)
+    q, k = q.abs(), -k.abs()
+    for bias in (vk.GaussianBias(2.0), vk.GaussianBias(2.0, clamp_negative=True)):
+        check(q, k, v, bias)
+
+
+def test_ties_and_large_logits():
+    q, k, v = inputs(2, 40, 2, 16)
+    check(torch.ones_like(q), torch.ones_like(k), v, vk.GaussianBias(1.0))
+    check(100 * q, k, v, vk.GaussianBias(1.0))
+    check(1e-20 * q, k, v, vk.GaussianBias(1.0))
+    check(q, k, v, vk.GaussianBias(1.0), scale=0.0)
+
+
+def test_empty_batch():
+    q, k, v = inputs(0, 16, 2, 8)
+    assert tar(q, k, v, vk.GaussianBias(1.0)).shape == (0, 16, 2, 8)
+
+
+def test_output_lies_as_empty_like_lays_it():
+    q, k, v = (heads_outermost(x) for x in inputs(2, 13, 3, 8))
+    assert tar(q, k, v).stride() == torch.empty_like(q.to(DEVICE)).stride()
+
+
+# ---- what it refuses ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.float64}, "takes torch.float32, torch.bfloat16, torch.float16"),
+        ({"head_dim": 257}, "head_dim up to 256, query has 257"),
+        ({"transposed": True}, "contiguous head_dim, query has stride 16"),
+    ],
+)
+def test_reasons(options, message):
+    q, k, v = inputs(1, 16, 1, options.get("head_dim", 8))
+    q, k, v = (x.to(options.get("dtype", torch.float32)) for x in (q, k, v))
+    if options.get("transposed"):
+        q = q.mT.contiguous().mT.transpose(1, 3).contiguous().transpose(1, 3)
+    with pytest.raises(ValueError, match=message):
+        tar(q, k, v)
+
+
+def test_a_long_map_is_asked_for_in_blocks(monkeypatch):
+    monkeypatch.setattr(backend, "MAX_MAP_FRAMES", 20)
+    tensors = inputs(1, 21, 1, 8)
+    tar(*tensors, return_map=True, map_block=2)
+    with pytest.raises(ValueError, match="up to 20 frames, query has 21; map_block=k returns"):
+        tar(*tensors, return_map=True)
+
+
+# ---- plans ----
+
+
+def facts(shape, dtype=torch.bfloat16, strides=None, **changes):
+    tensor = torch.empty(shape, dtype=dtype, device="meta")
+    problem = vk.problem.Problem(
+        shape, dtype, torch.device(DEVICE), dict.fromkeys(("query", "key", "value"), tensor),
+        None, 1.0, False,
+    )  # fmt: skip
+    made = launch.facts(problem, (tensor.stride(),) * 4, ())
+    return made._replace(strides=strides or made.strides, **changes)
+
+
+def test_offsets_are_64_bits_where_the_tensors_need_them():
+    frames, heads, head_dim = 16, 8, 40
+    row = frames * heads * head_dim
+    largest = 2**31 // row  # sequences of exactly 2³¹ − 1 elements and fewer fit
+    for batch, expected in ((largest, "int32"), (largest + 1, "int64")):
+        constants = plan.make(facts((batch, frames, heads, head_dim))).forward.constants
+        assert str(constants["OFFSET"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "unit"),
+    [
+        ((2, 16, 5, 64), torch.bfloat16, 8),
+        ((2, 16, 5, 40), torch.bfloat16, 8),
+        ((2, 16, 5, 40), torch.float32, 4),
+        ((2, 16, 1, 36), torch.bfloat16, 4),
+        ((2, 16, 3, 9), torch.float16, 1),
+    ],
+)
+def test_units_tell_the_alignment_of_rows(shape, dtype, unit):
+    assert plan.make(facts(shape, dtype)).forward.constants["UNIT"] == unit
+
+
+def test_strides_of_single_elements_do_not_spoil_the_alignment():
+    strides = (7, 3 * 64, 64, 1)
+    made = plan.make(facts((1, 16, 3, 64), strides=(strides,) * 4))
+    assert made.forward.constants["UNIT"] == 8
+
+
+def test_as_many_programs_as_there_are_sequences(monkeypatch):
+    """The one grid dimension has no 65,535 limit."""
+    one = TileConfig(rows=16, sequences=1, warps=1, shared=0)
+    monkeypatch.setattr(configs, "tile", lambda *args: one)
+    assert plan.make(facts((65537, 16, 2, 64))).forward.programs == 131074
+
+
+def test_a_tile_too_large_for_the_gpu_is_streamed(monkeypatch):
+    made = facts((1, 64, 1, 64))
+    config = TileConfig(rows=64, sequences=1, warps=4, shared=100_000)
+    monkeypatch.setattr(configs, "tile", lambda *args: config)
+    small = plan.make(made._replace(device=made.device._replace(shared=99_999)))
+    large = plan.make(made._replace(device=made.device._replace(shared=100_000)))
+    assert small.forward.kernel is stream.stream_kernel
+    assert large.forward.kernel is tile.tile_kernel
+
+
+def test_tf32_follows_torch():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, expected in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(precision)
+            made = facts((1, 16, 1, 64), torch.float32)
+            assert plan.make(made).forward.constants["PRECISION"] == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_every_sweep_over_the_map_has_its_own_grid():
+    own = {"columns": StreamConfig(rows=16, keys=64, warps=2, stages=1, shared=0)}
+    config = StreamConfig(rows=32, keys=16, warps=4, stages=1, shared=0, own=own)
+    made = plan_backward.stream_plan(facts((1, 128, 3, 64)), config)
+    assert (made.statistics.programs, made.rows.programs, made.columns.programs) == (12, 12, 6)
+    sizes = [made.columns.constants[name] for name in ("ROWS", "KEYS", "num_warps")]
+    assert sizes == [16, 64, 2]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "head_dim", "parts"),
+    [
+        ("sm_80", torch.float32, 256, (128, 128)),
+        ("sm_90", torch.float32, 128, (64, 64)),
+        ("sm_90", torch.float32, 160, (128, 32)),
+        ("sm_90", torch.float32, 64, (64, 0)),
+        ("sm_90", torch.bfloat16, 256, (256, 0)),
+        ("gfx942", torch.float32, 256, (256, 0)),
+    ],
+)
+def test_large_heads_are_halved_where_products_have_no_matrix_instructions(
+    architecture, dtype, head_dim, parts
+):
+    made = facts((1, 600, 1, head_dim), dtype)
+    made = made._replace(device=made.device._replace(architecture=architecture), map_block=1)
+    launches = [plan.make(made).maps[0], *vars(plan_backward.make(made)).values()]
+    found = {(x.constants["MAIN"], x.constants["REST"]) for x in launches if x is not None}
+    assert found == {parts}
+
+
+@pytest.mark.parametrize("head_dim", range(1, 257))
+def test_split_holds_a_head_and_little_more(head_dim):
+    main, rest = configs.split(head_dim)
+    assert main + rest >= head_dim
+    for size in (main, rest):
+        assert size == 0 or (size >= 16 and size & (size - 1) == 0)
+    # Never more than a power of two would take, and for the sizes of real models no more than 16.
+    assert main + rest <= max(16, 1 << (head_dim - 1).bit_length())
+    if head_dim in (40, 64, 72, 80, 96, 128, 160):
+        assert main + rest - head_dim <= 8

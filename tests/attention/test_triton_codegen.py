@@ -1,0 +1,413 @@
+"""The compiled kernels, for GPUs that need not be there, and what reads them."""
+
+import collections
+import inspect
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+from benchmarks.codegen import binary, cases, model, report, rules
+from benchmarks.codegen.targets import TARGETS
+from benchmarks.tune import candidates, choose
+from tests.helpers import ROOT
+from vstar_kernels.attention.triton import configs, pieces, plan_backward
+from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
+
+LOAD_LINE = inspect.getsourcelines(pieces.load.fn)[1] + 3
+OTHER_LINE = inspect.getsourcelines(pieces.regularization.fn)[1] + 3
+
+USAGE = " Function k:\n  REG:40 STACK:{stack} SHARED:0 LOCAL:0 CONSTANT[0]:712 TEXTURE:0\n"
+SASS = """\
+.text.k:
+	//## File "/somewhere/pieces.py", line {load_line}
+        /*0010*/              @!P1 {load} R4, desc[UR4][R2.64] ;
+	//## File "/somewhere/pieces.py", line {other_line} inlined at "/somewhere/tile.py", line 9
+        /*0020*/                   LDG.E R5, desc[UR4][R2.64] ;
+        /*0030*/                   {matrix} R24, gdesc[UR8].tnspB, R24, gsb0 ;
+        /*0040*/                   STG.E.64 desc[UR4][R2.64], R4 ;
+        /*0050*/                   {last} ;
+"""
+GCN = """\
+k:
+	.loc	3 {load_line} 19                         ; pieces.py:{load_line}:19 @[ tile.py:61:61 ]
+	{load} v[2:5], v15, s[24:27], 0 offen
+	.loc	3 {other_line} 19                         ; pieces.py:{other_line}:19
+	global_load_ushort v2, v1, s[2:3]
+	{matrix} a[0:15], v[2:3], v[4:5], a[0:15]
+	buffer_store_dwordx2 v[2:3], v15, s[24:27], 0 offen
+	s_endpgm
+		.amdhsa_next_free_vgpr {registers}
+    .private_segment_fixed_size: {private}
+    .sgpr_spill_count: {sgpr}
+    .vgpr_spill_count: {vgpr}
+"""
+
+
+def sass(load="LDG.E.128", matrix="HGMMA.64x64x16.F32.BF16", last="EXIT", stack=0, shared=0):
+    text = SASS.format(
+        load=load, matrix=matrix, last=last, load_line=LOAD_LINE, other_line=OTHER_LINE
+    )
+    return binary.from_sass(text, USAGE.format(stack=stack), shared)
+
+
+def gcn(
+    load="buffer_load_dwordx4",
+    matrix="v_mfma_f32_32x32x8_bf16",
+    sgpr=0,
+    vgpr=0,
+    private=0,
+    shared=0,
+):
+    text = GCN.format(
+        load=load, matrix=matrix, sgpr=sgpr, vgpr=vgpr, private=private, registers=96,
+        load_line=LOAD_LINE, other_line=OTHER_LINE,
+    )  # fmt: skip
+    return binary.from_amdgcn(text, shared)
+
+
+def a_case(architecture, kind="16-bit"):
+    row = cases.Row(architecture, kind, 64, 64, TileConfig(64, 1, 4, shared=2**20))
+    return cases.cases(row, cases.GAUSSIAN)[0]
+
+
+def faults(found, architecture, kind="16-bit"):
+    return rules.faults(a_case(architecture, kind), found, TARGETS[architecture])
+
+
+def test_a_sound_nvidia_kernel():
+    found = sass()
+    assert found == binary.Binary(
+        registers=40, spilled=0, shared=0, instructions=5, loads={16: 1}, other_loads={4: 1},
+        stores={8: 1}, matrix={"HGMMA": 1},
+    )  # fmt: skip
+    assert faults(found, "sm_90") == []
+
+
+def test_a_sound_amd_kernel():
+    found = gcn()
+    assert found == binary.Binary(
+        registers=96, spilled=0, shared=0, instructions=5, loads={16: 1}, other_loads={2: 1},
+        stores={8: 1}, matrix={"v_mfma_f32_32x32x8_bf16": 1},
+    )  # fmt: skip
+    assert faults(found, "gfx942") == []
+
+
+@pytest.mark.parametrize(
+    ("broken", "fault"),
+    [
+        ({"stack": 24}, "spills 24 bytes"),
+        ({"last": "STL.64 [R1], R4"}, "spills 4 bytes"),
+        ({"load": "LDG.E.64"}, "loads 8 bytes at a time where 16 are aligned"),
+        ({"load": "LDGSTS.E"}, "loads 4 bytes at a time where 16 are aligned"),
+        ({"load": "LDGSTS.E.BYPASS.LTC128B.64"}, "loads 8 bytes at a time where 16 are aligned"),
+        ({"load": "LDG.E.U16"}, "loads 2 bytes at a time where 16 are aligned"),
+        ({"load": "LDS.128"}, "no load of queries, keys or values was recognised"),
+        ({"matrix": "FFMA"}, "has no matrix instruction"),
+        ({"shared": 228 * 1024}, "takes 233472 bytes of shared memory, sm_90 has 232448"),
+    ],
+)
+def test_an_unfit_nvidia_kernel(broken, fault):
+    assert faults(sass(**broken), "sm_90") == [fault]
+
+
+@pytest.mark.parametrize(
+    ("broken", "fault"),
+    [
+        ({"sgpr": 3, "private": 12}, "spills 12 bytes"),
+        ({"vgpr": 2, "private": 4}, "spills 8 bytes"),
+        ({"private": 64}, "spills 64 bytes"),
+        ({"load": "global_load_dwordx2"}, "loads 8 bytes at a time where 16 are aligned"),
+        ({"load": "buffer_load_ushort"}, "loads 2 bytes at a time where 16 are aligned"),
+        ({"matrix": "v_fma_f32"}, "has no matrix instruction"),
+        ({"shared": 65537}, "takes 65537 bytes of shared memory, gfx942 has 65536"),
+    ],
+)
+def test_an_unfit_amd_kernel(broken, fault):
+    assert faults(gcn(**broken), "gfx942") == [fault]
+
+
+def test_scalar_registers_in_lanes_of_vector_ones_are_no_spill():
+    found = gcn(sgpr=3)
+    assert (found.in_lanes, found.spilled) == (3, 0)
+    assert faults(found, "gfx942") == []
+
+
+def test_gradients_may_load_less_than_a_vector_where_threads_have_no_more():
+    row = cases.Row("sm_90", "16-bit", None, 80, StreamConfig(64, 64, 8, 1, 2**17), backward=True)
+    case = cases.cases(row, cases.GRADIENTS)[0]
+    narrow, narrower = sass(load="LDG.E.64"), sass(load="LDG.E")
+    assert rules.faults(case, narrow, TARGETS["sm_90"]) == []
+    fault = "loads 4 bytes at a time where 8 are aligned"
+    assert rules.faults(case, narrower, TARGETS["sm_90"]) == [fault]
+    assert faults(narrow, "sm_90") == ["loads 8 bytes at a time where 16 are aligned"]
+
+
+def test_float32_without_matrix_instructions_is_for_nvidia_alone():
+    assert faults(sass(matrix="FFMA"), "sm_80", "ieee") == []
+    assert faults(gcn(matrix="v_fma_f32"), "gfx942", "ieee") == ["has no matrix instruction"]
+
+
+def test_matrix_instructions_of_every_generation_are_known():
+    for name in ("HMMA.16816.F32.BF16", "HGMMA.64x64x16.F32", "UTCHMMA", "UTCQMMA.2CTA"):
+        assert sass(matrix=name).matrix == {name.split(".")[0]: 1}
+
+
+def test_resident_programs_are_limited_by_each_resource():
+    target = TARGETS["sm_90"]
+    assert model.resident(replace(sass(), registers=128), 4, target) == 4
+    assert model.resident(replace(sass(), registers=129), 4, target) == 3
+    assert model.resident(replace(sass(), registers=32), 8, target) == 8
+    assert model.resident(replace(sass(), registers=32), 1, target) == 32
+    assert model.resident(sass(shared=100 * 1024), 4, target) == 2
+    amd = TARGETS["gfx942"]
+    assert model.resident(replace(gcn(), registers=128), 4, amd) == 4
+    assert model.resident(replace(gcn(), registers=256), 4, amd) == 2
+    assert model.resident(gcn(shared=40 * 1024), 4, amd) == 1
+
+
+def test_the_model_by_hand():
+    # 64 × 64 in bfloat16 on sm_90: 32 KiB at 4.8 TB/s / 132; a turn of 0.8 µs and 5 · 4 cycles,
+    # eight side by side.
+    case = a_case("sm_90")
+    found = model.predict(case, replace(sass(), registers=64), TARGETS["sm_90"])
+    assert found.sequence_bytes == 32768
+    assert found.sequence_operations == 4 * 64**3
+    memory = 32768 / (4.8e12 / 132)
+    matrix = 4 * 64**3 / (989e12 / 132)
+    latency = (0.8e-6 + 5 * 4 / 1.98e9) / 8
+    assert found.headroom == pytest.approx(memory / max(matrix, latency))
+    assert (found.limit, found.share) == ("matrix" if matrix > latency else "latency", 1.0)
+    slow = replace(sass(), registers=255, instructions=10**6)
+    found = model.predict(case, slow, TARGETS["sm_90"])
+    assert found.share == found.headroom < 0.01
+
+
+def test_every_size_has_a_stream_configuration_and_none_has_two():
+    rows = cases.rows()
+    found = collections.Counter(choose.cell_of(row) for row in rows)
+    assert [cell for cell, count in found.items() if count > 1] == []
+    known = set(choose.cells(list(configs.ARCHITECTURES)))
+    assert {cell for cell in known if cell.frames is None} <= set(found) <= known
+
+
+def own_configs(row):
+    """Those of single kernels."""
+    return row.config.own.values() if isinstance(row.config, StreamConfig) else ()
+
+
+def test_only_gradients_have_configurations_of_single_kernels():
+    kernels = {field.name for field in fields(plan_backward.StreamPlan)} | {"maps"}
+    for row in cases.rows():
+        if own_configs(row):
+            assert row.backward, row
+            assert row.config.own.keys() < kernels, row
+
+
+def test_configurations_are_of_sizes_that_the_kernels_take():
+    own = [replace(row, config=x) for row in cases.rows() for x in own_configs(row)]
+    for row in [*cases.rows(), *own]:
+        config = row.config
+        numbers = vars(config).copy()
+        shared = numbers.pop("shared")
+        assert 0 < shared <= TARGETS[row.architecture].shared_program, row
+        assert config.rows >= 16, row
+        for name in {"rows", "keys", "sequences", "warps"} & set(numbers):
+            assert numbers[name].bit_count() == 1, row
+        if isinstance(config, TileConfig):
+            assert row.frames % config.rows == 0, row
+            assert config.rows == row.frames or not row.backward, row
+        else:
+            assert config.stages >= 1, row
+            assert config.keys >= 16, row
+
+
+def test_smaller_relatives_of_sm_80_can_stream():
+    for row in cases.rows():
+        if row.architecture == "sm_80" and row.kernel == "stream":
+            for config in (row.config, *own_configs(row)):
+                assert config.shared <= 99 * 1024, row
+
+
+def test_the_tuner_writes_what_it_read(tmp_path, monkeypatch):
+    rows, names = cases.rows(), ("FILE", "BACKWARD_FILE")
+    before = {name: getattr(configs, name).read_text() for name in names}
+    for name, text in before.items():
+        monkeypatch.setattr(configs, name, tmp_path / name)
+        getattr(configs, name).write_text(text)
+    choose.write({})
+    assert {name: getattr(configs, name).read_text() for name in names} == before
+    for n in (0, len(rows) - 1):
+        cell = choose.cell_of(rows[n])
+        choose.write({cell: None})
+        assert cases.rows() == rows[:n] + rows[n + 1 :]
+        choose.write({cell: rows[n]})
+        assert cases.rows() == rows
+
+
+def test_the_tuner_prefers_headroom_and_skips_what_is_unfit(monkeypatch):
+    cell = choose.Cell("sm_90", "16-bit", 64, 64)
+    sizes = [(64, 1, 4), (64, 1, 2), (32, 1, 4), (32, 1, 2)]
+    monkeypatch.setitem(candidates.TILES["16-bit"], 64, sizes)
+    rooms = dict(zip(sizes, (None, 0.5, 0.9, 1.1), strict=True))
+
+    def size(row):
+        return row.config.rows, row.config.sequences, row.config.warps
+
+    unfit = set()
+    monkeypatch.setattr(choose, "headroom", lambda row: rooms[size(row)])
+    monkeypatch.setattr(choose, "fit", lambda row: None if size(row) in unfit else row)
+    assert size(choose.predicted(cell)) == (32, 1, 2)
+    unfit.add((32, 1, 2))
+    assert size(choose.predicted(cell)) == (32, 1, 4)
+    rooms[64, 1, 2] = 2.0
+    assert size(choose.predicted(cell)) == (64, 1, 2)
+    unfit.update(sizes)
+    assert choose.predicted(cell) is None
+
+
+def test_the_tuner_gives_a_kernel_that_no_fit_candidate_serves_its_own(monkeypatch):
+    cell = choose.Cell("sm_80", "tf32", None, 256, backward=True)
+    wide, small, other = (StreamConfig(*x, 1, 0) for x in ((32, 16, 8), (16, 16, 8), (16, 32, 8)))
+    monkeypatch.setattr(candidates, "backward_streams", lambda *args: [wide, small, other])
+    large = 120 * 1024  # too much for some GPUs that the rows serve
+    shared = {
+        wide: {
+            "grad_values": 4096,
+            "maps": 4096,
+            "statistics": 4096,
+            "columns": large,
+            "rows": large,
+        },
+        small: {"grad_values": None, "maps": 64, "statistics": 64, "columns": 512, "rows": 256},
+        other: {"grad_values": 2048, "maps": None, "statistics": None, "columns": None, "rows": 1},
+    }
+
+    def inspect_fit(case):
+        taken = shared[replace(case.row.config, shared=0)][case.kernel]
+        return taken and replace(sass(), shared=taken)
+
+    monkeypatch.setattr(choose, "inspect_fit", inspect_fit)
+    own = {"grad_values": replace(wide, shared=4096)}
+    assert choose.predicted(cell).config == replace(small, shared=512, own=own)
+    shared[wide] = shared[other]
+    shared[other]["grad_values"] = None
+    assert choose.predicted(cell) is None
+    assert choose.in_parts(cell._replace(backward=False)) is None
+
+
+def test_no_candidate_is_taken_for_a_tile_that_is_too_large():
+    assert candidates.tiles("sm_90", "16-bit", 128, 256) == []
+    assert candidates.tiles("sm_90", "ieee", 128, 64) == []
+    assert candidates.tiles("gfx942", "ieee", 128, 64)
+    assert all(isinstance(x, StreamConfig) for x in candidates.streams("sm_80", "ieee", 256))
+
+
+def test_the_pairs_of_options_are_all_there():
+    options = {
+        "form": {"none", "gaussian", "symmetric", "signed", "dense"},
+        "stat": {"none", "row_max", "map_max", "tensor"},
+        "clamp": {False, True},
+        "negative": {False, True},
+        "even": {False, True},
+        "wide": {False, True},
+        "per_head": {False, True},
+    }
+    variants = [*cases.ALWAYS["tile", False], *cases.PAIRS]
+    for one, other in itertools.combinations(options, 2):
+        found = {(getattr(x, one), getattr(x, other)) for x in variants}
+        missing = set(itertools.product(options[one], options[other])) - found
+        assert not {pair for pair in missing if possible(one, other, *pair)}, (one, other, missing)
+
+
+def possible(one, other, value, other_value):
+    """Some options mean nothing together."""
+    pair = {one: value, other: other_value}
+    if pair.get("form") == "none":
+        pairless = pair.get("stat", "none") == "none" and not pair.get("clamp")
+        return pairless and not pair.get("per_head")
+    if pair.get("form") == "gaussian" and pair.get("per_head"):
+        return False
+    return not (pair.get("stat") == "none" and pair.get("clamp"))
+
+
+def test_a_variant_is_what_its_name_says():
+    row = cases.Row("sm_90", "16-bit", 64, 64, TileConfig(64, 1, 4, shared=0))
+    gradients = replace(row, config=TileConfig(32, 1, 4, shared=0), frames=32, backward=True)
+    forward = dict.fromkeys((*cases.ALWAYS["tile", False], *cases.PAIRS), row)
+    backward = (*cases.ALWAYS["tile", True], *cases.BACKWARD_PAIRS)
+    for variant, row_of in (forward | dict.fromkeys(backward, gradients)).items():
+        constants = cases.cases(row_of, variant)[0].launch.constants
+        assert constants["FORM"] == variant.form
+        assert constants["STAT"] == variant.stat
+        assert constants["CLAMP"] == variant.clamp
+        assert constants["PER_HEAD"] == variant.per_head
+        assert constants["NEGATIVE"] == variant.negative
+        assert constants["EVEN"] == variant.even
+        assert (constants["OFFSET"].name == "int64") == variant.wide
+        assert constants["UNIT"] == 8
+        assert constants["GRAD_MAP" if row_of.backward else "MAP"] == variant.map
+        assert constants.get("GRAD_VALUES", False) == variant.grad_values
+
+
+def test_the_map_and_the_gradients_have_kernels_of_their_own():
+    def names(row, variant):
+        return {case.kernel for case in cases.cases(row, variant)}
+
+    config = StreamConfig(64, 64, 4, 1, shared=0)
+    stream = cases.Row("sm_90", "16-bit", None, 64, config)
+    assert names(stream, cases.GAUSSIAN) == {"stream"}
+    assert names(stream, cases.MAP) == {"stream"}
+    stream = replace(stream, backward=True)
+    assert names(stream, cases.GRADIENTS) == {"statistics", "rows", "columns"}
+    assert names(stream, cases.VALUES) >= {"grad_values", "map_max", "columns", "maps"}
+    own = {"rows": StreamConfig(32, 32, 2, 1, shared=0)}
+    stream = replace(stream, config=replace(config, own=own))
+    found = {case.kernel: case for case in cases.cases(stream, cases.GRADIENTS)}
+    assert (found["rows"].config, found["columns"].config) == (own["rows"], stream.config)
+    assert found["rows"].launch.constants["num_warps"] == 2
+    tile = cases.Row("sm_90", "16-bit", 64, 64, TileConfig(32, 1, 4, shared=0))
+    assert names(tile, cases.MAP) == set()  # the plan has the stream kernel for it
+    tile = replace(tile, config=TileConfig(64, 1, 8, shared=0), backward=True)
+    assert names(tile, cases.VALUES) == set()
+    assert names(replace(tile, frames=32), cases.VALUES) == {"tile_backward"}
+
+
+def test_offenders_are_named():
+    good = {"name": "a", "faults": []}
+    bad = {"name": "b", "faults": ["spills 8 bytes", "has no matrix instruction"]}
+    assert report.offenders([good, bad]) == ["b: spills 8 bytes; has no matrix instruction"]
+
+
+def test_a_representative_subset_compiles_without_fault(tmp_path):
+    path = tmp_path / "report.json"
+    jobs = str(min(2, os.cpu_count() or 1))
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.codegen", "--subset", "--jobs", jobs, "--json", path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    kernels = json.loads(path.read_text())["kernels"]
+    assert len(kernels) <= 90
+    names = {"tile", "stream", "map_max", "maps"}
+    names |= {"tile_backward", "statistics", "rows", "columns", "grad_values"}
+    for architecture in configs.ARCHITECTURES:
+        found = [x for x in kernels if x["architecture"] == architecture]
+        assert {x["kernel"] for x in found} == names
+        assert {x["kind"] for x in found} == set(configs.KINDS)
+    shipped = itertools.chain.from_iterable(map(cases.shipped, cases.rows()))
+    kinds = {(x.row.kind, x.kernel) for x in shipped if x.row.width in (48, 64)}
+    assert {(x["kind"], x["kernel"]) for x in kernels} == kinds
+    every = itertools.chain(*cases.ALWAYS.values(), cases.PAIRS, cases.BACKWARD_PAIRS)
+    assert {x["variant"] for x in kernels} >= {x.name for x in every}

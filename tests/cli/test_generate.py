@@ -1,0 +1,339 @@
+"""``vstar-kernels generate`` from its command line to its folder, on tiny pipelines."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import vstar_kernels as vk
+from vstar_kernels.cli.generate import files
+from vstar_kernels.cli.main import main
+
+pytest.importorskip("av")
+pytest.importorskip("diffusers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("openai")
+pytest.importorskip("transformers")
+import av
+from diffusers import MotionAdapter, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+from examples import tiny
+from tests.methods.chat_server import ChatServer, answers, fails
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
+PROMPT = "a kite rises over a beach"
+SYNOPSIS = vk.Synopsis(PROMPT, ["a kite on the sand", "a kite low", "a kite high"])
+ALL = {"video.mp4", "video.gif", "maps.png", "generation.json", "synopsis.json", "config.json"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The folders of saved pipelines, made when they are asked for."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def find(name):
+        if not (folder / name).exists():
+            getattr(tiny, name)().save_pretrained(folder / name)
+        return str(folder / name)
+
+    return find
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "output"
+
+
+@pytest.fixture
+def generate(models, output, capsys):
+    """Run the command with a small video; its exit status and what it printed."""
+
+    def run(*arguments, model="text_to_video", frames=3, steps=2):
+        given = ["--model", models(model), "--output", output, "--frames", frames, "--steps", steps]
+        status = main(["generate", *map(str, given), *map(str, arguments)])
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    return run
+
+
+def decode(path):
+    """How many frames a video has, and their size and mean."""
+    with av.open(str(path)) as container:
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+        (stream,) = container.streams
+        return frames, stream.average_rate
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def assert_nothing_written(output):
+    assert not output.exists()
+    assert not [path for path in output.parent.iterdir() if output.name in path.name]
+
+
+def test_everything(generate, output, tmp_path):
+    SYNOPSIS.save(tmp_path / "synopsis.json")
+    options = [
+        "--synopsis",
+        tmp_path / "synopsis.json",
+        "--seed",
+        7,
+        "--size",
+        "32x48",
+        "--fps",
+        12,
+    ]
+    status, printed = generate(*options, "--preset", "24D1_12D8", frames=6, steps=3)
+    assert status == 0, printed
+    assert names(output) == ALL
+    assert "stage 3: a kite high" in printed
+    assert f"video: {output / 'video.mp4'}" in printed
+
+    frames, rate = decode(output / "video.mp4")
+    assert [frame.size for frame in frames] == [(48, 32)] * 6
+    assert rate == 12
+    with Image.open(output / "video.gif") as gif:
+        assert (gif.n_frames, gif.size) == (6, (48, 32))
+        first = torch.tensor(list(gif.convert("RGB").resize((6, 4)).tobytes())).float()
+    decoded = torch.tensor(list(frames[0].resize((6, 4)).tobytes())).float()
+    assert (first - decoded).abs().mean() < 16  # the same picture in both, of 256 values
+    with Image.open(output / "maps.png") as figure:
+        assert min(figure.size) > 300
+        assert len(figure.convert("RGB").getcolors(10**6)) > 50
+
+    record = json.loads((output / "generation.json").read_text())
+    assert record["synopsis"] == json.loads(SYNOPSIS.to_json())
+    assert record["config"]["by_width"] == {"24": 1.0, "12": 8.0}
+    assert record["settings"] == {"num_inference_steps": 3, "height": 32, "width": 48}
+    assert (record["seed"], record["frames"], record["fps"]) == (7, 6, 12)
+    assert (record["pipeline"], record["layers"]) == ("TextToVideoSDPipeline", 8)
+    assert record["versions"]["vstar_kernels"] == vk.__version__
+    assert record["versions"]["torch"] == str(torch.__version__)
+
+    # Its own files make it again.
+    first_video = (output / "video.gif").read_bytes()
+    parts = ["--synopsis", output / "synopsis.json", "--config", output / "config.json"]
+    again = [*parts, "--seed", record["seed"], "--size", "32x48", "--fps", 12, "--overwrite"]
+    assert generate(*again, frames=6, steps=3)[0] == 0
+    assert (output / "video.gif").read_bytes() == first_video
+    assert generate(*again, "--mode", "hold", frames=6, steps=3)[0] == 0
+    assert (output / "video.gif").read_bytes() != first_video
+
+
+def test_a_language_model_writes_the_synopsis(generate, output, monkeypatch, tmp_path):
+    key = "sk-test-987654321"
+    monkeypatch.setenv("VSTAR_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    monkeypatch.delenv("OPENAI_MODEL", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    text = "1. a kite on sand\n2. a kite in the sky\n"
+    with ChatServer(answers(text)) as server:
+        options = ["--prompt", PROMPT, "--writer", "tiny-chat", "--writer-url", server.url]
+        status, printed = generate(*options, "--stages", 2)
+        assert status == 0, printed
+        assert "stage 2: a kite in the sky" in printed
+        assert generate(*options, "--stages", 2, "--overwrite")[0] == 0
+        assert len(server.requests) == 1  # the second time from the cache
+        assert generate(*options, "--stages", 2, "--overwrite", "--refresh")[0] == 0
+        assert len(server.requests) == 2
+        assert server.headers[0]["authorization"] == f"Bearer {key}"
+    written = [path for folder in (output, tmp_path / "cache") for path in folder.iterdir()]
+    assert not any(key.encode() in path.read_bytes() for path in written)
+    assert key not in printed
+
+
+def test_a_language_model_that_fails(generate, output, monkeypatch, tmp_path):
+    monkeypatch.setenv("VSTAR_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-987654321")
+    with ChatServer(fails(404, "no such model")) as server:
+        options = ["--prompt", PROMPT, "--writer", "nobody", "--writer-url", server.url]
+        status, printed = generate(*options)
+    assert status == 2
+    assert "generate: error: no synopsis of 'a kite rises over a beach' from nobody at" in printed
+    assert "HTTP status 404: " in printed
+    assert "no such model" in printed
+    assert_nothing_written(output)
+
+
+def test_animatediff_beyond_its_positions(generate, output):
+    options = ["--prompt", PROMPT, "--no-maps", "--negative-prompt", "blur"]
+    status, printed = generate(*options, model="animatediff", frames=34, steps=1)
+    assert status == 2
+    assert "extend_positions" in printed
+    assert_nothing_written(output)
+    status, printed = generate(
+        *options, "--extend-positions", model="animatediff", frames=34, steps=1
+    )
+    assert status == 0, printed
+    assert names(output) == ALL - {"maps.png"}
+    assert len(decode(output / "video.mp4")[0]) == 34
+    assert json.loads((output / "generation.json").read_text())["settings"]["negative_prompt"]
+
+
+def test_a_motion_adapter(generate, output, tmp_path):
+    parts = {n: p for n, p in tiny.text_to_video().components.items() if n != "unet"}
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**tiny._unet("CrossAttnDownBlock2D", "DownBlock2D"))
+    extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    StableDiffusionPipeline(unet=unet, **parts, **extra).save_pretrained(tmp_path / "image")
+    MotionAdapter(
+        block_out_channels=tiny.WIDTHS, motion_layers_per_block=1, motion_num_attention_heads=2
+    ).save_pretrained(tmp_path / "adapter")
+    model = ["--model", tmp_path / "image", "--prompt", PROMPT, "--guidance-scale", 3]
+    status, printed = generate(*model)
+    assert status == 2
+    assert "got StableDiffusionPipeline" in printed
+    status, printed = generate(*model, "--adapter", tmp_path / "adapter")
+    assert status == 0, printed
+    record = json.loads((output / "generation.json").read_text())
+    assert record["pipeline"] == "AnimateDiffPipeline"
+    assert record["settings"]["guidance_scale"] == 3
+
+
+def test_an_image_to_animate(generate, output, tmp_path):
+    options = ["--prompt", PROMPT, "--size", "16x16"]
+    status, printed = generate(*options, model="i2vgen_xl")
+    assert status == 2
+    assert "image must be given" in printed
+    Image.linear_gradient("L").save(tmp_path / "image.png")
+    image = ["--image", tmp_path / "image.png"]
+    status, printed = generate(*options, *image, model="i2vgen_xl")
+    assert status == 0, printed
+    assert json.loads((output / "generation.json").read_text())["image"] == str(image[1])
+    assert decode(output / "video.mp4")[0][0].size == (16, 16)
+
+
+def test_latte(generate, output):
+    options = ["--prompt", PROMPT, "--size", "16x16", "--map-steps", 1]
+    status, printed = generate(*options, model="latte", frames=16)
+    assert status == 0, printed
+    assert len(decode(output / "video.mp4")[0]) == 16
+
+
+def test_other_folders_are_left_alone(generate, output):
+    output.mkdir()
+    assert generate("--prompt", PROMPT)[0] == 0  # an empty one may be there
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    status, printed = generate("--prompt", PROMPT)
+    assert status == 2
+    assert f"--output: {output} is not empty: choose another folder, or give --overwrite" in printed
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    (output / "notes.txt").write_text("mine")
+    assert generate("--prompt", PROMPT, "--overwrite", "--no-maps")[0] == 0
+    assert names(output) == ALL - {"maps.png"} | {"notes.txt"}
+    assert (output / "video.gif").read_bytes() != before["video.gif"]
+    assert names(output.parent) == {output.name}
+
+
+@pytest.mark.parametrize("broken", ["write_gif", "write_mp4"])
+def test_nothing_half_written(generate, output, monkeypatch, broken):
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(f"vstar_kernels.cli.generate.run.{broken}", full)
+    status, printed = generate("--prompt", PROMPT)
+    assert status == 2
+    assert "--output: no space left on device" in printed
+    assert_nothing_written(output)
+
+
+def test_an_interruption_leaves_nothing(output):
+    def write(folder):
+        (folder / "video.mp4").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.write_folder(output, ALL, write, overwrite=False)
+    assert_nothing_written(output)
+
+
+def test_a_folder_that_is_filled_meanwhile(output):
+    def write(folder):
+        (folder / "video.mp4").write_bytes(b"ours")
+        output.mkdir()
+        (output / "video.mp4").write_bytes(b"theirs")
+
+    with pytest.raises(files.CommandError, match="the results are in ") as caught:
+        files.write_folder(output, ALL, write, overwrite=False)
+    assert (output / "video.mp4").read_bytes() == b"theirs"
+    (kept,) = (path for path in output.parent.iterdir() if path != output)
+    assert str(caught.value).endswith(str(kept))
+    assert (kept / "video.mp4").read_bytes() == b"ours"
+
+
+def test_a_video_of_odd_size(tmp_path):
+    frames = [Image.new("RGB", (17, 15), (40 * index, 200, 30)) for index in range(4)]
+    files.write_mp4(tmp_path / "odd.mp4", frames, 8)
+    decoded, _ = decode(tmp_path / "odd.mp4")
+    assert [frame.size for frame in decoded] == [(17, 15)] * 4
+    for index, frame in enumerate(decoded):
+        pixel = torch.tensor(frame.getpixel((8, 8)))
+        assert (pixel - torch.tensor([40 * index, 200, 30])).abs().max() < 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--prompt or --synopsis must be given"),
+        (["--prompt", "p", "--stages", "3"], "--stages is for a writer"),
+        (["--prompt", "p", "--refresh"], "--refresh is for a writer"),
+        (["--prompt", "p", "--synopsis", "f", "--writer", "m"], "--synopsis and --writer"),
+        (["--prompt", "p", "--map-steps", "2"], "--map-steps must be below --steps, 2, got 2"),
+        (["--prompt", "p", "--preset", "64"], "--preset: a preset must be"),
+        (["--prompt", "p", "--config", "/no/where"], "--config: "),
+        (["--prompt", "p", "--image", "/no/where"], "--image: "),
+        (
+            ["--prompt", "p", "--synopsis", "/no/where"],
+            "--synopsis: no synopsis of 'p' from the file /no/where: it cannot",
+        ),
+        (["--prompt", "p", "--device", "abacus"], "--device abacus: "),
+        (["--prompt", "p", "--model", "/no/where"], "--model: there is no folder /no/where"),
+        (["--prompt", "p", "--adapter", "/no/where"], "--adapter: cannot load /no/where"),
+        (["--prompt", "p", "--writer", "m", "--writer-url", "x"], "--writer: base_url must be"),
+        (["--prompt", "p", "--writer-local", "/no/where"], "--writer-local: model /no/where"),
+        (["--prompt", "p", "--preset", "999D1"], "999"),
+        (["--prompt", "p", "--image", sys.executable], "--image: "),
+    ],
+)
+def test_errors_name_the_option(generate, output, monkeypatch, arguments, message):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-987654321")
+    status, printed = generate(*arguments)
+    assert status == 2
+    (line,) = (line for line in printed.splitlines() if "vstar-kernels generate: error: " in line)
+    assert message in line
+    assert_nothing_written(output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--frames", "0"], "argument --frames: must be an integer of at least 1"),
+        (["--stages", "13"], "argument --stages: must be an integer of at least 2, at most 12"),
+        (["--seed", "-1"], "argument --seed: must be"),
+        (["--size", "100x100"], "argument --size: must be HEIGHTxWIDTH"),
+        (["--mode", "cubic"], "argument --mode"),
+        (["--preset", "64D1", "--config", "f"], "not allowed with argument"),
+        (["--map-steps", "1", "--no-maps"], "not allowed with argument"),
+    ],
+)
+def test_wrong_options(generate, capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_:
+        generate("--prompt", "p", *arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_package_names_the_extra(generate, output, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    status, printed = generate("--prompt", PROMPT)
+    assert status == 2
+    assert "pip install 'vstar_kernels[generate]'" in printed
+    assert_nothing_written(output)

@@ -1,0 +1,444 @@
+import copy
+import math
+import sys
+
+import pytest
+import torch
+from torch.distributions import MultivariateNormal, kl_divergence
+
+import vstar_kernels as vk
+from vstar_kernels.methods.vstar import noise, optimize_objective
+from vstar_kernels.methods.vstar.optimize_objective import MapObjective
+from vstar_kernels.models.layers import temporal_layers
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+from diffusers import EulerDiscreteScheduler
+
+from examples import tiny
+from tests.models import eager, models
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FRAMES, SIDE = 6, 8
+SHAPE = (1, 4, FRAMES, SIDE, SIDE)
+SIGMA, STRENGTH = 2.0, 1.5
+TAR = vk.TARConfig(sigma=SIGMA, strength=STRENGTH, steps=None)
+
+
+@pytest.fixture
+def unet(one_thread):
+    return models.make("UNet3DConditionModel")
+
+
+@pytest.fixture
+def scheduler(one_thread):
+    scheduler = tiny.text_to_video().scheduler
+    scheduler.set_timesteps(4)
+    return scheduler
+
+
+def inputs(batch=1):
+    return {"encoder_hidden_states": models.noise(batch, models.TOKENS, models.TEXT, seed=1)}
+
+
+def reference():
+    delta = vk.GaussianBias(0.7).matrix(FRAMES)
+    return delta / delta.sum(-1, keepdim=True)
+
+
+def optimize(unet, scheduler, maps=None, **options):
+    options = {
+        "iterations": 4,
+        "learning_rate": 0.05,
+        "progress": False,
+        "checkpointing": False,
+        **options,
+    }
+    options.setdefault("generator", torch.Generator().manual_seed(0))
+    maps = reference() if maps is None else maps
+    return vk.optimize_noise(unet, maps, SHAPE, inputs(), scheduler=scheduler, **options)
+
+
+def objective(model, maps, scheduler, batch=1, **options):
+    options = {"max_rows": 10**6, "checkpointing": True, **options}
+    return MapObjective(
+        model, maps, inputs(batch), batch=batch, num_frames=FRAMES, scheduler=scheduler, **options
+    )
+
+
+def eager_distance(unet, latents, timestep, target, regularized):
+    """The distance from each layer's input in plain PyTorch, the package left out."""
+    distances, hooks = [], []
+
+    def watch(layer):
+        def hook(module, args, kwargs, output):
+            x = (args or list(kwargs.values()))[0]
+            q, k = (
+                torch.stack(p(x).double().chunk(module.heads, dim=-1), dim=1)
+                for p in (module.to_q, module.to_k)
+            )
+            logits = q @ k.mT / math.sqrt(q.shape[-1])
+            if regularized and layer.level == 0:
+                delta = eager.gaussian(SIGMA, FRAMES)
+                logits = logits + STRENGTH * logits.max(-1, keepdim=True).values * delta
+            maps = logits.softmax(-1).unflatten(0, (len(latents), -1)).mean((1, 2))
+            distances.append((target - maps).square().sum((1, 2)).sqrt().mean())
+
+        return hook
+
+    for layer in temporal_layers(unet):
+        if layer.level != "init":
+            hooks.append(layer.module.register_forward_hook(watch(layer), with_kwargs=True))
+    if regularized:
+        names = [layer.name for layer in temporal_layers(unet) if layer.level == 0]
+        eager.put_in(unet, names, SIGMA, STRENGTH)
+    unet(latents, timestep, **inputs(len(latents)))
+    return torch.stack(distances).mean()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("regularized", [False, True])
+def test_the_gradient_is_that_of_an_eager_implementation(
+    unet, scheduler, regularized, checkpointing
+):
+    """Of μ, β and γ, through the sample, the model, its maps and the divergence."""
+    batch, weight = 2, 0.3
+    standard = models.noise(batch, *SHAPE[1:], seed=4)
+    start = (0.1 * models.noise(1, *SHAPE[1:], seed=5), *torch.tensor([1.2, 0.3]).double())
+
+    parameters = [p.clone().requires_grad_() for p in start]
+    mean, beta, gamma = parameters
+    frame = torch.arange(FRAMES)
+    distance = (frame[:, None] - frame).abs()
+    covariance = torch.where(distance == 0, beta, gamma**distance)
+    factor = torch.linalg.cholesky(covariance)
+    x = mean + torch.einsum("ij,bcjhw->bcihw", factor.float(), standard)
+    plain = copy.deepcopy(unet)
+    loss = eager_distance(plain, x, scheduler.timesteps[0], reference(), regularized)
+    pixels = mean.movedim(2, -1).reshape(-1, FRAMES).double()
+    normals = MultivariateNormal(pixels, covariance), MultivariateNormal(0 * pixels, torch.eye(6))
+    expected_loss = loss + weight * kl_divergence(*normals).mean()
+    expected = torch.autograd.grad(expected_loss, parameters)
+
+    parameters = [p.clone().requires_grad_() for p in start]
+    handle = vk.apply_tar(unet, TAR, backend="reference") if regularized else None
+    aim = objective(unet, reference(), scheduler, batch, checkpointing=checkpointing)
+    value = aim.distance(noise.correlate(standard, *parameters))
+    value = value + weight * noise.kl_to_standard_normal(*parameters, FRAMES)
+    found = torch.autograd.grad(value, parameters)
+    if handle:
+        handle.remove()
+    assert float(value.detach()) == pytest.approx(float(expected_loss.detach()), rel=1e-5)
+    for name, one, other in zip(("mean", "beta", "gamma"), found, expected, strict=True):
+        error = (one - other).norm() / other.norm()
+        assert error < 1e-4, f"{name}: {error}"
+
+
+def test_the_loss_falls_and_the_best_is_returned(unet, scheduler):
+    with vk.apply_tar(unet, TAR):
+        found = optimize(unet, scheduler, iterations=6, kl_weight=0.05, draws=2)
+        aim = objective(unet, reference(), scheduler, max_rows=256)
+        maps = aim.maps(found.noise.split(1))
+        distance = sum(float(aim.distance(x)) for x in found.noise.split(1)) / 2
+    totals = [loss.total for loss in found.losses]
+    assert len(totals) == 6
+    assert totals[-1] < totals[0] - 0.02
+    assert totals[found.best] == min(totals)
+    best = found.losses[found.best]
+    assert best.total == pytest.approx(best.distance + 0.05 * best.kl, rel=1e-6)
+    assert best.kl == pytest.approx(found.prior.kl(FRAMES), rel=1e-5)
+    assert best.kl > 0 == found.losses[0].kl
+    # What is returned is what that loss was of.
+    assert best.distance == pytest.approx(distance, rel=1e-5)
+    assert found.noise.shape == (2, *SHAPE[1:])
+    assert {item.calls for item in found.maps} == {2}
+    for one, other in zip(found.maps, maps, strict=True):
+        torch.testing.assert_close(one.map, other.map, rtol=0, atol=1e-6)
+    assert not any(item.map.requires_grad for item in found.maps)
+    assert found.prior.sample(SHAPE).shape == SHAPE
+
+
+def test_all_parameters_move_and_stay_where_the_covariance_is_definite(unet, scheduler):
+    found = optimize(unet, scheduler, learning_rate=0.7, kl_weight=0, iterations=4, patience=None)
+    assert found.prior.beta != 1
+    assert found.prior.gamma != 0
+    assert found.prior.mean.shape == SHAPE
+    assert found.prior.mean.abs().min() > 0
+    found.prior.covariance(64)
+    begun = optimize(unet, scheduler, initial=vk.NoisePrior(1.3, 0.4), mean="frame", iterations=2)
+    assert abs(begun.prior.beta - 1.3) < 0.2
+    assert abs(begun.prior.gamma - 0.4) < 0.2
+    assert begun.prior.mean.shape == (1, 1, FRAMES, 1, 1)
+
+
+def test_steps_that_are_too_long_end_where_the_covariance_is_definite(unet, scheduler):
+    # γ goes to −5 or 5 by the first, where no β within reach would do.
+    found = optimize(unet, scheduler, learning_rate=5, kl_weight=1, iterations=3, patience=None)
+    assert len(found.losses) == 3
+    assert all(math.isfinite(loss.kl) for loss in found.losses)
+    # And where the loss rises, the best is what there was before.
+    assert min(found.losses[1].total, found.losses[2].total) > found.losses[0].total
+    assert found.best == 0
+    assert (found.prior.beta, found.prior.gamma) == (1, 0)
+    assert not found.prior.mean.any()
+
+
+def test_iterations_are_adams(unet, scheduler):
+    """Each with the gradient of its own loss, averaged over the draws."""
+    weight, rate = 0.3, 0.05
+    found = optimize(
+        unet, scheduler, iterations=3, learning_rate=rate, kl_weight=weight, draws=2, max_rows=10**6
+    )
+    generator = torch.Generator().manual_seed(0)
+    standard = [torch.randn(SHAPE, generator=generator) for _ in range(2)]
+    start = torch.zeros(SHAPE), torch.tensor(1.0).double(), torch.tensor(0.0).double()
+    parameters = [value.clone().requires_grad_() for value in start]
+    adam = torch.optim.Adam(parameters, lr=rate)
+    aim = objective(unet, reference(), scheduler, checkpointing=False)
+    for expected in found.losses:
+        distance = sum(aim.distance(noise.correlate(x, *parameters)) for x in standard) / 2
+        loss = distance + weight * noise.kl_to_standard_normal(*parameters, FRAMES)
+        assert expected.total == pytest.approx(loss.item(), rel=1e-5)
+        gradients = torch.autograd.grad(loss, parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        adam.step()
+
+
+def test_an_initial_mean_must_fit(unet, scheduler):
+    start = vk.NoisePrior(mean=torch.zeros(FRAMES, SIDE, SIDE))
+    optimize(unet, scheduler, initial=start, iterations=1)
+    with pytest.raises(
+        ValueError, match=r"broadcast to \(1, 1, 6, 1, 1\) .*, got shape \(6, 8, 8\)"
+    ):
+        optimize(unet, scheduler, initial=start, mean="frame")
+
+
+def test_divergence_alone_leads_back_to_white_noise(unet, scheduler):
+    start = vk.NoisePrior(1.5, 0.5, 0.3)
+    found = optimize(
+        unet,
+        scheduler,
+        initial=start,
+        mean="frame",
+        kl_weight=1e4,
+        iterations=20,
+    )
+    assert found.prior.kl(FRAMES) < 0.1 * start.kl(FRAMES)
+
+
+def test_it_stops_early(unet, scheduler):
+    found = optimize(unet, scheduler, learning_rate=1e-9, iterations=50, patience=2)
+    assert found.stopped_early
+    assert len(found.losses) == 1 + 2
+    assert not optimize(unet, scheduler, iterations=2).stopped_early
+    patient = optimize(unet, scheduler, learning_rate=1e-9, iterations=4, patience=None)
+    assert len(patient.losses) == 4
+
+
+def test_the_same_seed_gives_the_same_noise(unet, scheduler):
+    one, other = (optimize(unet, scheduler, iterations=2).noise for _ in range(2))
+    assert torch.equal(one, other)
+    generator = torch.Generator().manual_seed(1)
+    assert not torch.equal(one, optimize(unet, scheduler, iterations=2, generator=generator).noise)
+
+
+def test_checkpointing_keeps_little_and_changes_nothing(unet, scheduler, monkeypatch):
+    kept = {}
+    results = {}
+    for checkpointing in (False, True):
+        sizes = []
+        aim = objective(unet, reference(), scheduler, checkpointing=checkpointing)
+        x = models.noise(*SHAPE).requires_grad_()
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        run = aim._run
+
+        def counted(latents, run=run, pack=pack):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                run(latents)
+
+        monkeypatch.setattr(aim, "_run", counted)
+        (results[checkpointing],) = torch.autograd.grad(aim.distance(x), x)
+        kept[checkpointing] = sum(sizes)
+    torch.testing.assert_close(results[True], results[False], rtol=1e-4, atol=1e-7)
+    assert results[True].abs().max() > 1e-4
+    assert kept[True] < 0.3 * kept[False]
+
+
+def test_nothing_is_kept_for_gradients_of_the_model(unet, scheduler):
+    unet.requires_grad_(True)
+    trainable = []
+    unet.conv_in.register_forward_hook(
+        lambda *_: trainable.extend(p.requires_grad for p in unet.parameters())
+    )
+    objective(unet, reference(), scheduler).distance(models.noise(*SHAPE))
+    assert trainable
+    assert not any(trainable)
+
+
+def test_the_model_is_left_as_it_was(unet, scheduler):
+    unet.requires_grad_(True)
+    unet.conv_in.requires_grad_(False)
+    before = [p.requires_grad for p in unet.parameters()]
+    offloaded = unet.mid_block.forward
+    unet.mid_block.forward = offloaded  # as offloading replaces it
+
+    def check():
+        assert [p.requires_grad for p in unet.parameters()] == before
+        assert all(p.grad is None for p in unet.parameters())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
+        assert [m for m in unet.modules() if "forward" in m.__dict__] == [unet.mid_block]
+        assert unet.mid_block.forward is offloaded
+
+    optimize(unet, scheduler, iterations=1, checkpointing=True)
+    check()
+    with pytest.raises(TypeError, match="nonsense"):
+        vk.optimize_noise(
+            unet,
+            reference(),
+            SHAPE,
+            {**inputs(), "nonsense": 1},
+            scheduler=scheduler,
+            progress=False,
+        )
+    check()
+
+
+@pytest.mark.parametrize("name", ["UNetMotionModel", "LatteTransformer3DModel", "lvdm"])
+def test_other_models(name, scheduler):
+    model = models.make(name)
+    more = models.KINDS[name].inputs(models.noise(*SHAPE))
+    more = dict(list(more.items())[1:])  # without the latents
+    aim = MapObjective(
+        model,
+        reference(),
+        more,
+        batch=1,
+        num_frames=FRAMES,
+        scheduler=scheduler,
+        max_rows=64,
+        checkpointing=True,
+    )
+    x = models.noise(*SHAPE).requires_grad_()
+    (gradient,) = torch.autograd.grad(aim.distance(x), x)
+    direction = gradient / gradient.norm()
+    step = 0.05
+    x = x.detach()
+    slope = (aim.distance(x + step * direction) - aim.distance(x - step * direction)) / (2 * step)
+    assert float(slope) == pytest.approx(float(gradient.norm()), rel=0.05)
+
+
+def test_a_real_videos_maps_into_a_pipeline():
+    pipe = tiny.text_to_video()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler.set_timesteps(3)
+    shape = (1, 4, FRAMES, 8, 8)
+    text = {"encoder_hidden_states": pipe.encode_prompt("a cat", "cpu", 1, False)[0]}
+    real = vk.capture_real_maps(
+        pipe, models.noise(*shape), text, steps=[2], layers=lambda layer: layer.level == 0
+    )
+    given = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: given.append(args))
+    with vk.apply_tar(pipe, vk.TARConfig(sigma=1.0, steps=0)):
+        found = vk.optimize_noise(
+            pipe, real, shape, text, iterations=2, progress=False, checkpointing=False
+        )
+        hook.remove()
+        used = pipe.scheduler.timesteps[0]
+        sigma = pipe.scheduler.sigmas[0]
+        video = pipe(
+            "a cat",
+            num_frames=FRAMES,
+            height=16,
+            width=16,
+            num_inference_steps=2,
+            latents=found.noise,
+            output_type="np",
+        ).frames
+    assert {item.layer for item in found.maps} == {item.layer for item in real.maps}
+    assert {item.level for item in found.maps} == {0}
+    sample, timestep = given[-1]  # the best noise, as the pipeline's first step gives it
+    expected = found.noise * pipe.scheduler.init_noise_sigma / (sigma**2 + 1) ** 0.5
+    assert timestep == used
+    torch.testing.assert_close(sample, expected, rtol=1e-4, atol=1e-5)
+    assert video.shape[:2] == (1, FRAMES)
+
+
+def test_references_by_level_and_by_layer(unet, scheduler):
+    aim = objective(unet, {1: reference(), "init": reference()}, scheduler)
+    maps = aim.maps([models.noise(*SHAPE)])
+    assert {item.level for item in maps} == {"init", 1}
+    everything = objective(unet, reference(), scheduler).maps([models.noise(*SHAPE)])
+    assert {item.level for item in everything} == {0, 1}
+    own = objective(unet, everything[3:5], scheduler)
+    assert [m.layer for m in own.maps([models.noise(*SHAPE)])] == [m.layer for m in everything[3:5]]
+    assert float(own.distance(models.noise(*SHAPE))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("maps", "message"),
+    [
+        (torch.eye(5), r"must have shape \(6, 6\) or \(1, 6, 6\), got \(5, 5\)"),
+        ({7: torch.eye(6)}, "reference_maps: no layer has level 7, only 0, 1, init"),
+        ([], "there is no map"),
+    ],
+)
+def test_references_that_do_not_fit_are_refused(unet, scheduler, maps, message):
+    with pytest.raises(ValueError, match=message):
+        optimize(unet, scheduler, maps)
+
+
+def test_maps_of_several_steps_or_another_model_are_refused(unet, scheduler):
+    maps = objective(unet, reference(), scheduler).maps([models.noise(*SHAPE)])
+    with pytest.raises(ValueError, match=r"several maps of .*attn1: keep one step"):
+        optimize(unet, scheduler, maps + maps)
+    maps[0].layer = "elsewhere"
+    with pytest.raises(ValueError, match="the model has no layer elsewhere"):
+        optimize(unet, scheduler, maps)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("mean", "pixel", '"element" or "frame", got \'pixel\''),
+        ("kl_weight", -1, "at least 0, got -1"),
+        ("kl_weight", math.nan, "at least 0, got nan"),
+        ("learning_rate", 0, "positive, got 0"),
+        ("iterations", 0, "at least 1, got 0"),
+        ("draws", 0, "at least 1, got 0"),
+        ("patience", 0, "at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(unet, scheduler, name, value, message):
+    with pytest.raises(ValueError, match=f"{name} must be .*{message}"):
+        optimize(unet, scheduler, **{name: value})
+    with pytest.raises(ValueError, match="needs scheduler="):
+        optimize(unet, None)
+
+
+def test_a_loss_that_is_not_finite_raises(unet, scheduler):
+    with pytest.raises(FloatingPointError, match="loss of iteration 0 is nan"):
+        optimize(unet, scheduler, reference() * math.nan)
+
+
+def test_progress(unet, scheduler, capsys, monkeypatch):
+    optimize(unet, scheduler, iterations=2)
+    assert capsys.readouterr().err == ""
+    optimize(unet, scheduler, iterations=2, progress=True)
+    shown = capsys.readouterr().err
+    assert "optimize_noise: 100%" in shown
+    assert "loss=" in shown
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    with pytest.raises(ImportError, match="progress=True needs tqdm"):
+        optimize(unet, scheduler, progress=True)
+
+
+def test_gradients_are_enabled_for_it(unet, scheduler):
+    with torch.no_grad():
+        assert len(optimize(unet, scheduler, iterations=2).losses) == 2
+    assert optimize_objective.torch.is_grad_enabled()

@@ -1,0 +1,350 @@
+"""Synopses from servers, files and the cache; servers are real ones, on this machine."""
+
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+
+import pytest
+
+import vstar_kernels as vk
+from tests.helpers import run_python
+from vstar_kernels.methods import cache as cache_module
+from vstar_kernels.methods.vstar.writer import SynopsisError
+
+pytest.importorskip("openai")
+from tests.methods.chat_server import (
+    ChatServer,
+    answers,
+    breaks_off,
+    drips,
+    fails,
+    hangs_up,
+    says,
+    sleeps,
+)
+
+PROMPT = "A pond freezes over."
+STAGES = ("Open water in a pond.", "Thin ice on a pond.", "Thick ice on a pond.")
+LIST = "\n".join(f"{number}. {stage}" for number, stage in enumerate(STAGES, start=1))
+GOOD = answers(LIST)
+KEY = "sk-test-4242424242"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch, tmp_path):
+    """Nobody's key, address or cache."""
+    for name in [*os.environ]:
+        if name.startswith("OPENAI_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("VSTAR_KERNELS_CACHE", str(tmp_path / "cache"))
+
+
+def writer(server, **settings):
+    settings = {"timeout": 5.0, "wait": 0.0, "api_key": KEY, **settings}
+    return vk.SynopsisWriter.from_endpoint("tiny-chat", base_url=server.url, **settings)
+
+
+def test_a_synopsis():
+    with ChatServer(GOOD) as server:
+        synopsis = writer(server, options={"temperature": 0.5}).write(PROMPT, num_stages=3)
+    assert synopsis == vk.Synopsis(PROMPT, STAGES)
+    (request,) = server.requests
+    assert (request["model"], request["temperature"]) == ("tiny-chat", 0.5)
+    roles = [message["role"] for message in request["messages"]]
+    assert roles == ["system", "user", "assistant", "user"]  # the rules, one example, the question
+    assert request["messages"][-1]["content"] == f"Video: {PROMPT}\nNumber of stages: 3"
+    assert server.headers[0]["authorization"] == f"Bearer {KEY}"
+
+
+def test_the_example_keeps_to_the_rules():
+    from vstar_kernels.methods.answers import parse_stages
+    from vstar_kernels.methods.vstar.instruction import EXAMPLE_STAGES, Request
+
+    messages = Request(PROMPT, 2, 4).messages
+    assert parse_stages(messages[2]["content"]) == list(EXAMPLE_STAGES)
+    assert all(len(stage.split()) <= 25 for stage in EXAMPLE_STAGES)
+    assert messages[-1]["content"].endswith("Number of stages: 2 to 4")
+
+
+def test_settings_from_the_environment(monkeypatch):
+    with ChatServer(GOOD) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        monkeypatch.setenv("OPENAI_MODEL", "from-the-environment")
+        assert vk.SynopsisWriter.from_endpoint().write(PROMPT).stages == STAGES
+    assert server.requests[0]["model"] == "from-the-environment"
+    assert server.headers[0]["authorization"] == f"Bearer {KEY}"
+
+
+def test_a_local_server_needs_no_key():
+    with ChatServer(GOOD) as server:
+        assert writer(server, api_key=None).write(PROMPT).stages == STAGES
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        fails(500),
+        fails(503, retry_after="0"),
+        fails(429),
+        says(b"{"),
+        says(b""),
+        says(b"<html>busy</html>", "text/html"),
+        says(b'{"choices": []}'),
+        says(b'{"choices": [{"message": {"content": null}}]}'),
+        says(b'"text"'),
+        says(b"\xff\xfe"),
+        breaks_off,
+        hangs_up,
+        answers(""),
+        answers("I cannot help with that."),
+    ],
+)
+def test_what_fails_once_is_tried_again(failure):
+    with ChatServer(failure, GOOD) as server:
+        assert writer(server).write(PROMPT).stages == STAGES
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("slow", [sleeps(30), drips(3)])
+def test_slow_answers_are_given_up(slow):
+    with ChatServer(slow, GOOD) as server:
+        start = time.monotonic()
+        assert writer(server, timeout=0.3).write(PROMPT).stages == STAGES
+        assert time.monotonic() - start < 2.5
+        server.script = [slow]
+        with pytest.raises(SynopsisError, match=r"attempt 2: no answer in 0\.3 s"):
+            writer(server, timeout=0.3, attempts=2).write("Another pond.")
+
+
+def test_attempts_are_limited():
+    with ChatServer(fails(500, "no room left")) as server:
+        with pytest.raises(SynopsisError) as caught:
+            writer(server, attempts=4).write(PROMPT)
+        assert len(server.requests) == 4
+    message = str(caught.value)
+    assert message.startswith(f"no synopsis of '{PROMPT}' from tiny-chat at {server.url}/: attempt")
+    assert "attempt 4: HTTP status 500" in message
+    assert "no room left" in message
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+def test_what_will_not_change_is_not_tried_again(status):
+    with ChatServer(fails(status)) as server:
+        with pytest.raises(SynopsisError, match=f"HTTP status {status}: .*out of order"):
+            writer(server).write(PROMPT)
+        assert len(server.requests) == 1
+
+
+def test_nobody_listens():
+    with ChatServer(GOOD) as server:
+        pass
+    with pytest.raises(SynopsisError, match=r"attempt 3: .*refused"):
+        writer(server).write(PROMPT)
+
+
+def test_the_waits_grow_and_a_server_may_name_them(monkeypatch):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    script = [fails(500), fails(503, retry_after="7"), fails(429, retry_after="9999"), fails(500)]
+    with ChatServer(*script, GOOD) as server:
+        writer(server, wait=0.5, attempts=5).write(PROMPT)
+    assert waits == [0.5, 7.0, 60.0, 4.0]
+
+
+def test_an_unusable_answer_is_sent_back_with_what_is_wrong():
+    with ChatServer(answers(LIST), answers(f"{LIST}\n4. Snow on a pond.")) as server:
+        synopsis = writer(server).write(PROMPT, num_stages=4)
+    assert len(synopsis.stages) == 4
+    assert server.requests[1]["messages"][:4] == server.requests[0]["messages"]
+    answer, demand = server.requests[1]["messages"][4:]
+    assert answer == {"role": "assistant", "content": LIST}
+    assert "expected 4 stages, found 3" in demand["content"]
+
+
+def test_the_error_shows_the_answer():
+    with (
+        ChatServer(answers("What  is it about? " + 500 * "x")) as server,
+        pytest.raises(SynopsisError, match="expected 2 to 12 stages") as caught,
+    ):
+        writer(server, attempts=1).write(PROMPT)
+    assert "in 'What is it about? xxx" in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_flood_is_stopped():
+    flood = says(b" " * (2**20 + 1))
+    with ChatServer(flood) as server, pytest.raises(SynopsisError, match="more than 1048576 bytes"):
+        writer(server).write(PROMPT)
+
+
+def test_the_key_is_nowhere(caplog, tmp_path):
+    """Not in errors and their causes, logs, the cache or representations; not even if echoed."""
+    caplog.set_level(logging.DEBUG)
+    echoes = [
+        fails(401, f"wrong key {KEY}"),
+        says(f"who is {KEY}?".encode()),
+        says((290 * "x" + KEY).encode()),  # where messages are cut
+        answers(f"no list for {KEY}"),
+    ]
+    for echo in echoes:
+        with ChatServer(echo) as server, pytest.raises(SynopsisError) as caught:
+            writer(server, attempts=1).write(PROMPT)
+        shown = "".join(traceback.format_exception(caught.value)) + repr(vars(caught.value))
+        assert "sk-test" not in shown
+        error = caught.value
+        while error is not None:
+            assert "openai" not in type(error).__module__  # it has the request and its headers
+            error = error.__cause__ or error.__context__
+    with ChatServer(answers(f"1. A pond {KEY}.\n2. Ice.")) as server:
+        echoed = writer(server)
+        assert echoed.write(PROMPT).stages == ("A pond [key].", "Ice.")
+    files = list((tmp_path / "cache").iterdir())
+    assert len(files) == 1
+    assert "sk-test" not in files[0].read_text() + files[0].name + caplog.text
+    assert "sk-test" not in repr(echoed) + repr(echoed._source) + json.dumps(echoed._source.key)
+
+
+def test_the_cache_answers_the_same_request():
+    with ChatServer(GOOD, answers("1. Water.\n2. Ice.\n3. Snow.")) as server:
+        first = writer(server).write(PROMPT)
+        assert writer(server, api_key="another-key").write(PROMPT) == first
+        assert len(server.requests) == 1
+        changes = [
+            lambda: writer(server).write("A lake freezes over."),
+            lambda: writer(server).write(PROMPT, num_stages=3),
+            lambda: writer(server, options={"temperature": 1.0}).write(PROMPT),
+            lambda: writer(server, most_stages=5).write(PROMPT),
+            lambda: writer(server, cache=False).write(PROMPT),
+        ]
+        for count, change in enumerate(changes, start=2):
+            change()
+            assert len(server.requests) == count
+        assert writer(server).write(PROMPT) == first
+        replaced = writer(server).write(PROMPT, refresh=True)
+        assert replaced.stages == ("Water.", "Ice.", "Snow.")
+        assert writer(server).write(PROMPT) == replaced
+
+
+def test_failures_are_not_cached(tmp_path):
+    with ChatServer(fails(500), GOOD) as server:
+        with pytest.raises(SynopsisError):
+            writer(server, attempts=1).write(PROMPT)
+        assert not (tmp_path / "cache").exists()
+        assert writer(server, attempts=1).write(PROMPT).stages == STAGES
+
+
+def test_a_cache_that_does_not_work_is_a_warning(tmp_path):
+    with ChatServer(GOOD) as server:
+        writer(server, cache=tmp_path).write(PROMPT)
+        (path,) = tmp_path.iterdir()
+        path.write_text('{"request"')
+        with pytest.warns(UserWarning, match=r"\.json in the cache cannot be read"):
+            assert writer(server, cache=tmp_path).write(PROMPT).stages == STAGES
+        assert json.loads(path.read_text())["result"] == list(STAGES)
+        with pytest.warns(UserWarning, match="cannot be written"):
+            assert writer(server, cache=path / "below").write(PROMPT).stages == STAGES
+
+
+def test_nothing_half_written_is_left(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(cache_module.os, "replace", full)
+    with ChatServer(GOOD) as server, pytest.warns(UserWarning, match="no space left"):
+        writer(server, cache=tmp_path).write(PROMPT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    assert cache_module.default_folder() == tmp_path / "cache"
+    monkeypatch.delenv("VSTAR_KERNELS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/some/where")
+    assert str(cache_module.default_folder()) == "/some/where/vstar_kernels/synopses"
+    monkeypatch.setenv("HOME", "/home/reader")
+    for relative in ("", "below"):
+        monkeypatch.setenv("XDG_CACHE_HOME", relative)
+        assert str(cache_module.default_folder()) == "/home/reader/.cache/vstar_kernels/synopses"
+
+
+def test_files(tmp_path):
+    path = tmp_path / "synopses.json"
+    synopses = [vk.Synopsis(PROMPT, STAGES, [0, 4, 9]), vk.Synopsis("A lake.", ["Day.", "Night."])]
+    path.write_text(vk.Synopsis.list_to_json(synopses))
+    from_file = vk.SynopsisWriter.from_file(path)
+    assert [from_file.write(s.prompt) for s in synopses] == synopses
+    with pytest.raises(
+        SynopsisError, match=r"of 'A sea\.' from the file .*: it has none, but synopses of 'A p"
+    ):
+        from_file.write("A sea.")
+    with pytest.raises(SynopsisError, match="expected 2 stages, found 3"):
+        from_file.write(PROMPT, num_stages=2)
+    path.write_text(synopses[0].to_json())
+    assert from_file.write(PROMPT) == synopses[0]
+    path.write_text('{"prompt": "A pond.", "stages": "none"}')
+    with pytest.raises(SynopsisError, match=r"synopses\.json: stages must be a list"):
+        from_file.write(PROMPT)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_answer_in_a_file(tmp_path):
+    path = tmp_path / "answer.txt"
+    path.write_text(f"Here you are:\n\n{LIST}\n")
+    assert vk.SynopsisWriter.from_file(path).write(PROMPT) == vk.Synopsis(PROMPT, STAGES)
+    path.write_text(json.dumps(STAGES))
+    assert vk.SynopsisWriter.from_file(path).write(PROMPT) == vk.Synopsis(PROMPT, STAGES)
+    with pytest.raises(SynopsisError, match=r"missing: it cannot be read"):
+        vk.SynopsisWriter.from_file(tmp_path / "missing").write(PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": None}, r"model must be given, or be in \$OPENAI_MODEL"),
+        ({"base_url": None}, r"api_key must be given, or be in \$OPENAI_API_KEY"),
+        ({"base_url": "localhost:80/v1"}, "http or https address, got 'localhost:80/v1'"),
+        ({"base_url": "http://me:secret@host/v1"}, "no credentials and no query"),
+        ({"base_url": "http://host/v1?key=secret"}, "no credentials and no query"),
+        ({"timeout": 0}, "timeout must be more than 0"),
+        ({"attempts": 0}, "attempts must be at least 1, got 0"),
+        ({"wait": -1}, "wait must be at least 0"),
+        ({"least_stages": 0}, "least_stages must be at least 1"),
+        ({"least_stages": 5, "most_stages": 4}, "got 5 and 4"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        vk.SynopsisWriter.from_endpoint(
+            **{"model": "m", "base_url": "http://localhost:1/v1", **arguments}
+        )
+    assert "secret" not in str(caught.value)
+
+
+def test_wrong_requests():
+    with ChatServer(GOOD) as server:
+        for prompt in ("", "  ", None):
+            with pytest.raises(ValueError, match="prompt must be a text"):
+                writer(server).write(prompt)
+        for count in (1, 13):
+            with pytest.raises(ValueError, match=f"num_stages must be from 2 to 12 .*got {count}"):
+                writer(server).write(PROMPT, num_stages=count)
+    assert not server.requests
+
+
+def test_without_the_client(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r"pip install 'vstar_kernels\[synopsis\]'"):
+        vk.SynopsisWriter.from_endpoint("m", base_url="http://localhost:1/v1")
+
+
+def test_the_client_comes_only_with_an_endpoint():
+    code = (
+        "import sys, vstar_kernels as vk\n"
+        "vk.SynopsisWriter.from_file('synopsis.json')\n"
+        "print({'openai', 'transformers', 'diffusers', 'matplotlib', 'av'} & set(sys.modules))"
+    )
+    child = run_python(code)
+    assert child.stdout.strip() == "set()", child.stderr

@@ -1,0 +1,185 @@
+import json
+
+import pytest
+import torch
+
+import vstar_kernels as vk
+from vstar_kernels.models.config import Treatment
+
+MATRIX = torch.rand(4, 4)
+
+
+def biases(config):
+    return {
+        key: (t.bias.sigma, t.bias.strength, t.bias.stat, t.bias.clamp_negative)
+        for key, t in config.treatments.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "expected"),
+    [
+        (vk.TARConfig(2.0), "level", {0: 2.0}),
+        (vk.TARConfig({0: 1.0, 2: 8}), "level", {0: 1.0, 2: 8}),
+        (vk.TARConfig(by_width={64: 1.0}), "width", {64: 1.0}),
+        (vk.TARConfig.preset("64D1"), "width", {64: 1.0}),
+        (vk.TARConfig.preset("64D1_32D8"), "width", {64: 1.0, 32: 8.0}),
+        (vk.TARConfig.preset("64D4_32D12"), "width", {64: 4.0, 32: 12.0}),
+        (vk.TARConfig.preset("128D0.5_16D2"), "width", {128: 0.5, 16: 2.0}),
+    ],
+)
+def test_sigmas(config, key, expected):
+    assert config.key == key
+    assert config.steps == 13
+    assert biases(config) == {k: (sigma, 1.0, "row_max", False) for k, sigma in expected.items()}
+
+
+def test_weights():
+    config = vk.TARConfig(
+        {0: 1.0, 1: 2.0}, strength={0: 0.5, 1: 2.0}, stat="map_max", clamp_negative=True
+    )
+    assert biases(config) == {0: (1.0, 0.5, "map_max", True), 1: (2.0, 2.0, "map_max", True)}
+    assert biases(vk.TARConfig({0: 1.0, 1: 2.0}, strength=3.0))[1] == (2.0, 3.0, "row_max", False)
+
+
+def test_other_biases():
+    dense, toeplitz = vk.DenseBias(MATRIX), vk.ToeplitzBias(torch.ones(2, 7), signed=True)
+    config = vk.TARConfig(bias=dense, strength=0.5)
+    assert set(config.treatments) == {0}
+    assert config.treatments[0].bias.values is MATRIX
+    assert config.treatments[0].bias.strength == 0.5
+    config = vk.TARConfig({0: 1.0}, bias={1: toeplitz, 2: dense})
+    assert [type(t.bias).__name__ for t in config.treatments.values()] == [
+        "GaussianBias",
+        "ToeplitzBias",
+        "DenseBias",
+    ]
+    assert config.treatments[1].bias.signed
+
+
+def test_overrides():
+    config = vk.TARConfig({0: 1.0, 1: 2.0}, override={1: "identity", 2: "uniform"})
+    assert list(config.treatments) == [0, 1, 2]
+    assert config.treatments[1] == Treatment(override="identity")
+    assert config.treatments[2] == Treatment(override="uniform")
+    assert config.treatments[0].bias.sigma == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "regularizes nothing: give sigma, by_width, bias or override"),
+        ({"sigma": {}}, ValueError, "regularizes nothing"),
+        ({"sigma": 1.0, "by_width": {64: 1.0}}, ValueError, "not both"),
+        ({"sigma": -1.0}, ValueError, "sigma must be at least 0 .* got -1"),
+        ({"sigma": "64D1"}, TypeError, "sigma must be a number, got str"),
+        ({"by_width": 64}, TypeError, "by_width must map widths to sigma, got int"),
+        ({"sigma": {"0": 1.0}}, ValueError, "sigma must be keyed by .* got '0'"),
+        ({"sigma": {-1: 1.0}}, ValueError, "sigma must be keyed by .* got -1"),
+        ({"sigma": 1.0, "strength": "1"}, TypeError, "strength must be a number, got str"),
+        ({"sigma": {0: 1.0, 1: 1.0}, "strength": {0: 1.0}}, ValueError, "by 0, 1, got 0"),
+        ({"sigma": 1.0, "strength": {0: 1.0, 3: 1.0}}, ValueError, "by 0, got 0, 3"),
+        ({"sigma": 1.0, "stat": "mean"}, ValueError, "stat must be one of .* got 'mean'"),
+        ({"sigma": 1.0, "stat": torch.ones(1)}, ValueError, "stat must be one of"),
+        ({"sigma": 1.0, "steps": -1}, ValueError, "steps as an index .* got -1"),
+        ({"sigma": 1.0, "steps": 0.0}, ValueError, r"share .* in \(0, 1\], got 0"),
+        ({"sigma": 1.0, "steps": 1.5}, ValueError, r"share .* in \(0, 1\], got 1.5"),
+        ({"sigma": 1.0, "steps": float("nan")}, ValueError, "got nan"),
+        ({"sigma": 1.0, "steps": True}, TypeError, "steps must be .* got bool"),
+        ({"sigma": 1.0, "steps": "13"}, TypeError, "steps must be .* got str"),
+        ({"override": {0: "ones"}}, ValueError, "'identity' or 'uniform', got 'ones' for 0"),
+        ({"override": "identity"}, TypeError, "override must map levels or widths, got str"),
+        ({"bias": MATRIX}, TypeError, "bias must be a ToeplitzBias or a DenseBias, got Tensor"),
+        ({"bias": vk.GaussianBias(1.0)}, TypeError, "got GaussianBias: give its sigma instead"),
+        ({"bias": vk.DenseBias(MATRIX, strength=2.0)}, ValueError, "give strength to TARConfig"),
+        ({"bias": vk.DenseBias(MATRIX, stat="none")}, ValueError, "give stat to TARConfig"),
+    ],
+)
+def test_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        vk.TARConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "64", "D1", "64D", "64D1_", "64D1 32D8", "64D1_64D2", "64D-1"]
+)
+def test_bad_presets(name):
+    with pytest.raises(ValueError, match="a preset must be <width>D<sigma>"):
+        vk.TARConfig.preset(name)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        vk.TARConfig(2.0),
+        vk.TARConfig({0: 1.0, 2: 8.0}, strength={0: 0.5, 2: 1.5}, steps=None),
+        vk.TARConfig(1.0, steps=0.5, stat="none", clamp_negative=True, include_init=True),
+        vk.TARConfig(1.0, steps=1),
+        vk.TARConfig(1.0, steps=1.0),
+        vk.TARConfig.preset("64D1_32D8"),
+        vk.TARConfig(by_width={64: 1.0}, override={32: "identity"}),
+    ],
+)
+def test_json_round_trip(config, tmp_path):
+    assert vk.TARConfig.from_json(config.to_json()) == config
+    config.save(tmp_path / "tar.json")
+    loaded = vk.TARConfig.load(tmp_path / "tar.json")
+    assert loaded == config
+    assert type(loaded.steps) is type(config.steps)
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [
+        vk.DenseBias(torch.rand(2, 4, 4)),
+        vk.DenseBias(torch.rand(4, 4, dtype=torch.float64)),
+        vk.ToeplitzBias(torch.rand(4).bfloat16()),
+        vk.ToeplitzBias(torch.rand(2, 7), signed=True),
+    ],
+)
+def test_tables_come_back_exactly(bias):
+    for given in (bias, {0: bias, 1: bias}):
+        loaded = vk.TARConfig.from_json(vk.TARConfig(bias=given).to_json())
+        found = loaded.bias if given is bias else loaded.bias[1]
+        assert type(found) is type(bias)
+        assert found.values.dtype == bias.values.dtype
+        assert torch.equal(found.values, bias.values)
+        assert getattr(found, "signed", None) == getattr(bias, "signed", None)
+
+
+def test_left_out_fields_have_their_defaults():
+    assert vk.TARConfig.from_json('{"sigma": 1.0}') == vk.TARConfig(1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"sigma": 1.0, "sgima": 2.0}', "unknown key 'sgima' in the configuration: allowed are"),
+        ("[1]", "must be a JSON object, got list"),
+        ("{", "Expecting property name"),
+        ('{"sigma": {"fine": 1.0}}', "sigma must be keyed by .* got 'fine'"),
+        ('{"bias": {"form": "band", "values": [1.0]}}', "form must be one of toeplitz, dense"),
+        ('{"bias": {"form": "dense", "value": [1.0]}}', "unknown key 'value' in a dense bias"),
+        ('{"bias": {"form": "dense", "signed": true}}', "unknown key 'signed' in a dense bias"),
+        ('{"bias": {"form": "toeplitz"}}', "a toeplitz bias needs values"),
+        ('{"bias": {"form": "dense", "values": [[1.0]], "dtype": "f4"}}', "dtype .* got 'f4'"),
+    ],
+)
+def test_bad_json(text, message):
+    with pytest.raises(ValueError, match=message):
+        vk.TARConfig.from_json(text)
+
+
+def test_what_cannot_be_saved(tmp_path):
+    path = tmp_path / "tar.json"
+    with pytest.raises(ValueError, match="steps is a callable cannot be saved"):
+        vk.TARConfig(1.0, steps=lambda step, timestep: True).save(path)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        vk.TARConfig(bias=vk.ToeplitzBias(torch.tensor([1.0, float("inf")]))).save(path)
+    assert not path.exists()
+
+
+def test_the_file_is_readable():
+    data = json.loads(vk.TARConfig.preset("64D1").to_json())
+    assert data["by_width"] == {"64": 1.0}
+    assert data["steps"] == 13

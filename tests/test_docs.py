@@ -1,0 +1,81 @@
+"""What docs/vstar.md shows runs: on a tiny pipeline, and against a server on this machine."""
+
+import re
+import shlex
+
+import pytest
+
+import vstar_kernels as vk
+from tests.helpers import ROOT
+from vstar_kernels.cli.main import main
+
+pytest.importorskip("av")
+pytest.importorskip("diffusers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("openai")
+pytest.importorskip("transformers")
+from examples import tiny
+from tests.methods.chat_server import ChatServer, answers
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
+PAGE = (ROOT / "docs/vstar.md").read_text(encoding="utf-8")
+STAGES = ["A bud.", "A half-open bud.", "A rose.", "Fallen petals."]
+LIST = "\n".join(f"{number}. {stage}" for number, stage in enumerate(STAGES, start=1))
+# What the page uses, and what there is here.
+SUBSTITUTES = {
+    r"64D1_32D8": "8D1_4D8",
+    r"num_frames=\d+": "num_frames=3, num_inference_steps=2",
+    r"--frames \d+": "--frames 3 --steps 2",
+    r"cerspense/zeroscope_v2_576w": "{model}",
+    r"http://localhost:11434/v1": "{url}",
+}
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    for name in ("OPENAI_API_KEY", "OPENAI_MODEL", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("VSTAR_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    with ChatServer(answers(LIST)) as server:
+        yield server
+
+
+def blocks(language, **names):
+    """The page's blocks of a language, with what there is here."""
+    for block in re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL):
+        for pattern, substitute in SUBSTITUTES.items():
+            block = re.sub(pattern, substitute, block)
+        yield block.replace("{model}", names.get("model", "")).replace("{url}", names["url"])
+
+
+def test_python(server):
+    first, second = blocks("python", url=server.url)
+    names = {"pipe": tiny.text_to_video()}
+    exec(first, names)
+    assert len(names["video"].frames) == 3
+    assert names["video"].synopsis.stages == tuple(STAGES)
+    exec(second, names)
+    assert names["video"].synopsis == names["rose"]
+    assert len(server.requests) == 1
+
+
+def test_commands(server, tmp_path, capsys):
+    tiny.text_to_video().save_pretrained(tmp_path / "model")
+    (block,) = blocks("sh", url=server.url, model=str(tmp_path / "model"))
+    commands = [shlex.split(line) for line in block.replace("\\\n", "").splitlines()]
+    assert len(commands) == 3
+    for program, *arguments in commands[:2]:
+        assert program == "vstar-kernels"
+        assert main(arguments) == 0, capsys.readouterr().err
+    first, again = (
+        vk.Synopsis.load(name) for name in ("rose/synopsis.json", "rose-again/synopsis.json")
+    )
+    assert first == again == vk.Synopsis("A rose blooms in a garden.", STAGES)
+    # The third one downloads. Its options are read, and then its folder is not there.
+    (tmp_path / "candle").write_text("a file")
+    assert main(commands[2][1:]) == 2
+    assert "--output must be a folder" in capsys.readouterr().err

@@ -1,0 +1,96 @@
+"""Time and memory, measured alike for every way of computing attention."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vstar_kernels.models.layers import TemporalLayer
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class CoreTimer:
+    """Seconds in each attention module outside its projections, by the module's name.
+
+    It watches the modules from outside, by hooks, so it measures any processor in the same way. In
+    use between ``with`` and its end; ``take`` reads and clears it.
+    """
+
+    def __init__(self, layers: Iterable[TemporalLayer], device: torch.device) -> None:
+        self._layers = list(layers)
+        self._device = device
+        self._handles: list[Any] = []
+        self._seconds: dict[str, float] = {}
+
+    def __enter__(self) -> CoreTimer:
+        for layer in self._layers:
+            attn = layer.module
+            self._watch(attn, layer.name, +1)
+            for projection in (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]):
+                self._watch(projection, layer.name, -1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last call."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+    def _watch(self, module: torch.nn.Module, name: str, sign: int) -> None:
+        """Count the module's time to ``name``, or off it."""
+
+        def count(direction: int) -> None:
+            elapsed = direction * sign * now(self._device)
+            self._seconds[name] = self._seconds.get(name, 0.0) + elapsed
+
+        self._handles += [
+            module.register_forward_pre_hook(lambda *_: count(-1)),
+            module.register_forward_hook(lambda *_: count(+1)),
+        ]
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Start a new peak at what is in use now; False if that cannot be done here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    if not CLEAR_REFS.exists():
+        return False
+    # glibc keeps what others have freed, which would count to whoever comes next.
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def read_peak_memory(device: torch.device) -> int:
+    """Bytes at the peak since a reset that worked, of the GPU's allocator or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return read_bytes(STATUS, "VmHWM")
+
+
+def read_bytes(table: Path, field: str) -> int:
+    """A field in kB of one of /proc's tables, in bytes."""
+    fields = dict(line.split(":", 1) for line in table.read_text().splitlines())
+    return int(fields[field].split()[0]) * 1024

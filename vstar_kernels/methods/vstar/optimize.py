@@ -1,0 +1,193 @@
+"""Initial noise whose attention maps are like a real video's (VSTAR, App. B, eqs. 6 to 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vstar_kernels.analysis.maps import AttentionMap
+from vstar_kernels.methods.vstar.noise import NoisePrior, Shape, draw
+from vstar_kernels.methods.vstar.optimize_objective import MapObjective, References
+from vstar_kernels.methods.vstar.optimize_state import Descent, Distribution, NoiseLoss
+
+
+@dataclass(frozen=True, eq=False)
+class OptimizedNoise:
+    """What :func:`optimize_noise` found.
+
+    Attributes:
+        prior: The best μ, β and γ; ``prior.sample(shape)`` draws more.
+        noise: The noise that they make of the draws that were optimised with,
+            ``(draws × batch, …)``, standardised as pipelines take ``latents``.
+        maps: The attention maps of that noise at the first step, averaged over the draws.
+        losses: Of each iteration, the first one before any change.
+        best: The iteration that all this is of.
+        stopped_early: Whether the loss had ceased to fall.
+    """
+
+    prior: NoisePrior
+    noise: Tensor
+    maps: list[AttentionMap]
+    losses: list[NoiseLoss]
+    best: int
+    stopped_early: bool
+
+
+@torch.enable_grad()
+def optimize_noise(
+    pipe_or_model: Any,
+    reference_maps: References,
+    shape: Shape,
+    inputs: Mapping[str, Any],
+    *,
+    kl_weight: float = 0.01,
+    mean: Literal["element", "frame"] = "element",
+    initial: NoisePrior | None = None,
+    iterations: int = 100,
+    learning_rate: float = 0.01,
+    patience: int | None = 10,
+    tolerance: float = 1e-3,
+    draws: int = 1,
+    generator: torch.Generator | None = None,
+    scheduler: Any = None,
+    frame_dim: int = 2,
+    max_rows: int = 256,
+    checkpointing: bool = True,
+    progress: bool = True,
+) -> OptimizedNoise:
+    """Find a noise distribution from which the model attends over frames as it is shown to.
+
+    Minimises (VSTAR, arXiv 2403.13501, App. B, eqs. 6 to 8) over μ, β and γ, by Adam::
+
+        ‖A_ref − A(x)‖ + λ · KL(N(μ, Σ(β, γ)) ‖ N(0, I)),   x ~ N(μ, Σ(β, γ))
+
+    A are the model's mean temporal attention maps at the first denoising step, through TAR and
+    per-frame prompts where they are applied. The model's parameters are left alone.
+
+    >>> real = vk.capture_real_maps(pipe, latents, inputs, steps=[13])
+    >>> with vk.apply_tar(pipe, "64D1"):
+    ...     found = vk.optimize_noise(pipe, real, (1, 4, 16, 40, 64), inputs)
+    ...     video = pipe(prompt, num_frames=16, latents=found.noise).frames
+
+    Memory: the model's activations between its blocks and those within one block, whatever the
+    number of draws.
+
+    Args:
+        pipe_or_model: A pipeline with one model that has temporal attention, or that model.
+        reference_maps: A_ref: maps captured from this model, one step of each layer (those layers
+            count); or ``(frames, frames)`` or ``(batch, frames, frames)`` for all layers of the
+            UNet's levels, or by level.
+        shape: Of the latents, as the model takes them; ``(batch, channels, frames, height, width)``
+            in diffusers.
+        inputs: Whatever else the model takes, by name: its text embeddings, for one.
+        kl_weight: λ.
+        mean: Whether μ has a value for each element of a video's latents or for each frame only.
+        initial: Where to begin; N(0, I) if None.
+        iterations: At most.
+        learning_rate: Adam's.
+        patience: Stop after so many iterations in a row in which the loss has not fallen by
+            ``tolerance`` of its lowest value; None never stops early.
+        tolerance: See ``patience``.
+        draws: Over how many draws the distance is averaged. They stay the same, so that the loss
+            is a smooth function of μ, β and γ.
+        generator: Of the draws.
+        scheduler: Gives the first timestep and its noise level; None is the pipeline's own.
+        frame_dim: Which dimension of ``shape`` the frames are; 1 for Stable Video Diffusion.
+        max_rows: See :func:`vstar_kernels.capture_maps`.
+        checkpointing: Compute each block of the model twice to save memory.
+        progress: Show a bar; needs ``tqdm``.
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: An argument is out of range, or the maps do not fit the model or the shape.
+        FloatingPointError: The loss is not finite.
+        ImportError: ``progress`` without ``tqdm``.
+    """
+    _check(mean, kl_weight, iterations, learning_rate, patience, draws)
+    objective = MapObjective(
+        pipe_or_model,
+        reference_maps,
+        inputs,
+        batch=shape[0],
+        num_frames=shape[frame_dim],
+        scheduler=scheduler,
+        max_rows=max_rows,
+        checkpointing=checkpointing,
+    )
+    like = next(objective.model.parameters())
+    standard = [draw(shape, generator, like.detach()) for _ in range(draws)]
+    distribution = Distribution(initial or NoisePrior(), shape, frame_dim, mean, like)
+    adam = torch.optim.Adam(distribution.parameters, lr=learning_rate)
+    descent = Descent(patience, tolerance)
+    for _ in _progress(iterations, descent, progress):
+        adam.zero_grad()
+        loss = _backward(objective, distribution, standard, kl_weight)
+        if descent.record(loss, distribution):
+            break
+        adam.step()
+        distribution.project()
+    assert descent.prior is not None  # there is at least one iteration
+    distribution = Distribution(descent.prior, shape, frame_dim, mean, like)
+    with torch.no_grad():
+        noises = [distribution.transform(x) for x in standard]
+    return OptimizedNoise(
+        descent.prior,
+        torch.cat(noises),
+        objective.maps(noises),
+        descent.losses,
+        descent.best,
+        descent.stopped,
+    )
+
+
+def _backward(
+    objective: MapObjective, distribution: Distribution, standard: list[Tensor], weight: float
+) -> NoiseLoss:
+    """One draw after the other, so that memory is for one."""
+    distance = 0.0
+    for numbers in standard:
+        part = objective.distance(distribution.transform(numbers)) / len(standard)
+        part.backward()
+        distance += float(part.detach())
+    divergence = distribution.kl()
+    (weight * divergence).backward()
+    kl = float(divergence.detach())
+    return NoiseLoss(distance + weight * kl, distance, kl)
+
+
+def _progress(iterations: int, descent: Descent, show: bool) -> Iterator[int]:
+    if not show:
+        yield from range(iterations)
+        return
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: install it, or give progress=False") from error
+    with tqdm(total=iterations, desc="optimize_noise", unit="iteration") as bar:
+        for iteration in range(iterations):
+            yield iteration
+            bar.update()
+            bar.set_postfix(loss=f"{descent.losses[-1].total:.4g}")
+
+
+def _check(
+    mean: str,
+    kl_weight: float,
+    iterations: int,
+    learning_rate: float,
+    patience: int | None,
+    draws: int,
+) -> None:
+    if mean not in ("element", "frame"):
+        raise ValueError(f'mean must be "element" or "frame", got {mean!r}')
+    if not kl_weight >= 0:
+        raise ValueError(f"kl_weight must be at least 0, got {kl_weight}")
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate must be positive, got {learning_rate}")
+    for name, value in (("iterations", iterations), ("draws", draws), ("patience", patience)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")

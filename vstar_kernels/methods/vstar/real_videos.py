@@ -1,0 +1,158 @@
+"""What temporal attention makes of real videos (VSTAR, arXiv 2403.13501, Figs. 3 and S.10)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vstar_kernels.analysis.frames import as_frames
+from vstar_kernels.analysis.maps import AttentionMap
+from vstar_kernels.methods.vstar.noise import draw
+from vstar_kernels.models.capture import capture_maps
+from vstar_kernels.models.layers import TemporalLayer, models_with_temporal_attention
+
+
+@dataclass(frozen=True, eq=False)
+class RealVideoMaps:
+    """The attention maps of a real video at some noise levels.
+
+    Attributes:
+        maps: As :func:`vstar_kernels.capture_maps` gives them; for
+            :func:`vstar_kernels.analysis.mean_maps` and
+            :func:`vstar_kernels.optimize_noise`.
+        noised: The latents that the model was given, by step, before the scheduler's input scaling.
+    """
+
+    maps: list[AttentionMap]
+    noised: dict[int, Tensor]
+
+
+@torch.no_grad()
+def capture_real_maps(
+    pipe_or_model: Any,
+    latents: Tensor,
+    inputs: Mapping[str, Any],
+    *,
+    steps: Sequence[int],
+    scheduler: Any = None,
+    generator: torch.Generator | None = None,
+    layers: Callable[[TemporalLayer], bool] | None = None,
+    max_rows: int = 256,
+) -> RealVideoMaps:
+    """Add noise to a real video's clean latents, and capture the maps while they are denoised once.
+
+    At each of the steps, the latents are noised afresh to the level at which sampling would begin
+    that step, all with the same noise, and the model is called once. TAR and per-frame prompts that
+    are applied to the model are seen.
+
+    >>> latents = vk.encode_frames(pipe.vae, frames)
+    >>> text = pipe.encode_prompt(prompt, pipe.device, 1, False)[0]
+    >>> real = vk.capture_real_maps(
+    ...     pipe, latents, {"encoder_hidden_states": text}, steps=[0, 13]
+    ... )
+
+    Args:
+        pipe_or_model: A pipeline with one model that has temporal attention, or that model.
+        latents: ``(batch, channels, frames, height, width)``, or in the order that the model takes.
+        inputs: Whatever else the model takes, by name: its text embeddings, for one.
+        steps: Indices into the scheduler's schedule, 0 the noisiest.
+        scheduler: The noise levels, with its ``set_timesteps`` called; None is the pipeline's own.
+            It is copied and not changed.
+        generator: Of the noise; the same seed gives the same maps.
+        layers, max_rows: See :func:`vstar_kernels.capture_maps`.
+
+    Raises:
+        TypeError: ``pipe_or_model`` is of the wrong kind.
+        ValueError: It holds several models with temporal attention or none, there is no scheduler,
+            or it has no such step.
+    """
+    model = the_model(pipe_or_model)
+    schedule = the_scheduler(pipe_or_model, scheduler)
+    timesteps = step_timesteps(schedule, steps)
+    noise = draw(latents.shape, generator, latents)
+    noised: dict[int, Tensor] = {}
+    with capture_maps(model, layers=layers, max_rows=max_rows) as capture:
+        for step, timestep in timesteps.items():
+            capture.step = step
+            fresh = unused(schedule)
+            times = timestep.to(latents.device).expand(len(latents))
+            noised[step] = fresh.add_noise(latents, noise, times)
+            model(fresh.scale_model_input(noised[step], timestep), times, **inputs)
+    return RealVideoMaps(capture.maps, noised)
+
+
+@torch.no_grad()
+def encode_frames(vae: Any, frames: Any) -> Tensor:
+    """The clean latents of a video, frame by frame: the mode of what the VAE's encoder says.
+
+    Args:
+        vae: diffusers' ``AutoencoderKL`` or ``AutoencoderKLTemporalDecoder``.
+        frames: As for :func:`vstar_kernels.analysis.as_frames`.
+
+    Returns:
+        ``(1, channels, frames, height, width)``, scaled as the denoising model expects.
+    """
+    video = 2 * as_frames(frames).to(device=vae.device, dtype=vae.dtype) - 1
+    parts = [vae.encode(frame[None]).latent_dist.mode() for frame in video]
+    return torch.stack(parts, dim=2) * vae.config.scaling_factor
+
+
+def the_model(pipe_or_model: Any) -> Any:
+    """The one model with temporal attention, unwrapped.
+
+    Raises:
+        TypeError, ValueError: There is none, or several.
+    """
+    models = models_with_temporal_attention(pipe_or_model)
+    if len(models) > 1:
+        raise ValueError(
+            f"{type(pipe_or_model).__name__} holds several models with temporal attention "
+            f"({', '.join(models)}): give one of them, with the scheduler"
+        )
+    return next(iter(models.values()))
+
+
+def the_scheduler(pipe_or_model: Any, scheduler: Any) -> Any:
+    """The scheduler that was given, or the pipeline's.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = scheduler if scheduler is not None else getattr(pipe_or_model, "scheduler", None)
+    if found is None:
+        raise ValueError("a model by itself needs scheduler=, which tells its noise levels")
+    return found
+
+
+def unused(scheduler: Any) -> Any:
+    """A copy of a scheduler that has not begun to sample, and finds steps by their timesteps."""
+    fresh = copy.deepcopy(scheduler)
+    for name in ("_begin_index", "_step_index"):
+        if hasattr(fresh, name):
+            setattr(fresh, name, None)
+    return fresh
+
+
+def step_timesteps(scheduler: Any, steps: Sequence[int]) -> dict[int, Tensor]:
+    """The timestep at which each of these steps begins.
+
+    Raises:
+        ValueError: The schedule has no such step, or none is asked for.
+    """
+    timesteps = scheduler.timesteps
+    order = getattr(scheduler, "order", 1)
+    if order > 1:
+        starts = timesteps[::order]
+    else:  # PNDM visits one twice
+        starts = timesteps.new_tensor(list(dict.fromkeys(timesteps.tolist())))
+    for step in steps:
+        if not 0 <= step < len(starts):
+            raise ValueError(f"steps of this schedule are 0 to {len(starts) - 1}, got {step}")
+    if not steps:
+        raise ValueError("steps must name at least one step, got none")
+    return {step: starts[step] for step in steps}

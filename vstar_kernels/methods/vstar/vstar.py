@@ -1,0 +1,179 @@
+"""The whole method in one call: :class:`VSTAR`."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from vstar_kernels.methods.pipelines import PipelineCall, check_pipeline
+from vstar_kernels.methods.vstar.embeddings import MODES, Interpolation, interpolate_embeddings
+from vstar_kernels.methods.vstar.synopsis import Synopsis
+from vstar_kernels.methods.vstar.writer import SynopsisWriter
+from vstar_kernels.models.apply import apply_tar
+from vstar_kernels.models.capture import MapCapture, capture_maps
+from vstar_kernels.models.config import TARConfig
+from vstar_kernels.models.frames import condition_frames
+from vstar_kernels.models.layers import RegularizedLayer
+
+SEEDS = 2**32
+# The paper's σ at the finest level and its 14 of 25 steps, for any model and any number of steps.
+PAPER = TARConfig(sigma=1.0, steps=0.56)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One video from :class:`VSTAR`, and all that it was made with.
+
+    Attributes:
+        frames: A list of PIL images, or what else the pipeline's ``output_type`` gives.
+        synopsis: The stages; one, the prompt itself, where none were asked for.
+        config: The regularization.
+        seed: Of the noise.
+        layers: The regularized layers.
+        maps: The attention maps; None where they were not asked for.
+    """
+
+    frames: Any
+    synopsis: Synopsis
+    config: TARConfig
+    seed: int
+    layers: list[RegularizedLayer]
+    maps: MapCapture | None
+
+
+class VSTAR:
+    """Longer, more dynamic videos from a pretrained pipeline (VSTAR, arXiv 2403.13501).
+
+    >>> vstar = vk.VSTAR(pipe, "64D1_32D8", writer=vk.SynopsisWriter.from_endpoint("llama3"))
+    >>> video = vstar("A rose blooms in a garden.", num_frames=48, seed=1)
+    >>> video.frames, video.synopsis.stages
+
+    It puts together video synopsis prompting (:class:`SynopsisWriter`,
+    :func:`interpolate_embeddings`, :func:`condition_frames`; section 3.1) and temporal attention
+    regularization (:func:`apply_tar`; section 3.2). The pipeline is as it was after each call.
+
+    Args:
+        pipe: diffusers' ``TextToVideoSDPipeline``, ``AnimateDiffPipeline``, ``I2VGenXLPipeline`` or
+            ``LattePipeline``, on its device.
+        config: A :class:`TARConfig` or a preset such as ``"64D1_32D8"``; by default σ = 1 at level
+            0 in the first 56 % of the steps, the paper's 14 of 25.
+        writer: Writes the synopses of prompts; without one, all frames have the prompt.
+        mode: How to interpolate between stages, see :func:`interpolate_embeddings`.
+        backend, extend_positions: As for :func:`apply_tar`.
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong kind, or a preset is malformed.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        config: TARConfig | str = PAPER,
+        *,
+        writer: SynopsisWriter | None = None,
+        mode: Interpolation = "linear",
+        backend: str | None = None,
+        extend_positions: bool = False,
+    ) -> None:
+        check_pipeline(pipe)
+        if writer is not None and not isinstance(writer, SynopsisWriter):
+            raise TypeError(f"writer must be a SynopsisWriter, got {type(writer).__name__}")
+        if isinstance(config, str):
+            config = TARConfig.preset(config)
+        elif not isinstance(config, TARConfig):
+            raise TypeError(f"config must be a TARConfig or a preset, got {type(config).__name__}")
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+        self._pipe = pipe
+        self._config = config
+        self._writer = writer
+        self._mode = mode
+        self._backend = backend
+        self._extend_positions = extend_positions
+
+    def __call__(
+        self,
+        prompt: str | Synopsis,
+        *,
+        num_frames: int = 16,
+        seed: int | None = None,
+        num_stages: int | None = None,
+        refresh: bool = False,
+        maps: bool | Collection[int] = False,
+        **options: Any,
+    ) -> Generation:
+        """One video.
+
+        Args:
+            prompt: The video in a sentence, of which the writer makes a synopsis if there is one;
+                or a synopsis.
+            num_frames: Of the video.
+            seed: From 0 to 2³² − 1; None draws one, which the result has.
+            num_stages: How many stages the writer makes; None leaves it to the writer.
+            refresh: Whether to ask the writer even for what is in its cache.
+            maps: Whether to capture the mean attention maps; or at which steps, see
+                :func:`capture_maps`.
+            options: The pipeline's own, such as ``num_inference_steps``, ``guidance_scale``,
+                ``height``, ``negative_prompt``, and for I2VGen-XL ``image``.
+
+        Raises:
+            TypeError, ValueError: An argument is of the wrong kind, unknown, or does not fit the
+                others, the model or the synopsis.
+            vstar_kernels.methods.vstar.writer.SynopsisError: The writer has no synopsis.
+        """
+        call = PipelineCall(self._pipe, options)
+        self._check(prompt, num_frames, seed, num_stages)
+        seed = secrets.randbelow(SEEDS) if seed is None else seed
+        with ExitStack() as stack:
+            tar = stack.enter_context(self._regularize())  # first, as it finds most mistakes
+            synopsis = self._synopsis(prompt, num_stages, refresh)
+            stages, negative = call.encode(tuple(synopsis.stages))
+            embeddings = interpolate_embeddings(stages, num_frames, synopsis.anchors, self._mode)
+            if negative is not None:
+                negative = negative.expand(num_frames, -1, -1)
+            stack.enter_context(
+                condition_frames(self._pipe, embeddings, negative=negative, guidance=call.guided)
+            )
+            capture = None
+            if maps is not False:
+                steps = None if maps is True else maps
+                capture = stack.enter_context(capture_maps(self._pipe, steps=steps))
+            frames = call.sample(synopsis.prompt, num_frames, seed)
+            return Generation(frames, synopsis, self._config, seed, tar.layers, capture)
+
+    def _regularize(self) -> Any:
+        return apply_tar(
+            self._pipe,
+            self._config,
+            backend=self._backend,
+            extend_positions=self._extend_positions,
+        )
+
+    def _synopsis(self, prompt: str | Synopsis, num_stages: int | None, refresh: bool) -> Synopsis:
+        if isinstance(prompt, Synopsis):
+            return prompt
+        if self._writer is None:
+            return Synopsis(prompt, [prompt])
+        return self._writer.write(prompt, num_stages=num_stages, refresh=refresh)
+
+    def _check(self, prompt: Any, num_frames: Any, seed: Any, num_stages: Any) -> None:
+        """What would otherwise be found only after a synopsis has been paid for."""
+        if not isinstance(prompt, str | Synopsis):
+            raise TypeError(f"prompt must be a text or a Synopsis, got {type(prompt).__name__}")
+        _check_integer("num_frames", num_frames, 1)
+        if seed is not None:
+            _check_integer("seed", seed, 0, SEEDS - 1)
+        if num_stages is not None and (isinstance(prompt, Synopsis) or self._writer is None):
+            there = "a Synopsis" if isinstance(prompt, Synopsis) else "no writer"
+            raise ValueError(f"num_stages is for a prompt and a writer, got {there}")
+
+
+def _check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < least or (most is not None and value > most):
+        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be {allowed}, got {value}")

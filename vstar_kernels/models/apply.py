@@ -1,0 +1,172 @@
+"""``apply_tar``: Temporal Attention Regularization on a whole model or pipeline, in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vstar_kernels.models import unet as diffusers
+from vstar_kernels.models.config import TARConfig
+from vstar_kernels.models.layers import RegularizedLayer, is_lvdm, models_with_temporal_attention
+from vstar_kernels.models.regularized import RegularizedModel, check_keys
+from vstar_kernels.models.schedule import StepGate
+
+
+def apply_tar(
+    pipe_or_model: Any,
+    config: TARConfig | str,
+    *,
+    scheduler: Any = None,
+    backend: str | None = None,
+    stock_elsewhere: bool = False,
+    extend_positions: bool = False,
+) -> TARHandle:
+    """Regularize the temporal attention of a video diffusion model (VSTAR, arXiv 2403.13501).
+
+    >>> with vk.apply_tar(pipe, "64D1_32D8"):
+    ...     video = pipe(prompt, num_frames=64).frames
+
+    It works on diffusers' ``UNet3DConditionModel`` (ModelScope, Zeroscope), ``I2VGenXLUNet``,
+    ``UNetMotionModel`` (AnimateDiff, PIA), ``SparseControlNetModel``,
+    ``UNetSpatioTemporalConditionModel`` (Stable Video Diffusion; attn1 only) and
+    ``LatteTransformer3DModel``, on pipelines that hold them, and on the ``UNetModel`` of the
+    official VSTAR and VideoCrafter code (``lvdm``). All temporal self-attention, regularized or
+    not, goes through :func:`vstar_kernels.tar_attention`.
+
+    What replaces attention processors or blocks (IP adapters, FreeNoise, fused projections,
+    attention slicing) undoes TAR; the next forward pass puts it in again. Models that a pipeline is
+    given after this call are not regularized.
+
+    Args:
+        pipe_or_model: A pipeline, whose every model with temporal attention is treated, or one
+            model, compiled or not.
+        config: A :class:`TARConfig`, or a preset such as ``"64D1_32D8"``.
+        scheduler: Tells the step of a timestep; None is the pipeline's own. A model by itself needs
+            it unless ``steps`` is None or :attr:`TARHandle.step` is set. The official code passes
+            the step to the model.
+        backend: As for :func:`vstar_kernels.tar_attention`.
+        stock_elsewhere: Leave the layers and steps that are not regularized to the model's own
+            attention.
+        extend_positions: Compute longer frame positions for samples longer than the position
+            embeddings of AnimateDiff and Latte, rather than raise.
+
+    Returns:
+        A handle: a context manager, with ``remove()``.
+
+    Raises:
+        TypeError: ``pipe_or_model`` or ``config`` is of the wrong kind.
+        ValueError: There is no temporal attention, a preset is malformed, no layer has one of the
+            levels, a model is under ``apply_tar`` already, or has processors that TAR would have to
+            discard. At a forward pass: no layer has one of the widths, the step cannot be known, or
+            the sample has more frames than the model has positions for.
+    """
+    if isinstance(config, str):
+        config = TARConfig.preset(config)
+    elif not isinstance(config, TARConfig):
+        raise TypeError(f"config must be a TARConfig or a preset, got {type(config).__name__}")
+    models = models_with_temporal_attention(pipe_or_model)
+
+    def find_scheduler() -> Any:
+        # Asked for each time: a pipeline's scheduler can be exchanged.
+        return scheduler if scheduler is not None else getattr(pipe_or_model, "scheduler", None)
+
+    gate = StepGate(config.steps, find_scheduler)
+    regularized = [
+        RegularizedModel(
+            name,
+            model,
+            config,
+            gate,
+            backend=backend,
+            stock_elsewhere=stock_elsewhere,
+            extend_positions=extend_positions,
+        )
+        for name, model in models.items()
+    ]
+    if config.key == "level":
+        check_keys(config.treatments, regularized, "level")
+    if not all(map(is_lvdm, models.values())):
+        diffusers.register_for_layer_skip()
+    return TARHandle(config, gate, regularized)
+
+
+class TARHandle:
+    """TAR on a model or pipeline, from :func:`apply_tar`: a context manager, with :meth:`remove`.
+
+    Attributes:
+        config: What was applied.
+    """
+
+    def __init__(self, config: TARConfig, gate: StepGate, models: list[RegularizedModel]) -> None:
+        self.config = config
+        self._gate = gate
+        self._models = models
+        for model in models:
+            model.peers = models
+        try:
+            for model in models:
+                model.install()
+        except BaseException:
+            self.remove()
+            raise
+
+    @property
+    def step(self) -> int | None:
+        """The step that the caller announces, which goes before the scheduler's; None for that."""
+        return self._gate.step
+
+    @step.setter
+    def step(self, step: int | None) -> None:
+        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
+            raise ValueError(f"step must be an index of at least 0 or None, got {step!r}")
+        self._gate.step = step
+
+    @property
+    def layers(self) -> list[RegularizedLayer]:
+        """The regularized layers. A configuration by width knows them after a forward pass."""
+        return [layer for model in self._models for layer in model.describe()]
+
+    def describe(self) -> str:
+        """A line for each regularized layer, under a line that says when."""
+        count = sum(len(model.layers) for model in self._models)
+        layers = self.layers
+        lines = [f"TAR on {len(layers)} of {count} temporal attention layers, {self._when()}"]
+        if not layers:
+            lines = [f"TAR on layers to be found by their widths at a forward pass, {self._when()}"]
+        return "\n".join([*lines, *(_describe(layer) for layer in layers)])
+
+    def remove(self) -> None:
+        """Put everything back as it was; nothing happens the second time.
+
+        A module whose processor has been replaced since then keeps the replacement.
+        """
+        for model in self._models:
+            model.remove()
+
+    def _when(self) -> str:
+        steps = self.config.steps
+        if steps is None:
+            return "at all steps"
+        if callable(steps):
+            return f"where {getattr(steps, '__name__', repr(steps))}(step, timestep)"
+        if isinstance(steps, int):
+            return f"at steps 0 to {steps}"
+        return f"in the first {steps:.0%} of the steps"
+
+    def __enter__(self) -> TARHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def _describe(layer: RegularizedLayer) -> str:
+    name = f"{layer.model}.{layer.name}" if layer.model else layer.name
+    where = (
+        f"level {layer.level}"
+        if layer.width is None
+        else (f"level {layer.level} (width {layer.width})")
+    )
+    if layer.override is not None:
+        return f"  {name}: {where}, {layer.override} attention"
+    form = type(layer.bias).__name__ if layer.sigma is None else f"σ = {layer.sigma:g}"
+    return f"  {name}: {where}, {form}, strength {layer.strength:g}"

@@ -1,0 +1,234 @@
+"""What to regularize, how strongly and when: :class:`TARConfig` and the presets' grammar."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from vstar_kernels.attention.bias import STATS, Bias, DenseBias, GaussianBias, ToeplitzBias
+from vstar_kernels.models import serialize
+from vstar_kernels.models.schedule import Steps, check_steps
+
+Override = Literal["identity", "uniform"]
+OVERRIDES = ("identity", "uniform")
+PRESET_STEPS = 13  # the last regularized step index, of 25, in the paper
+_PRESET_PART = re.compile(r"(\d+)D(\d+(?:\.\d+)?)")
+_DEFAULT_WEIGHT = {"strength": 1.0, "stat": "row_max", "clamp_negative": False}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What one layer gets: a bias, or an attention map in the place of its own (Fig. 4)."""
+
+    bias: Bias | None = None
+    override: Override | None = None
+
+
+@dataclass(frozen=True)
+class TARConfig:
+    """Temporal Attention Regularization of a whole model (VSTAR, arXiv 2403.13501, section 3.2).
+
+    Layers are chosen by UNet level, 0 being the finest, at the latents' resolution, and each next
+    level half that; or, with ``by_width``, by the width that their level has for the given latents,
+    as the paper's code names them (64, 32, …). All mappings are keyed alike.
+
+    Args:
+        sigma: σ of the Gaussian in frames, by level; one number means level 0.
+        by_width: σ by width, instead of ``sigma``.
+        strength: Factor on the bias; one number, or keyed as sigma is.
+        steps: When: an int, up to this step index, inclusive; a float in (0, 1], that share of the
+            schedule, rounded up; None, always; or a callable ``(step, timestep) -> bool``. Indices
+            are those of denoising steps in the scheduler's whole schedule, see
+            :class:`vstar_kernels.models.schedule.StepGate`.
+        bias: A :class:`ToeplitzBias` or :class:`DenseBias` (dynamics transfer, Fig. 8) instead of
+            the Gaussian: one, for the keys of sigma or, without sigma, for level 0; or keyed as
+            sigma is. Its weight is given by ``strength``, ``stat`` and ``clamp_negative`` here.
+        stat: ``"row_max"`` (the official code), ``"map_max"`` (eq. 3) or ``"none"``; see
+            :class:`GaussianBias`.
+        clamp_negative: Use max(stat, 0), so that a negative maximum does not invert TAR.
+        override: ``"identity"`` (out = V) or ``"uniform"`` (out = the mean of V over frames) in
+            the place of the attention map, keyed as sigma is (Fig. 4).
+        include_init: Regularize ``transformer_in`` / ``init_attn`` as well, as level 0. The paper
+            leaves it alone.
+
+    Raises:
+        ValueError, TypeError: An argument is wrong, or the configuration regularizes nothing.
+    """
+
+    sigma: float | Mapping[int, float] | None = None
+    by_width: Mapping[int, float] | None = None
+    strength: float | Mapping[int, float] = 1.0
+    steps: Steps = 13
+    bias: Bias | Mapping[int, Bias] | None = None
+    stat: str = "row_max"
+    clamp_negative: bool = False
+    override: Mapping[int, Override] = field(default_factory=dict)
+    include_init: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sigma is not None and self.by_width is not None:
+            raise ValueError("give sigma (by level) or by_width, not both")
+        for name in ("sigma", "by_width", "strength", "bias", "override"):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, _checked_keys(value, name))
+        if self.by_width is not None and not isinstance(self.by_width, Mapping):
+            raise TypeError(
+                f"by_width must map widths to sigma, got {type(self.by_width).__name__}"
+            )
+        if not isinstance(self.override, Mapping):
+            raise TypeError(
+                f"override must map levels or widths, got {type(self.override).__name__}"
+            )
+        if not isinstance(self.stat, str) or self.stat not in STATS:
+            raise ValueError(
+                f"stat must be one of {', '.join(map(repr, STATS))}, got {self.stat!r}"
+            )
+        for key, kind in self.override.items():
+            if kind not in OVERRIDES:
+                raise ValueError(
+                    f"override must be 'identity' or 'uniform', got {kind!r} for {key}"
+                )
+        for bias in _values(self.bias):
+            _check_bias(bias)
+        check_steps(self.steps)
+        self._check_treatments()
+
+    def _check_treatments(self) -> None:
+        biased = self._biased_keys()
+        if isinstance(self.strength, Mapping) and set(self.strength) != biased:
+            raise ValueError(
+                f"strength must be keyed as sigma is, by {_listed(biased)}, "
+                f"got {_listed(self.strength)}"
+            )
+        if not self.treatments:  # made here so that what they are made of is checked, too
+            raise ValueError(
+                "the configuration regularizes nothing: give sigma, by_width, bias or override"
+            )
+
+    @classmethod
+    def preset(cls, name: str) -> TARConfig:
+        """A configuration of the paper's code, such as ``"64D1"`` or ``"64D1_32D8"``.
+
+        ``<width>D<sigma>``, joined by ``_``: σ = 1 at width 64, 8 at width 32; strength 1, steps 0
+        to 13.
+
+        Raises:
+            ValueError: The name is not of this form.
+        """
+        by_width: dict[int, float] = {}
+        for part in name.split("_"):
+            match = _PRESET_PART.fullmatch(part)
+            if not match or int(match[1]) in by_width:
+                raise ValueError(
+                    "a preset must be <width>D<sigma>, joined by '_', each width once, such as "
+                    f"'64D1' or '64D1_32D8', got {name!r}"
+                )
+            by_width[int(match[1])] = float(match[2])
+        return cls(by_width=by_width, steps=PRESET_STEPS)
+
+    @property
+    def key(self) -> Literal["level", "width"]:
+        """What the mappings are keyed by."""
+        return "level" if self.by_width is None else "width"
+
+    @property
+    def treatments(self) -> dict[int, Treatment]:
+        """What is done to the layers of each level or width."""
+        treatments = {key: Treatment(bias=self._bias(key)) for key in self._biased_keys()}
+        treatments |= {key: Treatment(override=kind) for key, kind in self.override.items()}
+        return dict(sorted(treatments.items()))
+
+    def _sigmas(self) -> Mapping[int, float]:
+        if self.by_width is not None:
+            return self.by_width
+        if isinstance(self.sigma, Mapping):
+            return self.sigma
+        return {} if self.sigma is None else {0: self.sigma}
+
+    def _biased_keys(self) -> set[int]:
+        keys = set(self._sigmas())
+        if isinstance(self.bias, Mapping):
+            keys |= set(self.bias)
+        elif self.bias is not None and not keys:
+            keys = {0}
+        return keys - set(self.override)
+
+    def _bias(self, key: int) -> Bias:
+        strength = self.strength[key] if isinstance(self.strength, Mapping) else self.strength
+        weight: dict[str, Any] = {
+            "strength": strength,
+            "stat": self.stat,
+            "clamp_negative": self.clamp_negative,
+        }
+        bias = self.bias.get(key) if isinstance(self.bias, Mapping) else self.bias
+        return (
+            GaussianBias(self._sigmas()[key], **weight) if bias is None else replace(bias, **weight)
+        )
+
+    def to_json(self) -> str:
+        """All fields as JSON; tables and matrices as nested lists.
+
+        Raises:
+            ValueError: ``steps`` is a callable, or a number is not finite.
+        """
+        if callable(self.steps):
+            raise ValueError(
+                "a configuration whose steps is a callable cannot be saved: give steps as an index "
+                "or a share of the schedule, or set it after loading"
+            )
+        return serialize.dumps({item.name: getattr(self, item.name) for item in fields(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> TARConfig:
+        """What :meth:`to_json` gave. Fields that are left out have their defaults.
+
+        Raises:
+            ValueError: It is not a JSON object, or it has an unknown key.
+        """
+        return cls(**serialize.loads(text, allowed=[item.name for item in fields(cls)]))
+
+    def save(self, path: str | Path) -> None:
+        """Write :meth:`to_json` to a file."""
+        text = self.to_json()
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> TARConfig:
+        """Read what :meth:`save` wrote."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def _checked_keys(mapping: Mapping[int, T], name: str) -> dict[int, T]:
+    for key in mapping:
+        if isinstance(key, bool) or not isinstance(key, int) or key < 0:
+            raise ValueError(f"{name} must be keyed by levels or widths (0, 1, …), got {key!r}")
+    return dict(mapping)
+
+
+def _values(bias: Bias | Mapping[int, Bias] | None) -> list[Any]:
+    if bias is None:
+        return []
+    return list(bias.values()) if isinstance(bias, Mapping) else [bias]
+
+
+def _check_bias(bias: Any) -> None:
+    if not isinstance(bias, ToeplitzBias | DenseBias):
+        raise TypeError(
+            f"bias must be a ToeplitzBias or a DenseBias, got {type(bias).__name__}"
+            + (": give its sigma instead" if isinstance(bias, GaussianBias) else "")
+        )
+    for name, default in _DEFAULT_WEIGHT.items():
+        if getattr(bias, name) is not default and getattr(bias, name) != default:
+            raise ValueError(
+                f"give {name} to TARConfig, not to its bias, which has "
+                f"{name}={getattr(bias, name)!r}"
+            )
+
+
+def _listed(keys: Any) -> str:
+    return ", ".join(map(str, sorted(keys))) or "nothing"

@@ -1,1 +1,0 @@
-"""The VSTAR method around the kernel: where and when attention is regularized."""
