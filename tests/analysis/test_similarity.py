@@ -242,16 +242,16 @@ def gaussian_embedder(sigma):
 def test_a_bias_from_frames():
     video = moving_square(1)
     similarity = vk.analysis.frame_similarity(video, "ssim")
-    bias = vk.DenseBias.from_frames(video, "ssim", strength=2.0, stat="none")
+    bias = vk.analysis.bias_from_frames(video, "ssim", strength=2.0, stat="none")
     assert (bias.strength, bias.stat) == (2.0, "none")
     assert float(bias.values.max()) == 1
     torch.testing.assert_close(bias.values, similarity)
-    spread = vk.DenseBias.from_frames(video, "ssim", min_max=True).values
+    spread = vk.analysis.bias_from_frames(video, "ssim", min_max=True).values
     assert (float(spread.min()), float(spread.max())) == (0, 1)
     low = similarity.min()
     torch.testing.assert_close(spread * (1 - low) + low, similarity)
     with pytest.raises(ValueError, match="needs frames that differ"):
-        vk.DenseBias.from_frames(moving_square(0), min_max=True)
+        vk.analysis.bias_from_frames(moving_square(0), min_max=True)
 
 
 @pytest.mark.parametrize("name", ["UNet3DConditionModel", "UNetMotionModel"])
@@ -262,7 +262,7 @@ def test_a_dense_gaussian_equals_the_gaussian_in_a_model(name):
 
     model = models.make(name)
     plain = models.call(model, name)
-    bias = vk.DenseBias.from_frames(torch.rand(6, 3, 4, 4), gaussian_embedder(1.5))
+    bias = vk.analysis.bias_from_frames(torch.rand(6, 3, 4, 4), gaussian_embedder(1.5))
     configs = [
         vk.TARConfig(sigma=1.5, strength=2.0, steps=None),
         vk.TARConfig(bias=bias, strength=2.0, steps=None),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from vstar_kernels.analysis.plots_style import (
     COLOURS,
@@ -19,7 +20,33 @@ from vstar_kernels.analysis.similarity import JointSimilarity, SimilarityHistogr
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vstar_kernels.methods.vstar.optimize import OptimizedNoise
+
+class Loss(Protocol):
+    """The loss of one iteration of the search for noise."""
+
+    @property
+    def total(self) -> float:
+        """What is minimised."""
+
+    @property
+    def distance(self) -> float:
+        """Of the maps: a mean of Frobenius norms."""
+
+    @property
+    def kl(self) -> float:
+        """In nats per pixel."""
+
+
+class NoiseSearch(Protocol):
+    """A search for noise, such as :class:`vstar_kernels.OptimizedNoise`."""
+
+    @property
+    def losses(self) -> Sequence[Loss]:
+        """Of each iteration."""
+
+    @property
+    def best(self) -> int:
+        """The iteration of the lowest loss."""
 
 
 @styled
@@ -72,7 +99,7 @@ def plot_histogram(histogram: SimilarityHistogram) -> Figure:
 
 
 @styled
-def plot_losses(found: OptimizedNoise) -> Figure:
+def plot_losses(found: NoiseSearch) -> Figure:
     """The loss, the maps' distance and the KL divergence over the iterations (App. B).
 
     Args:

@@ -17,6 +17,7 @@ from vstar_kernels.analysis.embedders import (
     structural_similarity,
 )
 from vstar_kernels.analysis.frames import as_frames
+from vstar_kernels.attention.bias import DenseBias
 
 LEAST_SPAN = 1e-5  # of similarities that are spread over 0 to 1; less is rounding
 
@@ -49,15 +50,27 @@ def frame_similarity(frames: Any, embedder: Embedder | str = "pixels") -> Tensor
     return similarity.clamp(-1, 1)
 
 
-def similarity_bias(frames: Any, embedder: Embedder | str, *, min_max: bool) -> Tensor:
-    """Δ for dynamics transfer: see :meth:`vstar_kernels.DenseBias.from_frames`."""
+def bias_from_frames(
+    frames: Any, embedder: Embedder | str = "pixels", *, min_max: bool = False, **weight: Any
+) -> DenseBias:
+    """Make Δ of the inter-frame similarity of a reference video, with peak 1 (Fig. 8).
+
+    Args:
+        frames, embedder: As for :func:`frame_similarity`.
+        min_max: Spread the similarities over 0 to 1. Only their differences within a row tell in a
+            softmax, and those of real frames are small.
+        weight: ``strength``, ``stat``, … of the :class:`vstar_kernels.DenseBias`.
+
+    Raises:
+        TypeError, ValueError: As the similarity's; or ``min_max`` where all frames are alike.
+    """
     similarity = frame_similarity(frames, embedder)
     if not min_max:
-        return similarity / similarity.max()
+        return DenseBias(similarity / similarity.max(), **weight)
     low = similarity.min()
     if similarity.max() - low < LEAST_SPAN:
         raise ValueError("min_max needs frames that differ, and these are all alike")
-    return (similarity - low) / (similarity.max() - low)
+    return DenseBias((similarity - low) / (similarity.max() - low), **weight)
 
 
 @dataclass(frozen=True, eq=False)

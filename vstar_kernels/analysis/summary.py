@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from vstar_kernels.analysis.maps import AttentionMap, Level, Place
 from vstar_kernels.attention.bias import Bias, GaussianBias
-from vstar_kernels.methods.vstar.real_videos import RealVideoMaps
-from vstar_kernels.models.capture import MapCapture
 
 Axis = Literal["model", "level", "place", "step"]
 AXES: tuple[Axis, ...] = ("model", "level", "place", "step")
+
+
+class HoldsMaps(Protocol):
+    """What has attention maps, such as :class:`vstar_kernels.MapCapture`."""
+
+    @property
+    def maps(self) -> Sequence[AttentionMap]:
+        """The maps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +52,7 @@ class MeanMap:
 
 
 def mean_maps(
-    maps: MapCapture | RealVideoMaps | Iterable[AttentionMap],
+    maps: HoldsMaps | Iterable[AttentionMap],
     by: Sequence[Axis] = ("level", "place", "step"),
 ) -> list[MeanMap]:
     """The mean map of each level, place and step that there is (Figs. 3, 10, S.10).
@@ -55,8 +61,8 @@ def mean_maps(
     [(0, 0), (0, 13), (1, 0), (1, 13)]
 
     Args:
-        maps: What :func:`vstar_kernels.capture_maps` or :func:`capture_real_maps` gave, or some of
-            its maps.
+        maps: What :func:`vstar_kernels.capture_maps` or :func:`vstar_kernels.capture_real_maps`
+            gave, or some of its maps.
         by: What to keep apart: any of ``"model"``, ``"level"``, ``"place"`` and ``"step"``.
 
     Returns:
@@ -69,7 +75,7 @@ def mean_maps(
         if axis not in AXES:
             raise ValueError(f"by must be of {', '.join(map(repr, AXES))}, got {axis!r}")
     groups: dict[tuple[Any, ...], list[AttentionMap]] = {}
-    found = maps.maps if isinstance(maps, MapCapture | RealVideoMaps) else maps
+    found = maps if isinstance(maps, Iterable) else maps.maps
     for item in found:
         groups.setdefault(tuple(getattr(item, axis) for axis in by), []).append(item)
     if not groups:

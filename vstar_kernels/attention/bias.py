@@ -13,7 +13,6 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -184,25 +183,6 @@ class DenseBias(_Bias):
         rows, columns = self.values.shape[-2:]
         if rows != columns:
             raise ValueError(f"values must be square, got shape {tuple(self.values.shape)}")
-
-    @classmethod
-    def from_frames(
-        cls, frames: Any, embedder: Any = "pixels", *, min_max: bool = False, **weight: Any
-    ) -> DenseBias:
-        """Δ as the inter-frame similarity of a reference video, with peak 1 (Fig. 8).
-
-        Args:
-            frames, embedder: As for :func:`vstar_kernels.analysis.frame_similarity`.
-            min_max: Spread the similarities over 0 to 1. Only their differences within a row tell
-                in a softmax, and those of real frames are small.
-            weight: ``strength``, ``stat``, … of the bias.
-
-        Raises:
-            TypeError, ValueError: As the similarity's; or ``min_max`` where all frames are alike.
-        """
-        from vstar_kernels.analysis.similarity import similarity_bias
-
-        return cls(similarity_bias(frames, embedder, min_max=min_max), **weight)
 
     def named_tensors(self) -> dict[str, Tensor]:
         return {"values": self.values, **super().named_tensors()}
