@@ -245,30 +245,6 @@ def test_nothing_half_written(generate, output, monkeypatch, broken):
     assert_nothing_written(output)
 
 
-def test_an_interruption_leaves_nothing(output):
-    def write(folder):
-        (folder / "video.mp4").write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        files.write_folder(output, ALL, write, overwrite=False)
-    assert_nothing_written(output)
-
-
-def test_a_folder_that_is_filled_meanwhile(output):
-    def write(folder):
-        (folder / "video.mp4").write_bytes(b"ours")
-        output.mkdir()
-        (output / "video.mp4").write_bytes(b"theirs")
-
-    with pytest.raises(files.CommandError, match="the results are in ") as caught:
-        files.write_folder(output, ALL, write, overwrite=False)
-    assert (output / "video.mp4").read_bytes() == b"theirs"
-    (kept,) = (path for path in output.parent.iterdir() if path != output)
-    assert str(caught.value).endswith(str(kept))
-    assert (kept / "video.mp4").read_bytes() == b"ours"
-
-
 def test_a_video_of_odd_size(tmp_path):
     frames = [Image.new("RGB", (17, 15), (40 * index, 200, 30)) for index in range(4)]
     files.write_mp4(tmp_path / "odd.mp4", frames, 8)

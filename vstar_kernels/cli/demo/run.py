@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from vstar_kernels.cli.demo import models, report, summary
 from vstar_kernels.cli.demo.denoise import Demo
 from vstar_kernels.cli.demo.options import Options
 from vstar_kernels.cli.options import CommandError, check_device, check_packages
+from vstar_kernels.files import results_folder
 from vstar_kernels.models.layers import temporal_layers
 
 PACKAGES = ("diffusers", "transformers", "tqdm")
@@ -88,21 +86,13 @@ def _denoise(demo: Demo) -> None:
         demo.run(progress)
 
 
-def _write(folder: Path, demo: Demo, results: dict[str, Any]) -> None:
-    """Make every file beside the folder first, so that it never holds half of a result."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        videos = _write_videos(scratch, demo)
-        (scratch / "results.json").write_text(json.dumps(results, indent=1))
-        (scratch / "report.html").write_text(report.render(results, videos), encoding="utf-8")
-        folder.mkdir(exist_ok=True)
-        for way in VIDEO_WAYS:  # of an earlier run, which may have had a model where this has none
-            (folder / f"{way}.gif").unlink(missing_ok=True)
-        for path in scratch.iterdir():
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(scratch)
+def _write(output: Path, demo: Demo, results: dict[str, Any]) -> None:
+    # Videos of an earlier run go: it may have had a model where this one has none.
+    names = ("report.html", "results.json", *(f"{way}.gif" for way in VIDEO_WAYS))
+    with results_folder(output, names, overwrite=True) as folder:
+        videos = _write_videos(folder, demo)
+        (folder / "results.json").write_text(json.dumps(results, indent=1))
+        (folder / "report.html").write_text(report.render(results, videos), encoding="utf-8")
 
 
 def _write_videos(folder: Path, demo: Demo) -> dict[str, Path]:

@@ -1,74 +1,15 @@
-"""What ``generate`` writes, all of it or nothing."""
+"""The videos that ``generate`` writes."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from vstar_kernels.cli.options import CommandError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 QUALITY = "18"  # x264's constant rate factor: hardly to be told from the original
-
-
-def write_folder(
-    folder: Path, names: Sequence[str], write: Callable[[Path], None], *, overwrite: bool
-) -> None:
-    """Write a folder's files, first into a folder beside it.
-
-    Args:
-        folder: New or empty, unless ``overwrite``.
-        names: Those that files may have; with ``overwrite`` they are replaced or removed, and
-            others stay.
-        write: Writes the files into the folder that it is given.
-
-    Raises:
-        CommandError: They cannot be written. Then nothing has been, except where the folder has
-            been filled meanwhile: the message says where the files are.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise CommandError(f"--output: {error}") from error
-    try:
-        write(scratch)
-        if overwrite and folder.exists():
-            _replace(scratch, folder, names)
-        else:
-            _rename(scratch, folder)
-    except OSError as error:
-        raise CommandError(f"--output: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _replace(scratch: Path, folder: Path, names: Sequence[str]) -> None:
-    written = {path.name for path in scratch.iterdir()}
-    for name in set(names) - written:
-        (folder / name).unlink(missing_ok=True)
-    for name in written:
-        os.replace(scratch / name, folder / name)
-
-
-def _rename(scratch: Path, folder: Path) -> None:
-    mask = os.umask(0)
-    os.umask(mask)
-    scratch.chmod(0o777 & ~mask)  # mkdtemp's folders are for their owner only
-    try:
-        if folder.exists():
-            folder.rmdir()  # an empty one: not everywhere is it replaced
-        os.rename(scratch, folder)
-    except OSError as error:
-        kept = scratch.with_name(scratch.name.lstrip("."))
-        os.rename(scratch, kept)
-        raise CommandError(f"--output: {error}; the results are in {kept}") from error
 
 
 def write_mp4(path: Path, frames: Sequence[Image], fps: int) -> None:

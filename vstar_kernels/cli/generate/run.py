@@ -10,10 +10,11 @@ from typing import Any
 
 from vstar_kernels.analysis.plots import plot_maps
 from vstar_kernels.analysis.summary import mean_maps
-from vstar_kernels.cli.generate.files import write_folder, write_gif, write_mp4
+from vstar_kernels.cli.generate.files import write_gif, write_mp4
 from vstar_kernels.cli.generate.options import Options
 from vstar_kernels.cli.info import info
 from vstar_kernels.cli.options import CommandError, check_device, check_packages
+from vstar_kernels.files import results_folder
 from vstar_kernels.methods.sources import SynopsisError, shorten
 from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.methods.vstar.vstar import PAPER, VSTAR, Generation
@@ -57,11 +58,11 @@ def run(options: Options) -> int:
             **_settings(options),
             **image,
         )
-
-    def write(folder: Path) -> None:
-        _write(folder, generation, options, _record(options, pipe, generation, device))
-
-    write_folder(options.output, FILES, write, overwrite=options.overwrite)
+    try:
+        with results_folder(options.output, FILES, overwrite=options.overwrite) as folder:
+            _write(folder, generation, options, _record(options, pipe, generation, device))
+    except OSError as error:
+        raise CommandError(f"--output: {error}") from error
     for number, stage in enumerate(generation.synopsis.stages, start=1):
         print(f"stage {number}: {stage}")
     print(f"seed {generation.seed}, TAR on {len(generation.layers)} layers")

@@ -1,0 +1,122 @@
+"""Files and folders of results that are complete whenever they are there."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_atomically(path: str | Path, data: str | bytes) -> None:
+    """Writes a file so that a reader finds the old content or the new one, never a part of either.
+
+    The file is made beside its place and renamed, so it is also complete when several processes
+    write it. A link is followed. A new file gets the permissions that ``open`` would give it, and
+    one that was there keeps its own.
+
+    Args:
+        path: The file; its folder must exist.
+        data: Its whole content; text is written as UTF-8, its line ends as they are.
+
+    Raises:
+        OSError: It cannot be written, or something is there that is not a regular file. What was
+            there is unchanged.
+    """
+    place = Path(path).resolve()
+    existed = place.exists()
+    if existed and not place.is_file():
+        raise OSError(f"{place} is not a regular file")
+    scratch = _free_name(place)
+    try:
+        # Not tempfile: it makes files for their owner only, whatever the umask says.
+        with scratch.open("xb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+        if existed:
+            shutil.copymode(place, scratch)
+        os.replace(scratch, place)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def results_folder(
+    path: str | Path, names: Collection[str], *, overwrite: bool = False
+) -> Iterator[Path]:
+    """Gives an empty folder to write results into, which are all put into their place at the end.
+
+    A new folder appears with all of its files at once. In one that is there already, the files of
+    an earlier run are exchanged for the new ones, all or none, and other files stay. If the body
+    raises, nothing has changed. If the results are complete and cannot be put into their place,
+    they are kept, and the error says where.
+
+    Args:
+        path: The folder of the results; missing folders above it are made. A link is followed.
+        names: The names that files of results may have, in this run or an earlier one.
+        overwrite: Whether the folder may hold something already.
+
+    Raises:
+        OSError: The results cannot be written, or cannot be put into their place.
+    """
+    place = Path(path).resolve()
+    existed = place.exists()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # Within a folder that is there: it may be a mounted one, or the one we are in.
+    scratch = _free_name(place / "results" if existed else place)
+    scratch.mkdir()
+    try:
+        yield scratch
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    try:
+        if existed or (overwrite and place.exists()):
+            _exchange_files(scratch, place, names, overwrite=overwrite)
+        else:
+            os.rename(scratch, place)  # fails where a folder with files has been made meanwhile
+    except OSError as error:
+        kept = scratch.with_name(scratch.name.lstrip("."))
+        os.rename(scratch, kept)
+        raise OSError(f"{error}; the results are in {kept}") from error
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _exchange_files(
+    scratch: Path, folder: Path, names: Collection[str], *, overwrite: bool
+) -> None:
+    """Moves the files of ``scratch`` into ``folder``, and those of an earlier run away.
+
+    The old files are deleted when all of the new ones are there. Until then any exception, an
+    interrupt too, moves everything back.
+    """
+    others = [entry for entry in folder.iterdir() if entry != scratch]
+    if others and not overwrite:
+        raise OSError(f"{folder} is not empty any more")
+    for entry in others:
+        if entry.name in names and entry.is_dir() and not entry.is_symlink():
+            raise OSError(f"{entry} is a folder, not a file of an earlier run")
+    old = _free_name(folder / "old")
+    old.mkdir()
+    moves = [(entry, old / entry.name) for entry in others if entry.name in names]
+    moves += [(entry, folder / entry.name) for entry in scratch.iterdir()]
+    try:
+        for source, target in moves:
+            os.rename(source, target)
+    except BaseException:
+        for source, target in reversed(moves):
+            if not os.path.lexists(source):  # so it was moved
+                os.rename(target, source)
+        old.rmdir()
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _free_name(path: Path) -> Path:
+    """Returns a hidden name beside a path, which nothing has."""
+    return path.with_name(f".{path.name[:32]}-{secrets.token_hex(4)}")
