@@ -89,7 +89,8 @@ def check_files(wheel: zipfile.ZipFile, version: str) -> None:
     if strangers:
         raise WheelError(f"it holds more than the package: {some(strangers)}")
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("vstar_kernels/**/*.py")}
-    wanted = sources | {LIBRARY, "vstar_kernels/py.typed"}
+    templates = {str(path.relative_to(ROOT)) for path in ROOT.glob("vstar_kernels/**/*.html")}
+    wanted = sources | templates | {LIBRARY, "vstar_kernels/py.typed"}
     if missing := wanted - set(names):
         raise WheelError(f"it lacks {some(missing)}")
     if extra := {name for name in names if name.endswith(".py")} - sources:
