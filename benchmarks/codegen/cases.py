@@ -110,7 +110,7 @@ class Case:
     head_dim: int
     kernel: str  # as launches() calls it
     launch: Launch
-    dtypes: tuple[torch.dtype, ...]
+    dtypes: tuple[torch.dtype | None, ...]  # of the launch's tensors; None for unused ones
 
     @property
     def config(self) -> TileConfig | StreamConfig:
@@ -190,8 +190,9 @@ def _backward_launches(config: TileConfig | StreamConfig, call: Facts) -> dict[s
     return {name: launch for name, launch in reversed(found.items()) if launch is not None}
 
 
-def _types(call: Facts, launch: Launch) -> tuple[torch.dtype, ...]:
-    types = dict.fromkeys(STRIDED, call.dtype) | dict.fromkeys(INT32_TENSORS, torch.int32)
+def _types(call: Facts, launch: Launch) -> tuple[torch.dtype | None, ...]:
+    types: dict[str, torch.dtype | None] = dict.fromkeys(STRIDED, call.dtype)
+    types |= dict.fromkeys(INT32_TENSORS, torch.int32) | dict.fromkeys(launch.unused)
     return tuple(types.get(name, torch.float32) for name in launch.tensors)
 
 

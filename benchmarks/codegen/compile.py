@@ -30,7 +30,7 @@ def compile_case(case: Case) -> Any:
     kernel = case.launch.kernel
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    tensors = [MockTensor(dtype) for dtype in case.dtypes]
+    tensors = [None if dtype is None else MockTensor(dtype) for dtype in case.dtypes]
     bound, specialization, options = bind(*tensors, *case.launch.arguments, **case.launch.constants)
     options, signature, constants, attributes = kernel._pack_args(
         backend, options, bound, specialization, options

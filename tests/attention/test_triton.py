@@ -15,6 +15,7 @@ import torch
 import vstar_kernels as vk
 from tests.pairwise import pairwise
 from vstar_kernels.attention import triton as backend
+from vstar_kernels.attention.call import Problem
 from vstar_kernels.testing import assert_exact, eager, eager_with_map, inputs, largest_error, oracle
 
 if backend.unavailable():
@@ -502,12 +503,25 @@ def test_a_long_map_is_asked_for_in_blocks(monkeypatch):
         tar(*tensors, return_map=True)
 
 
+# ---- launches without a tensor ----
+
+
+def test_a_launch_without_a_tensor_that_it_writes_is_an_error():
+    """It is not given another in its place: the kernel would overwrite the caller's data."""
+    query, key, value = (x.to(DEVICE) for x in inputs(1, 16, 1, 16, dtype=torch.bfloat16))
+    made = plan.make(facts(tuple(query.shape), query.dtype))
+    before = query.clone()
+    with pytest.raises(ValueError, match="tile_kernel needs out"):
+        made.forward({"q": query, "k": key, "v": value})
+    assert torch.equal(query, before)
+
+
 # ---- plans ----
 
 
 def facts(shape, dtype=torch.bfloat16, strides=None, **changes):
     tensor = torch.empty(shape, dtype=dtype, device="meta")
-    problem = vk.problem.Problem(
+    problem = Problem(
         shape, dtype, torch.device(DEVICE), dict.fromkeys(("query", "key", "value"), tensor),
         None, 1.0, False,
     )  # fmt: skip

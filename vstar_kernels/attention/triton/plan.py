@@ -30,26 +30,38 @@ MAP_STRIP = 512  # rows of the map that are summed at a time, where it is summed
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel with its grid. Called with tensors by name, of which it takes its own."""
+    """One kernel with its grid. Called with tensors by name, of which it takes its own.
+
+    The kernel gets None for the ``unused`` ones, which its constants make it leave alone, so that
+    it does not compile if it touches one of them after all. Every other tensor must be there.
+    """
 
     kernel: Any
     programs: int
     tensors: tuple[str, ...]
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
+    unused: frozenset[str]
 
     def __call__(self, tensors: dict[str, Tensor]) -> None:
-        # In the place of those that the constants make it leave alone, any tensor does.
-        any_tensor = tensors["q"]
-        named = (tensors.get(name, any_tensor) for name in self.tensors)
+        if missing := [x for x in self.tensors if x not in self.unused and tensors.get(x) is None]:
+            raise ValueError(f"{self.kernel.__name__} needs {', '.join(missing)}, given none")
+        named = (None if name in self.unused else tensors[name] for name in self.tensors)
         self.kernel[(self.programs,)](*named, *self.arguments, **self.constants)
 
 
-def launch(kernel: Any, programs: int, facts: Facts, **more: Any) -> Launch:
-    """A kernel's launch, whose parameters are found by their names: ``more`` and from the facts."""
+def launch(
+    kernel: Any, programs: int, facts: Facts, *, unused: dict[str, bool], **more: Any
+) -> Launch:
+    """A kernel's launch, whose parameters are found by their names: ``more`` and from the facts.
+
+    ``unused`` says of tensors that are not always needed whether the constants make the kernel
+    leave them alone; Δ's values are found unused here.
+    """
     constant = {**constants(facts), **more}
     argument = {**arguments(facts), **more}
     parameters = [name for name in kernel.arg_names if not name.isupper()]
+    unused = {"values": facts.form in ("none", "gaussian")} | unused
     return Launch(
         kernel,
         programs,
@@ -60,6 +72,7 @@ def launch(kernel: Any, programs: int, facts: Facts, **more: Any) -> Launch:
             for name, value in constant.items()
             if name == "num_warps" or (name.isupper() and name in kernel.arg_names)
         },
+        frozenset(name for name, condition in unused.items() if condition),
     )
 
 
@@ -116,6 +129,7 @@ def tile_launch(facts: Facts, config: TileConfig) -> Launch:
         tile_kernel,
         programs,
         facts,
+        unused={"stat": facts.stat != "tensor", "map_sums": True},
         chunks=1,
         FRAMES=padded,
         ROWS=config.rows,
@@ -140,6 +154,7 @@ def tile_with_map(facts: Facts, config: TileConfig) -> Plan:
         tile_kernel,
         batch * chunks,
         facts,
+        unused={"stat": facts.stat != "tensor"},
         chunks=chunks,
         FRAMES=padded,
         ROWS=config.rows,
@@ -158,6 +173,11 @@ def stream_launch(facts: Facts, config: StreamConfig, *, save: bool = False) -> 
         stream_kernel,
         sequences(facts) * -(-facts.shape[-3] // config.rows),
         facts,
+        unused={
+            "stat": facts.form == "none" or facts.stat in ("none", "row_max"),
+            "lse": not save,
+            "weights": not save or facts.form == "none",
+        },
         SAVE=save,
         STAGES=config.stages,
         **blocks(facts, config),
@@ -168,7 +188,7 @@ def map_max_launch(facts: Facts, config: StreamConfig, **more: Any) -> Launch:
     """The maxima that a stream kernel of the same configuration needs with "map_max"."""
     programs = sequences(facts) * -(-facts.shape[-3] // config.rows)
     constants = {"STAGES": config.stages, **blocks(facts, config), **more}
-    return launch(map_max_kernel, programs, facts, **constants)
+    return launch(map_max_kernel, programs, facts, unused={}, **constants)
 
 
 def blocks(facts: Facts, config: StreamConfig) -> dict[str, Any]:
@@ -220,7 +240,14 @@ def strips(facts: Facts, config: StreamConfig) -> tuple[MapsLaunch, ...]:
 
 
 def maps_launch(
-    facts: Facts, config: StreamConfig, *, groups: int, count: int, rows: int, **more: Any
+    facts: Facts,
+    config: StreamConfig,
+    *,
+    groups: int,
+    count: int,
+    rows: int,
+    OF_DELTA: bool,
+    **more: Any,
 ) -> MapsLaunch:
     """Sums over ``count`` sequences of each group, in as many chunks as the GPU needs programs."""
     pieces = groups * -(-rows // config.rows) * -(-facts.shape[-3] // config.keys)
@@ -229,6 +256,14 @@ def maps_launch(
         maps_kernel,
         pieces * chunks,
         facts,
+        unused={
+            "v": not OF_DELTA,
+            "grad_out": not OF_DELTA,
+            "inner": not OF_DELTA,
+            "grad_map": not OF_DELTA or not facts.map_block,
+            "weights": facts.form == "none",
+        },
+        OF_DELTA=OF_DELTA,
         count=count,
         rows=rows,
         chunks=chunks,

@@ -90,6 +90,12 @@ def tile_plan(facts: Facts, config: TileConfig) -> TilePlan:
         tile_backward_kernel,
         programs,
         facts,
+        unused={
+            "stat": facts.stat != "tensor",
+            "grad_values": not facts.grad_values,
+            "grad_stat": facts.stat != "tensor" or facts.form == "none" or facts.detach,
+            "grad_map": not facts.map_block,
+        },
         step=step,
         FRAMES=padded,
         SEQUENCES=packed,
@@ -118,15 +124,38 @@ def stream_plan(facts: Facts, config: StreamConfig) -> StreamPlan:
             **split,
         )
 
-    def sweep(kernel: Any, name: str, side: str) -> Launch:
+    plain = facts.form == "none"
+    constant = plain or facts.stat == "none" or facts.detach  # no gradient through the statistic
+
+    def sweep(kernel: Any, name: str, side: str, **unused: bool) -> Launch:
         own = config.of(name)
         programs = sequences(facts) * -(-frames // getattr(own, side))
-        return launch(kernel, programs, facts, **blocks(facts, own), **split)
+        unused |= {"grad_map": not facts.map_block, "weights": plain}
+        return launch(kernel, programs, facts, unused=unused, **blocks(facts, own), **split)
 
     return StreamPlan(
         map_max_launch(facts, config.of("map_max"), **split) if facts.stat == "map_max" else None,
-        sweep(statistics_kernel, "statistics", "rows"),
-        sweep(rows_kernel, "rows", "rows"),
-        sweep(columns_kernel, "columns", "keys"),
+        sweep(
+            statistics_kernel,
+            "statistics",
+            "rows",
+            stat=plain or facts.stat in ("none", "row_max"),
+            columns=plain,
+        ),
+        sweep(
+            rows_kernel,
+            "rows",
+            "rows",
+            grad_stat=constant or facts.stat != "tensor",
+            columns=constant or facts.stat != "row_max",
+            d_weights=constant or facts.stat == "tensor",
+        ),
+        sweep(
+            columns_kernel,
+            "columns",
+            "keys",
+            columns=constant or facts.stat == "tensor",
+            d_weights=constant or facts.stat == "tensor",
+        ),
         grad_values,
     )
