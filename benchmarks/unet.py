@@ -12,8 +12,8 @@ from benchmarks.cases import Case
 from benchmarks.models import TEXT_TOKENS, unet3d
 from benchmarks.peers.tar import BIAS
 from vstar_kernels.attention.bias import Bias
-from vstar_kernels.models.layers import temporal_layers
-from vstar_kernels.models.unet import TARAttnProcessor
+from vstar_kernels.models.attention_processor import TARAttnProcessor
+from vstar_kernels.models.front_end import temporal_layers
 
 SAMPLES = 2  # of classifier-free guidance
 TIMESTEP = 500

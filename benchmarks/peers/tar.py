@@ -11,7 +11,7 @@ from torch import Tensor
 import vstar_kernels as vk
 from benchmarks.peers.peer import Attention, AttentionWithMap, Inputs, Peer
 from vstar_kernels.cli.demo.eager import EagerTARAttnProcessor
-from vstar_kernels.models.unet import TARAttnProcessor
+from vstar_kernels.models.attention_processor import TARAttnProcessor
 
 SIGMA = 1.0
 BIAS = vk.GaussianBias(SIGMA)

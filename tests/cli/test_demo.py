@@ -24,8 +24,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from vstar_kernels.analysis import band_share
 from vstar_kernels.cli.demo import denoise, measure
+from vstar_kernels.models.attention_processor import TARAttnProcessor
 from vstar_kernels.models.layers import TemporalLayer
-from vstar_kernels.models.unet import TARAttnProcessor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FRAMES = 6

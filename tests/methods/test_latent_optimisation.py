@@ -6,7 +6,7 @@ import torch
 import vstar_kernels as vk
 from tests.models.models import make, text
 from vstar_kernels.attention import cpu
-from vstar_kernels.models.layers import temporal_layers
+from vstar_kernels.models.front_end import temporal_layers
 
 FRAMES = 6
 BIAS = vk.GaussianBias(1.0)

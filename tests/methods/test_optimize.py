@@ -9,7 +9,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 import vstar_kernels as vk
 from vstar_kernels.methods.vstar import noise, optimize_objective
 from vstar_kernels.methods.vstar.optimize_objective import MapObjective
-from vstar_kernels.models.layers import temporal_layers
+from vstar_kernels.models.front_end import temporal_layers
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")

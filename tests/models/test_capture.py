@@ -7,7 +7,7 @@ import torch
 import vstar_kernels as vk
 from vstar_kernels.attention import dispatch as selection
 from vstar_kernels.attention import reference
-from vstar_kernels.models.layers import temporal_layers
+from vstar_kernels.models.front_end import temporal_layers
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")

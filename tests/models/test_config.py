@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vstar_kernels as vk
-from vstar_kernels.models.config import Treatment
+from vstar_kernels.models.layers import Regularization
 
 MATRIX = torch.rand(4, 4)
 
@@ -12,7 +12,7 @@ MATRIX = torch.rand(4, 4)
 def biases(config):
     return {
         key: (t.bias.sigma, t.bias.strength, t.bias.stat, t.bias.clamp_negative)
-        for key, t in config.treatments.items()
+        for key, t in config.regularizations.items()
     }
 
 
@@ -45,24 +45,24 @@ def test_weights():
 def test_other_biases():
     dense, toeplitz = vk.DenseBias(MATRIX), vk.ToeplitzBias(torch.ones(2, 7), signed=True)
     config = vk.TARConfig(bias=dense, strength=0.5)
-    assert set(config.treatments) == {0}
-    assert config.treatments[0].bias.values is MATRIX
-    assert config.treatments[0].bias.strength == 0.5
+    assert set(config.regularizations) == {0}
+    assert config.regularizations[0].bias.values is MATRIX
+    assert config.regularizations[0].bias.strength == 0.5
     config = vk.TARConfig({0: 1.0}, bias={1: toeplitz, 2: dense})
-    assert [type(t.bias).__name__ for t in config.treatments.values()] == [
+    assert [type(t.bias).__name__ for t in config.regularizations.values()] == [
         "GaussianBias",
         "ToeplitzBias",
         "DenseBias",
     ]
-    assert config.treatments[1].bias.signed
+    assert config.regularizations[1].bias.signed
 
 
 def test_overrides():
     config = vk.TARConfig({0: 1.0, 1: 2.0}, override={1: "identity", 2: "uniform"})
-    assert list(config.treatments) == [0, 1, 2]
-    assert config.treatments[1] == Treatment(override="identity")
-    assert config.treatments[2] == Treatment(override="uniform")
-    assert config.treatments[0].bias.sigma == 1.0
+    assert list(config.regularizations) == [0, 1, 2]
+    assert config.regularizations[1] == Regularization(override="identity")
+    assert config.regularizations[2] == Regularization(override="uniform")
+    assert config.regularizations[0].bias.sigma == 1.0
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import vstar_kernels as vk
 pytest.importorskip("diffusers")
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
-from vstar_kernels.models.unet import TARAttnProcessor
+from vstar_kernels.models.attention_processor import TARAttnProcessor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HEADS, HEAD_DIM = 4, 16

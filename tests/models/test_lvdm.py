@@ -8,7 +8,7 @@ import vstar_kernels as vk
 from tests.models import eager
 from tests.models.lvdm_model import CrossAttention, Downsample
 from tests.models.models import call, make
-from vstar_kernels.models.layers import temporal_layers
+from vstar_kernels.models.front_end import temporal_layers
 from vstar_kernels.models.lvdm import LvdmTARForward
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -21,8 +21,8 @@ from PIL import Image
 
 from examples import tiny
 from tests.models.models import SPARSE
-from vstar_kernels.models.layers import models_with_temporal_attention, temporal_layers
-from vstar_kernels.models.unet import TARAttnProcessor
+from vstar_kernels.models.attention_processor import TARAttnProcessor
+from vstar_kernels.models.front_end import models_with_temporal_attention, temporal_layers
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -17,8 +17,8 @@ from diffusers.models.attention_processor import (
 )
 
 from tests.models.models import KINDS, call, make
-from vstar_kernels.models.layers import temporal_layers
-from vstar_kernels.models.unet import TARAttnProcessor
+from vstar_kernels.models.attention_processor import TARAttnProcessor
+from vstar_kernels.models.front_end import temporal_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}

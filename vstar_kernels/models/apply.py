@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from vstar_kernels.models import unet as diffusers
 from vstar_kernels.models.config import TARConfig
-from vstar_kernels.models.layers import RegularizedLayer, is_lvdm, models_with_temporal_attention
+from vstar_kernels.models.front_end import models_with_temporal_attention
+from vstar_kernels.models.layers import RegularizedLayer
 from vstar_kernels.models.regularized import RegularizedModel, check_keys
-from vstar_kernels.models.schedule import StepGate
+from vstar_kernels.models.schedule import StepGate, scheduler_of
 
 
 def apply_tar(
@@ -65,11 +65,7 @@ def apply_tar(
         raise TypeError(f"config must be a TARConfig or a preset, got {type(config).__name__}")
     models = models_with_temporal_attention(pipe_or_model)
 
-    def find_scheduler() -> Any:
-        # Asked for each time: a pipeline's scheduler can be exchanged.
-        return scheduler if scheduler is not None else getattr(pipe_or_model, "scheduler", None)
-
-    gate = StepGate(config.steps, find_scheduler)
+    gate = StepGate(config.steps, scheduler_of(pipe_or_model, scheduler))
     regularized = [
         RegularizedModel(
             name,
@@ -83,9 +79,7 @@ def apply_tar(
         for name, model in models.items()
     ]
     if config.key == "level":
-        check_keys(config.treatments, regularized, "level")
-    if not all(map(is_lvdm, models.values())):
-        diffusers.register_for_layer_skip()
+        check_keys(config.regularizations, regularized, "level")
     return TARHandle(config, gate, regularized)
 
 

@@ -1,22 +1,35 @@
-"""A model's mean attention maps while it samples (VSTAR, arXiv 2403.13501, Figs. 3, 10, S.10)."""
+"""A model's mean attention maps while it samples (VSTAR, arXiv 2403.13501, Figs. 3, 10, S.10).
+
+Nothing in the model is replaced. Hooks watch the queries and keys of each temporal attention layer,
+and the map is computed from them next to what the model computes. Whatever else is done to the
+model meanwhile, in whatever order, is seen as it is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vstar_kernels.analysis.maps import AttentionMap, Level, Place
-from vstar_kernels.models.hooks import HookHandle, is_compiled
-from vstar_kernels.models.layers import (
-    TemporalLayer,
+from vstar_kernels.analysis.maps import AttentionMap, Level, Place, mean_map
+from vstar_kernels.models.front_end import (
+    find_front_end,
     models_with_temporal_attention,
     temporal_layers,
 )
-from vstar_kernels.models.schedule import find_step
-from vstar_kernels.models.watch import Selected, Watch
+from vstar_kernels.models.hooks import Argument, HookHandle, is_compiled
+from vstar_kernels.models.layers import (
+    OVERRIDE_MAPS,
+    PLAIN,
+    RegularizedAttention,
+    TemporalLayer,
+)
+from vstar_kernels.models.schedule import find_step, scheduler_of, timestep_value
+
+Chooses = Callable[[TemporalLayer], bool]
 
 
 def capture_maps(
@@ -70,14 +83,12 @@ def capture_maps(
     for name, model in models.items():
         if is_compiled(pipe_or_model, name, model):
             raise ValueError(f"maps of a compiled {type(model).__name__} cannot be captured")
-    selected = layers or (lambda layer: True)
-    if not any(selected(layer) for model in models.values() for layer in temporal_layers(model)):
+    chooses = layers or (lambda layer: True)
+    if not any(chooses(layer) for model in models.values() for layer in temporal_layers(model)):
         raise ValueError("layers chooses none of the temporal attention layers")
 
-    def find_scheduler() -> Any:
-        return scheduler if scheduler is not None else getattr(pipe_or_model, "scheduler", None)
-
-    return MapCapture(models, steps, selected, find_scheduler, max_rows, differentiable)
+    get_scheduler = scheduler_of(pipe_or_model, scheduler)
+    return MapCapture(models, steps, chooses, get_scheduler, max_rows, differentiable)
 
 
 class MapCapture(HookHandle):
@@ -91,18 +102,18 @@ class MapCapture(HookHandle):
         self,
         models: dict[str, nn.Module],
         steps: Collection[int] | None,
-        selected: Selected,
-        find_scheduler: Callable[[], Any],
+        chooses: Chooses,
+        get_scheduler: Callable[[], Any],
         max_rows: int,
         differentiable: bool,
     ) -> None:
         super().__init__()
         self.step: int | None = None
         self._steps = steps
-        self._find_scheduler = find_scheduler
+        self._get_scheduler = get_scheduler
         self._maps: dict[tuple[Any, ...], AttentionMap] = {}
         self._watches = [
-            Watch(self, name, model, selected, max_rows, differentiable)
+            _Watch(self, name, model, chooses, max_rows, differentiable)
             for name, model in models.items()
         ]
         for watch in self._watches:
@@ -159,7 +170,7 @@ class MapCapture(HookHandle):
         """
         if self.step is not None:
             return self.step
-        scheduler = self._find_scheduler()
+        scheduler = self._get_scheduler()
         if scheduler is not None:
             return find_step(timestep, scheduler)
         if self._steps is not None:
@@ -180,3 +191,147 @@ class MapCapture(HookHandle):
             self._maps[key].add(new.map)
         else:
             self._maps[key] = new
+
+
+class _Watch:
+    """The hooks on one model.
+
+    Those on its layers last for one forward pass, so that layers and projections that are replaced
+    between two of them (FreeNoise, LoRA) are found again.
+
+    Args:
+        capture: Says which steps it wants, and takes the maps.
+        name: The model's name in its pipeline.
+        model: The model.
+        chooses: Whether to watch a layer.
+        max_rows, differentiable: See :func:`vstar_kernels.capture_maps`.
+    """
+
+    def __init__(
+        self,
+        capture: MapCapture,
+        name: str,
+        model: nn.Module,
+        chooses: Chooses,
+        max_rows: int,
+        differentiable: bool,
+    ) -> None:
+        self._capture = capture
+        self._name = name
+        self._model = model
+        self._chooses = chooses
+        self._max_rows = max_rows
+        self._differentiable = differentiable
+        self._running = False  # not where gradient checkpointing calls the layers again
+        self._front_end = find_front_end(model)
+        self._hooks: list[Any] = []
+        self._pending: set[str] = set()  # layers whose call is still to come
+        self._batch = 0
+        self._when: tuple[int | None, float] = (None, 0.0)
+
+    def install(self) -> list[Any]:
+        """Put the hooks on the model; how to remove them."""
+        return [
+            self._model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self._model.register_forward_hook(self._check),
+            self._model.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def _end(self, *_: object) -> None:
+        """After a forward pass, or what it raised."""
+        self._running = False
+        if not self._keeps_graph():
+            self.unwatch()
+
+    def unwatch(self) -> None:
+        """Take the hooks off the layers."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.unwatch()
+        self._running = True
+        self._pending = set()
+        call = self._front_end.read_call(model, args, kwargs)
+        step = self._capture.find_step(call.timestep)
+        if not self._capture.wants(step):
+            return
+        self._when = step, timestep_value(call.timestep)
+        self._batch = call.sample.shape[0]
+        for layer in filter(self._chooses, self._front_end.layers(model)):
+            self._pending.add(layer.name)
+            self._watch(layer)
+
+    def _check(self, *_: object) -> None:
+        if self._pending:
+            raise RuntimeError(
+                f"{min(self._pending)} was not called in this forward pass, or is compiled: give "
+                "capture_maps layers= that leave it out"
+            )
+
+    def _watch(self, layer: TemporalLayer) -> None:
+        module: Any = layer.module
+        projected: dict[str, Tensor] = {}
+        hidden_states = Argument(module, 0)
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(projection: nn.Module, args: Any, output: Tensor) -> None:
+                projected[name] = output
+
+            return hook
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            shape = hidden_states.get(args, kwargs).shape
+            with torch.set_grad_enabled(self._keeps_graph()):
+                found = self._mean_map(layer, shape, projected)
+            projected.clear()
+            # Gradient checkpointing wants the same operations again, but not their result.
+            if self._running:
+                self._add(layer, *found)
+
+        self._hooks += [
+            module.to_q.register_forward_hook(keep("query")),
+            module.to_k.register_forward_hook(keep("key")),
+            module.register_forward_hook(after, with_kwargs=True),
+        ]
+
+    def _keeps_graph(self) -> bool:
+        return self._differentiable and torch.is_grad_enabled()
+
+    def _mean_map(
+        self, layer: TemporalLayer, shape: torch.Size, projected: dict[str, Tensor]
+    ) -> tuple[Tensor, int]:
+        """The map of one call, from ``(rows, frames, channels)``, and of how many positions."""
+        rows, frames, _ = shape
+        if rows % self._batch or (self._running and layer.name not in self._pending):
+            raise RuntimeError(
+                f"{layer.name} was called with a part of the video (FreeNoise, split inference), "
+                "and capture_maps cannot put the parts together"
+            )
+        module: Any = layer.module
+        attention = self._front_end.get_attention(module)
+        is_ours = isinstance(attention, RegularizedAttention)
+        done = attention.regularization() if is_ours else PLAIN
+        if done.override is not None:
+            replaced = OVERRIDE_MAPS[done.override](frames)
+            return replaced.repeat(self._batch, 1, 1), rows // self._batch
+        if set(projected) != {"query", "key"}:
+            raise RuntimeError(
+                f"{layer.name} did not call its to_q and to_k, from which capture_maps takes the "
+                "map: undo what computes them otherwise (fuse_qkv_projections)"
+            )
+        query, key = (
+            projected[name].unflatten(0, (self._batch, -1)).unflatten(-1, (module.heads, -1))
+            for name in ("query", "key")
+        )
+        bias = done.bias
+        if bias is not None and isinstance(bias.stat, Tensor):
+            bias = replace(bias, stat=bias.stat.unflatten(0, (self._batch, -1)))
+        return mean_map(query, key, bias, module.scale, max_rows=self._max_rows)
+
+    def _add(self, layer: TemporalLayer, map_: Tensor, positions: int) -> None:
+        self._pending.remove(layer.name)
+        where = (self._name, layer.name, layer.level, layer.place)
+        kept = map_ if self._differentiable else map_.cpu()
+        self._capture.add(AttentionMap(*where, *self._when, kept, positions))

@@ -10,22 +10,13 @@ from typing import Any, Literal, TypeVar
 
 from vstar_kernels.attention.bias import STATS, Bias, DenseBias, GaussianBias, ToeplitzBias
 from vstar_kernels.models import serialize
+from vstar_kernels.models.layers import OVERRIDE_MAPS, Override, Regularization
 from vstar_kernels.models.schedule import Steps, check_steps
 
-Override = Literal["identity", "uniform"]
-OVERRIDES = ("identity", "uniform")
 PRESET_STEPS = 13  # the last regularized step index, of 25, in the paper
 _PRESET_PART = re.compile(r"(\d+)D(\d+(?:\.\d+)?)")
 _DEFAULT_WEIGHT = {"strength": 1.0, "stat": "row_max", "clamp_negative": False}
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Treatment:
-    """What one layer gets: a bias, or an attention map in the place of its own (Fig. 4)."""
-
-    bias: Bias | None = None
-    override: Override | None = None
 
 
 @dataclass(frozen=True)
@@ -89,23 +80,23 @@ class TARConfig:
                 f"stat must be one of {', '.join(map(repr, STATS))}, got {self.stat!r}"
             )
         for key, kind in self.override.items():
-            if kind not in OVERRIDES:
+            if kind not in OVERRIDE_MAPS:
                 raise ValueError(
                     f"override must be 'identity' or 'uniform', got {kind!r} for {key}"
                 )
         for bias in _values(self.bias):
             _check_bias(bias)
         check_steps(self.steps)
-        self._check_treatments()
+        self._check_regularizations()
 
-    def _check_treatments(self) -> None:
+    def _check_regularizations(self) -> None:
         biased = self._biased_keys()
         if isinstance(self.strength, Mapping) and set(self.strength) != biased:
             raise ValueError(
                 f"strength must be keyed as sigma is, by {_listed(biased)}, "
                 f"got {_listed(self.strength)}"
             )
-        if not self.treatments:  # made here so that what they are made of is checked, too
+        if not self.regularizations:  # made here so that what they are made of is checked, too
             raise ValueError(
                 "the configuration regularizes nothing: give sigma, by_width, bias or override"
             )
@@ -137,11 +128,11 @@ class TARConfig:
         return "level" if self.by_width is None else "width"
 
     @property
-    def treatments(self) -> dict[int, Treatment]:
+    def regularizations(self) -> dict[int, Regularization]:
         """What is done to the layers of each level or width."""
-        treatments = {key: Treatment(bias=self._bias(key)) for key in self._biased_keys()}
-        treatments |= {key: Treatment(override=kind) for key, kind in self.override.items()}
-        return dict(sorted(treatments.items()))
+        found = {key: Regularization(bias=self._bias(key)) for key in self._biased_keys()}
+        found |= {key: Regularization(override=kind) for key, kind in self.override.items()}
+        return dict(sorted(found.items()))
 
     def _sigmas(self) -> Mapping[int, float]:
         if self.by_width is not None:

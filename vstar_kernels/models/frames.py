@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vstar_kernels.models.frame_prompts import Fit, FramePrompts, batched, check_embeddings
+from vstar_kernels.models.front_end import models_with_temporal_attention
 from vstar_kernels.models.hooks import Argument, HookHandle, is_compiled
-from vstar_kernels.models.layers import models_with_temporal_attention
 
 MODELS = (
     "UNet3DConditionModel",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
@@ -17,27 +20,50 @@ class Argument:
 
     Args:
         module: The module.
-        which: The argument's name or position. All video models take the latents at 0 and the
-            timestep at 1.
+        which: The argument's name or position. A name that ``forward`` does not have is one of its
+            ``**kwargs``.
     """
 
     def __init__(self, module: nn.Module, which: str | int) -> None:
         # The class's own: offloading replaces a module's `forward` by one of any arguments.
-        _, *parameters = inspect.signature(type(module).forward).parameters
-        self.index = which if isinstance(which, int) else parameters.index(which)
-        self.name = parameters[self.index]
+        names = _parameters(type(module).forward)
+        self.name = which if isinstance(which, str) else names[which]
+        self.index = names.index(self.name) if self.name in names else len(names)
 
-    def get(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Its value in a call; None where the call leaves it out."""
+    def get(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return its value in a call; None where the call leaves it out."""
         return args[self.index] if self.index < len(args) else kwargs.get(self.name)
 
     def replace(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call with another value."""
+        """Return the call with another value."""
         if self.index < len(args):
             return (*args[: self.index], value, *args[self.index + 1 :]), kwargs
         return args, {**kwargs, self.name: value}
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a forward's parameters after ``self``; looked up before every forward pass."""
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """The facts of one call of a model.
+
+    Attributes:
+        sample: The latents, the batch first and the width last.
+        timestep: A number, or a tensor of one for each of the batch.
+        width: Of the feature maps at level 0.
+        step: The index of the denoising step, where the model is told; None where it is not.
+    """
+
+    sample: Tensor
+    timestep: Any
+    width: int
+    step: int | None = None
 
 
 class HookHandle:

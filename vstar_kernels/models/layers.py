@@ -1,38 +1,22 @@
-"""Where a model has temporal self-attention: diffusers' video models, and ``lvdm``'s UNet.
-
-A model is known by the names of its modules, so that nothing of its front end is imported here.
-"""
+"""A temporal attention layer of a model, and what TAR puts in the place of its attention."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor
 
 from vstar_kernels.analysis.maps import Level, Place
 from vstar_kernels.attention.bias import Bias, GaussianBias
-from vstar_kernels.models.config import Override
+from vstar_kernels.attention.temporal import tar_attention
 
-# UNet3DConditionModel, I2VGenXLUNet; UNetMotionModel, SparseControlNetModel;
-# UNetSpatioTemporalConditionModel, whose temporal attn2 attends to an image.
-_UNET = re.compile(
-    r"(?P<place>down|mid|up)_blocks?(?:\.(?P<index>\d+))?\."
-    r"(?:(?:temp_attentions|motion_modules)\.\d+\.transformer_blocks\.\d+\.attn[12]"
-    r"|attentions\.\d+\.temporal_transformer_blocks\.\d+\.attn1)"
-)
-_UNET_INIT = re.compile(r"transformer_in\.transformer_blocks\.\d+\.attn[12]")
-_LATTE = re.compile(r"temporal_transformer_blocks\.\d+\.attn1")
-# Parts of a name that diffusers' split inference and torch.compile put in.
-_WRAPPERS = ("module", "_orig_mod")
-
-_LVDM_BLOCKS: dict[str, Place] = {
-    "init_attn": "init",
-    "input_blocks": "down",
-    "middle_block": "mid",
-    "output_blocks": "up",
+Override = Literal["identity", "uniform"]
+OVERRIDE_MAPS: dict[Override, Callable[[int], Tensor]] = {
+    "identity": torch.eye,
+    "uniform": lambda frames: torch.full((frames, frames), 1 / frames),
 }
 
 
@@ -53,6 +37,20 @@ class TemporalLayer:
     level: Level
     place: Place
     module: Any
+
+
+@dataclass(frozen=True)
+class Regularization:
+    """What changes one layer's attention: a bias, or a map in the place of its own (Fig. 4).
+
+    Without either, the layer's attention stays plain.
+    """
+
+    bias: Bias | None = None
+    override: Override | None = None
+
+
+PLAIN = Regularization()
 
 
 @dataclass(frozen=True)
@@ -86,116 +84,65 @@ class RegularizedLayer:
         return None if self.bias is None else self.bias.strength
 
 
-def temporal_layers(model: nn.Module) -> list[TemporalLayer]:
-    """The temporal self-attention modules of a model, in the model's order.
+class Controller(Protocol):
+    """The code that sets the attributes of a model's attentions before each forward pass."""
 
-    Knows diffusers' ``UNet3DConditionModel``, ``I2VGenXLUNet``, ``UNetMotionModel``,
-    ``SparseControlNetModel``, ``UNetSpatioTemporalConditionModel`` and ``LatteTransformer3DModel``,
-    and the ``UNetModel`` of ``lvdm`` (VideoCrafter, VSTAR). A compiled model is unwrapped.
+    def check_running(self) -> None:
+        """Raise RuntimeError outside of a forward pass, where the attributes mean nothing."""
 
-    Raises:
-        ValueError: The model has none.
+
+class RegularizedAttention:
+    """The attention of one layer under TAR; each front end has a subclass that its layers call.
+
+    Attributes:
+        bias: The regularization; None is plain attention.
+        override: ``"identity"`` or ``"uniform"`` instead of the attention map (VSTAR, Fig. 4).
+        backend: As for :func:`vstar_kernels.tar_attention`.
+        controller: What sets these attributes, where it is part of a model under ``apply_tar``.
+        previous: What it took the place of in that model.
+        stock: Whether to leave calls to ``previous``.
     """
-    model = unwrap(model)
-    layers = list(_lvdm_layers(model) if is_lvdm(model) else _diffusers_layers(model))
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no temporal self-attention that is known here: no module "
-            "is named like down_blocks.0.temp_attentions.0.transformer_blocks.0.attn1 (see "
-            "temporal_layers for the known models)"
+
+    controller: Controller | None = None
+    previous: Any = None
+    stock: bool = False
+
+    def __init__(
+        self,
+        bias: Bias | None = None,
+        *,
+        override: Override | None = None,
+        backend: str | None = None,
+    ) -> None:
+        self.bias = bias
+        self.override = override
+        self.backend = backend
+
+    def regularization(self) -> Regularization:
+        """Return what changes the attention of the calls at present."""
+        return PLAIN if self.stock else Regularization(self.bias, self.override)
+
+    def check_running(self) -> None:
+        """Raise RuntimeError where the model is not in a forward pass under its hooks."""
+        if self.controller is not None:
+            self.controller.check_running()
+
+    def attend(self, module: Any, hidden_states: Tensor) -> Tensor:
+        """Attend over frames, up to the output projection; ``(rows, frames, channels)``.
+
+        Args:
+            module: Has ``to_q``, ``to_k``, ``to_v``, ``heads`` and ``scale``.
+            hidden_states: ``(rows, frames, channels)``.
+        """
+        # The projections are called, not read: adapters, casting and offloading hook into the call.
+        if self.override is not None:
+            value: Tensor = module.to_v(hidden_states)
+            if self.override == "identity":
+                return value
+            return value.mean(dim=1, keepdim=True).expand_as(value)
+        query, key, value = (
+            project(hidden_states).unflatten(-1, (module.heads, -1))
+            for project in (module.to_q, module.to_k, module.to_v)
         )
-    return layers
-
-
-def models_with_temporal_attention(pipe_or_model: Any) -> dict[str, nn.Module]:
-    """The models with temporal self-attention by their name in a pipeline (``"unet"``), unwrapped.
-
-    A model by itself has the name ``""``.
-
-    Raises:
-        TypeError: It is neither a model nor a pipeline (an object with ``components``).
-        ValueError: There is none.
-    """
-    if isinstance(pipe_or_model, nn.Module):
-        temporal_layers(pipe_or_model)
-        return {"": unwrap(pipe_or_model)}
-    components = getattr(pipe_or_model, "components", None)
-    if not isinstance(components, dict):
-        raise TypeError(
-            "pipe_or_model must be a torch.nn.Module or a diffusers pipeline, "
-            f"got {type(pipe_or_model).__name__}"
-        )
-    models: dict[str, nn.Module] = {}
-    for name, component in components.items():
-        # A MotionAdapter only carries AnimateDiff's motion modules into its UNet.
-        if isinstance(component, nn.Module) and type(component).__name__ != "MotionAdapter":
-            model = unwrap(component)
-            if next(_diffusers_layers(model), None) is not None:
-                models[name] = model
-    if not models:
-        raise ValueError(
-            f"{type(pipe_or_model).__name__} holds no model with temporal self-attention that is "
-            f"known here; it holds {', '.join(components)}"
-        )
-    return models
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module itself of one that ``torch.compile`` returned."""
-    return getattr(model, "_orig_mod", model)
-
-
-def is_lvdm(model: nn.Module) -> bool:
-    """Whether it is built as ``lvdm``'s ``UNetModel`` is."""
-    return all(hasattr(model, name) for name in ("input_blocks", "middle_block", "output_blocks"))
-
-
-def _diffusers_layers(model: nn.Module) -> Iterator[TemporalLayer]:
-    num_levels = len(list(model.get_submodule("down_blocks").children())) if _is_unet(model) else 1
-    for name, module in model.named_modules():
-        # Temporal transformers can be built to attend to the prompt in attn2.
-        if getattr(module, "is_cross_attention", True):
-            continue
-        plain_name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-        if match := _UNET.fullmatch(plain_name):
-            yield TemporalLayer(name, _level(match, num_levels), match["place"], module)  # type: ignore[arg-type]
-        elif _UNET_INIT.fullmatch(plain_name):
-            yield TemporalLayer(name, "init", "init", module)
-        elif _LATTE.fullmatch(plain_name):
-            yield TemporalLayer(name, 0, "blocks", module)
-
-
-def _is_unet(model: nn.Module) -> bool:
-    return isinstance(getattr(model, "down_blocks", None), nn.ModuleList)
-
-
-def _level(match: re.Match[str], num_levels: int) -> int:
-    if match["place"] == "mid":
-        return num_levels - 1
-    index = int(match["index"])
-    return index if match["place"] == "down" else num_levels - 1 - index
-
-
-def _lvdm_layers(model: nn.Module) -> Iterator[TemporalLayer]:
-    """Its blocks are one flat list; a ``Downsample`` or ``Upsample`` ends a level."""
-    level = 0
-    for part, place in _LVDM_BLOCKS.items():
-        section = getattr(model, part, None)
-        if section is None:
-            continue
-        blocks = {part: section}
-        if isinstance(section, nn.ModuleList):
-            blocks = {f"{part}.{name}": block for name, block in section.named_children()}
-        for block_name, block in blocks.items():
-            for name, module in _lvdm_attentions(block, block_name):
-                yield TemporalLayer(name, "init" if place == "init" else level, place, module)
-            classes = {type(module).__name__ for module in block.modules()}
-            level += ("Downsample" in classes) - ("Upsample" in classes)
-
-
-def _lvdm_attentions(block: nn.Module, block_name: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in block.named_modules(prefix=block_name):
-        if type(module).__name__ == "TemporalTransformer":
-            for inner_name, inner in module.named_modules(prefix=name):
-                if inner_name.rpartition(".")[2] in ("attn1", "attn2"):
-                    yield inner_name, inner
+        out = tar_attention(query, key, value, self.bias, scale=module.scale, backend=self.backend)
+        return out.flatten(-2)

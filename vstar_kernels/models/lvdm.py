@@ -1,4 +1,4 @@
-"""Temporal attention regularization in the ``lvdm`` code base: VideoCrafter and VSTAR itself.
+"""The front end of the ``lvdm`` code base: VideoCrafter and VSTAR itself.
 
 Its ``CrossAttention`` has no processors: an instance's ``forward`` is replaced.
 """
@@ -6,31 +6,33 @@ Its ``CrossAttention`` has no processors: an instance's ``forward`` is replaced.
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from vstar_kernels.attention.bias import Bias
-from vstar_kernels.models.config import Override
-from vstar_kernels.models.unet import Owner, attend
+from vstar_kernels.analysis.maps import Place
+from vstar_kernels.models.hooks import Argument, ModelCall
+from vstar_kernels.models.layers import RegularizedAttention, TemporalLayer
+
+_SECTIONS: dict[str, Place] = {
+    "init_attn": "init",
+    "input_blocks": "down",
+    "middle_block": "mid",
+    "output_blocks": "up",
+}
 
 
-class LvdmTARForward:
+class LvdmTARForward(RegularizedAttention):
     """The ``forward`` of a temporal ``CrossAttention``, regularized.
 
     It takes ``(rows, frames, channels)``, rows being batch × height × width, and returns the same
-    shape. Attributes as of :class:`vstar_kernels.models.unet.TARAttnProcessor`.
+    shape.
     """
 
-    owner: Owner | None = None
-    previous: Any = None
-    stock: bool = False
-
     def __init__(self, module: nn.Module, *, backend: str | None = None) -> None:
+        super().__init__(backend=backend)
         self.module = module
-        self.bias: Bias | None = None
-        self.override: Override | None = None
-        self.backend = backend
 
     def __call__(
         self,
@@ -48,8 +50,7 @@ class LvdmTARForward:
         Raises:
             ValueError: The module or the call asks for more than temporal self-attention.
         """
-        if self.owner is not None:
-            self.owner.check_running()
+        self.check_running()
         if self.stock:
             more = {} if time_index is None else {"time_index": time_index}
             return self.previous(x, context=context, mask=mask, **more, **unknown)
@@ -57,11 +58,10 @@ class LvdmTARForward:
         reasons = _why_not(module, x, context, mask, unknown)
         if reasons:
             raise ValueError(f"TAR in {type(module).__name__} does not support {reasons}")
-        out = attend(module, x, self.bias, override=self.override, backend=self.backend)
-        return module.to_out(out)
+        return module.to_out(self.attend(module, x))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """In a copy of a model that has an owner, the class's own forward: the copy has none."""
+        """Copy the class's own forward, as nothing controls the copy of a model under TAR."""
         return types.MethodType, (type(self.module).forward, self.module)
 
 
@@ -82,26 +82,73 @@ def _why_not(
     return "; ".join(reasons)
 
 
-def get_processor(module: nn.Module) -> Any:
-    """The module's forward, replaced or its own."""
-    return module.forward
+class LvdmFrontEnd:
+    """TAR in the ``UNetModel`` of ``lvdm``, the code base of VideoCrafter and VSTAR."""
+
+    models = "UNetModel of lvdm (VideoCrafter, VSTAR; with input_blocks and TemporalTransformer)"
+
+    def layers(self, model: nn.Module) -> Iterator[TemporalLayer]:
+        """Yield the temporal self-attention modules in the model's order.
+
+        The model's blocks are one flat list; a ``Downsample`` or ``Upsample`` ends a level.
+        """
+        if not all(hasattr(model, name) for name in _SECTIONS if name != "init_attn"):
+            return
+        level = 0
+        for section_name, place in _SECTIONS.items():
+            section = getattr(model, section_name, None)
+            if section is None:
+                continue
+            blocks = [(section_name, section)]
+            if isinstance(section, nn.ModuleList):
+                blocks = [(f"{section_name}.{name}", x) for name, x in section.named_children()]
+            for block_name, block in blocks:
+                for name, module in _attentions(block, block_name):
+                    yield TemporalLayer(name, "init" if place == "init" else level, place, module)
+                classes = {type(module).__name__ for module in block.modules()}
+                level += ("Downsample" in classes) - ("Upsample" in classes)
+
+    def read_call(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> ModelCall:
+        """Return the facts of a call; the official sampler announces the step as step_index."""
+        sample = Argument(model, 0).get(args, kwargs)
+        step = Argument(model, "step_index").get(args, kwargs)
+        return ModelCall(
+            sample,
+            Argument(model, 1).get(args, kwargs),
+            sample.shape[-1],
+            None if step is None else int(step),
+        )
+
+    def get_attention(self, module: nn.Module) -> Any:
+        """Return the module's forward, replaced or its own."""
+        return module.forward
+
+    def set_attention(self, module: nn.Module, attention: Any) -> None:
+        """Give the module a forward; its class's own needs no replacement."""
+        if getattr(attention, "__func__", None) is type(module).forward:
+            module.__dict__.pop("forward", None)
+        else:
+            module.forward = attention
+
+    def make_attention(self, module: nn.Module, backend: str | None) -> LvdmTARForward:
+        """Make a forward for the module, plain until it is given a bias."""
+        return LvdmTARForward(module, backend=backend)
+
+    def why_not_replace(self, attention: Any) -> str | None:
+        """Say why a forward that is found in a model cannot make way for TAR; None if it can."""
+        if isinstance(attention, LvdmTARForward | types.MethodType):
+            return None
+        return f"its forward is {attention!r}, which TAR would replace"
+
+    def register(self) -> None:
+        """Register nothing: this code base has no registries."""
 
 
-def set_processor(module: nn.Module, forward: Any) -> None:
-    """Give the module a forward; its class's own needs no replacement."""
-    if getattr(forward, "__func__", None) is type(module).forward:
-        module.__dict__.pop("forward", None)
-    else:
-        module.forward = forward
-
-
-def make_processor(module: nn.Module, backend: str | None) -> LvdmTARForward:
-    """A forward for the module, plain until it is given a bias."""
-    return LvdmTARForward(module, backend=backend)
-
-
-def why_not_replace(forward: Any) -> str | None:
-    """Why a forward that is found in a model cannot make way for TAR; None if it can."""
-    if isinstance(forward, LvdmTARForward | types.MethodType):
-        return None
-    return f"its forward is {forward!r}, which TAR would replace"
+def _attentions(block: nn.Module, block_name: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in block.named_modules(prefix=block_name):
+        if type(module).__name__ == "TemporalTransformer":
+            for inner_name, inner in module.named_modules(prefix=name):
+                if inner_name.rpartition(".")[2] in ("attn1", "attn2"):
+                    yield inner_name, inner

@@ -1,35 +1,35 @@
-"""One model under TAR: its processors, and the hook that sets them before each forward pass."""
+"""One model under TAR: the attention of its layers, and the hooks around its forward passes."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vstar_kernels.analysis.maps import Level
-from vstar_kernels.models import lvdm
-from vstar_kernels.models import unet as diffusers
-from vstar_kernels.models.config import TARConfig, Treatment
-from vstar_kernels.models.copies import CopiedAfter, CopiedHook, remove_copied_hooks
-from vstar_kernels.models.hooks import Argument, HookHandle
-from vstar_kernels.models.layers import RegularizedLayer, TemporalLayer, is_lvdm, temporal_layers
+from vstar_kernels.models.config import TARConfig
+from vstar_kernels.models.front_end import find_front_end
+from vstar_kernels.models.hooks import HookHandle
+from vstar_kernels.models.layers import (
+    PLAIN,
+    Regularization,
+    RegularizedAttention,
+    RegularizedLayer,
+    TemporalLayer,
+)
 from vstar_kernels.models.positions import Positions
 from vstar_kernels.models.schedule import StepGate
-
-PLAIN = Treatment()
 
 
 class RegularizedModel(HookHandle):
     """TAR on one model. It is itself the hook, on the whole model, that runs before each forward.
 
-    It makes sure that every layer still has our processor, which much in diffusers replaces, looks
-    up whether the step is regularized, and sets the processors accordingly.
+    It makes sure that every layer still has our attention, which much in diffusers replaces, looks
+    up whether the step is regularized, and sets the attentions accordingly.
 
     Args:
         name: The model's name in its pipeline.
@@ -39,7 +39,8 @@ class RegularizedModel(HookHandle):
         backend, stock_elsewhere, extend_positions: See :func:`vstar_kernels.apply_tar`.
 
     Raises:
-        ValueError: A layer has a processor that cannot be replaced, or the model has TAR already.
+        ValueError: No front end knows the model, a layer's attention cannot be replaced, or the
+            model has TAR already.
     """
 
     def __init__(
@@ -56,25 +57,20 @@ class RegularizedModel(HookHandle):
         super().__init__()
         self.name = name
         self.model = model
-        self.layers = temporal_layers(model)
+        self.front_end = find_front_end(model)
+        self.layers = list(self.front_end.layers(model))
         self.peers: list[RegularizedModel] = [self]  # the models under the same handle
         self._config = config
-        self._treatments = config.treatments
+        self._regularizations = config.regularizations
         self._gate = gate
         self._backend = backend
         self._stock_elsewhere = stock_elsewhere
-        self._front_end: ModuleType = lvdm if is_lvdm(model) else diffusers
         self._positions = Positions(model, extend=extend_positions)
-        self._processors: dict[nn.Module, Any] = {}
-        self._made: WeakSet[Any] = WeakSet()  # a model may keep a processor, and put it back later
+        self._attentions: dict[nn.Module, RegularizedAttention] = {}
+        # All that were ever put in: a model may keep one, and put it back later.
+        self._made: WeakSet[RegularizedAttention] = WeakSet()
         self._running = False
-        parameters = list(inspect.signature(type(model).forward).parameters)
-        self._sample = Argument(model, parameters[1])
-        self._timestep = Argument(model, parameters[2])
-        self._step = Argument(model, "step_index") if "step_index" in parameters else None
         self._width: int | None = None
-        is_latte = hasattr(model, "temp_pos_embed")
-        self._patch_size: Any = model.config.patch_size if is_latte else 1  # type: ignore[union-attr]
         # torch.compile is to run them, not to trace them into a graph for each step. (Decorators
         # would import torch._dynamo with this package.)
         self._untraced_before = torch.compiler.disable(self._before)
@@ -82,22 +78,23 @@ class RegularizedModel(HookHandle):
         self._check_free()
 
     def install(self) -> None:
-        """Put the processors and the hooks in."""
-        remove_copied_hooks(self.model)
-        self._install_processors()
+        """Put the attentions and the hooks in."""
+        _remove_copied_hooks(self.model)
+        self.front_end.register()
+        self._install_attentions()
         self._hooks.append(self.model.register_forward_pre_hook(self, with_kwargs=True))
         after = _After(self)
         self._hooks.append(self.model.register_forward_hook(after, always_call=True))
 
     def remove(self) -> None:
-        """Take the hooks off and put back each processor that is still in its place."""
+        """Take the hooks off and put back what each attention of ours replaced, if it is there."""
         super().remove()
-        for module, processor in self._processors.items():
-            if self._front_end.get_processor(module) is processor:
-                self._front_end.set_processor(module, processor.previous)
-        self._processors = {}
-        for processor in self._made:
-            processor.stock, processor.owner = True, None
+        for module, attention in self._attentions.items():
+            if self.front_end.get_attention(module) is attention:
+                self.front_end.set_attention(module, attention.previous)
+        self._attentions = {}
+        for attention in self._made:
+            attention.stock, attention.controller = True, None
 
     def check_running(self) -> None:
         """Raise RuntimeError outside of a forward pass of the model."""
@@ -114,17 +111,17 @@ class RegularizedModel(HookHandle):
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._running = False
         self._keep_installed()
-        sample: Tensor = self._sample.get(args, kwargs)
-        self._width = sample.shape[-1]
-        treatments = {layer.name: self._treatment(layer) for layer in self.layers}
+        call = self.front_end.read_call(self.model, args, kwargs)
+        self._width = call.width
+        regularizations = {layer.name: self._regularization(layer) for layer in self.layers}
         self._check_widths()
-        on = self._gate.is_on(self._timestep.get(args, kwargs), self._announced(args, kwargs))
+        on = self._gate.is_on(call.timestep, call.step)
         for layer in self.layers:
-            processor = self._processors[layer.module]
-            treatment = treatments[layer.name] if on else PLAIN
-            processor.bias, processor.override = treatment.bias, treatment.override
-            processor.stock = self._stock_elsewhere and treatment is PLAIN
-        self._positions.fit(sample)
+            attention = self._attentions[layer.module]
+            regularization = regularizations[layer.name] if on else PLAIN
+            attention.bias, attention.override = regularization.bias, regularization.override
+            attention.stock = self._stock_elsewhere and regularization is PLAIN
+        self._positions.fit(call.sample)
         self._running = True
 
     def _after(self) -> None:
@@ -134,22 +131,22 @@ class RegularizedModel(HookHandle):
         self._running = self._running and torch.is_grad_enabled()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """In a copy of the model, a hook that refuses to run."""
-        return CopiedHook, ()
+        """Copy it, with its model, as a hook that refuses to run."""
+        return _CopiedHook, ()
 
     def describe(self) -> Iterator[RegularizedLayer]:
         """The layers that are regularized; with a configuration by width, after a forward."""
         for layer in self.layers:
-            treatment = self._treatment(layer)
-            if treatment is not PLAIN:
+            regularization = self._regularization(layer)
+            if regularization is not PLAIN:
                 yield RegularizedLayer(
                     self.name,
                     layer.name,
                     layer.level,
                     layer.place,
                     self.width(layer.level),
-                    treatment.bias,
-                    treatment.override,
+                    regularization.bias,
+                    regularization.override,
                 )
 
     def keys(self) -> set[int]:
@@ -161,9 +158,8 @@ class RegularizedModel(HookHandle):
         """The width at a level in the last forward pass."""
         if self._width is None:
             return None
-        # A transformer's patches are its pixels; a UNet's levels halve, rounding up.
         halvings = 0 if level == "init" else level
-        return -(-(self._width // self._patch_size) // 2**halvings)
+        return -(-self._width // 2**halvings)  # rounded up
 
     def _key(self, layer: TemporalLayer) -> int | None:
         """What the configuration may call the layer."""
@@ -173,9 +169,9 @@ class RegularizedModel(HookHandle):
             return self.width(layer.level)
         return 0 if layer.level == "init" else layer.level
 
-    def _treatment(self, layer: TemporalLayer) -> Treatment:
+    def _regularization(self, layer: TemporalLayer) -> Regularization:
         key = self._key(layer)
-        return PLAIN if key is None else self._treatments.get(key, PLAIN)
+        return PLAIN if key is None else self._regularizations.get(key, PLAIN)
 
     def _check_widths(self) -> None:
         """Every width has a layer in some model under the handle, all of the same latents."""
@@ -183,50 +179,46 @@ class RegularizedModel(HookHandle):
             return
         for peer in self.peers:
             peer._width = self._width
-        check_keys(self._treatments, self.peers, "width")
-
-    def _announced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-        step = kwargs.get("step_index") if self._step is None else self._step.get(args, kwargs)
-        return None if step is None else int(step)
+        check_keys(self._regularizations, self.peers, "width")
 
     def _keep_installed(self) -> None:
         if not all(self._is_installed(layer) for layer in self.layers):
-            self.layers = temporal_layers(self.model)
-            self._install_processors()
+            self.layers = list(self.front_end.layers(self.model))
+            self._install_attentions()
 
     def _is_installed(self, layer: TemporalLayer) -> bool:
         try:
             in_place = self.model.get_submodule(layer.name) is layer.module
         except AttributeError:
             return False
-        processor = self._processors.get(layer.module)
-        return in_place and self._front_end.get_processor(layer.module) is processor
+        attention = self._attentions.get(layer.module)
+        return in_place and self.front_end.get_attention(layer.module) is attention
 
-    def _install_processors(self) -> None:
-        found = {layer.module: self._front_end.get_processor(layer.module) for layer in self.layers}
+    def _install_attentions(self) -> None:
+        found = {layer.module: self.front_end.get_attention(layer.module) for layer in self.layers}
         for layer in self.layers:
-            if reason := self._front_end.why_not_replace(found[layer.module]):
+            if reason := self.front_end.why_not_replace(found[layer.module]):
                 raise ValueError(f"{layer.name} cannot be regularized: {reason}")
-        self._processors = {
-            layer.module: self._install_processor(layer, found[layer.module])
+        self._attentions = {
+            layer.module: self._install_attention(layer.module, found[layer.module])
             for layer in self.layers
         }
         self._positions.find(self.layers)
 
-    def _install_processor(self, layer: TemporalLayer, found: Any) -> Any:
-        """Ours where it is, or put in; it knows what to put back in the end."""
-        if getattr(found, "owner", None) is self:
+    def _install_attention(self, module: nn.Module, found: Any) -> RegularizedAttention:
+        """Put ours in unless it is there; it knows what to put back in the end."""
+        if isinstance(found, RegularizedAttention) and found.controller is self:
             return found
-        processor = self._front_end.make_processor(layer.module, self._backend)
-        processor.owner = self
-        processor.previous = found
-        if isinstance(found, diffusers.TARAttnProcessor):
+        attention = self.front_end.make_attention(module, self._backend)
+        attention.controller = self
+        attention.previous = found
+        if isinstance(found, RegularizedAttention):
             # Left behind by another handle, or ours as diffusers re-creates it: empty.
-            ours = self._processors.get(layer.module)
-            processor.previous = ours.previous if ours else found.previous or found
-        self._made.add(processor)
-        self._front_end.set_processor(layer.module, processor)
-        return processor
+            before = self._attentions.get(module)
+            attention.previous = before.previous if before else found.previous or found
+        self._made.add(attention)
+        self.front_end.set_attention(module, attention)
+        return attention
 
     def _check_free(self) -> None:
         for hook in self.model._forward_pre_hooks.values():
@@ -237,14 +229,14 @@ class RegularizedModel(HookHandle):
                 )
 
 
-def check_keys(treatments: Mapping[int, Any], models: list[RegularizedModel], kind: str) -> None:
+def check_keys(wanted: Mapping[int, Any], models: list[RegularizedModel], kind: str) -> None:
     """Raise unless each level or width has a layer in one of the models.
 
     Raises:
         ValueError: One has none.
     """
     present = set[int]().union(*(model.keys() for model in models))
-    for key in treatments:
+    for key in wanted:
         if key not in present:
             raise ValueError(
                 f"no temporal attention has {kind} {key}: the {kind}s are "
@@ -262,4 +254,34 @@ class _After:
         self.model.untraced_after()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return CopiedAfter, ()
+        return _CopiedAfter, ()
+
+
+class _CopiedHook:
+    """The hook that a copy of a model under ``apply_tar`` has before each forward pass.
+
+    The copy is stock, as nobody holds a handle on it; lest that go unnoticed, it does not run until
+    it has been under ``apply_tar`` itself.
+    """
+
+    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        raise RuntimeError(
+            f"this {type(model).__name__} is a copy of one under apply_tar, made without TAR: "
+            "apply_tar(copy, …) regularizes it, and remove() of that handle makes it stock"
+        )
+
+
+class _CopiedAfter:
+    """The hook that such a copy has after each forward pass: it has no state to put back."""
+
+    def __call__(self, *_: object) -> None:
+        pass
+
+
+def _remove_copied_hooks(model: nn.Module) -> None:
+    for hooks, flags, kind in (
+        (model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs, _CopiedHook),
+        (model._forward_hooks, model._forward_hooks_always_called, _CopiedAfter),
+    ):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+            del hooks[key], flags[key]

@@ -89,7 +89,7 @@ class StepGate:
 
     def _decide(self, step: int, timestep: Any) -> bool:
         if callable(self.steps):
-            return bool(self.steps(step, _one_value(timestep)))
+            return bool(self.steps(step, timestep_value(timestep)))
         if isinstance(self.steps, int):
             return step <= self.steps
         assert self.steps is not None
@@ -118,6 +118,18 @@ class StepGate:
             )
 
 
+def scheduler_of(pipe_or_model: Any, scheduler: Any) -> Callable[[], Any]:
+    """Return what gives the scheduler that the caller named, or else the pipeline's; None for none.
+
+    A pipeline's is looked up at each call, because it can be exchanged.
+    """
+
+    def get() -> Any:
+        return scheduler if scheduler is not None else getattr(pipe_or_model, "scheduler", None)
+
+    return get
+
+
 def find_step(timestep: Any, scheduler: Any, *, last: bool = False) -> int:
     """The index of the denoising step that evaluates the model at ``timestep``.
 
@@ -135,7 +147,7 @@ def find_step(timestep: Any, scheduler: Any, *, last: bool = False) -> int:
             holds several timesteps.
     """
     timesteps = _timesteps(scheduler)
-    value = _one_value(timestep)
+    value = timestep_value(timestep)
     nearest = min(timesteps, key=lambda candidate: abs(candidate - value))
     # A model of a 16-bit type may be given the timestep in that type.
     dtype = timestep.dtype if _is_floating(timestep) else torch.float32
@@ -162,7 +174,12 @@ def _timesteps(scheduler: Any) -> list[float]:
     return [float(t) for t in torch.as_tensor(timesteps).tolist()]
 
 
-def _one_value(timestep: Any) -> float:
+def timestep_value(timestep: Any) -> float:
+    """Return the one timestep of a forward pass as a number.
+
+    Raises:
+        ValueError: There is none, or a tensor holds several.
+    """
     if timestep is None:
         raise ValueError("the model was called without a timestep, which tells the step")
     if not isinstance(timestep, Tensor):

@@ -15,9 +15,9 @@ from vstar_kernels.attention.bias import GaussianBias
 from vstar_kernels.cli.demo.eager import EagerTARAttnProcessor
 from vstar_kernels.cli.demo.measure import CoreTimer, now, read_peak_memory, reset_peak_memory
 from vstar_kernels.cli.demo.models import VideoModel
+from vstar_kernels.models.attention_processor import TARAttnProcessor
 from vstar_kernels.models.capture import MapCapture, capture_maps
 from vstar_kernels.models.layers import TemporalLayer
-from vstar_kernels.models.unet import TARAttnProcessor
 
 REGULARIZED_STEPS = 14  # step indices 0 to 13, as in the paper
 MAP_ROWS = 32  # few, so that the step with the maps takes no longer than the others

@@ -17,7 +17,7 @@ from vstar_kernels.cli.demo.denoise import Demo
 from vstar_kernels.cli.demo.options import Options
 from vstar_kernels.cli.options import CommandError, check_device, check_packages
 from vstar_kernels.files import results_folder
-from vstar_kernels.models.layers import temporal_layers
+from vstar_kernels.models.front_end import temporal_layers
 
 PACKAGES = ("diffusers", "transformers", "tqdm")
 VIDEO_WAYS = ("stock", "vstar_kernels")  # eager TAR's video is the same as ours

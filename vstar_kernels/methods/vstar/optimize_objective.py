@@ -19,7 +19,8 @@ from vstar_kernels.methods.vstar.real_videos import (
     unused,
 )
 from vstar_kernels.models.capture import MapCapture, capture_maps
-from vstar_kernels.models.layers import TemporalLayer, temporal_layers
+from vstar_kernels.models.front_end import temporal_layers
+from vstar_kernels.models.layers import TemporalLayer
 
 References = Tensor | Mapping[Level, Tensor] | RealVideoMaps | MapCapture | Iterable[AttentionMap]
 

@@ -14,7 +14,8 @@ from vstar_kernels.analysis.frames import as_frames
 from vstar_kernels.analysis.maps import AttentionMap
 from vstar_kernels.methods.vstar.noise import draw
 from vstar_kernels.models.capture import capture_maps
-from vstar_kernels.models.layers import TemporalLayer, models_with_temporal_attention
+from vstar_kernels.models.front_end import models_with_temporal_attention
+from vstar_kernels.models.layers import TemporalLayer
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,20 @@ import diffusers
 from diffusers import UNet2DConditionModel
 
 from tests.models.models import KINDS, make
-from vstar_kernels.models.layers import models_with_temporal_attention, temporal_layers
+from vstar_kernels.models.front_end import (
+    FRONT_ENDS,
+    find_front_end,
+    models_with_temporal_attention,
+    temporal_layers,
+)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_one_front_end_knows_each_kind_of_model(name):
+    model = make(name)
+    knowing = [found for found in FRONT_ENDS if next(found.layers(model), None)]
+    assert len(knowing) == 1
+    assert find_front_end(model) is knowing[0]
 
 
 def places(model):
@@ -81,8 +94,11 @@ def test_a_model_without_temporal_attention_is_refused():
     )
     with pytest.raises(ValueError, match="UNet2DConditionModel has no temporal self-attention"):
         temporal_layers(model)
-    with pytest.raises(ValueError, match="UNet2DConditionModel has no temporal self-attention"):
+    with pytest.raises(
+        ValueError, match="UNet2DConditionModel has no temporal self-attention"
+    ) as e:
         models_with_temporal_attention(model)
+    assert all(front_end.models in str(e.value) for front_end in FRONT_ENDS)
 
 
 def test_what_a_pipeline_holds():
@@ -96,7 +112,9 @@ def test_what_a_pipeline_holds():
         "unet": unet,
         "controlnet": controlnet,
     }
-    with pytest.raises(ValueError, match=r"Pipeline holds no model .* it holds vae"):
+    with pytest.raises(
+        ValueError, match=r"Pipeline holds no model .* it holds vae, known are UNet"
+    ):
         models_with_temporal_attention(Pipeline(vae=nn.Linear(1, 1)))
     with pytest.raises(TypeError, match=r"pipe_or_model must be .* got str"):
         models_with_temporal_attention("unet")
@@ -109,3 +127,12 @@ def test_a_motion_module_that_attends_to_the_prompt():
     for layer in layers:
         layer.module.is_cross_attention = layer.name.endswith("attn2")
     assert temporal_layers(model) == [layer for layer in layers if layer.name.endswith("attn1")]
+
+
+def test_a_motion_adapter_is_no_model():
+    """It carries AnimateDiff's motion modules into a UNet, and has no forward."""
+    adapter = diffusers.MotionAdapter(
+        block_out_channels=(16,), motion_num_attention_heads=2, motion_norm_num_groups=4
+    )
+    with pytest.raises(ValueError, match="MotionAdapter has no temporal self-attention"):
+        temporal_layers(adapter)

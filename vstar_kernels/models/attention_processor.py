@@ -1,0 +1,183 @@
+"""Temporal attention regularization in diffusers' ``Attention`` modules.
+
+>>> from vstar_kernels.models.attention_processor import TARAttnProcessor
+>>> from vstar_kernels.models.front_end import temporal_layers
+>>> for layer in temporal_layers(unet):
+...     if layer.level == 0:
+...         layer.module.set_processor(TARAttnProcessor(vk.GaussianBias(sigma=1.0)))
+
+:func:`vstar_kernels.apply_tar` does this for whole models and pipelines, step by step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from vstar_kernels.models.hooks import Argument, ModelCall
+from vstar_kernels.models.layers import RegularizedAttention
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+
+# Parts of a module's name that diffusers' split inference and torch.compile put in.
+WRAPPERS = ("module", "_orig_mod")
+# What TAR may take the place of: they all compute plain attention.
+PLAIN_PROCESSORS = (
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "AttnProcessorNPU",
+    "FusedAttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+    "XLAFlashAttnProcessor2_0",
+)
+
+
+class TARAttnProcessor(RegularizedAttention):
+    """An attention processor for the temporal self-attention of diffusers' ``Attention``.
+
+    It takes ``(rows, frames, channels)``, rows being batch × height × width, and returns the same
+    shape. Without a bias it computes what ``AttnProcessor2_0`` computes. All attributes may be
+    changed between calls.
+
+    Args:
+        bias: The regularization; None is plain attention.
+        override: ``"identity"`` or ``"uniform"`` instead of the attention map (VSTAR, Fig. 4).
+        backend: As for :func:`vstar_kernels.tar_attention`.
+    """
+
+    # `Attention.forward` passes on only the keywords that it finds here by name.
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attention over the frames of each row, projections included.
+
+        Raises:
+            ValueError: The module or the call asks for more than temporal self-attention; the
+                message lists everything that it asks for.
+        """
+        self.check_running()
+        if self.stock:
+            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        reasons = _why_not(attn, hidden_states, encoder_hidden_states, attention_mask)
+        if reasons:
+            raise ValueError(f"TARAttnProcessor does not support {'; '.join(reasons)}")
+        out = self.attend(attn, hidden_states)
+        for layer in attn.to_out:  # projection, dropout
+            out = layer(out)
+        if attn.residual_connection:
+            out = out + hidden_states
+        # Dividing by 1 would be a pass over the memory, which costs as much as small attention.
+        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy what was there before, as nothing controls the copy of a model under TAR."""
+        if self.previous is None:
+            return super().__reduce_ex__(protocol)
+        return _same, (self.previous,)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _why_not(
+    attn: Attention,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None,
+    attention_mask: Tensor | None,
+) -> list[str]:
+    """What is asked for that TARAttnProcessor would have to ignore; empty if nothing is."""
+    reasons = []
+    if hidden_states.ndim != 3:
+        reasons.append(
+            "hidden_states other than (rows, frames, channels), "
+            f"got shape {tuple(hidden_states.shape)}"
+        )
+    if encoder_hidden_states is not None and encoder_hidden_states is not hidden_states:
+        reasons.append(
+            "cross-attention (encoder_hidden_states of shape "
+            f"{tuple(encoder_hidden_states.shape)}): it is for self-attention over frames"
+        )
+    if attention_mask is not None:
+        reasons.append(f"an attention_mask, got shape {tuple(attention_mask.shape)}")
+    for name in ("group_norm", "spatial_norm", "norm_q", "norm_k", "added_kv_proj_dim"):
+        if getattr(attn, name) is not None:
+            reasons.append(f"an attention module with {name}")
+    if attn.is_causal:
+        reasons.append("causal attention (is_causal)")
+    if attn.inner_kv_dim != attn.inner_dim:
+        reasons.append(
+            "fewer key and value heads than query heads "
+            f"({attn.inner_kv_dim} channels for {attn.inner_dim})"
+        )
+    if attn.to_out is None:
+        reasons.append("an attention module without an output projection (pre_only)")
+    return reasons
+
+
+class ProcessorFrontEnd:
+    """What the front ends of diffusers' models share: layers are ``Attention`` with processors."""
+
+    @staticmethod
+    def self_attentions(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+        """Yield the model's self-attention modules, with their names as they are and unwrapped."""
+        for name, module in model.named_modules():
+            # Temporal transformers can be built to attend to the prompt in attn2.
+            if not getattr(module, "is_cross_attention", True):
+                unwrapped = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+                yield name, unwrapped, module
+
+    def read_call(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> ModelCall:
+        """Return the facts of a call of the model; diffusers does not tell its models the step."""
+        sample = Argument(model, 0).get(args, kwargs)
+        return ModelCall(sample, Argument(model, 1).get(args, kwargs), sample.shape[-1])
+
+    def get_attention(self, module: nn.Module) -> Any:
+        """Return the module's processor."""
+        return module.processor
+
+    def set_attention(self, module: nn.Module, attention: Any) -> None:
+        """Give the module a processor."""
+        module.set_processor(attention)  # type: ignore[operator]
+
+    def make_attention(self, module: nn.Module, backend: str | None) -> TARAttnProcessor:
+        """Make a processor for the module, plain until it is given a bias."""
+        return TARAttnProcessor(backend=backend)
+
+    def why_not_replace(self, attention: Any) -> str | None:
+        """Say why a processor that is found in a model cannot make way for TAR; None if it can."""
+        if isinstance(attention, TARAttnProcessor):
+            return None
+        name = type(attention).__name__
+        if name in PLAIN_PROCESSORS:
+            return None
+        if name.startswith("PAG"):
+            return (
+                f"perturbed attention guidance ({name}) is applied to it: restrict "
+                "pag_applied_layers to spatial attention, e.g. 'mid_block.attentions.*attn1'"
+            )
+        return f"it has a {name}, which TAR would replace"
+
+    def register(self) -> None:
+        """Let diffusers' LayerSkip skip attention with our processor, as it does with its own.
+
+        Where diffusers is too old to have the registry, it has nothing to register for.
+        """
+        try:
+            from diffusers.hooks._helpers import AttentionProcessorRegistry
+            from diffusers.models.attention_processor import AttnProcessor2_0
+        except ImportError:
+            return
+        metadata = AttentionProcessorRegistry.get(AttnProcessor2_0)
+        AttentionProcessorRegistry.register(TARAttnProcessor, metadata)

@@ -1,0 +1,128 @@
+"""The front ends: each knows the models of one code base, and where their temporal attention is.
+
+A front end is one file and one line in :data:`FRONT_ENDS`. It knows a model by the names of its
+modules, so that importing it imports nothing of the code base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from torch import nn
+
+from vstar_kernels.models.dit import TransformerFrontEnd
+from vstar_kernels.models.hooks import ModelCall
+from vstar_kernels.models.layers import RegularizedAttention, TemporalLayer
+from vstar_kernels.models.lvdm import LvdmFrontEnd
+from vstar_kernels.models.unet import UNetFrontEnd
+
+
+class FrontEnd(Protocol):
+    """What must be known about a kind of model to regularize and to watch its attention."""
+
+    @property
+    def models(self) -> str:
+        """The models that it knows, in words, for errors about those that none knows."""
+
+    def layers(self, model: nn.Module) -> Iterator[TemporalLayer]:
+        """Yield the temporal self-attention modules in the model's order; none if it is unknown."""
+
+    def read_call(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> ModelCall:
+        """Return the facts of a call of the model."""
+
+    def get_attention(self, module: nn.Module) -> Any:
+        """Return what computes a layer's attention at present."""
+
+    def set_attention(self, module: nn.Module, attention: Any) -> None:
+        """Let something else compute it: what ``make_attention`` made or ``get_attention`` gave."""
+
+    def make_attention(self, module: nn.Module, backend: str | None) -> RegularizedAttention:
+        """Make what computes it under TAR; plain until it is given a bias."""
+
+    def why_not_replace(self, attention: Any) -> str | None:
+        """Say why what ``get_attention`` gave cannot make way for TAR; None if it can."""
+
+    def register(self) -> None:
+        """Tell the code base about TAR, once for each :func:`vstar_kernels.apply_tar`."""
+
+
+FRONT_ENDS: tuple[FrontEnd, ...] = (UNetFrontEnd(), TransformerFrontEnd(), LvdmFrontEnd())
+
+
+def find_front_end(model: nn.Module) -> FrontEnd:
+    """Return the front end that knows a model, which is not wrapped.
+
+    Raises:
+        ValueError: None does.
+    """
+    found = _find(model)
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} has no temporal self-attention that is known here: known are "
+            + _known_models()
+        )
+    return found
+
+
+def temporal_layers(model: nn.Module) -> list[TemporalLayer]:
+    """The temporal self-attention modules of a model, in the model's order.
+
+    Knows diffusers' ``UNet3DConditionModel``, ``I2VGenXLUNet``, ``UNetMotionModel``,
+    ``SparseControlNetModel``, ``UNetSpatioTemporalConditionModel`` and ``LatteTransformer3DModel``,
+    and the ``UNetModel`` of ``lvdm`` (VideoCrafter, VSTAR). A compiled model is unwrapped.
+
+    Raises:
+        ValueError: The model has none.
+    """
+    model = unwrap(model)
+    return list(find_front_end(model).layers(model))
+
+
+def models_with_temporal_attention(pipe_or_model: Any) -> dict[str, nn.Module]:
+    """The models with temporal self-attention by their name in a pipeline (``"unet"``), unwrapped.
+
+    A model by itself has the name ``""``.
+
+    Raises:
+        TypeError: It is neither a model nor a pipeline (an object with ``components``).
+        ValueError: There is none.
+    """
+    if isinstance(pipe_or_model, nn.Module):
+        model = unwrap(pipe_or_model)
+        find_front_end(model)
+        return {"": model}
+    components = getattr(pipe_or_model, "components", None)
+    if not isinstance(components, dict):
+        raise TypeError(
+            "pipe_or_model must be a torch.nn.Module or a diffusers pipeline, "
+            f"got {type(pipe_or_model).__name__}"
+        )
+    modules = {
+        name: unwrap(component)
+        for name, component in components.items()
+        if isinstance(component, nn.Module)
+    }
+    models = {name: module for name, module in modules.items() if _find(module) is not None}
+    if not models:
+        raise ValueError(
+            f"{type(pipe_or_model).__name__} holds no model with temporal self-attention that is "
+            f"known here; it holds {', '.join(components)}, known are {_known_models()}"
+        )
+    return models
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module itself of one that ``torch.compile`` returned."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _find(model: nn.Module) -> FrontEnd | None:
+    has_layers = (found for found in FRONT_ENDS if next(found.layers(model), None) is not None)
+    return next(has_layers, None)
+
+
+def _known_models() -> str:
+    return "; ".join(front_end.models for front_end in FRONT_ENDS)
