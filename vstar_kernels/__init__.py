@@ -23,7 +23,7 @@ from vstar_kernels.methods.vstar.writer import SynopsisWriter
 from vstar_kernels.models.apply import TARHandle, apply_tar
 from vstar_kernels.models.capture import MapCapture, capture_maps
 from vstar_kernels.models.config import TARConfig
-from vstar_kernels.models.frames import condition_frames
+from vstar_kernels.models.frame_prompts import condition_frames
 
 __all__ = [
     "VSTAR",

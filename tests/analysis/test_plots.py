@@ -6,7 +6,7 @@ import torch
 import vstar_kernels as vk
 from tests.helpers import run_python
 from vstar_kernels.analysis.maps import AttentionMap
-from vstar_kernels.analysis.plots_style import COLOURS, INK
+from vstar_kernels.analysis.plots import COLOURS, INK
 from vstar_kernels.methods.vstar.optimize import OptimizedNoise
 from vstar_kernels.methods.vstar.optimize_state import NoiseLoss
 

@@ -3,21 +3,20 @@
 Every function returns data; those named ``plot_…`` draw it, and need Matplotlib.
 """
 
-from vstar_kernels.analysis.embedders import DreamSimEmbedder, Embedder, structural_similarity
-from vstar_kernels.analysis.frames import as_frames
-from vstar_kernels.analysis.maps import AttentionMap
-from vstar_kernels.analysis.metrics import CLIPVL, MTScore, clip_vl, mt_score
-from vstar_kernels.analysis.plots import plot_deltas, plot_figures, plot_maps
-from vstar_kernels.analysis.plots_similarity import plot_histogram, plot_losses, plot_similarities
-from vstar_kernels.analysis.similarity import (
+from vstar_kernels.analysis.frames import (
+    DreamSimEmbedder,
+    Embedder,
     JointSimilarity,
     SimilarityHistogram,
+    as_frames,
     bias_from_frames,
     frame_similarity,
     normalize_jointly,
     similarity_histogram,
+    structural_similarity,
 )
-from vstar_kernels.analysis.summary import (
+from vstar_kernels.analysis.maps import (
+    AttentionMap,
     MapFigures,
     MeanMap,
     band_share,
@@ -27,6 +26,15 @@ from vstar_kernels.analysis.summary import (
     map_figures,
     mean_maps,
     min_max,
+)
+from vstar_kernels.analysis.metrics import CLIPVL, MTScore, clip_vl, mt_score
+from vstar_kernels.analysis.plots import (
+    plot_deltas,
+    plot_figures,
+    plot_histogram,
+    plot_losses,
+    plot_maps,
+    plot_similarities,
 )
 
 __all__ = [

@@ -1,21 +1,24 @@
-"""Mean attention maps: of queries and keys, and as records of where and when they were."""
+"""Mean attention maps, and what a set of them shows (VSTAR, Figs. 3, 4, 10, S.10 and S.13)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from vstar_kernels.attention import reference
-from vstar_kernels.attention.bias import Bias
+from vstar_kernels.attention.bias import Bias, GaussianBias
 from vstar_kernels.attention.call import Problem
 from vstar_kernels.attention.dispatch import BACKENDS
 from vstar_kernels.attention.temporal import tar_attention
 
 Level = int | Literal["init"]
 Place = Literal["down", "mid", "up", "init", "blocks"]
+Axis = Literal["model", "level", "place", "step"]
+AXES: tuple[Axis, ...] = ("model", "level", "place", "step")
 
 MAP_ELEMENTS = 2**24  # of the attention maps that the reference holds at a time: 64 MiB
 
@@ -110,3 +113,212 @@ def _has_kernel(query: Tensor, key: Tensor, bias: Bias | None, scale: float) -> 
     problem = Problem(shape, query.dtype, query.device, tensors, bias, scale, return_map=True)
     kernels = (backend for backend in BACKENDS.values() if backend is not reference)
     return any(not kernel.why_not(problem) for kernel in kernels)
+
+
+class HoldsMaps(Protocol):
+    """What has attention maps, such as :class:`vstar_kernels.MapCapture`."""
+
+    @property
+    def maps(self) -> Sequence[AttentionMap]:
+        """The maps."""
+
+
+@dataclass(frozen=True, eq=False)
+class MeanMap:
+    """The mean of some layers' attention maps.
+
+    Attributes:
+        map: ``(batch, frames, frames)``; rows are queries.
+        model, level, place, step: Which ones it is of; None is all of them.
+        layers: Of how many layers at how many steps it is the mean.
+    """
+
+    map: Tensor
+    model: str | None = None
+    level: Level | None = None
+    place: Place | None = None
+    step: int | None = None
+    layers: int = 1
+
+    @property
+    def label(self) -> str:
+        """Such as "level 0, up, step 13"."""
+        parts = [self.model] if self.model else []
+        parts += [] if self.level is None else [_level_name(self.level)]
+        parts += [self.place] if self.place and self.place != self.level else []
+        parts += [] if self.step is None else [f"step {self.step}"]
+        return ", ".join(parts) or "all layers"
+
+
+def mean_maps(
+    maps: HoldsMaps | Iterable[AttentionMap],
+    by: Sequence[Axis] = ("level", "place", "step"),
+) -> list[MeanMap]:
+    """The mean map of each level, place and step that there is (Figs. 3, 10, S.10).
+
+    >>> [(item.level, item.step) for item in vk.analysis.mean_maps(capture, by=("level", "step"))]
+    [(0, 0), (0, 13), (1, 0), (1, 13)]
+
+    Args:
+        maps: What :func:`vstar_kernels.capture_maps` or :func:`vstar_kernels.capture_real_maps`
+            gave, or some of its maps.
+        by: What to keep apart: any of ``"model"``, ``"level"``, ``"place"`` and ``"step"``.
+
+    Returns:
+        In the order of levels (``"init"`` first), places as the layers run, and steps.
+
+    Raises:
+        ValueError: There are no maps, or ``by`` has another name in it.
+    """
+    for axis in by:
+        if axis not in AXES:
+            raise ValueError(f"by must be of {', '.join(map(repr, AXES))}, got {axis!r}")
+    groups: dict[tuple[Any, ...], list[AttentionMap]] = {}
+    found = maps if isinstance(maps, Iterable) else maps.maps
+    for item in found:
+        groups.setdefault(tuple(getattr(item, axis) for axis in by), []).append(item)
+    if not groups:
+        raise ValueError("maps holds no attention map: was the model run under capture_maps?")
+    means = [
+        MeanMap(
+            torch.stack([item.map for item in items]).mean(0),
+            **dict(zip(by, key, strict=True)),
+            layers=len(items),
+        )
+        for key, items in groups.items()
+    ]
+    # Layers are captured in the order in which they run, and sorting keeps that of places.
+    return sorted(means, key=lambda item: (_level_order(item.level), item.step or 0))
+
+
+def min_max(matrix: Tensor) -> Tensor:
+    """Each matrix from 0 to 1, as the paper shows maps; zeros where all its elements are equal."""
+    low, high = matrix.amin((-2, -1), keepdim=True), matrix.amax((-2, -1), keepdim=True)
+    span = high - low
+    return torch.where(span > 0, (matrix - low) / span.clamp(min=torch.finfo(span.dtype).tiny), 0)
+
+
+def diagonalness(maps: Tensor) -> Tensor:
+    """The correlation of the query's and the key's frame, each pair weighted by its attention.
+
+    1 for the identity, 0 for uniform attention and for a single frame, −1 for the reversed
+    identity. Computed in float64.
+
+    Args:
+        maps: ``(…, frames, frames)``, not negative.
+
+    Returns:
+        ``(…,)``.
+    """
+    weights = maps.double()
+    weights = weights / weights.sum((-2, -1), keepdim=True)
+    frame = torch.arange(maps.shape[-1], dtype=torch.float64, device=maps.device)
+    rows, columns = weights.sum(-1), weights.sum(-2)
+    row = frame - (rows * frame).sum(-1, keepdim=True)
+    column = frame - (columns * frame).sum(-1, keepdim=True)
+    covariance = (weights * row[..., :, None] * column[..., None, :]).sum((-2, -1))
+    variances = (rows * row.square()).sum(-1) * (columns * column.square()).sum(-1)
+    scale = variances.sqrt()
+    return torch.where(scale > 0, covariance / scale.clamp(min=torch.finfo(scale.dtype).tiny), 0)
+
+
+def band_share(maps: Tensor, half_width: int = 1) -> Tensor:
+    """The share of the attention that goes to frames at most ``half_width`` away; of 1.
+
+    Args:
+        maps: ``(…, frames, frames)``, whose rows add up to 1.
+        half_width: In frames, at least 0.
+
+    Returns:
+        ``(…,)``.
+
+    Raises:
+        ValueError: ``half_width`` is negative.
+    """
+    if half_width < 0:
+        raise ValueError(f"half_width must be at least 0 frames, got {half_width}")
+    return (maps * (_distances(maps) <= half_width)).sum(-1).mean(-1)
+
+
+def band_width(maps: Tensor) -> Tensor:
+    """How far attention reaches: the root mean square of |j − i| under it, in frames.
+
+    0 for the identity; σ for a Gaussian of σ frames, away from the ends of a long video.
+
+    Args:
+        maps: ``(…, frames, frames)``, whose rows add up to 1.
+
+    Returns:
+        ``(…,)``.
+    """
+    return (maps * _distances(maps).square()).sum(-1).mean(-1).sqrt()
+
+
+@dataclass(frozen=True, eq=False)
+class MapFigures:
+    """Figures of one :class:`MeanMap`, each ``(batch,)``.
+
+    Attributes:
+        source: What they are of.
+        diagonalness: See :func:`diagonalness`.
+        band_share: Of the attention within ``half_width`` frames.
+        band_width: In frames.
+        half_width: In frames.
+    """
+
+    source: MeanMap
+    diagonalness: Tensor
+    band_share: Tensor
+    band_width: Tensor
+    half_width: int
+
+
+def map_figures(means: Iterable[MeanMap], half_width: int = 1) -> list[MapFigures]:
+    """How diagonal and how wide each map is.
+
+    Args:
+        means: From :func:`mean_maps`.
+        half_width: In frames, for :func:`band_share`.
+    """
+    return [
+        MapFigures(
+            item,
+            diagonalness(item.map),
+            band_share(item.map, half_width),
+            band_width(item.map),
+            half_width,
+        )
+        for item in means
+    ]
+
+
+def delta_matrices(
+    deltas: Sequence[float] | Mapping[str, Bias], num_frames: int
+) -> dict[str, Tensor]:
+    """Δ for several σ (Fig. S.13), or of any biases by name, each as ``.matrix()`` gives it.
+
+    Args:
+        deltas: Values of σ in frames, or biases by name.
+        num_frames: N.
+
+    Raises:
+        ValueError: ``num_frames`` is less than 1, or a bias cannot serve it.
+    """
+    if num_frames < 1:
+        raise ValueError(f"num_frames must be at least 1, got {num_frames}")
+    if not isinstance(deltas, Mapping):
+        deltas = {f"σ = {sigma:g}": GaussianBias(sigma) for sigma in deltas}
+    return {name: bias.matrix(num_frames) for name, bias in deltas.items()}
+
+
+def _distances(maps: Tensor) -> Tensor:
+    frame = torch.arange(maps.shape[-1], device=maps.device)
+    return (frame[:, None] - frame).abs()
+
+
+def _level_order(level: Level | None) -> int:
+    return -1 if level == "init" or level is None else int(level)
+
+
+def _level_name(level: Level) -> str:
+    return "init" if level == "init" else f"level {level}"

@@ -1,29 +1,79 @@
-"""Figures of attention maps; each function draws what one in :mod:`.summary` returns."""
+"""Pictures of maps, of the similarity of frames and of the search for noise.
+
+They are legible on light and on dark pages, and to the colour-blind. Matplotlib is imported by the
+functions that draw.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from torch import Tensor
 
-from vstar_kernels.analysis.plots_style import (
-    COLOURS,
-    LINES,
-    MARKERS,
-    PANEL,
-    add_colour_bar,
-    new_figure,
-    show_matrix,
-    styled,
-)
-from vstar_kernels.analysis.summary import MapFigures, MeanMap, min_max
+from vstar_kernels.analysis.frames import JointSimilarity, SimilarityHistogram
+from vstar_kernels.analysis.maps import MapFigures, MeanMap, min_max
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-@styled
+INK = "#7d7d7d"  # about as far from white as from black
+# Okabe and Ito's colours, without those that vanish on white or on black.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+LINES = ("-", "--", ":", "-.")
+COLOUR_MAP = "viridis"
+PANEL = 1.9  # inches, the side of a map
+_STYLE: dict[Any, Any] = {
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "legend.facecolor": "none",
+    "legend.edgecolor": "none",
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": INK,
+    "grid.alpha": 0.25,
+    "legend.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "font.size": 9.0,
+    "axes.titlesize": 9.0,
+    "image.cmap": COLOUR_MAP,
+    "image.interpolation": "nearest",
+}
+
+
+def _styled(plot: Callable[P, R]) -> Callable[P, R]:
+    """A plotting function under this style, which leaves Matplotlib's settings as they are.
+
+    Raises:
+        ImportError: From the function: Matplotlib is not installed.
+    """
+
+    @functools.wraps(plot)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            import matplotlib as mpl
+        except ImportError as error:
+            raise ImportError(
+                'plots need Matplotlib: pip install "vstar-kernels[analysis]"'
+            ) from error
+        with mpl.rc_context(_STYLE):
+            return plot(*args, **kwargs)
+
+    return run
+
+
+@_styled
 def plot_maps(means: Sequence[MeanMap], *, batch: int = -1) -> Figure:
     """Maps in a grid: a row for each level and place, a column for each step (Figs. 3, 10, S.10).
 
@@ -40,7 +90,7 @@ def plot_maps(means: Sequence[MeanMap], *, batch: int = -1) -> Figure:
         raise ValueError("means must hold at least one map, got none")
     rows = list(dict.fromkeys(_row(item) for item in means))
     steps = list(dict.fromkeys(item.step for item in means))
-    figure = new_figure(PANEL * len(steps) + 1.4, PANEL * len(rows) + 0.5)
+    figure = _new_figure(PANEL * len(steps) + 1.4, PANEL * len(rows) + 0.5)
     grid = figure.subplots(len(rows), len(steps), squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat:
         axes.set_axis_off()  # of what there is no map of
@@ -48,17 +98,17 @@ def plot_maps(means: Sequence[MeanMap], *, batch: int = -1) -> Figure:
     for item in means:
         axes = grid[rows.index(_row(item)), steps.index(item.step)]
         axes.set_axis_on()
-        image = show_matrix(axes, min_max(item.map[batch].detach().cpu()), (0, 1))
+        image = _show_matrix(axes, min_max(item.map[batch].detach().cpu()), (0, 1))
     for row, axes in zip(rows, grid[:, 0], strict=True):
         axes.set_ylabel(f"{row}\nquery frame")
     for step, first, last in zip(steps, grid[0], grid[-1], strict=True):
         first.set_title("" if step is None else f"step {step}")
         last.set_xlabel("key frame")
-    add_colour_bar(figure, image, grid, "attention, each map from its minimum to its maximum")
+    _add_colour_bar(figure, image, grid, "attention, each map from its minimum to its maximum")
     return figure
 
 
-@styled
+@_styled
 def plot_figures(figures: Sequence[MapFigures], *, batch: int = -1) -> Figure:
     """Diagonalness, share of the band and band width over the steps, a line per level and place.
 
@@ -76,7 +126,7 @@ def plot_figures(figures: Sequence[MapFigures], *, batch: int = -1) -> Figure:
         "band_share": f"share of attention with |j − i| ≤ {figures[0].half_width}",
         "band_width": "band width (frames)",
     }
-    figure = new_figure(9.6, 3.4)
+    figure = _new_figure(9.6, 3.4)
     panels = figure.subplots(1, len(quantities))
     rows = list(dict.fromkeys(_row(item.source) for item in figures))
     for (name, title), axes in zip(quantities.items(), panels, strict=True):
@@ -92,7 +142,7 @@ def plot_figures(figures: Sequence[MapFigures], *, batch: int = -1) -> Figure:
     return figure
 
 
-@styled
+@_styled
 def plot_deltas(deltas: Mapping[str, Tensor]) -> Figure:
     """The regularization matrices Δ on one scale, and their middle rows (Fig. S.13).
 
@@ -113,12 +163,12 @@ def plot_deltas(deltas: Mapping[str, Tensor]) -> Figure:
         min(0.0, *(float(m.min()) for m in matrices.values())),
         max(float(m.max()) for m in matrices.values()),
     )
-    figure = new_figure(PANEL * len(matrices) + 4.0, PANEL + 0.6)
+    figure = _new_figure(PANEL * len(matrices) + 4.0, PANEL + 0.6)
     widths = [1.0] * len(matrices) + [1.3]
     *panels, profile = figure.subplots(1, len(matrices) + 1, width_ratios=widths)
     image = None
     for index, (name, matrix) in enumerate(matrices.items()):
-        image = show_matrix(panels[index], matrix, limits)
+        image = _show_matrix(panels[index], matrix, limits)
         panels[index].set_title(f"Δ, {name}")
         panels[index].set_xlabel("key frame")
         middle = len(matrix) // 2
@@ -136,7 +186,112 @@ def plot_deltas(deltas: Mapping[str, Tensor]) -> Figure:
     profile.set_xlabel("key frame − query frame")
     profile.grid()
     figure.legend(*profile.get_legend_handles_labels(), loc="outside right upper")
-    add_colour_bar(figure, image, panels, "")
+    _add_colour_bar(figure, image, panels, "")
+    return figure
+
+
+class Loss(Protocol):
+    """The loss of one iteration of the search for noise."""
+
+    @property
+    def total(self) -> float:
+        """What is minimised."""
+
+    @property
+    def distance(self) -> float:
+        """Of the maps: a mean of Frobenius norms."""
+
+    @property
+    def kl(self) -> float:
+        """In nats per pixel."""
+
+
+class NoiseSearch(Protocol):
+    """A search for noise, such as :class:`vstar_kernels.OptimizedNoise`."""
+
+    @property
+    def losses(self) -> Sequence[Loss]:
+        """Of each iteration."""
+
+    @property
+    def best(self) -> int:
+        """The iteration of the lowest loss."""
+
+
+@_styled
+def plot_similarities(joint: JointSimilarity, *, video: int = 0) -> Figure:
+    """Similarity matrices of several methods side by side, on one scale (Fig. S.1).
+
+    Args:
+        joint: From :func:`vstar_kernels.analysis.normalize_jointly`.
+        video: Which one of each method.
+    """
+    figure = _new_figure(PANEL * len(joint.matrices) + 1.4, PANEL + 0.7)
+    panels = figure.subplots(1, len(joint.matrices), squeeze=False)[0]
+    image = None
+    for axes, (name, matrices) in zip(panels, joint.matrices.items(), strict=True):
+        image = _show_matrix(axes, matrices[video].cpu(), (0, 1))
+        axes.set_title(name)
+        axes.set_xlabel("frame")
+    panels[0].set_ylabel("frame")
+    label = f"similarity\n0: {joint.low:.3g}, 1: {joint.high:.3g}"
+    _add_colour_bar(figure, image, panels, label)
+    return figure
+
+
+@_styled
+def plot_histogram(histogram: SimilarityHistogram) -> Figure:
+    """The shares of similarities, a row of bins for each interval, and their means (Fig. S.2).
+
+    Args:
+        histogram: From :func:`vstar_kernels.analysis.similarity_histogram`.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    rows = range(len(histogram.intervals) + 1)
+    figure = _new_figure(5.2, max(2.4, 0.2 * len(rows) + 1.2))
+    axes = figure.subplots()
+    image = axes.pcolormesh(histogram.edges.numpy(), rows, histogram.shares.numpy(), vmin=0)
+    centres = [row + 0.5 for row in rows[:-1]]
+    # White with a dark edge is seen on every colour of the map.
+    style = {"color": "white", "markeredgecolor": "black", "marker": "o", "markersize": 5}
+    axes.plot(histogram.means.cpu().tolist(), centres, linestyle="", label="mean", **style)
+    axes.invert_yaxis()
+    every = -(-len(centres) // 12)
+    axes.set_yticks(centres[::every], [str(i) for i in histogram.intervals[::every]])
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.set_xlabel("similarity of two frames")
+    axes.set_ylabel("interval (frames)")
+    figure.legend(loc="outside upper right")
+    _add_colour_bar(figure, image, axes, "share of the pairs")
+    return figure
+
+
+@_styled
+def plot_losses(found: NoiseSearch) -> Figure:
+    """The loss, the maps' distance and the KL divergence over the iterations (App. B).
+
+    Args:
+        found: From :func:`vstar_kernels.optimize_noise`.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _new_figure(8.4, 2.9)
+    panels = figure.subplots(1, 3)
+    titles = {
+        "total": "loss",
+        "distance": "distance of the maps (Frobenius norm)",
+        "kl": "KL divergence (nats per pixel)",
+    }
+    for index, ((name, title), axes) in enumerate(zip(titles.items(), panels, strict=True)):
+        values = [getattr(loss, name) for loss in found.losses]
+        axes.plot(values, color=COLOURS[index])
+        best = axes.axvline(found.best, color=INK, linestyle=LINES[2])
+        axes.set_title(title)
+        axes.set_xlabel("iteration")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.grid(axis="y")
+    figure.legend([best], ["lowest loss"], loc="outside lower right")
     return figure
 
 
@@ -169,3 +324,29 @@ def _label_steps(axes: Any, steps: Sequence[int | None]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     else:
         axes.set_xticks([])
+
+
+def _new_figure(width: float, height: float) -> Any:
+    """An empty figure, in inches, which belongs to no window and needs no closing."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _show_matrix(axes: Any, matrix: Any, limits: tuple[float, float]) -> Any:
+    """A matrix over frames, the first one at the upper left; the image, for a colour bar."""
+    from matplotlib.ticker import MaxNLocator
+
+    image = axes.imshow(matrix.numpy(), vmin=limits[0], vmax=limits[1])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=2)
+    return image
+
+
+def _add_colour_bar(figure: Any, image: Any, axes: Any, label: str) -> None:
+    """The scale of an image, to the right of some axes."""
+    bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, aspect=25)
+    bar.set_label(label)
+    bar.outline.set_visible(False)

@@ -1,13 +1,89 @@
-"""The texts of the frames, and how they fit into a call of a model."""
+"""A text for each frame, in one forward pass: what video synopsis prompting conditions on.
+
+VSTAR (arXiv 2403.13501, section 3.1) interpolates the embeddings of a few stage descriptions over
+the frames. diffusers' video models take one text for the whole video, ``UNetMotionModel`` excepted;
+here each frame's rows of the spatial cross-attention get their own.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vstar_kernels.models.front_end import models_with_temporal_attention
+from vstar_kernels.models.hooks import Argument, HookHandle, is_compiled
+
+MODELS = (
+    "UNet3DConditionModel",
+    "I2VGenXLUNet",
+    "UNetMotionModel",
+    "LatteTransformer3DModel",
+)
+NO_TEXT = ", which is conditioned on an image and has no text"
 SHAPES = "(frames, tokens, channels) or (batch, frames, tokens, channels)"
+MASKS = ("attention_mask", "encoder_attention_mask")
+
+
+def condition_frames(
+    pipe_or_model: Any,
+    embeddings: Tensor,
+    *,
+    negative: Tensor | None = None,
+    guidance: bool | None = None,
+) -> FramePromptsHandle:
+    """Condition every frame on a text embedding of its own.
+
+    >>> with vk.condition_frames(pipe, embeddings):  # (16, 77, 1024)
+    ...     video = pipe(prompt, num_frames=16).frames
+
+    It works on ``UNet3DConditionModel`` (ModelScope, Zeroscope), ``I2VGenXLUNet``,
+    ``UNetMotionModel`` (AnimateDiff, PIA) and ``LatteTransformer3DModel``. The prompt that the
+    pipeline is given no longer matters; its negative prompt does, unless ``negative`` replaces it
+    too, and so do images and IP adapters. Compiled models are compiled anew.
+
+    Args:
+        pipe_or_model: The model, or a pipeline with it as ``unet`` or ``transformer``.
+        embeddings: ``(frames, tokens, channels)`` for one video, or
+            ``(batch, frames, tokens, channels)`` for as many as there are prompts: what the text
+            encoder gives for each frame, or interpolations of it. Any floating-point type and
+            device; they are moved to the model's.
+        negative: The same for the unconditional half under classifier-free guidance, of embeddings'
+            shape. None leaves that half as the pipeline passes it.
+        guidance: Whether the first half of the model's batch is the unconditional one. None decides
+            by sizes: guided if the batch is twice that of embeddings, unguided if it is the same,
+            and anything else raises. True or False also allow several videos for each prompt.
+
+    Returns:
+        A handle: a context manager, with ``remove()``.
+
+    Raises:
+        ValueError: The model takes no text or has frame prompts already, or an argument is wrong.
+            At a forward pass: the embeddings do not fit the sample or the text that is replaced.
+        TypeError: ``pipe_or_model`` or the embeddings are of the wrong kind.
+    """
+    check_embeddings(embeddings, "embeddings")
+    if negative is not None:
+        check_embeddings(negative, "negative")
+        if negative.shape != embeddings.shape:
+            raise ValueError(
+                f"negative must have the shape of embeddings, {tuple(embeddings.shape)}, "
+                f"got {tuple(negative.shape)}"
+            )
+        if guidance is False:
+            raise ValueError("guidance=False contradicts negative, which is for guidance only")
+        guidance = True
+    model = _text_model(pipe_or_model)
+    owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    if any(isinstance(owner, FramePromptsHandle) for owner in owners):
+        raise ValueError(
+            f"this {type(model).__name__} has frame prompts already: remove() their handle first"
+        )
+    return FramePromptsHandle(model, FramePrompts(embeddings, negative, guidance))
 
 
 @dataclass(frozen=True)
@@ -84,6 +160,84 @@ class FramePrompts:
         return True
 
 
+class FramePromptsHandle(HookHandle):
+    """Frame prompts on a model: a context manager, with :meth:`remove`."""
+
+    def __init__(self, model: nn.Module, prompts: FramePrompts) -> None:
+        super().__init__()
+        self._prompts = prompts
+        self._project = getattr(model, "caption_projection", nn.Identity())  # Latte's
+        self._fit: Fit | None = None
+        self._replaced: tuple[Any, Any] = (None, None)  # a forward pass's context, and ours
+
+        self._sample = Argument(model, 0)
+        self._text = Argument(model, "encoder_hidden_states")
+        parameters = inspect.signature(type(model).forward).parameters
+        self._masks = [Argument(model, name) for name in MASKS if name in parameters]
+        self._hooks.append(model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        self._hooks.append(model.register_forward_hook(self._after_model, always_call=True))
+        for block in _text_blocks(model):
+            hook = self._before_block(Argument(block, "encoder_hidden_states"))
+            self._hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _before_model(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        for mask in self._masks:
+            if mask.get(args, kwargs) is not None:
+                raise ValueError(f"frame prompts cannot be combined with {mask.name}")
+        text = self._text.get(args, kwargs)
+        if text is None:
+            raise ValueError(
+                f"{type(model).__name__} was called without encoder_hidden_states, "
+                "which frame prompts replace"
+            )
+        self._fit = self._prompts.fit(self._sample.get(args, kwargs).shape, text)
+
+    def _after_model(self, *_: object) -> None:
+        self._replaced = (None, None)
+
+    def _before_block(self, argument: Argument) -> Callable[..., Any]:
+        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            context = argument.get(args, kwargs)
+            if context is not self._replaced[0]:  # made once for all blocks of a forward pass
+                self._replaced = (context, self._replace(context))
+            return argument.replace(args, kwargs, self._replaced[1])
+
+        return hook
+
+    def _replace(self, context: Any) -> Any:
+        """The spatial blocks' context with our text in the place of the pipeline's.
+
+        ``(batch · frames, tokens, channels)``, the text before any tokens of an image; or, with IP
+        adapters, a pair of that and the images.
+        """
+        if isinstance(context, tuple):
+            return (self._replace(context[0]), *context[1:])
+        fit, prompts = self._fit, self._prompts
+        assert fit is not None
+        if len(context) != fit.rows:
+            raise ValueError(
+                "encoder_hidden_states must give every frame of the batch a text where frame "
+                f"prompts replace them: {fit.rows} rows, got {len(context)}"
+            )
+        text = self._rows(prompts.embeddings, fit, context)
+        if fit.guided:
+            unconditional = (
+                context[: fit.rows // 2, : fit.tokens]
+                if prompts.negative is None
+                else self._rows(prompts.negative, fit, context)
+            )
+            text = torch.cat([unconditional, text])
+        image = context[:, fit.tokens :]
+        return torch.cat([text, image], dim=1) if image.shape[1] else text
+
+    def _rows(self, embeddings: Tensor, fit: Fit, context: Tensor) -> Tensor:
+        """Of embeddings, a row for each frame of each video, as the blocks take them."""
+        videos = batched(embeddings).repeat_interleave(fit.videos_per_prompt, dim=0)
+        return self._project(videos.flatten(0, 1).to(context.device, context.dtype))
+
+
 def batched(embeddings: Tensor) -> Tensor:
     """``(batch, frames, tokens, channels)``."""
     return embeddings if embeddings.ndim == 4 else embeddings[None]
@@ -97,3 +251,31 @@ def check_embeddings(embeddings: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be {SHAPES}, none of them 0, got {tuple(embeddings.shape)}")
     if not embeddings.is_floating_point():
         raise ValueError(f"{name} must be of a floating-point type, got {embeddings.dtype}")
+
+
+def _text_model(pipe_or_model: Any) -> nn.Module:
+    """The model that takes the text.
+
+    Raises:
+        ValueError: There is none that is known here.
+        TypeError: It is neither a model nor a pipeline.
+    """
+    models = models_with_temporal_attention(pipe_or_model)
+    for name, model in models.items():
+        if not {cls.__name__ for cls in type(model).__mro__}.isdisjoint(MODELS):
+            if is_compiled(pipe_or_model, name, model):
+                torch.compiler.reset()  # or what has been compiled would run on without our hooks
+            return model
+    given = ", ".join(type(model).__name__ for model in models.values())
+    raise ValueError(
+        f"frame prompts work on {', '.join(MODELS)}, got {given}"
+        + NO_TEXT * ("UNetSpatioTemporalConditionModel" in given)
+    )
+
+
+def _text_blocks(model: Any) -> list[nn.Module]:
+    """The blocks whose ``encoder_hidden_states`` are the text, for each frame of the batch."""
+    if hasattr(model, "transformer_blocks"):
+        return list(model.transformer_blocks)
+    blocks = [*model.down_blocks, model.mid_block, *model.up_blocks]
+    return [block for block in blocks if getattr(block, "has_cross_attention", False)]

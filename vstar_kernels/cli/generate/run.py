@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vstar_kernels.analysis.maps import mean_maps
 from vstar_kernels.analysis.plots import plot_maps
-from vstar_kernels.analysis.summary import mean_maps
 from vstar_kernels.cli.generate.files import write_gif, write_mp4
 from vstar_kernels.cli.generate.options import Options
 from vstar_kernels.cli.info import info

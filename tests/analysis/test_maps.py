@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vstar_kernels as vk
-from vstar_kernels.analysis import AttentionMap, summary
+from vstar_kernels.analysis import AttentionMap, MeanMap
 
 FRAMES = 16
 
@@ -116,7 +116,7 @@ def test_band_figures():
 
 
 def test_figures_of_maps():
-    item = summary.MeanMap(torch.rand(2, 5, 5).softmax(-1), level=1)
+    item = MeanMap(torch.rand(2, 5, 5).softmax(-1), level=1)
     (figures,) = vk.analysis.map_figures([item], half_width=2)
     assert figures.source is item
     assert torch.equal(figures.diagonalness, vk.analysis.diagonalness(item.map))

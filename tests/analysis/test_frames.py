@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import vstar_kernels as vk
-from vstar_kernels.analysis import embedders
+from vstar_kernels.analysis.frames import DREAMSIM_SIZE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FRAMES, SIDE = 10, 40
@@ -158,7 +158,7 @@ def test_dreamsim():
     embedder = vk.analysis.DreamSimEmbedder(model, batch_size=4)
     video = torch.rand(6, 3, 30, 50)
     embeddings = embedder(video)
-    sides = (3, embedders.DREAMSIM_SIZE, embedders.DREAMSIM_SIZE)
+    sides = (3, DREAMSIM_SIZE, DREAMSIM_SIZE)
     assert model.calls == [((4, *sides), torch.float64), ((2, *sides), torch.float64)]
     assert embeddings.dtype == torch.float32
     assert not embeddings.requires_grad
