@@ -1,4 +1,5 @@
 import json
+import re
 import string
 import sys
 import time
@@ -27,7 +28,7 @@ from vstar_kernels.cli.demo import denoise, measure
 from vstar_kernels.models.attention_processor import TARAttnProcessor
 from vstar_kernels.models.layers import TemporalLayer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "wide_terminal")
 FRAMES = 6
 SMALL = ["demo", "--size", "64x64", "--frames", str(FRAMES)]
 
@@ -140,7 +141,7 @@ def test_a_wrong_result_is_an_error(factor, tmp_path, monkeypatch, capsys):
         (["--frames", "0"], "integer of at least 1, got '0'"),
         (["--frames", "many"], "integer of at least 1, got 'many'"),
         (["--steps", "1001"], "at most 1000"),
-        (["--width", "huge"], "--width: must be an integer"),
+        (["--width", "huge"], "--width: must be an integer of at least 1, got 'huge'"),
         (["--width", "33"], "multiple of 32"),
         (["--size", "100x64"], "multiples of 8"),
         (["--size", "16x64"], "from 64"),
@@ -160,7 +161,9 @@ def test_bad_arguments_are_named_and_leave_nothing(arguments, message, tmp_path,
     except SystemExit as stopped:
         status = stopped.code
     assert status == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = (line for line in lines if re.search(r"demo: error: |Error parsing --", line))
+    assert message in line
     assert not folder.exists()
 
 
@@ -255,10 +258,10 @@ def test_a_saved_pipeline_makes_videos(pipeline, tmp_path):
 def test_the_loop_is_the_pipelines_own(pipeline, tmp_path):
     """Stock attention gives the video that diffusers' pipeline gives for the same noise."""
     from vstar_kernels.cli.demo import models, run
-    from vstar_kernels.cli.demo.options import Options
+    from vstar_kernels.cli.demo.options import DemoOptions
 
     model = str(pipeline)
-    options = Options(model, "a cat", 32, 5, None, 3, (1.0,), 1.0, 0, "cpu", tmp_path / "output")
+    options = DemoOptions(model, "a cat", frames=5, steps=3, output=tmp_path / "output")
     demo = run._prepare(options)
     demo.run(lambda done: None)
     latents = models.load(options).latents

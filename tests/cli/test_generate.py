@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vstar_kernels as vk
-from vstar_kernels.cli.generate import files
+from vstar_kernels.cli.generate import write_mp4
 from vstar_kernels.cli.main import main
 
 pytest.importorskip("av")
@@ -23,7 +23,7 @@ from examples import tiny
 from tests.methods.chat_server import ChatServer, answers, fails
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "wide_terminal"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
 PROMPT = "a kite rises over a beach"
@@ -233,12 +233,14 @@ def test_other_folders_are_left_alone(generate, output):
     assert names(output.parent) == {output.name}
 
 
-@pytest.mark.parametrize("broken", ["write_gif", "write_mp4"])
+@pytest.mark.parametrize(
+    "broken", ["diffusers.utils.export_utils.export_to_gif", "vstar_kernels.cli.generate.write_mp4"]
+)
 def test_nothing_half_written(generate, output, monkeypatch, broken):
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(f"vstar_kernels.cli.generate.run.{broken}", full)
+    monkeypatch.setattr(broken, full)
     status, printed = generate("--prompt", PROMPT)
     assert status == 2
     assert "--output: no space left on device" in printed
@@ -247,7 +249,7 @@ def test_nothing_half_written(generate, output, monkeypatch, broken):
 
 def test_a_video_of_odd_size(tmp_path):
     frames = [Image.new("RGB", (17, 15), (40 * index, 200, 30)) for index in range(4)]
-    files.write_mp4(tmp_path / "odd.mp4", frames, 8)
+    write_mp4(tmp_path / "odd.mp4", frames, 8)
     decoded, _ = decode(tmp_path / "odd.mp4")
     assert [frame.size for frame in decoded] == [(17, 15)] * 4
     for index, frame in enumerate(decoded):
@@ -291,13 +293,24 @@ def test_errors_name_the_option(generate, output, monkeypatch, arguments, messag
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--frames", "0"], "argument --frames: must be an integer of at least 1"),
-        (["--stages", "13"], "argument --stages: must be an integer of at least 2, at most 12"),
-        (["--seed", "-1"], "argument --seed: must be"),
-        (["--size", "100x100"], "argument --size: must be HEIGHTxWIDTH"),
-        (["--mode", "cubic"], "argument --mode"),
-        (["--preset", "64D1", "--config", "f"], "not allowed with argument"),
-        (["--map-steps", "1", "--no-maps"], "not allowed with argument"),
+        (["--frames", "0"], "Error parsing --frames: must be an integer of at least 1, got '0'"),
+        (
+            ["--stages", "13"],
+            "Error parsing --stages: must be an integer of at least 2, at most 12, got '13'",
+        ),
+        (["--seed", "-1"], "Error parsing --seed: must be"),
+        (["--size", "100x100"], "Error parsing --size: must be HEIGHTxWIDTH"),
+        (["--map-steps", "1", "-1"], "Error parsing --map-steps: must be an integer of at least 0"),
+        (["--map-steps"], "Error parsing --map-steps: must have at least one value, got none"),
+        (["--mode", "cubic"], "invalid choice 'cubic' for argument '--mode'. Expected one of"),
+        (
+            ["--preset", "64D1", "--config", "f"],
+            "Arguments --preset and --config are not allowed together",
+        ),
+        (
+            ["--map-steps", "1", "--no-maps"],
+            "Arguments --map-steps and --no-maps are not allowed together",
+        ),
     ],
 )
 def test_wrong_options(generate, capsys, arguments, message):

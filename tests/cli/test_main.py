@@ -1,7 +1,13 @@
+import subprocess
+import sys
+
 import pytest
 
 import vstar_kernels as vk
+from vstar_kernels.cli import info
 from vstar_kernels.cli.main import main
+
+EXTRAS = ("tyro", "jinja2", "psutil", "cpuinfo")
 
 
 def test_info(capsys):
@@ -10,6 +16,61 @@ def test_info(capsys):
     for name in ("torch", "native library", "cpu instruction set", "backend cpu"):
         assert name in printed
     assert vk.info()["vstar_kernels"] == vk.__version__
+
+
+def test_info_names_the_machine():
+    pytest.importorskip("psutil")
+    pytest.importorskip("cpuinfo")
+    facts = vk.info()
+    assert facts["memory"].endswith(" GiB")
+    assert not facts["processor"].startswith("unknown")
+
+
+def test_info_needs_none_of_the_extras(capsys, monkeypatch):
+    info._processor.cache_clear()
+    for name in EXTRAS:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert "py-cpuinfo is not installed" in printed
+    assert "psutil is not installed" in printed
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{vk.__version__}\n"
+    info._processor.cache_clear()
+
+
+def test_other_commands_name_the_extra_that_they_need(capsys, monkeypatch):
+    for name in list(sys.modules):
+        if name.startswith(("tyro", "vstar_kernels.cli.")):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert main(["demo"]) == 2
+    assert "need tyro" in (error := capsys.readouterr().err)
+    assert "pip install 'vstar_kernels[generate]'" in error
+
+
+def test_nothing_slow_is_imported_to_show_help():
+    slow = ("diffusers", "transformers", "matplotlib", "jinja2", "openai", "triton")
+    code = f"""
+import sys
+from vstar_kernels.cli.main import main
+try:
+    main(["generate", "--help"])
+except SystemExit as stopped:
+    assert stopped.code == 0
+assert not [name for name in {slow} if name in sys.modules]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("command", ["info", "demo", "generate"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"usage: vstar-kernels {command}" in printed
+    assert "None" not in printed
 
 
 def test_unknown_command(capsys):

@@ -1,9 +1,14 @@
-"""What is installed and what can run: ``vk.info()`` and ``python -m vstar_kernels info``."""
+"""What is installed and what can run: ``vk.info()`` and ``python -m vstar_kernels info``.
+
+It needs nothing but torch, so that it can say what else is missing.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
+from dataclasses import dataclass
 
 import torch
 
@@ -14,8 +19,21 @@ from vstar_kernels.attention.dispatch import available
 OPTIONAL_PACKAGES = ("triton", "diffusers", "transformers", "xformers")
 
 
+@dataclass(frozen=True)
+class Info:
+    """Versions, the native library, and what can run here."""
+
+    def run(self) -> int:
+        """Prints :func:`info`; returns the exit status 0."""
+        facts = info()
+        width = max(map(len, facts))
+        for name, fact in facts.items():
+            print(f"{name:<{width}}  {fact}")
+        return 0
+
+
 def info() -> dict[str, str]:
-    """Versions, the processor, the native library and each backend's state, by name."""
+    """Returns versions, the processor, the native library and each backend's state, by name."""
     library = native.load()
     facts = {
         "vstar_kernels": __version__,
@@ -26,6 +44,8 @@ def info() -> dict[str, str]:
     facts |= {name: _version(name) for name in OPTIONAL_PACKAGES}
     facts |= {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "processor": _processor(),
+        "memory": _memory(),
         "threads": str(torch.get_num_threads()),
         "torch cpu capability": torch.backends.cpu.get_cpu_capability(),
         "native library": "; ".join(library.problems) or str(library.path),
@@ -41,3 +61,25 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        import cpuinfo
+    except ImportError:
+        return "unknown: py-cpuinfo is not installed"
+    try:
+        found = cpuinfo.get_cpu_info()
+    # It raises plain Exceptions for architectures that it does not know.
+    except Exception as error:
+        return f"unknown: {error}"
+    return found.get("brand_raw") or platform.machine()
+
+
+def _memory() -> str:
+    try:
+        import psutil
+    except ImportError:
+        return "unknown: psutil is not installed"
+    return f"{psutil.virtual_memory().total / 2**30:.1f} GiB"

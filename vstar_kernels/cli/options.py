@@ -1,14 +1,21 @@
-"""What the commands' options have in common. Nothing here is slow to import."""
+"""How commands read their options, which are dataclasses, and how they refuse them.
+
+Only the modules that declare options import this one: it needs tyro, and the package does not.
+"""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import math
 import re
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
+import tyro
+
+T = TypeVar("T")
 MAX_STEPS = 1000  # of the schedulers' training
 
 
@@ -16,38 +23,104 @@ class CommandError(Exception):
     """A command cannot go on; the message says why in one line."""
 
 
+class Command(Protocol):
+    """A command: a dataclass of its options, which its fields' types and docstrings describe."""
+
+    def run(self) -> int:
+        """Does it; returns the exit status."""
+
+
+def run_command(
+    commands: Mapping[str, Callable[..., Command]],
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+) -> int:
+    """Reads a command and its options, and runs it; returns the exit status.
+
+    Options that cannot be read end the process with status 2, as ``--help`` does with 0.
+    """
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes)
+    try:
+        command: Command = tyro.extras.subcommand_cli_from_dict(
+            dict(commands), prog=prog, description=description, args=arguments, config=config
+        )
+        return command.run()
+    except CommandError as error:
+        print(f"{prog} {arguments[0]}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def option(metavar: str | None = None, *, default: str | None = None) -> Any:
+    """Describes an option beyond its type: its value's name, and what None stands for."""
+
+    def hint(found: str) -> str:
+        return "" if not default and found == "None" else f"(default: {default or found})"
+
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
+
+
+def parsed(parse: Callable[[str], T], metavar: str) -> tyro.constructors.PrimitiveConstructorSpec:
+    """Has an option's value read by a function, whose ValueError says what is allowed."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda texts: parse(texts[0]),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def several(parse: Callable[[str], T], metavar: str) -> tyro.constructors.PrimitiveConstructorSpec:
+    """Has an option's values, at least one, read into a tuple by a function as for `parsed`."""
+
+    def parse_all(texts: list[str]) -> tuple[T, ...]:
+        if not texts:
+            raise ValueError("must have at least one value, got none")
+        return tuple(map(parse, texts))
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"{metavar} [{metavar} ...]",
+        instance_from_str=parse_all,
+        is_instance=lambda value: True,
+        str_from_instance=lambda values: [str(value) for value in values or ()],
+    )
+
+
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
-    """What parses an integer within limits."""
+    """Returns a function that reads an integer within limits."""
     allowed = f"an integer of at least {least}" + (f", at most {most}" if most else "")
 
     def parse(text: str) -> int:
         value = int(text) if re.fullmatch(r"[+-]?\d+", text) else None
         if value is None or value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}")
+            raise ValueError(f"must be {allowed}, got {text!r}")
         return value
 
     return parse
 
 
 def number(text: str) -> float:
-    """A finite number."""
+    """Reads a finite number."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
+        raise ValueError(f"must be a finite number, got {text!r}")
     return value
 
 
 def size(least: int) -> Callable[[str], tuple[int, int]]:
-    """What parses a height and a width in pixels, both at least this."""
+    """Returns a function that reads a height and a width in pixels, both at least this."""
 
     def parse(text: str) -> tuple[int, int]:
         match = re.fullmatch(r"(\d+)x(\d+)", text)
         height, width = (int(match[1]), int(match[2])) if match else (0, 0)
         if min(height, width) < least or height % 8 or width % 8:
-            raise argparse.ArgumentTypeError(
+            raise ValueError(
                 f"must be HEIGHTxWIDTH in multiples of 8 from {least}, such as 320x512, "
                 f"got {text!r}"
             )
@@ -57,7 +130,7 @@ def size(least: int) -> Callable[[str], tuple[int, int]]:
 
 
 def check_model(model: str) -> None:
-    """Raise CommandError unless it is a folder with a pipeline or may be a name on the hub."""
+    """Raises CommandError unless it is a folder with a pipeline or may be a name on the hub."""
     path = Path(model)
     looks_like_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model)
     if path.exists() or not looks_like_id:
@@ -70,7 +143,7 @@ def check_model(model: str) -> None:
 
 
 def check_device(name: str) -> None:
-    """Raise CommandError unless tensors can be made on a device."""
+    """Raises CommandError unless tensors can be made on a device."""
     import torch
 
     try:
@@ -81,7 +154,7 @@ def check_device(name: str) -> None:
 
 
 def check_packages(names: Iterable[str], *, extra: str) -> None:
-    """Raise CommandError unless packages can be imported, which an extra of ours installs."""
+    """Raises CommandError unless packages can be imported, which an extra of ours installs."""
     for name in names:
         try:
             importlib.import_module(name)

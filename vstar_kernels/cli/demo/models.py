@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vstar_kernels.cli.demo.options import Options
+from vstar_kernels.cli.demo.options import DemoOptions
 from vstar_kernels.cli.options import CommandError
 
 SIZE = (320, 512)  # VideoCrafter2's, in pixels
@@ -38,7 +38,7 @@ class VideoModel:
         return self.pipeline.video_processor.postprocess_video(video, output_type="pil")[0]
 
 
-def load(options: Options) -> VideoModel:
+def load(options: DemoOptions) -> VideoModel:
     """The model that the options ask for, on their device.
 
     Raises:
@@ -48,7 +48,7 @@ def load(options: Options) -> VideoModel:
     return _random(options) if options.model is None else _pretrained(options, options.model)
 
 
-def _random(options: Options) -> VideoModel:
+def _random(options: DemoOptions) -> VideoModel:
     """ModelScope's UNet, which has VideoCrafter2's arrangement, with untrained weights."""
     from diffusers import DDIMScheduler, UNet3DConditionModel
 
@@ -75,7 +75,7 @@ def _random(options: Options) -> VideoModel:
     )
 
 
-def _pretrained(options: Options, model: str) -> VideoModel:
+def _pretrained(options: DemoOptions, model: str) -> VideoModel:
     from diffusers import TextToVideoSDPipeline
 
     try:
@@ -111,7 +111,9 @@ def _own_size(unet: Any, pixels_per_latent: int) -> tuple[int, int]:
     return height * pixels_per_latent, width * pixels_per_latent
 
 
-def _noise(unet: Any, options: Options, size: tuple[int, int], pixels_per_latent: int) -> Tensor:
+def _noise(
+    unet: Any, options: DemoOptions, size: tuple[int, int], pixels_per_latent: int
+) -> Tensor:
     """The initial latents: drawn on the CPU, so that every device starts from the same."""
     height, width = (pixels // pixels_per_latent for pixels in size)
     generator = torch.Generator().manual_seed(options.seed)

@@ -14,7 +14,7 @@ from vstar_kernels.analysis.maps import Level
 from vstar_kernels.attention.bias import GaussianBias
 from vstar_kernels.cli.demo import models, report, summary
 from vstar_kernels.cli.demo.denoise import Demo
-from vstar_kernels.cli.demo.options import Options
+from vstar_kernels.cli.demo.options import DemoOptions
 from vstar_kernels.cli.options import CommandError, check_device, check_packages
 from vstar_kernels.files import results_folder
 from vstar_kernels.models.front_end import temporal_layers
@@ -23,7 +23,7 @@ PACKAGES = ("diffusers", "transformers", "tqdm")
 VIDEO_WAYS = ("stock", "vstar_kernels")  # eager TAR's video is the same as ours
 
 
-def run(options: Options) -> int:
+def run(options: DemoOptions) -> int:
     """Denoise, print the table, write the folder. 0, or 1 if the kernels disagree with eager TAR.
 
     Raises:
@@ -50,7 +50,7 @@ def run(options: Options) -> int:
     return 1
 
 
-def _prepare(options: Options) -> Demo:
+def _prepare(options: DemoOptions) -> Demo:
     model = models.load(options)
     try:
         layers = [layer for layer in temporal_layers(model.unet) if layer.level != "init"]

@@ -12,14 +12,14 @@ from vstar_kernels.analysis import band_share
 from vstar_kernels.analysis.maps import Level
 from vstar_kernels.attention.bias import GaussianBias
 from vstar_kernels.cli.demo.denoise import EAGER, KERNELS, STOCK, Demo, Denoising
-from vstar_kernels.cli.demo.options import Options
+from vstar_kernels.cli.demo.options import DemoOptions
 from vstar_kernels.cli.info import info
 
 # Of the largest latent. Rounding alone gives some 1e-5; leaving TAR out, 1e-1.
 RELATIVE_TOLERANCE = 1e-4
 
 
-def summarize(demo: Demo, options: Options) -> dict[str, Any]:
+def summarize(demo: Demo, options: DemoOptions) -> dict[str, Any]:
     """Everything that was asked for, measured and seen; JSON-serializable."""
     runs = {run.way.name: run for run in demo.runs}
     eager = runs[EAGER.name]

@@ -1,0 +1,405 @@
+"""``vstar-kernels generate``: a video from a prompt by the whole method, in a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import create_mutex_group
+
+from vstar_kernels.analysis.maps import mean_maps
+from vstar_kernels.analysis.plots import plot_maps
+from vstar_kernels.cli.info import info
+from vstar_kernels.cli.options import (
+    MAX_STEPS,
+    CommandError,
+    check_device,
+    check_model,
+    check_packages,
+    integer,
+    number,
+    option,
+    parsed,
+    several,
+    size,
+)
+from vstar_kernels.files import results_folder
+from vstar_kernels.methods.sources import SynopsisError, shorten
+from vstar_kernels.methods.vstar.embeddings import Interpolation
+from vstar_kernels.methods.vstar.synopsis import Synopsis
+from vstar_kernels.methods.vstar.vstar import PAPER, VSTAR, Generation
+from vstar_kernels.methods.vstar.writer import LEAST_STAGES, MOST_STAGES, SynopsisWriter
+from vstar_kernels.models.config import TARConfig
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PACKAGES = ("diffusers", "transformers", "av", "matplotlib", "PIL")
+FILES = ("video.mp4", "video.gif", "maps.png", "generation.json", "synopsis.json", "config.json")
+MIN_SIZE = 8  # pixels
+MAX_SEED = 2**32 - 1
+MAX_FPS = 120
+MAPS_DPI = 120
+CONSTANT_RATE_FACTOR = "18"  # x264's: hardly to be told from the original
+
+one_config = create_mutex_group(required=False, title="temporal attention regularization: one of")
+one_choice_of_maps = create_mutex_group(required=False, title="attention maps: one of")
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """What is made, and with which model."""
+
+    model: Annotated[str, option("ID_OR_PATH")]
+    """A saved pipeline, or one on the Hugging Face hub: TextToVideoSDPipeline, AnimateDiffPipeline,
+    I2VGenXLPipeline or LattePipeline."""
+    adapter: Annotated[str | None, option("ID_OR_PATH")] = None
+    """AnimateDiff's motion adapter, which makes --model an image pipeline's."""
+    prompt: Annotated[str | None, option("TEXT")] = None
+    """The video in a sentence."""
+    negative_prompt: Annotated[str | None, option("TEXT")] = None
+    """What it should not be."""
+    image: Annotated[Path | None, option("FILE")] = None
+    """The image to animate, for I2VGen-XL."""
+    frames: Annotated[int, parsed(integer(1), "N")] = 16
+    """How many frames."""
+    size: Annotated[
+        tuple[int, int] | None,
+        parsed(size(MIN_SIZE), "HEIGHTxWIDTH"),
+        option(default="the model's"),
+    ] = None
+    """In pixels, multiples of 8."""
+    steps: Annotated[int, parsed(integer(1, MAX_STEPS), "N")] = 25
+    """Denoising steps."""
+    guidance_scale: Annotated[
+        float | None, parsed(number, "X"), option(default="the pipeline's")
+    ] = None
+    """How much the prompt counts, in classifier-free guidance."""
+    seed: Annotated[int | None, parsed(integer(0, MAX_SEED), "N"), option(default="drawn")] = None
+    """Decides the noise; generation.json says which it was."""
+    device: Annotated[str | None, option("NAME", default="a GPU if there is one")] = None
+    """Where the model runs."""
+
+
+@dataclass(frozen=True)
+class SynopsisOptions:
+    """The stages that the video goes through. Without a source, every frame has --prompt."""
+
+    synopsis: Annotated[Path | None, option("FILE")] = None
+    """JSON with prompt and stages, or a list of those from which --prompt chooses; or the answer of
+    a language model, as text."""
+    writer: Annotated[str | None, option("NAME", default="$OPENAI_MODEL")] = None
+    """A language model behind an OpenAI-compatible interface; the key is $OPENAI_API_KEY."""
+    writer_url: Annotated[str | None, option("URL", default="$OPENAI_BASE_URL")] = None
+    """Address of the interface."""
+    writer_local: Annotated[str | None, option("ID_OR_PATH")] = None
+    """A chat model of transformers, run here."""
+    stages: Annotated[
+        int | None,
+        parsed(integer(LEAST_STAGES, MOST_STAGES), "N"),
+        option(default="the writer's choice"),
+    ] = None
+    """How many stages the writer is asked for."""
+    refresh: bool = False
+    """Ask the writer even for what is in its cache."""
+    mode: Interpolation = "linear"
+    """How the prompt changes between stages."""
+
+    @property
+    def has_endpoint(self) -> bool:
+        """Whether a language model at a server writes the synopsis."""
+        return self.writer is not None or self.writer_url is not None
+
+
+@dataclass(frozen=True)
+class RegularizationOptions:
+    """Temporal attention regularization (TAR)."""
+
+    preset: Annotated[
+        str | None,
+        one_config,
+        option("NAME", default="sigma 1 at the finest level in the first 56 percent of the steps"),
+    ] = None
+    """Such as 64D1_32D8: sigma 1 at width 64 and 8 at width 32, in steps 0 to 13."""
+    config: Annotated[Path | None, one_config, option("FILE")] = None
+    """JSON that TARConfig.save wrote."""
+    extend_positions: bool = False
+    """Allow more frames than AnimateDiff or Latte have positions for."""
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is written."""
+
+    output: Annotated[Path, option("FOLDER")]
+    """A new folder, or an empty one."""
+    overwrite: bool = False
+    """Replace the files of an earlier run in --output."""
+    fps: Annotated[int, parsed(integer(1, MAX_FPS), "N")] = 8
+    """Frames per second of the video."""
+    map_steps: Annotated[
+        tuple[int, ...] | None,
+        several(integer(0), "STEP"),
+        one_choice_of_maps,
+        option(default="the first, the middle, the last"),
+    ] = None
+    """Steps whose attention maps are shown."""
+    no_maps: Annotated[bool, one_choice_of_maps] = False
+    """Show no attention maps."""
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """A video from a prompt, with the whole method."""
+
+    video: VideoOptions
+    synopsis: SynopsisOptions
+    regularization: RegularizationOptions
+    output: OutputOptions
+
+    def __post_init__(self) -> None:
+        """Raises CommandError for what can be found wrong without loading anything."""
+        check_model(self.video.model)
+        if self.video.prompt is None and self.synopsis.synopsis is None:
+            raise CommandError("--prompt or --synopsis must be given")
+        self._check_sources()
+        steps = self.video.steps
+        late = [step for step in self.output.map_steps or () if step >= steps]
+        if late:
+            raise CommandError(f"--map-steps must be below --steps, {steps}, got {late[0]}")
+        folder = self.output.output
+        if folder.exists() and not folder.is_dir():
+            raise CommandError(f"--output must be a folder, {folder} is a file")
+        if folder.exists() and any(folder.iterdir()) and not self.output.overwrite:
+            raise CommandError(
+                f"--output: {folder} is not empty: choose another folder, or give --overwrite"
+            )
+
+    def _check_sources(self) -> None:
+        options = self.synopsis
+        sources = {
+            "--synopsis": options.synopsis is not None,
+            "--writer and --writer-url": options.has_endpoint,
+            "--writer-local": options.writer_local is not None,
+        }
+        given = [name for name, is_given in sources.items() if is_given]
+        if len(given) > 1:
+            raise CommandError(f"{' and '.join(given)} are two sources of one synopsis: give one")
+        for_writers = {"--stages": options.stages is not None, "--refresh": options.refresh}
+        for name, is_given in for_writers.items():
+            if is_given and not (options.has_endpoint or options.writer_local):
+                raise CommandError(f"{name} is for a writer: give --writer or --writer-local")
+
+    @property
+    def captured_steps(self) -> list[int]:
+        """At which steps maps are captured: by default the first, the middle and the last."""
+        if self.output.no_maps:
+            return []
+        if self.output.map_steps is not None:
+            return sorted(set(self.output.map_steps))
+        steps = self.video.steps
+        return sorted({0, steps // 2, steps - 1})
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The pipeline's own arguments, those that were given."""
+        video = self.video
+        height, width = video.size or (None, None)
+        settings = {
+            "num_inference_steps": video.steps,
+            "height": height,
+            "width": width,
+            "guidance_scale": video.guidance_scale,
+            "negative_prompt": video.negative_prompt,
+        }
+        return {name: value for name, value in settings.items() if value is not None}
+
+    def run(self) -> int:
+        """Makes the video and writes its folder; returns the exit status 0.
+
+        Raises:
+            CommandError: It could not be done; nothing was written.
+        """
+        check_packages(PACKAGES, extra="generate")
+        device = self.video.device or _best_device()
+        check_device(device)
+        config, writer = _config(self.regularization), _writer(self.synopsis)
+        prompt, image = _prompt(self), _image(self.video.image)
+        pipe = _load(self.video, device)
+        with _errors_of_the_call():
+            vstar = VSTAR(
+                pipe,
+                config,
+                writer=writer,
+                mode=self.synopsis.mode,
+                extend_positions=self.regularization.extend_positions,
+            )
+            generation = vstar(
+                prompt,
+                num_frames=self.video.frames,
+                seed=self.video.seed,
+                num_stages=self.synopsis.stages,
+                refresh=self.synopsis.refresh,
+                maps=self.captured_steps or False,
+                **self.settings,
+                **image,
+            )
+        output = self.output.output
+        try:
+            with results_folder(output, FILES, overwrite=self.output.overwrite) as folder:
+                _write(folder, generation, self.output.fps)
+                record = _record(self, type(pipe).__name__, generation, device)
+                text = json.dumps(record, ensure_ascii=False, indent=1)
+                (folder / "generation.json").write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise CommandError(f"--output: {error}") from error
+        for index, stage in enumerate(generation.synopsis.stages, start=1):
+            print(f"stage {index}: {stage}")
+        print(f"seed {generation.seed}, TAR on {len(generation.layers)} layers")
+        print(f"video: {output / 'video.mp4'}")
+        return 0
+
+
+def _best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _config(options: RegularizationOptions) -> TARConfig:
+    option = "--preset" if options.preset is not None else "--config"
+    try:
+        if options.preset is not None:
+            return TARConfig.preset(options.preset)
+        return PAPER if options.config is None else TARConfig.load(options.config)
+    except (OSError, ValueError, TypeError) as error:
+        raise CommandError(f"{option}: {error}") from error
+
+
+def _writer(options: SynopsisOptions) -> SynopsisWriter | None:
+    option = "--writer"
+    try:
+        if options.has_endpoint:
+            return SynopsisWriter.from_endpoint(options.writer, base_url=options.writer_url)
+        if options.writer_local is not None:
+            option = "--writer-local"
+            return SynopsisWriter.from_transformers(options.writer_local)
+    except (ImportError, ValueError) as error:
+        raise CommandError(f"{option}: {error}") from error
+    return None
+
+
+def _prompt(options: GenerateOptions) -> str | Synopsis:
+    """Returns the prompt, or the synopsis that is in a file."""
+    prompt, path = options.video.prompt, options.synopsis.synopsis
+    if path is None:
+        assert prompt is not None
+        return prompt
+    try:
+        if prompt is None:
+            return Synopsis.load(path)
+        writer = SynopsisWriter.from_file(path, least_stages=1, most_stages=10_000)
+        return writer.write(prompt)
+    except (OSError, ValueError, SynopsisError) as error:
+        hint = "" if prompt else " (several synopses, and texts, need --prompt)"
+        raise CommandError(f"--synopsis: {error}{hint}") from error
+
+
+def _image(path: Path | None) -> dict[str, Any]:
+    """Returns the image to animate as an argument, if there is one."""
+    if path is None:
+        return {}
+    from PIL import Image
+
+    try:
+        return {"image": Image.open(path).convert("RGB")}
+    except OSError as error:
+        raise CommandError(f"--image: {error}") from error
+
+
+def _load(options: VideoOptions, device: str) -> Any:
+    """Returns the pipeline, in half precision unless on the CPU."""
+    import diffusers
+    import torch
+
+    more: dict[str, Any] = {} if device == "cpu" else {"torch_dtype": torch.float16}
+    name, wanted = "--model", options.model
+    try:
+        if options.adapter is None:
+            return diffusers.DiffusionPipeline.from_pretrained(wanted, **more).to(device)
+        name, wanted = "--adapter", options.adapter
+        more["motion_adapter"] = diffusers.MotionAdapter.from_pretrained(wanted, **more)
+        name, wanted = "--model", options.model
+        return diffusers.AnimateDiffPipeline.from_pretrained(wanted, **more).to(device)
+    # diffusers raises whatever its parts raise: of the network, of a file, of a wrong class.
+    except Exception as error:
+        reason = shorten(str(error)) or type(error).__name__
+        raise CommandError(f"{name}: cannot load {wanted}: {reason}") from error
+
+
+@contextmanager
+def _errors_of_the_call() -> Iterator[None]:
+    """Turns what is wrong with the arguments, the model or the writer into one line."""
+    import torch
+
+    try:
+        yield
+    except (TypeError, ValueError, SynopsisError, torch.OutOfMemoryError) as error:
+        raise CommandError(str(error)) from error
+
+
+def _record(
+    options: GenerateOptions, pipeline: str, generation: Generation, device: str
+) -> dict[str, Any]:
+    """Returns what it takes to make the video again."""
+    video = options.video
+    return {
+        "model": video.model,
+        "adapter": video.adapter,
+        "pipeline": pipeline,
+        "device": device,
+        "synopsis": json.loads(generation.synopsis.to_json()),
+        "mode": options.synopsis.mode,
+        "config": json.loads(generation.config.to_json()),
+        "extend_positions": options.regularization.extend_positions,
+        "layers": len(generation.layers),
+        "frames": video.frames,
+        "fps": options.output.fps,
+        "seed": generation.seed,
+        "image": None if video.image is None else str(video.image),
+        "settings": options.settings,
+        "versions": info(),
+    }
+
+
+def _write(folder: Path, generation: Generation, fps: int) -> None:
+    from diffusers.utils.export_utils import export_to_gif
+
+    write_mp4(folder / "video.mp4", generation.frames, fps)
+    export_to_gif(list(generation.frames), str(folder / "video.gif"), fps)
+    if generation.maps is not None:
+        means = mean_maps(generation.maps, by=("level", "step"))
+        plot_maps(means).savefig(folder / "maps.png", dpi=MAPS_DPI)
+    generation.synopsis.save(folder / "synopsis.json")
+    generation.config.save(folder / "config.json")
+
+
+def write_mp4(path: Path, frames: Sequence[Image], fps: int) -> None:
+    """Writes an H.264 video of the frames' own size, which diffusers' writer may change."""
+    import av
+
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream: Any = container.add_stream(
+            "libx264", rate=fps, options={"crf": CONSTANT_RATE_FACTOR}
+        )
+        stream.width, stream.height = frames[0].size
+        # What every player shows has half as many colours as pixels on either side.
+        halves = stream.width % 2 == stream.height % 2 == 0
+        stream.pix_fmt = "yuv420p" if halves else "yuv444p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
