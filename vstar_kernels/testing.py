@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vstar_kernels.attention import reference
 from vstar_kernels.attention.bias import Bias
-from vstar_kernels.attention.blocks import block_sums
+from vstar_kernels.attention.call import block_sums
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
@@ -74,7 +74,7 @@ def sensitivity(
     terms = abs(scale) * (q.abs() @ k.mT.abs())
     if bias is not None and bias.strength != 0:
         weight = bias.strength * bias.matrix(query.shape[-3]).double()
-        stat = reference.statistic(logits, bias)
+        stat = _weight_of_delta(logits, bias)
         stat_terms = stat.abs()
         if isinstance(bias.stat, str) and bias.stat != "none":  # one of the logits, with its terms
             stat_terms = terms.amax(-1 if bias.stat == "row_max" else (-2, -1), keepdim=True)
@@ -84,6 +84,13 @@ def sensitivity(
     moved = weights * terms
     result = moved @ v.abs() + moved.sum(-1, keepdim=True) * (weights @ v).abs()
     return result.transpose(-3, -2)
+
+
+def _weight_of_delta(logits: Tensor, bias: Bias) -> Tensor:
+    stat = reference.statistic(logits, bias.stat)
+    if bias.detach_stat:
+        stat = stat.detach()
+    return stat.clamp(min=0) if bias.clamp_negative else stat
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor, bias: Bias | None, **options: Any) -> Tensor:
@@ -100,7 +107,7 @@ def eager_with_map(
     logits = (q @ k.mT) * scale
     if bias is not None and bias.strength != 0:
         delta = bias.matrix(query.shape[-3]).to(logits)
-        logits = logits + bias.strength * reference.statistic(logits, bias) * delta
+        logits = logits + bias.strength * _weight_of_delta(logits, bias) * delta
     weights = logits.softmax(-1)
     mean_map = weights.mean(tuple(range(1, weights.ndim - 2)))
     mean_map = block_sums(mean_map, options.get("map_block", 1))

@@ -244,9 +244,9 @@ def test_a_bias_from_frames():
     similarity = vk.analysis.frame_similarity(video, "ssim")
     bias = vk.analysis.bias_from_frames(video, "ssim", strength=2.0, stat="none")
     assert (bias.strength, bias.stat) == (2.0, "none")
-    assert float(bias.values.max()) == 1
-    torch.testing.assert_close(bias.values, similarity)
-    spread = vk.analysis.bias_from_frames(video, "ssim", min_max=True).values
+    assert float(bias.delta.max()) == 1
+    torch.testing.assert_close(bias.delta, similarity)
+    spread = vk.analysis.bias_from_frames(video, "ssim", min_max=True).delta
     assert (float(spread.min()), float(spread.max())) == (0, 1)
     low = similarity.min()
     torch.testing.assert_close(spread * (1 - low) + low, similarity)

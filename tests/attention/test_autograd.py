@@ -7,23 +7,23 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import vstar_kernels as vk
-from vstar_kernels.attention import autograd, cpu, native, reference_backward
-from vstar_kernels.attention.call import Problem
+from vstar_kernels.attention import autograd, cpu, native, reference
+from vstar_kernels.attention.call import Wanted, make_call
 from vstar_kernels.testing import inputs
 
 pytestmark = pytest.mark.skipif(bool(native.load().problems), reason="no native library")
 
 HEADS, FRAMES = 3, 7
 FORMS = {
-    "none": lambda values, **o: None,
-    "gaussian": lambda values, **o: vk.GaussianBias(1.0, **o),
+    "none": lambda entries, **o: None,
+    "gaussian": lambda entries, **o: vk.GaussianBias(1.0, **o),
     "toeplitz": vk.ToeplitzBias,
     "toeplitz by head": vk.ToeplitzBias,
-    "signed": lambda values, **o: vk.ToeplitzBias(values, signed=True, **o),
+    "signed": lambda entries, **o: vk.ToeplitzBias(entries, signed=True, **o),
     "dense": vk.DenseBias,
     "dense by head": vk.DenseBias,
 }
-VALUES = {
+ENTRIES = {
     "toeplitz": (FRAMES + 2,),
     "toeplitz by head": (HEADS, FRAMES),
     "signed": (2 * FRAMES + 3,),
@@ -32,20 +32,16 @@ VALUES = {
 }
 
 
-def problem(form="gaussian", stat="row_max", *, shape=(2, FRAMES, HEADS, 4), map_block=0, **weight):
-    """A problem of leaves that require gradients, in float64."""
-    tensors = dict(zip(("query", "key", "value"), inputs(*shape), strict=True))
-    values = torch.rand(VALUES[form]) if form in VALUES else None
+def leaf_call(
+    form="gaussian", stat="row_max", *, shape=(2, FRAMES, HEADS, 4), map_block=0, **weight
+):
+    """A call of leaves that require gradients, in float64."""
+    query, key, value = (x.double().requires_grad_() for x in inputs(*shape))
+    entries = torch.rand(ENTRIES[form]).double().requires_grad_() if form in ENTRIES else None
     if stat == "tensor":
         stat = torch.randn(shape[:-1]).requires_grad_()
-    tensors = {name: x.double().requires_grad_() for name, x in tensors.items()}
-    if values is not None:
-        values = values.double().requires_grad_()
-    bias = FORMS[form](values, stat=stat, strength=0.7, **weight)
-    if bias is not None:
-        tensors.update(bias.named_tensors())
-    dtype, device = torch.float64, torch.device("cpu")
-    return Problem(shape, dtype, device, tensors, bias, 0.5, map_block > 0, max(map_block, 1))
+    bias = FORMS[form](entries, stat=stat, strength=0.7, **weight)
+    return make_call(query, key, value, bias, 0.5, map_block)
 
 
 # ---- the formulas against autograd ----
@@ -58,21 +54,22 @@ def problem(form="gaussian", stat="row_max", *, shape=(2, FRAMES, HEADS, 4), map
 def test_formulas_of_the_reference(form, stat, clamp, map_block):
     for detach in (False, True):
         for shape in ((2, FRAMES, HEADS, 4), (2, 2, FRAMES, HEADS, 4)):
-            p = problem(
+            call = leaf_call(
                 form, stat, shape=shape, map_block=map_block, clamp_negative=clamp,
                 detach_stat=detach,
             )  # fmt: skip
-            result = vk.reference.run(p)
-            out, mean_map = result if map_block else (result, None)
+            out, mean_map, _ = reference.forward(call)
             grad_out = torch.randn_like(out)
             grad_map = torch.randn_like(mean_map) if map_block else None
             loss = (out * grad_out).sum() + ((mean_map * grad_map).sum() if map_block else 0.0)
-            names = [n for n in p.tensors if not (n == "stat" and detach)]
-            expected = torch.autograd.grad(loss, [p.tensors[name] for name in names])
-            gradients = reference_backward.backward(p, grad_out, grad_map)
-            for name, gradient in zip(names, expected, strict=True):
-                assert gradients[name].dtype == gradient.dtype
-                torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-6)
+            leaves = {n: t for n, t in call.tensors().items() if not (n == "stat" and detach)}
+            expected = torch.autograd.grad(loss, list(leaves.values()))
+            wanted = Wanted("delta" in leaves, "stat" in leaves)
+            gradients = reference.backward(call, out, (), grad_out, grad_map, wanted)
+            for name, gradient in zip(leaves, expected, strict=True):
+                found = getattr(gradients, name)
+                assert found.dtype == gradient.dtype
+                torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-6)
 
 
 # ---- the operator ----
@@ -90,22 +87,24 @@ def test_formulas_of_the_reference(form, stat, clamp, map_block):
     ],
 )
 def test_opcheck(form, stat, map_block, backend):
-    p = problem(form, stat, map_block=map_block)
-    tensors = [p.tensors[name].detach().float() for name in ("query", "key", "value")]
-    values, stat_values = (p.tensors.get(name) for name in ("values", "stat"))
+    call = leaf_call(form, stat, map_block=map_block)
     arguments = (
-        *(x.requires_grad_() for x in tensors),
-        None if values is None else values.detach().float().requires_grad_(),
-        None if stat_values is None else stat_values.detach().requires_grad_(),
-        *autograd._options(p, backend),
+        *(x.detach().float().requires_grad_() for x in (call.query, call.key, call.value)),
+        None if call.delta is None else call.delta.detach().float().requires_grad_(),
+        None if call.stat is None else call.stat.detach().requires_grad_(),
+        *call.options,
+        backend,
     )
     torch.library.opcheck(torch.ops.vstar_kernels.attention, arguments)
     plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
     out, mean_map = torch.ops.vstar_kernels.attention(*plain)
     torch.library.opcheck(
         torch.ops.vstar_kernels.attention_backward,
-        (out, mean_map if map_block else None, out, values is not None, stat == "tensor", *plain),
-    )
+        (
+            out, mean_map if map_block else None, out, call.delta is not None, stat == "tensor",
+            *plain,
+        ),
+    )  # fmt: skip
 
 
 def test_inference_does_without_the_operator(monkeypatch):
@@ -131,12 +130,12 @@ def test_gradients_come_from_the_kernels(monkeypatch):
 
 def test_only_what_is_wanted_has_a_gradient():
     q, k, v = inputs(2, 6, 3, 8)
-    values = torch.rand(6)
-    out = vk.tar_attention(q, k.requires_grad_(), v, vk.ToeplitzBias(values))
+    table = torch.rand(6)
+    out = vk.tar_attention(q, k.requires_grad_(), v, vk.ToeplitzBias(table))
     out.sum().backward()
     assert k.grad is not None
     assert q.grad is None
-    assert values.grad is None
+    assert table.grad is None
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -301,7 +300,7 @@ def test_vmap_of_grad():
     torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_vmap_over_values_is_refused():
+def test_vmap_over_a_table_is_refused():
     q, k, v = inputs(2, 6, 3, 8)
     with pytest.raises(NotImplementedError, match="the same for all of it"):
         torch.func.vmap(lambda t: vk.tar_attention(q, k, v, vk.ToeplitzBias(t)))(torch.rand(3, 6))

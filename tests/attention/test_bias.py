@@ -32,6 +32,11 @@ def test_gaussian_table_has_no_subnormals():
     assert ((table == 0) | (table >= torch.finfo(torch.float32).tiny)).all()
 
 
+def test_gaussian_table_is_made_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        assert gaussian_table(0.123, 5).device.type == "cpu"
+
+
 def test_toeplitz_is_indexed_by_distance():
     values = torch.tensor([[1.0, 0.5, 0.25], [2.0, 3.0, 4.0]])
     delta = vk.ToeplitzBias(values).matrix(3)
@@ -82,8 +87,8 @@ def test_bad_values(make, message):
         (lambda: vk.GaussianBias(True), "sigma must be a number, got bool"),
         (lambda: vk.GaussianBias(1.0, strength=None), "strength must be a number"),
         (lambda: vk.GaussianBias(1.0, stat=3), "stat must be a string or a tensor, got int"),
-        (lambda: vk.ToeplitzBias([1.0, 0.5]), "values must be a torch.Tensor, got list"),
-        (lambda: vk.DenseBias(1.0), "values must be a torch.Tensor, got float"),
+        (lambda: vk.ToeplitzBias([1.0, 0.5]), "table must be a torch.Tensor, got list"),
+        (lambda: vk.DenseBias(1.0), "delta must be a torch.Tensor, got float"),
     ],
 )
 def test_wrong_kinds(make, message):

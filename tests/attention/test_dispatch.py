@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import vstar_kernels as vk
-from vstar_kernels.attention import cpu, native
-from vstar_kernels.attention import dispatch as selection
+from vstar_kernels.attention import cpu, dispatch, native
 from vstar_kernels.testing import inputs
 
 Q, K, V = inputs(2, 6, 3, 8)
@@ -17,9 +16,9 @@ def no_library(monkeypatch):
     """As where the package was built without a compiler."""
     missing = native.Native(native.DIRECTORY, problems=["no native library: built without one"])
     monkeypatch.setattr(cpu.native, "load", lambda: missing)
-    selection._warn_once.cache_clear()
+    dispatch._warn_once.cache_clear()
     yield
-    selection._warn_once.cache_clear()
+    dispatch._warn_once.cache_clear()
 
 
 def test_available_names_every_backend():
@@ -29,8 +28,8 @@ def test_available_names_every_backend():
 
 def test_automatic_choice_is_the_kernel(isa, monkeypatch):
     calls = []
-    run = cpu.run
-    monkeypatch.setattr(cpu, "run", lambda problem: calls.append(problem) or run(problem))
+    forward = cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda call: calls.append(call) or forward(call))
     vk.tar_attention(Q, K, V, BIAS)
     assert len(calls) == 1
 
@@ -65,3 +64,14 @@ def test_every_reason_is_listed(isa):
         "GaussianBias",
     ]:
         assert part in message
+
+
+def test_why_not_gives_the_reasons_of_every_backend(isa):
+    assert vk.backends.why_not(Q, K, V, BIAS)["cpu"] == []
+    double = [x.double() for x in (Q, K, V)]
+    reasons = vk.backends.why_not(*double, BIAS, return_map=True)
+    assert list(reasons) == ["cpu", "triton", "reference"]
+    assert "query is torch.float64" in reasons["cpu"][0]
+    assert reasons["reference"] == []
+    with pytest.raises(ValueError, match="key must have query's shape"):
+        vk.backends.why_not(Q, K[:1], V, BIAS)

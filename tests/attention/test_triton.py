@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch
 import vstar_kernels as vk
 from tests.pairwise import pairwise
 from vstar_kernels.attention import triton as backend
-from vstar_kernels.attention.call import Problem
+from vstar_kernels.attention.call import make_call
 from vstar_kernels.testing import assert_exact, eager, eager_with_map, inputs, largest_error, oracle
 
 if backend.unavailable():
@@ -230,9 +231,10 @@ def leaves(tensors, bias):
     """The tensors that have gradients."""
     found = dict(zip(("query", "key", "value"), tensors, strict=True))
     if bias is not None:
-        found.update(bias.named_tensors())
-        if bias.detach_stat:
-            found.pop("stat", None)
+        if bias.entries is not None:
+            found["delta"] = bias.entries
+        if isinstance(bias.stat, torch.Tensor) and not bias.detach_stat:
+            found["stat"] = bias.stat
     return found
 
 
@@ -325,7 +327,7 @@ def test_gradients_of_large_heads_by_kernels_with_their_own_blocks(monkeypatch, 
     found = run(tar, torch.float32)
     expected = run(vk.reference.tar_attention, torch.double)
     plain = run(vk.reference.tar_attention, torch.float32)
-    assert {"query", "key", "value", "values"} <= found.keys()
+    assert {"query", "key", "value", "delta"} <= found.keys()
     for name, gradient in found.items():
         assert_gradient(name, gradient, expected[name], plain[name])
 
@@ -521,11 +523,10 @@ def test_a_launch_without_a_tensor_that_it_writes_is_an_error():
 
 def facts(shape, dtype=torch.bfloat16, strides=None, **changes):
     tensor = torch.empty(shape, dtype=dtype, device="meta")
-    problem = Problem(
-        shape, dtype, torch.device(DEVICE), dict.fromkeys(("query", "key", "value"), tensor),
-        None, 1.0, False,
-    )  # fmt: skip
-    made = launch.facts(problem, (tensor.stride(),) * 4, ())
+    call = make_call(tensor, tensor, tensor, None, 1.0, 0)
+    on_device = launch._device(torch.device(DEVICE))
+    with mock.patch.object(launch, "_device", return_value=on_device):
+        made = launch.facts(call, (tensor.stride(),) * 4, ())
     return made._replace(strides=strides or made.strides, **changes)
 
 

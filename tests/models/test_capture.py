@@ -5,8 +5,7 @@ import pytest
 import torch
 
 import vstar_kernels as vk
-from vstar_kernels.attention import dispatch as selection
-from vstar_kernels.attention import reference
+from vstar_kernels.attention import dispatch, reference
 from vstar_kernels.models.front_end import temporal_layers
 
 pytest.importorskip("diffusers")
@@ -153,7 +152,7 @@ def test_layers_are_chosen(unet):
 
 @pytest.mark.parametrize("max_rows", [1, 6, 9])
 def test_the_reference_takes_positions_at_equal_distances(unet, max_rows, monkeypatch):
-    monkeypatch.setattr("vstar_kernels.analysis.maps.BACKENDS", {"reference": reference})
+    monkeypatch.setattr(dispatch, "BACKENDS", {"reference": reference})
     monkeypatch.setattr("vstar_kernels.analysis.maps.MAP_ELEMENTS", 2 * FRAMES**2 * 5)
     layer = temporal_layers(unet)[2]
     count = max(1, max_rows // 2)
@@ -169,16 +168,15 @@ def test_the_reference_takes_positions_at_equal_distances(unet, max_rows, monkey
 def test_a_kernel_that_gives_maps_takes_all_positions(unet, monkeypatch):
     shapes = []
 
-    def why_not(problem):
-        return [] if problem.return_map else ["only maps"]
+    def why_not(call):
+        return [] if call.options.map_block else ["only maps"]
 
-    def run(problem):
-        shapes.append(problem.shape)
-        return reference.run(problem)
+    def forward(call, *, save=False):
+        shapes.append(call.shape)
+        return reference.forward(call)
 
-    kernel = types.SimpleNamespace(why_not=why_not, run=run)
-    monkeypatch.setattr(selection, "BACKENDS", {"maps": kernel, **selection.BACKENDS})
-    monkeypatch.setattr("vstar_kernels.analysis.maps.BACKENDS", selection.BACKENDS)
+    kernel = types.SimpleNamespace(why_not=why_not, forward=forward)
+    monkeypatch.setattr(dispatch, "BACKENDS", {"maps": kernel, **dispatch.BACKENDS})
     with vk.apply_tar(unet, TAR), vk.capture_maps(unet, max_rows=1) as capture:
         call(unet)
     layers = temporal_layers(unet)

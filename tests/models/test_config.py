@@ -46,7 +46,7 @@ def test_other_biases():
     dense, toeplitz = vk.DenseBias(MATRIX), vk.ToeplitzBias(torch.ones(2, 7), signed=True)
     config = vk.TARConfig(bias=dense, strength=0.5)
     assert set(config.regularizations) == {0}
-    assert config.regularizations[0].bias.values is MATRIX
+    assert config.regularizations[0].bias.delta is MATRIX
     assert config.regularizations[0].bias.strength == 0.5
     config = vk.TARConfig({0: 1.0}, bias={1: toeplitz, 2: dense})
     assert [type(t.bias).__name__ for t in config.regularizations.values()] == [
@@ -142,8 +142,8 @@ def test_tables_come_back_exactly(bias):
         loaded = vk.TARConfig.from_json(vk.TARConfig(bias=given).to_json())
         found = loaded.bias if given is bias else loaded.bias[1]
         assert type(found) is type(bias)
-        assert found.values.dtype == bias.values.dtype
-        assert torch.equal(found.values, bias.values)
+        assert found.entries.dtype == bias.entries.dtype
+        assert torch.equal(found.entries, bias.entries)
         assert getattr(found, "signed", None) == getattr(bias, "signed", None)
 
 

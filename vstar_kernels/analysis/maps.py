@@ -9,10 +9,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from vstar_kernels.attention import reference
+from vstar_kernels.attention import dispatch
 from vstar_kernels.attention.bias import Bias, GaussianBias
-from vstar_kernels.attention.call import Problem
-from vstar_kernels.attention.dispatch import BACKENDS
 from vstar_kernels.attention.temporal import tar_attention
 
 Level = int | Literal["init"]
@@ -103,16 +101,9 @@ def _at(bias: Bias | None, index: Tensor) -> Bias | None:
 
 
 def _has_kernel(query: Tensor, key: Tensor, bias: Bias | None, scale: float) -> bool:
-    """Whether a backend that is not the reference gives the map."""
-    if bias is not None and bias.strength == 0:
-        bias = None
-    tensors = {"query": query, "key": key, "value": key}
-    if bias is not None:
-        tensors |= bias.named_tensors()
-    shape = tuple(query.shape)
-    problem = Problem(shape, query.dtype, query.device, tensors, bias, scale, return_map=True)
-    kernels = (backend for backend in BACKENDS.values() if backend is not reference)
-    return any(not kernel.why_not(problem) for kernel in kernels)
+    """Returns whether a backend that is not the reference gives the map."""
+    why_not = dispatch.why_not(query, key, key, bias, scale=scale, return_map=True)
+    return any(not reasons for name, reasons in why_not.items() if name != "reference")
 
 
 class HoldsMaps(Protocol):

@@ -1,9 +1,9 @@
 """``tar_attention`` as PyTorch's transformations see it: one operation with a gradient.
 
 ``torch.compile`` and tensors that are not plain take the operator ``vstar_kernels::attention``,
-whose backend is chosen when it runs; ``torch.func``, which does not see through that operator's
-gradient, a function around it. Eager autograd takes a function without the operator, which would
-cost a small call several times its own time. A call that needs none of them does without.
+whose backend is chosen when it runs. ``torch.func``, which does not see through that operator's
+gradient, takes a function around it. Eager autograd takes a function without the operator, which
+would cost a small call several times its own time. A call that needs none of them does without.
 """
 
 from __future__ import annotations
@@ -14,283 +14,217 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vstar_kernels.attention import dispatch as selection
-from vstar_kernels.attention.allocate import empty_like
-from vstar_kernels.attention.bias import Bias, DenseBias, GaussianBias, ToeplitzBias
-from vstar_kernels.attention.call import Problem
+from vstar_kernels.attention import dispatch
+from vstar_kernels.attention.call import Call, Gradients, Options, Wanted, empty_like
 from vstar_kernels.attention.schemas import LIBRARY
 
-# The options of a problem as an operator can take them; `form` is that of Δ. See _problem.
-_OPTIONS = (
+# A call's tensors, then the fields of Options in their order, and the backend.
+_CALL = (
+    "Tensor query, Tensor key, Tensor value, Tensor? delta, Tensor? stat_tensor, "
     "str form, float sigma, float strength, str stat, bool clamp_negative, bool detach_stat, "
     "float scale, int map_block, str? backend"
 )
+_TENSORS = 5
+LIBRARY.define(f"attention({_CALL}) -> (Tensor, Tensor)")
 LIBRARY.define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? values, Tensor? stat_values, "
-    f"{_OPTIONS}) -> (Tensor, Tensor)"
+    "attention_backward(Tensor? grad_out, Tensor? grad_map, Tensor out, bool delta_wanted, "
+    f"bool stat_wanted, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-LIBRARY.define(
-    "attention_backward(Tensor? grad_out, Tensor? grad_map, Tensor out, bool values_wanted, "
-    "bool stat_wanted, "
-    "Tensor query, Tensor key, Tensor value, Tensor? values, Tensor? stat_values, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def needed(problem: Problem) -> bool:
-    """Whether a call has to go through the operator."""
+def needed(call: Call) -> bool:
+    """Returns whether a call has to go through :func:`attention`."""
     return (
         torch.compiler.is_compiling()
-        or bool(problem.needs_grad())
+        or (torch.is_grad_enabled() and any(t.requires_grad for t in call.tensors().values()))
         or _func_is_active()
-        or type(problem.tensors["query"]) not in PLAIN
+        or type(call.query) not in PLAIN
     )
 
 
-def attention(problem: Problem, backend: str | None) -> Tensor | tuple[Tensor, Tensor]:
-    """What :func:`vstar_kernels.tar_attention` returns, where :func:`needed`.
+def attention(call: Call, backend: str | None) -> Tensor | tuple[Tensor, Tensor]:
+    """Returns what :func:`vstar_kernels.tar_attention` returns, where :func:`needed`.
 
     ``backend`` None leaves the choice to the moment when the operator runs.
     """
-    names = ("query", "key", "value", "values", "stat")
-    tensors = [problem.tensors.get(name) for name in names]
+    tensors = (call.query, call.key, call.value, call.delta, call.stat)
     run: Callable[..., Any]
-    if torch.compiler.is_compiling() or type(tensors[0]) not in PLAIN:
+    if torch.compiler.is_compiling() or type(call.query) not in PLAIN:
         run = torch.ops.vstar_kernels.attention
     elif _func_is_active():
         run = _ForFunc.apply
     else:
-        return _Eager.apply(*tensors, problem, backend)
-    out, mean_map = run(*tensors, *_options(problem, backend))
-    return (out, mean_map) if problem.return_map else out
+        return _Eager.apply(*tensors, call.options, backend)
+    out, mean_map = run(*tensors, *call.options, backend)
+    return (out, mean_map) if call.options.map_block else out
 
 
-def _options(problem: Problem, backend: str | None) -> tuple[object, ...]:
-    bias = problem.bias
-    map_block = problem.map_block if problem.return_map else 0
-    if bias is None:
-        return "none", 0.0, 0.0, "none", False, False, problem.scale, map_block, backend
-    return (
-        _form(bias),
-        float(bias.sigma) if isinstance(bias, GaussianBias) else 0.0,
-        float(bias.strength),
-        "tensor" if isinstance(bias.stat, Tensor) else bias.stat,
-        bias.clamp_negative,
-        bias.detach_stat,
-        problem.scale,
-        map_block,
-        backend,
-    )
+# ---- the operator and its gradient ----
 
 
-def _form(bias: Bias) -> str:
-    if isinstance(bias, ToeplitzBias):
-        return "signed" if bias.signed else "symmetric"
-    return "gaussian" if isinstance(bias, GaussianBias) else "dense"
+def _split(arguments: tuple[Any, ...]) -> tuple[Call, str | None]:
+    """Returns the call and the backend that an operator's arguments are."""
+    query, key, value, delta, stat, *options, backend = arguments
+    return Call(query, key, value, delta, stat, Options(*options)), backend
 
 
-def _problem(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    values: Tensor | None,
-    stat_values: Tensor | None,
-    form: str,
-    sigma: float,
-    strength: float,
-    stat: str,
-    clamp_negative: bool,
-    detach_stat: bool,
-    scale: float,
-    map_block: int,
-    backend: str | None,
-) -> Problem:
-    """The problem that :func:`_options` took apart."""
-    tensors = {"query": query, "key": key, "value": value}
-    weight: dict[str, Any] = {
-        "strength": strength,
-        "stat": stat if stat_values is None else stat_values,
-        "clamp_negative": clamp_negative,
-        "detach_stat": detach_stat,
-    }
-    bias: Bias | None = None
-    if form == "gaussian":
-        bias = GaussianBias(sigma, **weight)
-    elif values is not None:
-        bias = (
-            DenseBias(values, **weight)
-            if form == "dense"
-            else ToeplitzBias(values, signed=form == "signed", **weight)
-        )
-    if bias is not None:
-        tensors.update(bias.named_tensors())
-    return Problem(
-        tuple(query.shape),
-        query.dtype,
-        query.device,
-        tensors,
-        bias,
-        scale,
-        return_map=map_block > 0,
-        map_block=max(map_block, 1),
-    )
+def _nothing(like: Tensor) -> Tensor:
+    """Returns what an operator gives for a result that was not asked for."""
+    return like.new_empty(0, dtype=torch.float32)
 
 
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    problem = _problem(*arguments)
-    result = selection.backend(problem, arguments[-1]).run(problem)
-    return result if isinstance(result, tuple) else (result, _nothing(result))
+    call, name = _split(arguments)
+    out, mean_map, _ = dispatch.backend(call, name).forward(call)
+    return out, _nothing(out) if mean_map is None else mean_map
 
 
 def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    problem = _problem(*arguments)
-    out = empty_like(problem.tensors["query"])
-    if not problem.return_map:
+    call, _ = _split(arguments)
+    out = empty_like(call.query)
+    if not call.options.map_block:
         return out, _nothing(out)
-    return out, out.new_empty(problem.map_shape, dtype=torch.float32)
+    return out, out.new_empty(call.map_shape, dtype=torch.float32)
 
 
 def _attention_backward(
     grad_out: Tensor | None,
     grad_map: Tensor | None,
     out: Tensor,
-    values_wanted: bool,
+    delta_wanted: bool,
     stat_wanted: bool,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    problem = _problem(*arguments)
-    wanted = {name for name, w in (("values", values_wanted), ("stat", stat_wanted)) if w}
-    backend = selection.backend(problem, arguments[-1])
-    gradients = backend.backward(problem, out, grad_out, grad_map, wanted)
-    for name in wanted:
-        gradients[name] = gradients[name].contiguous()
-    return tuple(gradients[name] if name in gradients else _nothing(out) for name in _NAMES)
+    call, name = _split(arguments)
+    backend, wanted = dispatch.backend(call, name), Wanted(delta_wanted, stat_wanted)
+    gradients = backend.backward(call, out, (), grad_out, grad_map, wanted)
+    return _as_results(out, gradients)
 
 
 def _attention_backward_fake(
     grad_out: Tensor | None,
     grad_map: Tensor | None,
     out: Tensor,
-    values_wanted: bool,
+    delta_wanted: bool,
     stat_wanted: bool,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    tensors = _problem(*arguments).tensors
-    gradients = {name: empty_like(tensors[name]) for name in ("query", "key", "value")}
-    for name, wanted in (("values", values_wanted), ("stat", stat_wanted)):
-        if wanted:
-            gradients[name] = torch.empty_like(tensors[name], memory_format=torch.contiguous_format)
-    return tuple(gradients[name] if name in gradients else _nothing(out) for name in _NAMES)
+    call, _ = _split(arguments)
+    query, key, value = (empty_like(tensor) for tensor in (call.query, call.key, call.value))
+    delta = torch.empty_like(call.delta) if delta_wanted and call.delta is not None else None
+    stat = torch.empty_like(call.stat) if stat_wanted and call.stat is not None else None
+    return _as_results(out, Gradients(query, key, value, delta, stat))
 
 
-_MAP_BLOCK, _DETACH_STAT = -2, -4  # their places among the options
-_NAMES = ("query", "key", "value", "values", "stat")
-
-
-def _nothing(like: Tensor) -> Tensor:
-    """For an operator's result that was not asked for."""
-    return like.new_empty(0, dtype=torch.float32)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], output[0])
-    ctx.options = inputs[5:]
-    ctx.map_block = ctx.options[_MAP_BLOCK]
-    ctx.set_materialize_grads(False)
-
-
-def _gradient(ctx: Any, grad_out: Tensor | None, grad_map: Tensor | None) -> tuple[Any, ...]:
-    *tensors, out = ctx.saved_tensors
-    if not ctx.map_block:  # there is no map, whatever its gradient
-        grad_map = None
-    wanted = list(ctx.needs_input_grad[:5])
-    if ctx.options[_DETACH_STAT]:
-        wanted[4] = False
-    no_options = (None,) * (len(ctx.needs_input_grad) - 5)
-    if grad_out is None and grad_map is None:
-        return *(None,) * 5, *no_options
-    run: Callable[..., Any] = _attention_backward
-    if _func_is_active():
-        run = _BackwardForFunc.apply
-    elif torch.is_grad_enabled() or type(out) not in PLAIN:  # create_graph, or traced
-        run = _backward_operator
-    gradients = run(grad_out, grad_map, out, wanted[3], wanted[4], *tensors, *ctx.options)
-    kept = (gradient if w else None for gradient, w in zip(gradients, wanted, strict=True))
-    return *kept, *no_options
-
-
-def _no_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Nothing is kept for a second derivative."""
-
-
-def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
-    raise NotImplementedError(
-        "tar_attention's kernels have no second derivative; backend='reference' has"
-    )
-
-
-def _attention_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    """Over the batch: what is mapped becomes part of it."""
-    size = info.batch_size
-    query, key, value, values, stat_values, *options = arguments
-    _refuse_mapped_values(in_dims[3])
-    out, mean_map = torch.ops.vstar_kernels.attention(
-        _fold(query, in_dims[0], size),
-        _fold(key, in_dims[1], size),
-        _fold(value, in_dims[2], size),
-        values,
-        _fold(stat_values, in_dims[4], size),
-        *options,
-    )
-    out = out.unflatten(0, (size, -1))
-    if not mean_map.numel():
-        return (out, mean_map), (0, None)
-    return (out, mean_map.unflatten(0, (size, -1))), (0, 0)
-
-
-def _attention_backward_vmap(
-    info: Any, in_dims: tuple[Any, ...], *arguments: Any
-) -> tuple[Any, Any]:
-    size = info.batch_size
-    values_wanted = arguments[3]
-    _refuse_mapped_values(0 if values_wanted else in_dims[8])
-    folded = [
-        _fold(x, dim, size) if isinstance(x, Tensor) and place != 8 else x
-        for place, (x, dim) in enumerate(zip(arguments, in_dims, strict=True))
-    ]
-    gradients = torch.ops.vstar_kernels.attention_backward(*folded)
-    mapped = tuple(x.unflatten(0, (size, -1)) if x.numel() else x for x in gradients)
-    return mapped, tuple(0 if x.numel() else None for x in gradients)
-
-
-def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    if tensor is None:
-        return None
-    tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return tensor.flatten(0, 1)
-
-
-def _refuse_mapped_values(dim: int | None) -> None:
-    if dim is not None:
-        raise NotImplementedError(
-            "vmap of tar_attention maps over the batch; the values of a bias are the same for all "
-            "of it, and so is their gradient"
-        )
+def _as_results(out: Tensor, gradients: Gradients) -> tuple[Tensor, ...]:
+    """Returns gradients as an operator does: Δ's and the statistic's contiguous, none missing."""
+    *inputs, delta, stat = gradients
+    others = (_nothing(out) if x is None else x.contiguous() for x in (delta, stat))
+    return (*inputs, *others)
 
 
 def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
     return torch.ops.vstar_kernels.attention_backward(*arguments)
 
 
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:_TENSORS], output[0])
+    ctx.options, ctx.backend = Options(*inputs[_TENSORS:-1]), inputs[-1]
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, grad_out: Tensor | None, grad_map: Tensor | None) -> tuple[Any, ...]:
+    """Returns the gradients of a node's inputs, in their order: the tensors, then the rest."""
+    query, key, value, delta, stat, out, *saved = ctx.saved_tensors
+    tensors = (query, key, value, delta, stat)
+    needs = ctx.needs_input_grad
+    if not ctx.options.map_block:  # an empty map's gradient means nothing
+        grad_map = None
+    if grad_out is None and grad_map is None:
+        return (None,) * len(needs)
+    wanted = Wanted(delta=needs[3], stat=needs[4] and not ctx.options.detach_stat)
+    gradients: tuple[Tensor | None, ...]
+    arguments = (grad_out, grad_map, out, *wanted, *tensors, *ctx.options, ctx.backend)
+    if _func_is_active():
+        gradients = _BackwardForFunc.apply(*arguments)
+    elif torch.is_grad_enabled() or type(out) not in PLAIN:  # create_graph, or traced
+        gradients = _backward_operator(*arguments)
+    else:
+        call, name = _split((*tensors, *ctx.options, ctx.backend))
+        backend = dispatch.backend(call, name)
+        gradients = backend.backward(call, out, tuple(saved), grad_out, grad_map, wanted)
+    kept = (needs[0], needs[1], needs[2], *wanted)
+    of_tensors = (g if keep else None for g, keep in zip(gradients, kept, strict=True))
+    return (*of_tensors, *(None,) * (len(needs) - _TENSORS))
+
+
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keeps nothing: there is no second derivative that could want it."""
+
+
+def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+    raise NotImplementedError(
+        "tar_attention's kernels have no second derivative; backend='reference' has"
+    )
+
+
+# ---- vmap: what is mapped over becomes part of the batch ----
+
+
+def _attention_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    _refuse_mapped_delta(in_dims[3])
+    folded = _fold(arguments, in_dims, info.batch_size, delta=3)
+    out, mean_map = torch.ops.vstar_kernels.attention(*folded)
+    out = out.unflatten(0, (info.batch_size, -1))
+    if not mean_map.numel():
+        return (out, mean_map), (0, None)
+    return (out, mean_map.unflatten(0, (info.batch_size, -1))), (0, 0)
+
+
+def _attention_backward_vmap(
+    info: Any, in_dims: tuple[Any, ...], *arguments: Any
+) -> tuple[Any, Any]:
+    delta_wanted, delta = arguments[3], 8  # in the order of the operator's schema
+    _refuse_mapped_delta(0 if delta_wanted else in_dims[delta])
+    folded = _fold(arguments, in_dims, info.batch_size, delta=delta)
+    gradients = _backward_operator(*folded)
+    mapped = tuple(x.unflatten(0, (info.batch_size, -1)) if x.numel() else x for x in gradients)
+    return mapped, tuple(0 if x.numel() else None for x in gradients)
+
+
+def _fold(
+    arguments: tuple[Any, ...], in_dims: tuple[Any, ...], size: int, *, delta: int
+) -> list[Any]:
+    """Returns arguments with the mapped dimension folded into each tensor's batch, but Δ's."""
+
+    def fold(x: Any, dim: int | None) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+    pairs = enumerate(zip(arguments, in_dims, strict=True))
+    return [x if place == delta else fold(x, dim) for place, (x, dim) in pairs]
+
+
+def _refuse_mapped_delta(dim: int | None) -> None:
+    if dim is not None:
+        raise NotImplementedError(
+            "vmap of tar_attention maps over the batch; the entries of a bias are the same for all "
+            "of it, and so is their gradient"
+        )
+
+
 def _func_is_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+# ---- the functions around them ----
+
+
 class _Eager(torch.autograd.Function):
-    """A call to a backend, and one to its gradient."""
+    """One forward and one backward pass of a backend, without the operator."""
 
     @staticmethod
     def forward(
@@ -298,18 +232,17 @@ class _Eager(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        values: Tensor | None,
-        stat_values: Tensor | None,
-        problem: Problem,
+        delta: Tensor | None,
+        stat: Tensor | None,
+        options: Options,
         backend: str,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        result = selection.BACKENDS[backend].run(problem)
-        out = result[0] if isinstance(result, tuple) else result
-        ctx.save_for_backward(query, key, value, values, stat_values, out)
-        ctx.options = _options(problem, backend)
-        ctx.map_block = ctx.options[_MAP_BLOCK]
+        call = Call(query, key, value, delta, stat, options)
+        out, mean_map, saved = dispatch.BACKENDS[backend].forward(call, save=True)
+        ctx.save_for_backward(query, key, value, delta, stat, out, *saved)
+        ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
-        return result
+        return out if mean_map is None else (out, mean_map)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_map: Tensor | None = None) -> Any:
@@ -331,7 +264,7 @@ class _ForFunc(torch.autograd.Function):
 
 
 class _BackwardForFunc(torch.autograd.Function):
-    """Likewise for its gradient."""
+    """The operator's gradient for torch.func."""
 
     generate_vmap_rule = False
 
@@ -339,28 +272,32 @@ class _BackwardForFunc(torch.autograd.Function):
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         return _backward_operator(*arguments)
 
-    setup_context = staticmethod(_no_context)
-    backward = staticmethod(_no_second_derivative)
+    setup_context = staticmethod(_keep_nothing)
+    backward = staticmethod(_refuse_second_derivative)
     vmap = staticmethod(_attention_backward_vmap)
 
 
-def _register() -> None:
-    for name, run, fake, vmap, setup, gradient in (
-        ("attention", _attention, _attention_fake, _attention_vmap, _setup_context, _gradient),
-        (
-            "attention_backward",
-            _attention_backward,
-            _attention_backward_fake,
-            _attention_backward_vmap,
-            _no_context,
-            _no_second_derivative,
-        ),
-    ):
-        qualified = f"vstar_kernels::{name}"
-        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(qualified, fake, lib=LIBRARY)
-        torch.library.register_autograd(qualified, gradient, setup_context=setup, lib=LIBRARY)
-        torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
+def _register(
+    name: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    vmap: Callable[..., Any],
+    setup: Callable[..., Any],
+    gradient: Callable[..., Any],
+) -> None:
+    qualified = f"vstar_kernels::{name}"
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    torch.library.register_autograd(qualified, gradient, setup_context=setup, lib=LIBRARY)
+    torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
 
 
-_register()
+_register("attention", _attention, _attention_fake, _attention_vmap, _setup_context, _gradient)
+_register(
+    "attention_backward",
+    _attention_backward,
+    _attention_backward_fake,
+    _attention_backward_vmap,
+    _keep_nothing,
+    _refuse_second_derivative,
+)

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 STATS = ("row_max", "map_max", "none")
+# How Δ's entries are held: not at all, by σ, in a table over |j−i| or over j−i, in a matrix.
+FORMS = ("none", "gaussian", "symmetric", "signed", "dense")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,21 +59,23 @@ class _Bias(ABC):
                 f"stat must be one of {', '.join(map(repr, STATS))} or a tensor, got {self.stat!r}"
             )
 
+    @property
+    @abstractmethod
+    def form(self) -> str:
+        """Which of ``FORMS`` Δ is held in."""
+
+    @property
+    @abstractmethod
+    def entries(self) -> Tensor | None:
+        """Δ's entries, a table or a matrix; None of a Gaussian."""
+
     @abstractmethod
     def matrix(self, num_frames: int) -> Tensor:
-        """Δ, ``(N, N)`` or ``(heads, N, N)``: row i, the query's frame; column j, the key's."""
-
-    def values_gradient(self, matrix_gradient: Tensor) -> Tensor:
-        """The gradient of ``values`` for one of ``.matrix()``, of that one's shape."""
-        raise TypeError(f"{type(self).__name__} has no values that a gradient could be for")
-
-    def named_tensors(self) -> dict[str, Tensor]:
-        """The tensors in it: Δ's ``values``, if it has them, and ``stat``, if that is one."""
-        return {"stat": self.stat} if isinstance(self.stat, Tensor) else {}
+        """Returns Δ, ``(N, N)`` or ``(heads, N, N)``; rows are queries' frames, columns keys'."""
 
     @abstractmethod
     def check(self, num_frames: int, num_heads: int) -> None:
-        """Raise ValueError if Δ cannot serve this many frames and heads."""
+        """Raises ValueError if Δ cannot serve this many frames and heads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,11 +95,19 @@ class GaussianBias(_Bias):
         if not self.sigma >= 0:
             raise ValueError(f"sigma must be at least 0 (frames), got {self.sigma}")
 
+    @property
+    def form(self) -> str:
+        return "gaussian"
+
+    @property
+    def entries(self) -> None:
+        return None
+
     def matrix(self, num_frames: int) -> Tensor:
-        return _from_table(gaussian_table(float(self.sigma), num_frames), num_frames)
+        return matrix(self.form, float(self.sigma), None, num_frames)
 
     def check(self, num_frames: int, num_heads: int) -> None:
-        """It serves any number of both."""
+        """A Gaussian serves any number of frames and heads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,64 +115,45 @@ class ToeplitzBias(_Bias):
     """Δᵢⱼ from a table over the distance of two frames.
 
     Args:
-        values: ``(L,)`` or ``(heads, L)`` over |j−i| = 0 … L−1, for up to L frames; with
+        table: ``(L,)`` or ``(heads, L)`` over |j−i| = 0 … L−1, for up to L frames; with
             ``signed``, an odd length 2L−1 over j−i = −(L−1) … L−1. Floating point.
         signed: Whether the table tells j−i from i−j.
         strength, stat, clamp_negative, detach_stat: How Δ is weighted; see the module.
     """
 
-    values: Tensor
+    table: Tensor
     _: KW_ONLY
     signed: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_tensor(self.values, "values", dims=(1, 2), shape="(L,) or (heads, L)")
-        if self.values.shape[-1] == 0:
-            raise ValueError("values must hold at least one distance, got an empty table")
-        if self.signed and self.values.shape[-1] % 2 == 0:
+        _check_tensor(self.table, "table", dims=(1, 2), shape="(L,) or (heads, L)")
+        if self.table.shape[-1] == 0:
+            raise ValueError("table must hold at least one distance, got an empty one")
+        if self.signed and self.table.shape[-1] % 2 == 0:
             raise ValueError(
                 "a signed table has an odd length, -(L-1) to L-1, "
-                f"got values of length {self.values.shape[-1]}"
+                f"got a table of length {self.table.shape[-1]}"
             )
 
     @property
-    def max_frames(self) -> int:
-        """L: how many frames the table reaches."""
-        length = self.values.shape[-1]
-        return (length + 1) // 2 if self.signed else length
+    def form(self) -> str:
+        return "signed" if self.signed else "symmetric"
 
-    def named_tensors(self) -> dict[str, Tensor]:
-        return {"values": self.values, **super().named_tensors()}
-
-    def signed_table(self) -> Tensor:
-        """The table over j−i = −(L−1) … L−1, ``(2L−1,)`` or ``(heads, 2L−1)``."""
-        if self.signed:
-            return self.values
-        return torch.cat([self.values[..., 1:].flip(-1), self.values], dim=-1)
+    @property
+    def entries(self) -> Tensor:
+        return self.table
 
     def matrix(self, num_frames: int) -> Tensor:
-        return _from_table(self.signed_table(), num_frames)
-
-    def values_gradient(self, matrix_gradient: Tensor) -> Tensor:
-        return self.table_gradient(_diagonal_sums(matrix_gradient))
-
-    def table_gradient(self, signed_gradient: Tensor) -> Tensor:
-        """The gradient of ``values`` for one of a signed table that may reach fewer frames."""
-        missing = self.max_frames - (signed_gradient.shape[-1] + 1) // 2
-        gradient = F.pad(signed_gradient, (missing, missing))
-        if not self.signed:
-            centre = self.max_frames - 1
-            mirrored = F.pad(gradient[..., :centre].flip(-1), (1, 0))
-            gradient = gradient[..., centre:] + mirrored
-        return gradient.to(self.values)
+        return matrix(self.form, 0.0, self.table, num_frames)
 
     def check(self, num_frames: int, num_heads: int) -> None:
-        _check_heads(self.values, 1, num_heads, "values")
-        if num_frames > self.max_frames:
+        _check_heads(self.table, 1, num_heads, "table")
+        max_frames = table_frames(self.form, self.table)
+        if num_frames > max_frames:
             raise ValueError(
-                f"the table of ToeplitzBias reaches {self.max_frames} frames "
-                f"(values of shape {tuple(self.values.shape)}, signed={self.signed}), "
+                f"the table of ToeplitzBias reaches {max_frames} frames "
+                f"(table of shape {tuple(self.table.shape)}, signed={self.signed}), "
                 f"query has {num_frames}"
             )
 
@@ -170,38 +163,40 @@ class DenseBias(_Bias):
     """Any Δ, such as the inter-frame similarity of a reference video (dynamics transfer, Fig. 8).
 
     Args:
-        values: ``(N, N)`` or ``(heads, N, N)``, floating point: row i, the query's frame;
+        delta: ``(N, N)`` or ``(heads, N, N)``, floating point: row i, the query's frame;
             column j, the key's.
         strength, stat, clamp_negative, detach_stat: How Δ is weighted; see the module.
     """
 
-    values: Tensor
+    delta: Tensor
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_tensor(self.values, "values", dims=(2, 3), shape="(N, N) or (heads, N, N)")
-        rows, columns = self.values.shape[-2:]
+        _check_tensor(self.delta, "delta", dims=(2, 3), shape="(N, N) or (heads, N, N)")
+        rows, columns = self.delta.shape[-2:]
         if rows != columns:
-            raise ValueError(f"values must be square, got shape {tuple(self.values.shape)}")
+            raise ValueError(f"delta must be square, got shape {tuple(self.delta.shape)}")
 
-    def named_tensors(self) -> dict[str, Tensor]:
-        return {"values": self.values, **super().named_tensors()}
+    @property
+    def form(self) -> str:
+        return "dense"
+
+    @property
+    def entries(self) -> Tensor:
+        return self.delta
 
     def matrix(self, num_frames: int) -> Tensor:
         self._check_frames(num_frames)
-        return self.values
-
-    def values_gradient(self, matrix_gradient: Tensor) -> Tensor:
-        return matrix_gradient.to(self.values)
+        return self.delta
 
     def check(self, num_frames: int, num_heads: int) -> None:
-        _check_heads(self.values, 2, num_heads, "values")
+        _check_heads(self.delta, 2, num_heads, "delta")
         self._check_frames(num_frames)
 
     def _check_frames(self, num_frames: int) -> None:
-        if self.values.shape[-1] != num_frames:
+        if self.delta.shape[-1] != num_frames:
             raise ValueError(
-                f"the matrix of DenseBias is for {self.values.shape[-1]} frames, "
+                f"the matrix of DenseBias is for {self.delta.shape[-1]} frames, "
                 f"asked for {num_frames}"
             )
 
@@ -209,32 +204,83 @@ class DenseBias(_Bias):
 Bias = GaussianBias | ToeplitzBias | DenseBias
 
 
+# ---- the layouts of Δ's entries, for the backends ----
+
+
+def dims(form: str) -> int:
+    """Returns the number of dimensions that Δ's entries have where all heads share them."""
+    return 2 if form == "dense" else 1
+
+
+def matrix(form: str, sigma: float, entries: Tensor | None, num_frames: int) -> Tensor:
+    """Returns the matrix Δ, ``(N, N)`` or ``(heads, N, N)``, that entries of a form stand for."""
+    if form == "gaussian":
+        table = gaussian_table(sigma, num_frames)
+    else:
+        assert entries is not None  # the other forms that have a Δ hold it
+        if form == "dense":
+            return entries
+        table = signed_table(form, entries)
+    frame = torch.arange(num_frames, device=table.device)
+    centre = table.shape[-1] // 2
+    return table[..., centre + frame[None, :] - frame[:, None]]
+
+
+def entries_gradient(form: str, entries: Tensor, matrix_gradient: Tensor) -> Tensor:
+    """Returns the gradient of Δ's entries for one of its matrix, which has that one's shape."""
+    if form == "dense":
+        return matrix_gradient.to(entries)
+    return table_gradient(form, entries, _diagonal_sums(matrix_gradient))
+
+
 @functools.lru_cache(maxsize=64)
 def gaussian_table(sigma: float, num_frames: int) -> Tensor:
-    """Δ over j−i = −(N−1) … N−1 in float32, on the CPU, to be read only.
+    """Returns Δ over j−i = −(N−1) … N−1 in float32, on the CPU; it is shared, to be read only.
 
     Values below float32's normal range are zero: a subnormal operand can cost a hundred cycles.
     """
-    distance = torch.arange(num_frames, dtype=torch.float64)
-    half = torch.ones(num_frames, dtype=torch.float64)
+    distance = torch.arange(num_frames, dtype=torch.float64, device="cpu")
+    half = torch.ones(num_frames, dtype=torch.float64, device="cpu")
     # Divided before it is squared: σ² leaves the range of floating point long before σ does.
     half[1:] = torch.exp(-0.5 * (distance[1:] / sigma) ** 2) if sigma > 0 else 0.0
     half[half < torch.finfo(torch.float32).tiny] = 0.0
     return torch.cat([half[1:].flip(0), half]).float()
 
 
+def table_frames(form: str, table: Tensor) -> int:
+    """Returns L, the number of frames that a table reaches."""
+    length = table.shape[-1]
+    return (length + 1) // 2 if form == "signed" else length
+
+
+def signed_table(form: str, table: Tensor) -> Tensor:
+    """Returns a table over j−i = −(L−1) … L−1, ``(2L−1,)`` or ``(heads, 2L−1)``."""
+    if form == "signed":
+        return table
+    return torch.cat([table[..., 1:].flip(-1), table], dim=-1)
+
+
+def table_gradient(form: str, table: Tensor, signed_gradient: Tensor) -> Tensor:
+    """Returns the gradient of a table for one of a signed table that may reach fewer frames."""
+    max_frames = table_frames(form, table)
+    missing = max_frames - (signed_gradient.shape[-1] + 1) // 2
+    gradient = F.pad(signed_gradient, (missing, missing))
+    if form == "symmetric":
+        centre = max_frames - 1
+        mirrored = F.pad(gradient[..., :centre].flip(-1), (1, 0))
+        gradient = gradient[..., centre:] + mirrored
+    return gradient.to(table)
+
+
 def _diagonal_sums(matrix: Tensor) -> Tensor:
-    """Sums over j−i = −(N−1) … N−1, ``(…, 2N−1)``, always in the same order."""
+    """Returns the sums over j−i = −(N−1) … N−1, ``(…, 2N−1)``, always in the same order."""
     frames = matrix.shape[-1]
     # Rows of 2N numbers read as rows of 2N − 1: each begins one column further to the right.
     skewed = F.pad(matrix.flip(-1), (0, frames)).flatten(-2)[..., :-frames]
     return skewed.unflatten(-1, (frames, 2 * frames - 1)).sum(-2).flip(-1)
 
 
-def _from_table(signed_table: Tensor, num_frames: int) -> Tensor:
-    frame = torch.arange(num_frames, device=signed_table.device)
-    centre = signed_table.shape[-1] // 2
-    return signed_table[..., centre + frame[None, :] - frame[:, None]]
+# ---- checks ----
 
 
 def _check_real(value: float, name: str) -> None:

@@ -1,60 +1,284 @@
-"""The facts of one call: all that a backend needs to say whether it can run it."""
+"""One call of :func:`vstar_kernels.tar_attention`, checked once, as every backend sees it."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vstar_kernels.attention.bias import Bias
+from vstar_kernels.attention import bias as bias_forms
+from vstar_kernels.attention.bias import Bias, DenseBias, GaussianBias, ToeplitzBias
+
+LAYOUTS = "(batch, frames, heads, head_dim) or (batch, space, frames, heads, head_dim)"
+CONSTRUCTORS = {  # of each form of Δ, for messages
+    "none": "none (strength 0)",
+    "gaussian": "GaussianBias",
+    "symmetric": "ToeplitzBias",
+    "signed": "ToeplitzBias, signed",
+    "dense": "DenseBias",
+}
+
+
+class Options(NamedTuple):
+    """All of a call but its tensors, hashable, in the order in which the operator takes them."""
+
+    form: str  # of Δ, one of bias.FORMS
+    sigma: float  # of the Gaussian; 0 for the other forms
+    strength: float
+    stat: str  # one of bias.STATS, or "tensor"
+    clamp_negative: bool
+    detach_stat: bool
+    scale: float
+    map_block: int  # frames of a block over which the returned map is summed; 0: no map is returned
 
 
 @dataclass(slots=True)
-class Problem:
-    """Shapes, types and wishes of one :func:`vstar_kernels.tar_attention` call, already checked.
+class Call:
+    """The tensors and options of one call.
 
-    ``tensors`` names every tensor of the call. ``bias`` is None where nothing is added to the
-    logits (strength 0). The map, where it is returned, is summed over blocks of ``map_block`` ×
-    ``map_block`` frames.
+    ``delta`` holds Δ's entries, a table or a matrix as ``options.form`` says, and is None for a
+    Gaussian and where nothing is added to the logits. ``stat`` is a statistic that the caller gave.
     """
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    tensors: dict[str, Tensor]
-    bias: Bias | None
-    scale: float
-    return_map: bool
-    map_block: int = 1
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    delta: Tensor | None
+    stat: Tensor | None
+    options: Options
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of query, key and value."""
+        return self.query.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of query, key and value."""
+        return self.query.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of query, key and value."""
+        return self.query.device
 
     @property
     def frames(self) -> int:
-        """N, how many frames attend to each other."""
-        return self.shape[-3]
+        """N, the number of frames that attend to each other."""
+        return self.query.shape[-3]
+
+    @property
+    def heads(self) -> int:
+        """H, the number of heads."""
+        return self.query.shape[-2]
 
     @property
     def head_dim(self) -> int:
         """D, the size of a head."""
-        return self.shape[-1]
+        return self.query.shape[-1]
 
     @property
     def map_shape(self) -> tuple[int, int, int]:
-        """Of the mean map: the batch, and the frames in blocks of ``map_block``."""
-        blocks = -(-self.frames // self.map_block)
-        return self.shape[0], blocks, blocks
+        """The shape of the returned map: the batch, and the frames in blocks of ``map_block``."""
+        blocks = -(-self.frames // self.options.map_block)
+        return self.query.shape[0], blocks, blocks
 
-    def needs_grad(self) -> list[str]:
-        """The names of the tensors whose gradient is wanted."""
-        if not torch.is_grad_enabled():
-            return []
-        return [name for name, tensor in self.tensors.items() if tensor.requires_grad]
+    @property
+    def delta_per_head(self) -> bool:
+        """Whether each head has a Δ of its own."""
+        return self.delta is not None and self.delta.ndim == bias_forms.dims(self.options.form) + 1
+
+    def delta_matrix(self) -> Tensor:
+        """Returns the matrix Δ, ``(N, N)`` or ``(heads, N, N)``, for the reference."""
+        return bias_forms.matrix(self.options.form, self.options.sigma, self.delta, self.frames)
+
+    def delta_gradient(self, matrix_gradient: Tensor) -> Tensor:
+        """Returns the gradient of ``delta`` for one of the matrix Δ, which has its shape."""
+        assert self.delta is not None  # or nobody could want its gradient
+        return bias_forms.entries_gradient(self.options.form, self.delta, matrix_gradient)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors that there are, by their names in messages."""
+        named = {name: getattr(self, name) for name in ("query", "key", "value", "delta", "stat")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def describe(self) -> str:
-        """One line for each tensor, for messages."""
+        """Returns a line for each tensor and one for the options, for messages."""
         lines = [
             f"{name}: {tuple(t.shape)}, strides {t.stride()}, {t.dtype}, {t.device}"
-            for name, t in self.tensors.items()
+            for name, t in self.tensors().items()
         ]
-        bias = type(self.bias).__name__ if self.bias is not None else "none (strength 0)"
-        return "\n".join([*lines, f"bias: {bias}, return_map: {self.return_map}"])
+        bias, wants_map = CONSTRUCTORS[self.options.form], self.options.map_block > 0
+        return "\n".join([*lines, f"bias: {bias}, return_map: {wants_map}"])
+
+
+class Forward(NamedTuple):
+    """What a backend's forward pass gives.
+
+    ``saved`` is what the backend keeps for its own backward pass where it was asked to save.
+    """
+
+    out: Tensor
+    mean_map: Tensor | None = None
+    saved: tuple[Tensor, ...] = ()
+
+
+class Wanted(NamedTuple):
+    """The gradients that are wanted besides those of query, key and value."""
+
+    delta: bool
+    stat: bool
+
+
+class Gradients(NamedTuple):
+    """The gradients of a call's tensors, each of its tensor's shape and type; None: not wanted."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    delta: Tensor | None = None
+    stat: Tensor | None = None
+
+
+def make_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Bias | None,
+    scale: float | None,
+    map_block: int,
+) -> Call:
+    """Returns the call that these arguments describe; they are not checked, nor cast."""
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if bias is None or bias.strength == 0:
+        options = Options("none", 0.0, 0.0, "none", False, False, scale, map_block)
+        return Call(query, key, value, None, None, options)
+    stat, stat_name = None, bias.stat
+    if isinstance(stat_name, Tensor):
+        stat, stat_name = stat_name, "tensor"
+    options = Options(
+        bias.form,
+        float(bias.sigma) if isinstance(bias, GaussianBias) else 0.0,
+        bias.strength,
+        stat_name,
+        bias.clamp_negative,
+        bias.detach_stat,
+        scale,
+        map_block,
+    )
+    return Call(query, key, value, bias.entries, stat, options)
+
+
+def check_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Bias | None = None,
+    *,
+    scale: float | None = None,
+    return_map: bool = False,
+    map_block: int = 1,
+) -> Call:
+    """Returns the call that checked arguments of :func:`vstar_kernels.tar_attention` describe.
+
+    Raises:
+        ValueError: An argument is bad.
+        TypeError: An argument is of the wrong kind.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    shape, dtype, device = query.shape, query.dtype, query.device
+    if len(shape) not in (4, 5):
+        raise ValueError(f"query must be {LAYOUTS}, got shape {tuple(shape)}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"query must be of a floating-point type, got {dtype}")
+    if shape[-3] == 0 or shape[-1] == 0:
+        raise ValueError(
+            f"query must have at least one frame and one element of head_dim, got {tuple(shape)}"
+        )
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} must have query's shape {tuple(shape)}, got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} must have query's type {dtype}, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on query's device {device}, got {tensor.device}")
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be finite, got {scale}")
+    if bias is not None:
+        if not isinstance(bias, GaussianBias | ToeplitzBias | DenseBias):
+            raise TypeError(
+                "bias must be a GaussianBias, a ToeplitzBias, a DenseBias or None, "
+                f"got {type(bias).__name__}"
+            )
+        bias.check(shape[-3], shape[-2])
+        _check_stat(bias, query)
+    if isinstance(map_block, bool) or not isinstance(map_block, int):
+        raise TypeError(f"map_block must be an integer, got {type(map_block).__name__}")
+    if map_block < 1:
+        raise ValueError(f"map_block must be at least 1 frame, got {map_block}")
+    return make_call(query, key, value, bias, scale, map_block if return_map else 0)
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """Casts as autocast casts the arguments of scaled_dot_product_attention."""
+    if tensor.is_floating_point() and tensor.dtype != torch.float64:
+        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    return tensor
+
+
+def _check_stat(bias: Bias, query: Tensor) -> None:
+    if not isinstance(bias.stat, Tensor):
+        return
+    if bias.stat.shape != query.shape[:-1]:
+        raise ValueError(
+            "a stat tensor must have query's shape without head_dim, "
+            f"{tuple(query.shape[:-1])}, got {tuple(bias.stat.shape)}"
+        )
+    if bias.stat.device != query.device:
+        raise ValueError(
+            f"a stat tensor must be on query's device {query.device}, got {bias.stat.device}"
+        )
+
+
+# ---- what the backends do alike to their results ----
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """Returns ``torch.empty_like(tensor)``, always with head_dim contiguous, as kernels write it.
+
+    The strides of a tensor with expanded dimensions have no order that would mean anything.
+    """
+    like = torch.empty_like(tensor)
+    if like.stride(-1) == 1:
+        return like
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def block_sums(maps: Tensor, block: int) -> Tensor:
+    """Returns the sums of maps ``(batch, N, N)`` over blocks of frames; the last may be smaller."""
+    if block == 1:
+        return maps
+    missing = -maps.shape[-1] % block
+    blocks = F.pad(maps, (0, missing, 0, missing))
+    return blocks.unflatten(-1, (-1, block)).unflatten(-3, (-1, block)).sum(dim=(-3, -1))
+
+
+def block_gradient(gradient: Tensor, block: int, frames: int) -> Tensor:
+    """Returns the gradient of maps ``(batch, N, N)`` for one of their block sums."""
+    if block == 1:
+        return gradient
+    whole = gradient.repeat_interleave(block, -1).repeat_interleave(block, -2)
+    return whole[..., :frames, :frames]

@@ -8,118 +8,131 @@ import torch
 from torch import Tensor
 
 from vstar_kernels.attention import native
-from vstar_kernels.attention.allocate import empty_like
-from vstar_kernels.attention.bias import Bias, DenseBias, GaussianBias, ToeplitzBias, gaussian_table
-from vstar_kernels.attention.blocks import block_gradient, block_sums
-from vstar_kernels.attention.call import Problem
+from vstar_kernels.attention.bias import gaussian_table, signed_table, table_gradient
+from vstar_kernels.attention.call import (
+    Call,
+    Forward,
+    Gradients,
+    Wanted,
+    block_gradient,
+    block_sums,
+    empty_like,
+)
 from vstar_kernels.attention.schemas import STAT_NUMBERS, STAT_TENSOR
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unavailable() -> list[str]:
-    """Why the library is not there."""
+    """Returns why the library is not there."""
     return native.load().problems
 
 
-def why_not(problem: Problem) -> list[str]:
-    """Why the kernels cannot take this call."""
-    if problem.device.type != "cpu":
-        return [f"takes CPU tensors, query is on {problem.device}", *unavailable()]
+def why_not(call: Call) -> list[str]:
+    """Returns why the kernels cannot take this call."""
+    if call.device.type != "cpu":
+        return [f"takes CPU tensors, query is on {call.device}", *unavailable()]
     reasons = list(unavailable())
-    for name, tensor in problem.tensors.items():
-        if tensor.device.type != "cpu":
+    for name, tensor in (("delta", call.delta), ("stat", call.stat)):
+        if tensor is not None and tensor.device.type != "cpu":
             reasons.append(f"takes CPU tensors, {name} is on {tensor.device}")
-    if problem.dtype not in DTYPES:
+    if call.dtype not in DTYPES:
         allowed = ", ".join(str(dtype) for dtype in DTYPES)
-        reasons.append(f"takes {allowed}, query is {problem.dtype}")
-    for name in ("query", "key", "value"):
-        stride = problem.tensors[name].stride(-1)
-        if stride != 1 and problem.head_dim > 1:
+        reasons.append(f"takes {allowed}, query is {call.dtype}")
+    for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
+        stride = tensor.stride(-1)
+        if stride != 1 and call.head_dim > 1:
             reasons.append(f"takes contiguous head_dim, {name} has stride {stride} in it")
     return reasons
 
 
-def run(problem: Problem) -> Tensor | tuple[Tensor, Tensor]:
-    """The output, or ``(output, map)``, of a problem that ``why_not`` has nothing against."""
-    query, key, value = (problem.tensors[name] for name in ("query", "key", "value"))
-    out = empty_like(query)
+def forward(call: Call, *, save: bool = False) -> Forward:
+    """Computes the output and, where it is wanted, the mean map; saves nothing."""
+    out = empty_like(call.query)
     mean_map = None
-    if problem.return_map:
-        mean_map = query.new_empty(
-            (problem.shape[0], problem.frames, problem.frames), dtype=torch.float32
+    if call.options.map_block:
+        mean_map = call.query.new_empty(
+            (call.shape[0], call.frames, call.frames), dtype=torch.float32
         )
-    torch.ops.vstar_kernels.cpu_forward(out, mean_map, query, key, value, *_options(problem))
-    return out if mean_map is None else (out, block_sums(mean_map, problem.map_block))
+    torch.ops.vstar_kernels.cpu_forward(
+        out, mean_map, call.query, call.key, call.value, *_arguments(call)
+    )
+    if mean_map is not None:
+        mean_map = block_sums(mean_map, call.options.map_block)
+    return Forward(out, mean_map)
 
 
 def backward(
-    problem: Problem,
+    call: Call,
     out: Tensor,
+    saved: tuple[Tensor, ...],
     grad_out: Tensor | None,
     grad_map: Tensor | None,
-    wanted: set[str],
-) -> dict[str, Tensor]:
-    """The gradients; everything is computed anew, in one pass over the sequences."""
-    query, key, value = (problem.tensors[name] for name in ("query", "key", "value"))
-    gradients = {name: empty_like(problem.tensors[name]) for name in ("query", "key", "value")}
-    options = _options(problem)
-    grad_bias = torch.empty_like(options[0]) if "values" in wanted else None
-    if "stat" in wanted:
-        gradients["stat"] = torch.empty_like(problem.tensors["stat"])
+    wanted: Wanted,
+) -> Gradients:
+    """Computes the gradients; everything is computed anew, in one pass over the sequences."""
+    arguments = _arguments(call)
+    grad_query, grad_key, grad_value = map(empty_like, (call.query, call.key, call.value))
+    grad_bias = torch.empty_like(arguments[0]) if wanted.delta else None
+    grad_stat = torch.empty_like(call.stat) if wanted.stat and call.stat is not None else None
     if grad_map is not None:
-        grad_map = block_gradient(grad_map, problem.map_block, problem.frames).contiguous()
+        grad_map = block_gradient(grad_map, call.options.map_block, call.frames).contiguous()
     torch.ops.vstar_kernels.cpu_backward(
-        gradients["query"],
-        gradients["key"],
-        gradients["value"],
+        grad_query,
+        grad_key,
+        grad_value,
         grad_bias,
-        gradients.get("stat"),
-        query.new_zeros(()).expand_as(query) if grad_out is None else grad_out,
+        grad_stat,
+        call.query.new_zeros(()).expand_as(call.query) if grad_out is None else grad_out,
         grad_map,
-        query,
-        key,
-        value,
-        *options,
-        problem.bias is not None and problem.bias.detach_stat,
+        call.query,
+        call.key,
+        call.value,
+        *arguments,
+        call.options.detach_stat,
     )
-    if grad_bias is not None:
-        gradients["values"] = _values_gradient(problem.bias, grad_bias)
-    return gradients
+    grad_delta = None if grad_bias is None else _delta_gradient(call, grad_bias)
+    return Gradients(grad_query, grad_key, grad_value, grad_delta, grad_stat)
 
 
-def _options(problem: Problem) -> tuple[Any, ...]:
-    """What the operators take after the tensors, from ``bias`` to ``clamp_negative``."""
-    bias = problem.bias
-    if bias is None:
-        return None, None, problem.scale, 0.0, STAT_NUMBERS["none"], False
-    if isinstance(bias.stat, Tensor):
-        stat_values, stat = bias.stat, STAT_TENSOR
-    else:
-        stat_values, stat = None, STAT_NUMBERS[bias.stat]
-    delta = _kernel_bias(bias, problem.frames)
-    return delta, stat_values, problem.scale, bias.strength, stat, bias.clamp_negative
+def _arguments(call: Call) -> tuple[Any, ...]:
+    """Returns what the operators take after the tensors, from ``bias`` to ``clamp_negative``."""
+    options = call.options
+    stat = STAT_NUMBERS[options.stat] if call.stat is None else STAT_TENSOR
+    return (
+        _kernel_bias(call),
+        call.stat,
+        options.scale,
+        options.strength,
+        stat,
+        options.clamp_negative,
+    )
 
 
-def _kernel_bias(bias: Bias, frames: int) -> Tensor:
-    """Δ with the query's frame along the last dimension, as the kernels read it.
+def _kernel_bias(call: Call) -> Tensor | None:
+    """Returns Δ with the query's frame along the last dimension, as the kernels read it.
 
-    A table over i − j, ``(1 or heads, 2L−1)``, or a transposed matrix, ``(1 or heads, N, N)``.
+    It is a table over i − j, ``(1 or heads, 2L−1)``, or a transposed matrix,
+    ``(1 or heads, N, N)``.
     """
-    if isinstance(bias, GaussianBias):
-        return gaussian_table(float(bias.sigma), frames)[None]  # symmetric
-    if isinstance(bias, DenseBias):
-        matrix = bias.values.detach().float().mT.contiguous()
-        return matrix if matrix.ndim == 3 else matrix[None]
-    table = bias.signed_table().detach().float().flip(-1)
-    return table if table.ndim == 2 else table[None]
+    form = call.options.form
+    if form == "none":
+        return None
+    if form == "gaussian":
+        return gaussian_table(call.options.sigma, call.frames)[None]  # symmetric
+    assert call.delta is not None  # the other forms hold it
+    entries = call.delta.detach().float()
+    if form == "dense":
+        kernel_bias = entries.mT.contiguous()
+    else:
+        kernel_bias = signed_table(form, entries).flip(-1)
+    return kernel_bias if call.delta_per_head else kernel_bias[None]
 
 
-def _values_gradient(bias: Bias | None, kernel_gradient: Tensor) -> Tensor:
-    """The gradient of a bias's values for one of what :func:`_kernel_bias` makes of them."""
-    assert isinstance(bias, ToeplitzBias | DenseBias)  # the forms that have values
-    if isinstance(bias, DenseBias):
-        gradient = kernel_gradient.mT
-        return bias.values_gradient(gradient if bias.values.ndim == 3 else gradient[0])
-    gradient = kernel_gradient.flip(-1)
-    return bias.table_gradient(gradient if bias.values.ndim == 2 else gradient[0])
+def _delta_gradient(call: Call, kernel_gradient: Tensor) -> Tensor:
+    """Returns the gradient of Δ's entries for one of what :func:`_kernel_bias` makes of them."""
+    assert call.delta is not None  # or nobody could want its gradient
+    gradient = kernel_gradient if call.delta_per_head else kernel_gradient[0]
+    if call.options.form == "dense":
+        return call.delta_gradient(gradient.mT)
+    return table_gradient(call.options.form, call.delta, gradient.flip(-1))

@@ -1,5 +1,8 @@
-"""Which backend runs a call. One question, ``why_not``, answers the automatic choice, the error of
-an explicit one and :func:`available`."""
+"""Which backend runs a call.
+
+A backend is a module. One question to it, ``why_not``, answers the automatic choice, the error of
+an explicit choice, :func:`why_not` and :func:`available`.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +13,38 @@ from typing import Protocol
 from torch import Tensor
 
 from vstar_kernels.attention import cpu, reference, triton
-from vstar_kernels.attention.call import Problem
+from vstar_kernels.attention.bias import Bias
+from vstar_kernels.attention.call import Call, Forward, Gradients, Wanted, check_call
 
 
 class Backend(Protocol):
-    """What a backend module provides."""
+    """The functions that a backend's module provides."""
 
     def unavailable(self) -> list[str]:
-        """Reasons it cannot run anything here; empty if it can."""
+        """Returns the reasons why it cannot run anything here; none if it can."""
 
-    def why_not(self, problem: Problem) -> list[str]:
-        """Reasons it cannot run this call; empty if it can."""
+    def why_not(self, call: Call) -> list[str]:
+        """Returns the reasons why it cannot run this call; none if it can."""
 
-    def run(self, problem: Problem) -> Tensor | tuple[Tensor, Tensor]:
-        """The output, or ``(output, map)`` where the problem asks for the map."""
+    def forward(self, call: Call, *, save: bool = False) -> Forward:
+        """Computes the output, and the mean map where the call asks for it.
+
+        With ``save``, a backward pass will follow: what the backend keeps for it is returned too.
+        """
 
     def backward(
         self,
-        problem: Problem,
+        call: Call,
         out: Tensor,
+        saved: tuple[Tensor, ...],
         grad_out: Tensor | None,
         grad_map: Tensor | None,
-        wanted: set[str],
-    ) -> dict[str, Tensor]:
-        """Gradients of "query", "key" and "value", and of those of "values" and "stat" ``wanted``.
+        wanted: Wanted,
+    ) -> Gradients:
+        """Computes the gradients of query, key and value, and those ``wanted`` besides.
 
-        ``out`` is what ``run`` returned; None for a gradient means that it is zero.
+        ``out`` is what ``forward`` returned, and ``saved`` what it saved, or nothing, and then all
+        is computed anew. A gradient that is None is zero.
         """
 
 
@@ -48,42 +57,67 @@ BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": triton, "reference": refer
 
 
 def available() -> dict[str, list[str]]:
-    """Each backend's reasons why it cannot run here; an empty list if it can."""
+    """Returns each backend's reasons why it cannot run here; an empty list if it can."""
     return {name: backend.unavailable() for name, backend in BACKENDS.items()}
 
 
-def backend(problem: Problem, name: str | None) -> Backend:
-    """The backend that :func:`choose` names."""
-    return BACKENDS[choose(problem, name)]
+def why_not(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Bias | None = None,
+    *,
+    scale: float | None = None,
+    return_map: bool = False,
+    map_block: int = 1,
+) -> dict[str, list[str]]:
+    """Returns each backend's reasons why it cannot run this call; an empty list if it can.
+
+    >>> vk.backends.why_not(query, key, value, vk.GaussianBias(1.0), return_map=True)["triton"]
+    ['torch finds no GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU)']
+
+    Args:
+        query, key, value, bias, scale, return_map, map_block: As for
+            :func:`vstar_kernels.tar_attention`, which raises for the same bad arguments.
+    """
+    call = check_call(
+        query, key, value, bias, scale=scale, return_map=return_map, map_block=map_block
+    )
+    return {name: backend.why_not(call) for name, backend in BACKENDS.items()}
 
 
-def choose(problem: Problem, name: str | None) -> str:
-    """``name`` if that backend can run the problem, or the first that can.
+def backend(call: Call, name: str | None) -> Backend:
+    """Returns the backend that :func:`choose` names."""
+    return BACKENDS[choose(call, name)]
+
+
+def choose(call: Call, name: str | None) -> str:
+    """Returns ``name`` if that backend can run the call; of None, the first backend that can.
 
     Raises:
-        ValueError: Unknown name, or that backend cannot run the problem.
+        ValueError: The name is unknown, or that backend cannot run the call.
     """
     if name is not None:
-        return _explicit(problem, name)
+        return _check_choice(call, name)
     reasons = {}
     for name, backend in BACKENDS.items():
-        reasons[name] = backend.why_not(problem)
+        reasons[name] = backend.why_not(call)
         if not reasons[name]:
             if backend is reference:
                 _warn_once(_list_reasons(reasons))
             return name
-    raise AssertionError("the reference runs any checked problem")
+    raise AssertionError("the reference runs any checked call")
 
 
-def _explicit(problem: Problem, name: str) -> str:
+def _check_choice(call: Call, name: str) -> str:
     if name not in BACKENDS:
         allowed = ", ".join(map(repr, BACKENDS))
         raise ValueError(f"backend must be one of {allowed} or None, got {name!r}")
-    reasons = BACKENDS[name].why_not(problem)
+    reasons = BACKENDS[name].why_not(call)
     if reasons:
         raise ValueError(
             f"backend {name!r} cannot run this call:\n{_list_reasons({name: reasons})}\n"
-            f"It was given:\n{problem.describe()}"
+            f"It was given:\n{call.describe()}"
         )
     return name
 

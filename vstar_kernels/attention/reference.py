@@ -1,18 +1,33 @@
-"""The plain PyTorch oracle: any device, any floating-point type, any strides, differentiable.
+"""The formulas in plain PyTorch: any device, any floating-point type, any strides, differentiable.
 
-It is what every kernel is tested against, so it is written to be compared with the formula. It
-holds all attention maps in memory.
+This is the oracle that every kernel is tested against, so it is written to be compared with the
+paper. It holds all attention maps in memory. With P = A′, G the gradient of the mean map and m the
+statistic, its backward pass, which the kernels compute too, is::
+
+    dP = dO Vᵀ + G / (space · heads)        dS = P ∘ (dP − rowsum(P ∘ dP))
+    dm = strength · rowsum(dS ∘ Δ)          dΔ = strength · m · dS
+    dφ = dS, and dm at the logit that is the statistic
+    dQ = scale · dφ K,    dK = scale · dφᵀ Q,    dV = Pᵀ dO
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from vstar_kernels.attention.allocate import empty_like
 from vstar_kernels.attention.bias import Bias
-from vstar_kernels.attention.blocks import block_sums
-from vstar_kernels.attention.call import Problem
+from vstar_kernels.attention.call import (
+    Call,
+    Forward,
+    Gradients,
+    Wanted,
+    block_gradient,
+    block_sums,
+    empty_like,
+    make_call,
+)
 
 
 def tar_attention(
@@ -29,19 +44,31 @@ def tar_attention(
 
     The arguments are those of :func:`vstar_kernels.tar_attention` and are not checked here.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(query.device.type, enabled=False):
-        q, k, v = (heads_first(x) for x in (query, key, value))
-        logits = scale * (q @ k.mT)
-        if bias is not None and bias.strength != 0:
-            delta = bias.matrix(query.shape[-3]).to(logits)
-            logits = logits + bias.strength * statistic(logits, bias) * delta
-        weights = logits.softmax(dim=-1)
-        out = empty_like(query).copy_((weights @ v).transpose(-3, -2))
-    if not return_map:
-        return out
+    call = make_call(query, key, value, bias, scale, map_block if return_map else 0)
+    out, mean_map, _ = forward(call)
+    return out if mean_map is None else (out, mean_map)
+
+
+def unavailable() -> list[str]:
+    """Returns no reason: the reference runs wherever torch does."""
+    return []
+
+
+def why_not(call: Call) -> list[str]:
+    """Returns no reason: the reference runs every checked call."""
+    return []
+
+
+def forward(call: Call, *, save: bool = False) -> Forward:
+    """Computes the output and, where it is wanted, the mean map; saves nothing."""
+    with torch.autocast(call.device.type, enabled=False):
+        _, weights = _logits_and_weights(call)
+        values = heads_first(call.value)
+        out = empty_like(call.query).copy_((weights @ values).transpose(-3, -2))
+    if not call.options.map_block:
+        return Forward(out)
     mean = weights.mean(dim=tuple(range(1, weights.ndim - 2)))
-    return out, block_sums(mean, map_block).float()
+    return Forward(out, block_sums(mean, call.options.map_block).float())
 
 
 def heads_first(x: Tensor) -> Tensor:
@@ -49,54 +76,106 @@ def heads_first(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32)).transpose(-3, -2)
 
 
-def statistic(logits: Tensor, bias: Bias) -> Tensor:
-    """Each row's weight before ``strength``, broadcastable to ``(…, heads, frames, frames)``."""
-    if isinstance(bias.stat, Tensor):
-        stat = bias.stat.mT.unsqueeze(-1).to(logits)
-    elif bias.stat == "row_max":
+def statistic(logits: Tensor, stat: str | Tensor) -> Tensor:
+    """Returns each row's statistic, broadcastable to ``(…, heads, frames, frames)``.
+
+    A given ``stat`` is of ``(…, frames, heads)``.
+    """
+    if isinstance(stat, Tensor):
+        return stat.mT.unsqueeze(-1).to(logits)
+    if stat == "row_max":
         # max(dim), not amax: one index takes a tie's gradient, the first.
-        stat = logits.max(dim=-1, keepdim=True).values
-    elif bias.stat == "map_max":
-        stat = logits.flatten(-2).max(dim=-1).values[..., None, None]
-    else:
-        stat = logits.new_ones(())
-    if bias.detach_stat:
+        return logits.max(dim=-1, keepdim=True).values
+    if stat == "map_max":
+        return logits.flatten(-2).max(dim=-1).values[..., None, None]
+    return logits.new_ones(())
+
+
+def _logits_and_weights(call: Call) -> tuple[Tensor, Tensor]:
+    """Returns φ and A′, ``(…, heads, frames, frames)``."""
+    options = call.options
+    logits = options.scale * (heads_first(call.query) @ heads_first(call.key).mT)
+    if options.form == "none":
+        return logits, logits.softmax(dim=-1)
+    delta = call.delta_matrix().to(logits)
+    biased = logits + options.strength * _weight_of_delta(call, logits) * delta
+    return logits, biased.softmax(dim=-1)
+
+
+def _weight_of_delta(call: Call, logits: Tensor) -> Tensor:
+    """Returns what Δ is weighted by besides the strength: the statistic, detached or clamped."""
+    stat = statistic(logits, call.options.stat if call.stat is None else call.stat)
+    if call.options.detach_stat:
         stat = stat.detach()
-    return stat.clamp(min=0) if bias.clamp_negative else stat
+    return stat.clamp(min=0) if call.options.clamp_negative else stat
 
 
 def backward(
-    problem: Problem,
+    call: Call,
     out: Tensor,
+    saved: tuple[Tensor, ...],
     grad_out: Tensor | None,
     grad_map: Tensor | None,
-    wanted: set[str],
-) -> dict[str, Tensor]:
-    """The gradients by their formulas; a call that PyTorch can see through has them by autograd."""
-    from vstar_kernels.attention import reference_backward  # which builds on this module
+    wanted: Wanted,
+) -> Gradients:
+    """Computes the gradients by their formulas, where autograd cannot be asked for them."""
+    scale = call.options.scale
+    q, k, v = (heads_first(x) for x in (call.query, call.key, call.value))
+    logits, weights = _logits_and_weights(call)
+    d_out = torch.zeros_like(q) if grad_out is None else heads_first(grad_out)
+    d_weights = d_out @ v.mT
+    if grad_map is not None:
+        d_weights = d_weights + _gradient_of_the_mean(call, grad_map, d_weights)
+    d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True))
+    d_delta, d_stat = None, None
+    if call.options.form != "none":
+        if wanted.delta:
+            d_delta = _delta_gradient(call, logits, d_logits)
+        d_logits, d_stat = _through_statistic(call, logits, d_logits)
 
-    return reference_backward.backward(problem, grad_out, grad_map)
+    def laid_like(tensor: Tensor, gradient: Tensor) -> Tensor:
+        return empty_like(tensor).copy_(gradient.transpose(-3, -2))
 
-
-def unavailable() -> list[str]:
-    """It runs wherever torch does."""
-    return []
-
-
-def why_not(problem: Problem) -> list[str]:
-    """It runs every checked call."""
-    return []
-
-
-def run(problem: Problem) -> Tensor | tuple[Tensor, Tensor]:
-    """The output, or ``(output, map)``."""
-    tensors = problem.tensors
-    return tar_attention(
-        tensors["query"],
-        tensors["key"],
-        tensors["value"],
-        problem.bias,
-        scale=problem.scale,
-        return_map=problem.return_map,
-        map_block=problem.map_block,
+    return Gradients(
+        laid_like(call.query, scale * (d_logits @ k)),
+        laid_like(call.key, scale * (d_logits.mT @ q)),
+        laid_like(call.value, weights.mT @ d_out),
+        d_delta,
+        d_stat if wanted.stat else None,
     )
+
+
+def _gradient_of_the_mean(call: Call, grad_map: Tensor, weights: Tensor) -> Tensor:
+    """Returns G / (space · heads), which is the same for all maps of a batch element."""
+    whole = block_gradient(grad_map, call.options.map_block, call.frames).to(weights)
+    shared = weights.shape[1:-2]
+    return whole.reshape(-1, *[1] * len(shared), *whole.shape[-2:]) / math.prod(shared)
+
+
+def _delta_gradient(call: Call, logits: Tensor, d_biased: Tensor) -> Tensor:
+    """Returns the gradient of Δ's entries, summed over all that share them."""
+    per_map = call.options.strength * _weight_of_delta(call, logits) * d_biased
+    kept = 3 if call.delta_per_head else 2
+    return call.delta_gradient(per_map.sum(dim=tuple(range(per_map.ndim - kept))))
+
+
+def _through_statistic(
+    call: Call, logits: Tensor, d_biased: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Returns dφ, with what comes through the statistic, or that of a statistic that was given."""
+    options = call.options
+    if options.detach_stat or options.stat == "none":
+        return d_biased, None
+    delta = call.delta_matrix().to(logits)
+    d_stat = options.strength * (d_biased * delta).sum(-1, keepdim=True)
+    if options.stat == "map_max":
+        d_stat = d_stat.sum(-2, keepdim=True)
+    if options.clamp_negative:  # clamp passes the gradient at 0 too
+        stat = statistic(logits, options.stat if call.stat is None else call.stat)
+        d_stat = torch.where(stat >= 0, d_stat, 0.0)
+    if call.stat is not None:
+        return d_biased, d_stat.squeeze(-1).mT.to(call.stat)
+    if options.stat == "row_max":
+        return d_biased.scatter_add(-1, logits.argmax(-1, keepdim=True), d_stat), None
+    flat, index = d_biased.flatten(-2), logits.flatten(-2).argmax(-1, keepdim=True)
+    return flat.scatter_add(-1, index, d_stat.squeeze(-1)).view_as(d_biased), None

@@ -45,7 +45,7 @@ def _encode(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _encode(item) for key, item in value.items()}
     if isinstance(value, ToeplitzBias | DenseBias):
-        values = value.values.detach().cpu()
+        values = value.entries.detach().cpu()
         common = {"values": values.tolist(), "dtype": str(values.dtype).removeprefix("torch.")}
         if isinstance(value, DenseBias):
             return {"form": "dense", **common}

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from vstar_kernels.attention.call import Problem
+from vstar_kernels.attention.call import Call, Forward, Gradients, Wanted
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -41,48 +41,49 @@ def unavailable() -> list[str]:
     return []
 
 
-def why_not(problem: Problem) -> list[str]:
-    """Why the kernels cannot take this call."""
+def why_not(call: Call) -> list[str]:
+    """Returns why the kernels cannot take this call."""
     place = "cpu" if interpreted() else "cuda"
-    if problem.device.type != place:
-        return [f"takes {place} tensors, query is on {problem.device}", *unavailable()]
+    if call.device.type != place:
+        return [f"takes {place} tensors, query is on {call.device}", *unavailable()]
     if unavailable():
         return list(unavailable())
-    reasons = _too_old(problem.device)
-    if problem.dtype not in DTYPES:
+    reasons = _too_old(call.device)
+    if call.dtype not in DTYPES:
         allowed = ", ".join(str(dtype) for dtype in DTYPES)
-        reasons.append(f"takes {allowed}, query is {problem.dtype}")
-    if problem.head_dim > MAX_HEAD_DIM:
-        reasons.append(f"takes head_dim up to {MAX_HEAD_DIM}, query has {problem.head_dim}")
-    for name in ("query", "key", "value"):
-        stride = problem.tensors[name].stride(-1)
-        if stride != 1 and problem.head_dim > 1:
+        reasons.append(f"takes {allowed}, query is {call.dtype}")
+    if call.head_dim > MAX_HEAD_DIM:
+        reasons.append(f"takes head_dim up to {MAX_HEAD_DIM}, query has {call.head_dim}")
+    for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
+        stride = tensor.stride(-1)
+        if stride != 1 and call.head_dim > 1:
             reasons.append(f"takes contiguous head_dim, {name} has stride {stride} in it")
-    rows = math.prod(problem.shape[:-1])
+    rows = math.prod(call.shape[:-1])
     if rows > MAX_ROWS:
         reasons.append(f"takes up to {MAX_ROWS} rows of head_dim, query has {rows}")
-    if problem.return_map and problem.map_block == 1 and problem.frames > MAX_MAP_FRAMES:
+    if call.options.map_block == 1 and call.frames > MAX_MAP_FRAMES:
         reasons.append(
-            f"returns the mean map of up to {MAX_MAP_FRAMES} frames, query has {problem.frames}; "
+            f"returns the mean map of up to {MAX_MAP_FRAMES} frames, query has {call.frames}; "
             "map_block=k returns its sums over k × k frames"
         )
     return reasons
 
 
-def run(problem: Problem) -> Tensor | tuple[Tensor, Tensor]:
-    """The output, or ``(output, map)``, of a problem that ``why_not`` has nothing against."""
-    return _module("launch").run(problem)
+def forward(call: Call, *, save: bool = False) -> Forward:
+    """Computes the output and, where it is wanted, the mean map; saves nothing."""
+    return _module("launch").run(call)
 
 
 def backward(
-    problem: Problem,
+    call: Call,
     out: Tensor,
+    saved: tuple[Tensor, ...],
     grad_out: Tensor | None,
     grad_map: Tensor | None,
-    wanted: set[str],
-) -> dict[str, Tensor]:
-    """The gradients; everything is computed anew but the output."""
-    return _module("launch_backward").run(problem, out, grad_out, grad_map, wanted)
+    wanted: Wanted,
+) -> Gradients:
+    """Computes the gradients; everything is computed anew but the output."""
+    return _module("launch_backward").run(call, out, grad_out, grad_map, wanted)
 
 
 def _too_old(device: torch.device) -> list[str]:

@@ -10,40 +10,38 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from vstar_kernels.attention.allocate import empty_like
-from vstar_kernels.attention.bias import Bias, DenseBias, GaussianBias
-from vstar_kernels.attention.blocks import block_sums
-from vstar_kernels.attention.call import Problem
+from vstar_kernels.attention.bias import table_frames
+from vstar_kernels.attention.call import Call, Forward, block_sums, empty_like
 from vstar_kernels.attention.triton import plan
 from vstar_kernels.attention.triton.facts import INT32_MAX, Device, Facts, Strides
 from vstar_kernels.attention.triton.plan import MapsLaunch, Plan
 
 
-def run(problem: Problem) -> Tensor | tuple[Tensor, Tensor]:
-    """The output, or ``(output, map)``, of a problem that the backend can run."""
-    query = problem.tensors["query"]
+def run(call: Call) -> Forward:
+    """Computes the output, and the mean map where it is wanted."""
+    query = call.query
     out = empty_like(query)
     if not out.numel():
-        return (out, new(query, *problem.map_shape).zero_()) if problem.return_map else out
-    tensors = kernel_tensors(problem)
+        return Forward(out, new(query, *call.map_shape).zero_() if call.options.map_block else None)
+    tensors = kernel_tensors(call)
     tensors["out"] = out
     strides = (query.stride(), tensors["k"].stride(), tensors["v"].stride(), out.stride())
-    launches = plan.make(facts(problem, strides, tensors["values"].stride()))
+    launches = plan.make(facts(call, strides, tensors["values"].stride()))
     with on(query.device):
         if launches.map_max is not None:
             tensors["maxima"] = tensors["stat"] = new(query, launches.map_max.programs)
             launches.map_max(tensors)
-        if problem.return_map:
-            return out, _run_with_map(problem, launches, tensors)
+        if call.options.map_block:
+            return Forward(out, _run_with_map(call, launches, tensors))
         launches.forward(tensors)
-    return out
+    return Forward(out)
 
 
-def _run_with_map(problem: Problem, launches: Plan, tensors: dict[str, Tensor]) -> Tensor:
+def _run_with_map(call: Call, launches: Plan, tensors: dict[str, Tensor]) -> Tensor:
     """Runs the kernels and returns the mean map."""
-    query, frames, block = tensors["q"], problem.frames, problem.map_block
-    rows = math.prod(problem.shape[:-1])
-    share = problem.shape[0] * frames / rows  # 1 / (space · heads)
+    query, frames, block = tensors["q"], call.frames, call.options.map_block
+    rows = math.prod(call.shape[:-1])
+    share = call.shape[0] * frames / rows  # 1 / (space · heads)
     if launches.map_sums:
         tensors["map_sums"] = new(query, *launches.map_sums)
         launches.forward(tensors)
@@ -62,43 +60,40 @@ def run_maps(launch: MapsLaunch, tensors: dict[str, Tensor]) -> Tensor:
     return tensors["sums"].sum(1)
 
 
-def kernel_tensors(problem: Problem) -> dict[str, Tensor]:
-    """The problem's tensors by the names that they have in the kernels."""
-    tensors = problem.tensors
-    query = tensors["query"]
-    values = tensors.get("values", query)
+def kernel_tensors(call: Call) -> dict[str, Tensor]:
+    """The call's tensors by the names that they have in the kernels."""
+    query = call.query
+    values = query if call.delta is None else call.delta
     if values.device != query.device:
         values = values.to(query.device)
     return {
         "q": query,
-        "k": tensors["key"],
-        "v": tensors["value"],
+        "k": call.key,
+        "v": call.value,
         "values": values,
-        "stat": tensors.get("stat", query),
+        "stat": query if call.stat is None else call.stat,
     }
 
 
-def facts(problem: Problem, strides: tuple[Strides, ...], values_strides: Strides) -> Facts:
-    """What the plan of a problem depends on."""
-    bias = problem.bias
-    stat: str | Tensor = "none" if bias is None else bias.stat
-    form, per_head, values_strides = _form(bias, values_strides)
+def facts(call: Call, strides: tuple[Strides, ...], values_strides: Strides) -> Facts:
+    """What the plan of a call depends on."""
+    options = call.options
     return Facts(
-        _device(problem.device),
-        problem.dtype,
+        _device(call.device),
+        call.dtype,
         torch.get_float32_matmul_precision() == "highest",
-        problem.shape,
+        tuple(call.shape),
         strides,
-        problem.scale,
-        0.0 if bias is None else bias.strength,
-        form,
-        bias.sigma if isinstance(bias, GaussianBias) else 0.0,
-        values_strides,
-        per_head,
-        stat if isinstance(stat, str) else "tensor",
-        () if isinstance(stat, str) else stat.stride(),
-        bias is not None and bias.clamp_negative,
-        problem.map_block if problem.return_map else 0,
+        options.scale,
+        options.strength,
+        options.form,
+        options.sigma,
+        _delta_strides(call, values_strides),
+        call.delta_per_head,
+        options.stat,
+        () if call.stat is None else call.stat.stride(),
+        options.clamp_negative,
+        options.map_block,
     )
 
 
@@ -107,18 +102,16 @@ def new(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def _form(bias: Bias | None, strides: Strides) -> tuple[str, bool, Strides]:
-    """Δ's form in the kernels, whether heads differ, and the strides of ``regularization``."""
-    if bias is None:
-        return "none", False, (0, 0, 0)
-    if isinstance(bias, GaussianBias):
-        return "gaussian", False, (0, 0, 0)
-    if isinstance(bias, DenseBias):
-        return "dense", len(strides) == 3, strides if len(strides) == 3 else (0, *strides)
-    head = strides[0] if len(strides) == 2 else 0
-    if bias.signed:
-        return "signed", len(strides) == 2, (head, bias.max_frames - 1, strides[-1])
-    return "symmetric", len(strides) == 2, (head, 0, strides[-1])
+def _delta_strides(call: Call, strides: Strides) -> Strides:
+    """The strides of ``regularization``: of heads, then as Δ's form reads them."""
+    if call.delta is None:
+        return (0, 0, 0)
+    head = strides[0] if call.delta_per_head else 0
+    if call.options.form == "dense":
+        return (head, *strides[-2:])
+    if call.options.form == "signed":
+        return (head, table_frames("signed", call.delta) - 1, strides[-1])
+    return (head, 0, strides[-1])
 
 
 @functools.cache

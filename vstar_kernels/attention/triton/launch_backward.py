@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vstar_kernels.attention.allocate import empty_like
-from vstar_kernels.attention.bias import DenseBias, ToeplitzBias
-from vstar_kernels.attention.call import Problem
+from vstar_kernels.attention.call import Call, Gradients, Wanted, empty_like
 from vstar_kernels.attention.triton import launch, plan_backward
 from vstar_kernels.attention.triton.facts import STRIDED, Facts, five, sequences
 from vstar_kernels.attention.triton.launch import new, on, run_maps
@@ -15,54 +13,48 @@ from vstar_kernels.attention.triton.plan_backward import StreamPlan, TilePlan
 
 
 def run(
-    problem: Problem,
+    call: Call,
     out: Tensor,
     grad_out: Tensor | None,
     grad_map: Tensor | None,
-    wanted: set[str],
-) -> dict[str, Tensor]:
-    """The gradients by the names of the problem's tensors; see :class:`selection.Backend`."""
-    names = ("query", "key", "value")
-    gradients = {name: empty_like(problem.tensors[name]) for name in names}
-    query = problem.tensors["query"]
+    wanted: Wanted,
+) -> Gradients:
+    """The gradients of a call; see :class:`dispatch.Backend`."""
+    grad_query, grad_key, grad_value = map(empty_like, (call.query, call.key, call.value))
+    query = call.query
     if grad_out is None:
         grad_out = torch.zeros_like(query)
     elif grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    tensors = launch.kernel_tensors(problem) | {
+    tensors = launch.kernel_tensors(call) | {
         "out": out,
         "grad_out": grad_out,
-        "grad_q": gradients["query"],
-        "grad_k": gradients["key"],
-        "grad_v": gradients["value"],
+        "grad_q": grad_query,
+        "grad_k": grad_key,
+        "grad_v": grad_value,
     }
     if grad_map is not None:
         tensors["grad_map"] = grad_map.contiguous()
-    if "stat" in problem.tensors:
-        tensors["grad_stat"] = torch.empty_like(problem.tensors["stat"])
+    if call.stat is not None:
+        tensors["grad_stat"] = torch.empty_like(call.stat)
+    grad_delta = torch.zeros_like(call.delta) if wanted.delta and call.delta is not None else None
     if query.numel():
-        facts = _facts(problem, tensors, wanted, has_map=grad_map is not None)
+        facts = _facts(call, tensors, wanted, has_map=grad_map is not None)
         with on(query.device):
-            grad_delta = _launch(facts, tensors)
-        if grad_delta is not None:
-            gradients["values"] = _values_gradient(problem, grad_delta)
-    elif "values" in wanted:
-        gradients["values"] = torch.zeros_like(problem.tensors["values"])
-    if "stat" in wanted:
-        gradients["stat"] = tensors["grad_stat"]
-    return gradients
+            grad_matrix = _launch(facts, tensors)
+        if grad_matrix is not None:
+            grad_delta = call.delta_gradient(grad_matrix if call.delta_per_head else grad_matrix[0])
+    grad_stat = tensors.get("grad_stat") if wanted.stat else None
+    return Gradients(grad_query, grad_key, grad_value, grad_delta, grad_stat)
 
 
-def _facts(
-    problem: Problem, tensors: dict[str, Tensor], wanted: set[str], *, has_map: bool
-) -> Facts:
+def _facts(call: Call, tensors: dict[str, Tensor], wanted: Wanted, *, has_map: bool) -> Facts:
     strides = tuple(tensors[name].stride() for name in STRIDED)
-    made = launch.facts(problem, strides, tensors["values"].stride())
-    bias = problem.bias
+    made = launch.facts(call, strides, tensors["values"].stride())
     return made._replace(
-        map_block=problem.map_block if has_map else 0,
-        detach=bias is not None and bias.detach_stat,
-        grad_values="values" in wanted,
+        map_block=call.options.map_block if has_map else 0,
+        detach=call.options.detach_stat,
+        grad_values=wanted.delta,
         grad_stat_strides=tensors["grad_stat"].stride() if "grad_stat" in tensors else (),
     )
 
@@ -120,10 +112,3 @@ def _through_map_max(facts: Facts, tensors: dict[str, Tensor], row_max: Tensor) 
 
 def _five_d(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 5 else tensor.unsqueeze(1)
-
-
-def _values_gradient(problem: Problem, grad_delta: Tensor) -> Tensor:
-    bias = problem.bias
-    assert isinstance(bias, ToeplitzBias | DenseBias)  # the forms that have values
-    per_head = bias.values.ndim == (3 if isinstance(bias, DenseBias) else 2)
-    return bias.values_gradient(grad_delta if per_head else grad_delta[0])
