@@ -158,16 +158,98 @@ def test_left_out_fields_have_their_defaults():
         ("[1]", "must be a JSON object, got list"),
         ("{", "Expecting property name"),
         ('{"sigma": {"fine": 1.0}}', "sigma must be keyed by .* got 'fine'"),
-        ('{"bias": {"form": "band", "values": [1.0]}}', "form must be one of toeplitz, dense"),
+        ('{"bias": {"form": "band", "table": [1.0]}}', "form must be one of toeplitz, dense"),
         ('{"bias": {"form": "dense", "value": [1.0]}}', "unknown key 'value' in a dense bias"),
         ('{"bias": {"form": "dense", "signed": true}}', "unknown key 'signed' in a dense bias"),
-        ('{"bias": {"form": "toeplitz"}}', "a toeplitz bias needs values"),
-        ('{"bias": {"form": "dense", "values": [[1.0]], "dtype": "f4"}}', "dtype .* got 'f4'"),
+        ('{"bias": {"form": "toeplitz"}}', "bias: a toeplitz bias needs table"),
+        ('{"bias": {"form": "dense", "delta": [[1.0]], "dtype": "f4"}}', "dtype .* got 'f4'"),
     ],
 )
 def test_bad_json(text, message):
     with pytest.raises(ValueError, match=message):
         vk.TARConfig.from_json(text)
+
+
+HUGE = "9" * 400
+
+
+def dense(delta):
+    return f'{{"bias": {{"form": "dense", "delta": {delta}}}}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 10**5, "nested too deeply"),
+        ('{"sigma": ' + "[" * 10**5, "nested too deeply"),
+        ('{"sigma": [[1.0]]}', r"^sigma must be a number, got \[\[1.0\]\]"),
+        (f'{{"sigma": {HUGE}}}', "^sigma must be a finite number, got 9999"),
+        (f'{{"sigma": {"9" * 5000}}}', "Exceeds the limit"),
+        ('{"sigma": 1e400}', "^sigma must be a finite number, got inf"),
+        ('{"sigma": {"0": Infinity}}', r"^sigma\.0 must be a finite number, got inf"),
+        ('{"sigma": 1.0, "steps": NaN}', "^steps must be a finite number, got nan"),
+        ('{"sigma": 1.0, "steps": 1.5}', r"^steps as a share of the schedule .* got 1.5"),
+        ('{"sigma": 1.0, "steps": true}', "^steps must be a number, got True"),
+        ('{"sigma": true}', "^sigma must be a number, got True"),
+        ('{"sigma": "1"}', "^sigma must be a number, got '1'"),
+        ('{"sigma": {"1": "1"}}', r"^sigma\.1 must be a number, got '1'"),
+        ('{"sigma": {"1": 1.0, "01": 2.0}}', "^sigma must be keyed by .* got '01'"),
+        ('{"sigma": {"1": 1.0, "\u0661": 2.0}}', "^sigma must be keyed by .* got '\u0661'"),
+        ('{"sigma": {"\\ud800": 1.0}}', r"^sigma must be keyed by .* got '\\ud800'"),
+        ('{"sigma": {"1": 1.0, "1": 2.0}}', "^sigma has the key '1' twice"),
+        (f'{{"sigma": {{"{HUGE}": 1.0}}}}', "^sigma must be keyed by .* got '9999"),
+        ('{"sigma": 1.0, "sigma": 2.0}', "^the configuration has the key 'sigma' twice"),
+        ('{"by_width": 64}', "^by_width must be a JSON object, got int"),
+        ('{"sigma": 1.0, "strength": null}', "^strength must be a number, got None"),
+        ('{"sigma": 1.0, "clamp_negative": "no"}', "^clamp_negative must be true or false, .*'no'"),
+        ('{"sigma": 1.0, "include_init": 1}', "^include_init must be true or false, got 1"),
+        ('{"sigma": 1.0, "stat": ["row_max"]}', r"^stat must be a string, got \['row_max'\]"),
+        ('{"sigma": 1.0, "stat": "mean"}', "^stat must be one of .* got 'mean'"),
+        ('{"override": {"0": 1}}', r"^override\.0 must be a string, got 1"),
+        ('{"override": {"0": "ones"}}', "^override must be .* got 'ones' for 0"),
+        ('{"bias": 1.0}', "^bias must be a JSON object, got float"),
+        ('{"bias": {"1": {"delta": [[1.0]]}}}', r"^bias\.1\.form must be a string, got None"),
+        (
+            dense("[[1, null], [0, 1]]"),
+            r"^bias\.delta\[0\]\[1\] must be a number",
+        ),
+        (
+            '{"bias": {"2": {"form": "dense", "delta": [[1, 1e400]]}}}',
+            r"^bias\.2\.delta\[0\]\[1\] must be a finite",
+        ),
+        (dense("[[1, 0], [1]]"), r"^bias\.delta must be lists of equal lengths"),
+        (dense("[[1, 0], 1]"), r"^bias\.delta must be lists of equal lengths"),
+        (dense("[[[[1]]]]"), r"^bias\.delta\[0\]\[0\]\[0\] must be a number"),
+        (dense("[[1, 0]]"), r"^bias: .* must be square"),
+        (
+            '{"bias": {"form": "dense", "delta": [[1e30]], "dtype": "float16"}}',
+            r"^bias\.delta has numbers that are too large for torch\.float16",
+        ),
+        (
+            '{"bias": {"form": "toeplitz", "table": [1.0], "dtype": "int32"}}',
+            r"^bias\.dtype must be a floating-point type of torch, got 'int32'",
+        ),
+        (
+            '{"bias": {"form": "toeplitz", "table": [1.0], "signed": "yes"}}',
+            r"^bias\.signed must be true or false, got 'yes'",
+        ),
+        (
+            '{"bias": {"form": "dense", "form": "dense", "delta": [[1]]}}',
+            "has the key 'form' twice",
+        ),
+    ],
+)
+def test_hostile_json_is_one_kind_of_error_that_names_the_field(text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        vk.TARConfig.from_json(text)
+    assert len(str(caught.value)) < 400
+    str(caught.value).encode()  # what is printed has no surrogates in it
+
+
+@pytest.mark.parametrize("flag", ["clamp_negative", "include_init"])
+def test_flags_are_flags(flag):
+    with pytest.raises(TypeError, match=f"{flag} must be True or False, got str"):
+        vk.TARConfig(1.0, **{flag: "no"})
 
 
 def test_what_cannot_be_saved(tmp_path):
@@ -176,6 +258,10 @@ def test_what_cannot_be_saved(tmp_path):
         vk.TARConfig(1.0, steps=lambda step, timestep: True).save(path)
     with pytest.raises(ValueError, match="not JSON compliant"):
         vk.TARConfig(bias=vk.ToeplitzBias(torch.tensor([1.0, float("inf")]))).save(path)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        vk.TARConfig(float("inf")).save(path)
+    with pytest.raises(ValueError, match="sigma must be a finite number"):
+        vk.TARConfig(10**400).save(path)
     assert not path.exists()
 
 
