@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("openai")
 pytest.importorskip("transformers")
 from examples import tiny
-from tests.methods.chat_server import ChatServer, answers
+from tests.methods.chat_server import ChatServer, tells
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -23,7 +23,6 @@ pytestmark = [
 ]
 PAGE = (ROOT / "docs/vstar.md").read_text(encoding="utf-8")
 STAGES = ["A bud.", "A half-open bud.", "A rose.", "Fallen petals."]
-LIST = "\n".join(f"{number}. {stage}" for number, stage in enumerate(STAGES, start=1))
 # What the page uses, and what there is here.
 SUBSTITUTES = {
     r"64D1_32D8": "8D1_4D8",
@@ -40,7 +39,7 @@ def server(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("VSTAR_KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    with ChatServer(answers(LIST)) as server:
+    with ChatServer(tells(*STAGES)) as server:
         yield server
 
 

@@ -20,7 +20,7 @@ from diffusers import MotionAdapter, StableDiffusionPipeline, UNet2DConditionMod
 from PIL import Image
 
 from examples import tiny
-from tests.methods.chat_server import ChatServer, answers, fails
+from tests.methods.chat_server import ChatServer, fails, tells
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "wide_terminal"),
@@ -134,8 +134,7 @@ def test_a_language_model_writes_the_synopsis(generate, output, monkeypatch, tmp
     monkeypatch.setenv("OPENAI_API_KEY", key)
     monkeypatch.delenv("OPENAI_MODEL", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    text = "1. a kite on sand\n2. a kite in the sky\n"
-    with ChatServer(answers(text)) as server:
+    with ChatServer(tells("a kite on sand", "a kite in the sky")) as server:
         options = ["--prompt", PROMPT, "--writer", "tiny-chat", "--writer-url", server.url]
         status, printed = generate(*options, "--stages", 2)
         assert status == 0, printed

@@ -23,6 +23,21 @@ def answers(text):
     return lambda handler: handler.reply(200, completion(text))
 
 
+def tells(*stages):
+    """Answer with a synopsis of these stages, in the form that is asked for."""
+    return answers(json.dumps({"stages": stages}, ensure_ascii=False))
+
+
+def without_structure(then, message="'response_format' of type 'json_schema' is not supported"):
+    """Refuse to hold the answer to a schema, as some servers do; otherwise do something else."""
+
+    def act(handler):
+        refused = "response_format" in handler.request_body
+        (fails(400, message) if refused else then)(handler)
+
+    return act
+
+
 def fails(status, text="out of order", **headers):
     """Answer with an error."""
     body = json.dumps({"error": {"message": text}}).encode()
@@ -39,7 +54,7 @@ def sleeps(seconds):
 
     def act(handler):
         time.sleep(seconds)
-        handler.reply(200, completion("1. Too late.\n2. Too late."))
+        tells("Too late.", "Too late.")(handler)
 
     return act
 
@@ -48,12 +63,36 @@ def drips(seconds):
     """Send one byte after the other, never pausing for long."""
 
     def act(handler):
-        body = completion("1. Too slow.\n2. Too slow.")
+        body = completion(json.dumps({"stages": ["Too slow.", "Too slow."]}))
         handler.start(200, len(body), {})
         for index in range(len(body)):
             handler.wfile.write(body[index : index + 1])
             handler.wfile.flush()
             time.sleep(seconds / len(body))
+
+    return act
+
+
+def drips_headers(seconds):
+    """Send one header after the other, never pausing for long."""
+
+    def act(handler):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        for index in range(50):
+            handler.wfile.write(b"X-Header-%d: slow\r\n" % index)
+            handler.wfile.flush()
+            time.sleep(seconds / 50)
+        handler.wfile.write(b"Content-Length: 0\r\n\r\n")
+
+    return act
+
+
+def speaks(raw):
+    """Send any bytes, headers and all, and close the connection."""
+
+    def act(handler):
+        handler.wfile.write(raw)
+        handler.close_connection = True
 
     return act
 
@@ -82,7 +121,8 @@ class ChatServer:
             def do_POST(self):
                 assert self.path == "/v1/chat/completions", self.path
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                server.requests.append(json.loads(body))
+                self.request_body = json.loads(body)
+                server.requests.append(self.request_body)
                 server.headers.append({name.lower(): value for name, value in self.headers.items()})
                 try:
                     script = server.script

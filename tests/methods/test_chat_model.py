@@ -17,7 +17,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = "A pond freezes over."
 STAGES = ("Open water.", "Thin ice.", "A frozen pond.")
 # Each piece once, so that a model without a memory can say it.
-PIECES = ["1.", " Open", " water.", "\n2.", " Thin", " ice.", "\n3.", " A", " frozen", " pond."]
+PIECES = [
+    '{"stages": ["',
+    "Open",
+    " water.",
+    '", "',
+    "Thin",
+    " ice.",
+    '","',
+    "A",
+    " frozen",
+    " pond.",
+]
+PIECES += ['"]}']
 SPECIAL = ["<unk>", "<end>", "<assistant>"]
 TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }} {% endfor %}"
@@ -81,7 +93,7 @@ def test_a_synopsis_from_a_folder(tmp_path, monkeypatch):
     writer._source._model = None  # from the cache, without the model
     assert writer.write(PROMPT, num_stages=3) == vk.Synopsis(PROMPT, STAGES)
     longer = vk.SynopsisWriter.from_transformers(str(tmp_path / "model"), max_new_tokens=2)
-    with pytest.raises(SynopsisError, match=r"expected 3 stages, found 1, in '1\. Open'"):
+    with pytest.raises(SynopsisError, match=r"no complete JSON object, in '{\"stages\": \[\"Open'"):
         longer.write(PROMPT, num_stages=3)
 
 
@@ -91,7 +103,7 @@ def test_a_loaded_model_is_not_cached(tmp_path):
         model, make_tokenizer(), max_new_tokens=40, cache=tmp_path / "cache"
     )
     assert writer.write(PROMPT).stages == STAGES
-    teach(model, PIECES[:6])
+    teach(model, [*PIECES[:6], '"]}'])
     assert writer.write(PROMPT).stages == STAGES[:2]
     assert not (tmp_path / "cache").exists()
 

@@ -54,10 +54,11 @@ def test_wrong_arguments(arguments, error, message):
     [
         ("{", "must be JSON"),
         ("[]", "must be a JSON object, got list"),
-        ('{"prompt": "p"}', "either stages or subprompts, got the keys prompt"),
-        ('{"prompt": "p", "stages": ["a"], "subprompts": ["a"]}', "either stages or subprompts"),
-        ('{"prompt": "p", "stages": ["a"], "anchor": [0]}', "unknown key 'anchor'"),
-        ('{"prompt": "p", "stages": "a"}', "stages must be a list"),
+        ('{"prompt": "p"}', "stages: it is missing"),
+        ('{"stages": ["a"]}', "prompt: it is missing"),
+        ('{"prompt": "p", "stages": ["a"], "subprompts": ["a"]}', "subprompts: there is no such"),
+        ('{"prompt": "p", "stages": ["a"], "anchor": [0]}', "anchor: there is no such field"),
+        ('{"prompt": "p", "stages": "a"}', "stages: .*valid list, got str"),
     ],
 )
 def test_wrong_json(text, message):

@@ -11,10 +11,18 @@ import pytest
 
 import vstar_kernels as vk
 from tests.helpers import run_python
+from vstar_kernels import files
 from vstar_kernels.methods import cache as cache_module
-from vstar_kernels.methods.vstar.writer import SynopsisError
+from vstar_kernels.methods.vstar.writer import (
+    EXAMPLE_STAGES,
+    SynopsisError,
+    conversation,
+    stages_form,
+)
 
 pytest.importorskip("openai")
+import openai
+
 from tests.methods.chat_server import (
     ChatServer,
     answers,
@@ -24,18 +32,20 @@ from tests.methods.chat_server import (
     hangs_up,
     says,
     sleeps,
+    tells,
 )
 
 PROMPT = "A pond freezes over."
 STAGES = ("Open water in a pond.", "Thin ice on a pond.", "Thick ice on a pond.")
-LIST = "\n".join(f"{number}. {stage}" for number, stage in enumerate(STAGES, start=1))
-GOOD = answers(LIST)
+ANSWER = json.dumps({"stages": STAGES})
+GOOD = answers(ANSWER)
 KEY = "sk-test-4242424242"
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch, tmp_path):
-    """Nobody's key, address or cache."""
+    """Nobody's key, address or cache; and the client does not wait before it asks again."""
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.0)
     for name in [*os.environ]:
         if name.startswith("OPENAI_") or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
@@ -43,7 +53,7 @@ def environment(monkeypatch, tmp_path):
 
 
 def writer(server, **settings):
-    settings = {"timeout": 5.0, "wait": 0.0, "api_key": KEY, **settings}
+    settings = {"timeout": 5.0, "api_key": KEY, **settings}
     return vk.SynopsisWriter.from_endpoint("tiny-chat", base_url=server.url, **settings)
 
 
@@ -55,17 +65,19 @@ def test_a_synopsis():
     assert (request["model"], request["temperature"]) == ("tiny-chat", 0.5)
     roles = [message["role"] for message in request["messages"]]
     assert roles == ["system", "user", "assistant", "user"]  # the rules, one example, the question
-    assert request["messages"][-1]["content"] == f"Video: {PROMPT}\nNumber of stages: 3"
+    question = request["messages"][-1]["content"]
+    assert question.startswith(
+        f"Video: {PROMPT}\nNumber of stages: 3\n\nAnswer with one JSON object"
+    )
     assert server.headers[0]["authorization"] == f"Bearer {KEY}"
 
 
 def test_the_example_keeps_to_the_rules():
-    from vstar_kernels.methods.answers import parse_stages
-    from vstar_kernels.methods.vstar.instruction import EXAMPLE_STAGES, Request
-
-    messages = Request(PROMPT, 2, 4).messages
-    assert parse_stages(messages[2]["content"]) == list(EXAMPLE_STAGES)
+    messages = conversation(PROMPT, 2, 4)
+    example = json.loads(messages[2]["content"])
+    assert stages_form(5, 5).model_validate(example).stages == EXAMPLE_STAGES
     assert all(len(stage.split()) <= 25 for stage in EXAMPLE_STAGES)
+    assert messages[1]["content"].endswith(f"Number of stages: {len(EXAMPLE_STAGES)}")
     assert messages[-1]["content"].endswith("Number of stages: 2 to 4")
 
 
@@ -116,7 +128,7 @@ def test_slow_answers_are_given_up(slow):
         assert writer(server, timeout=0.3).write(PROMPT).stages == STAGES
         assert time.monotonic() - start < 2.5
         server.script = [slow]
-        with pytest.raises(SynopsisError, match=r"attempt 2: no answer in 0\.3 s"):
+        with pytest.raises(SynopsisError, match=r": no answer in 0\.3 s \(asked 2 times\)$"):
             writer(server, timeout=0.3, attempts=2).write("Another pond.")
 
 
@@ -126,9 +138,8 @@ def test_attempts_are_limited():
             writer(server, attempts=4).write(PROMPT)
         assert len(server.requests) == 4
     message = str(caught.value)
-    assert message.startswith(f"no synopsis of '{PROMPT}' from tiny-chat at {server.url}/: attempt")
-    assert "attempt 4: HTTP status 500" in message
-    assert "no room left" in message
+    assert message.startswith(f"no synopsis of '{PROMPT}' from tiny-chat at {server.url}/: ")
+    assert message.endswith("HTTP status 500: no room left (asked 4 times)")
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
@@ -142,33 +153,44 @@ def test_what_will_not_change_is_not_tried_again(status):
 def test_nobody_listens():
     with ChatServer(GOOD) as server:
         pass
-    with pytest.raises(SynopsisError, match=r"attempt 3: .*refused"):
+    with pytest.raises(SynopsisError, match=r": no connection: Connection refused \(asked 3"):
         writer(server).write(PROMPT)
 
 
 def test_the_waits_grow_and_a_server_may_name_them(monkeypatch):
     waits = []
-    monkeypatch.setattr(time, "sleep", waits.append)
-    script = [fails(500), fails(503, retry_after="7"), fails(429, retry_after="9999"), fails(500)]
+
+    async def wait(seconds):
+        waits.append(seconds)
+
+    monkeypatch.undo()
+    monkeypatch.setattr(openai._base_client.anyio, "sleep", wait)
+    script = [fails(500), fails(503, retry_after="7"), fails(429)]
     with ChatServer(*script, GOOD) as server:
-        writer(server, wait=0.5, attempts=5).write(PROMPT)
-    assert waits == [0.5, 7.0, 60.0, 4.0]
+        writer(server, attempts=4, cache=False).write(PROMPT)
+    assert 0.3 < waits[0] < 0.6
+    assert waits[1] == 7.0
+    assert 1.2 < waits[2] < 2.1
+    with ChatServer(fails(429, retry_after="9999")) as server:  # nobody waits for so long
+        with pytest.raises(SynopsisError, match="HTTP status 429"):
+            writer(server, cache=False).write(PROMPT)
+        assert (len(server.requests), len(waits)) == (1, 3)
 
 
 def test_an_unusable_answer_is_sent_back_with_what_is_wrong():
-    with ChatServer(answers(LIST), answers(f"{LIST}\n4. Snow on a pond.")) as server:
+    with ChatServer(GOOD, tells(*STAGES, "Snow on a pond.")) as server:
         synopsis = writer(server).write(PROMPT, num_stages=4)
     assert len(synopsis.stages) == 4
     assert server.requests[1]["messages"][:4] == server.requests[0]["messages"]
     answer, demand = server.requests[1]["messages"][4:]
-    assert answer == {"role": "assistant", "content": LIST}
+    assert answer == {"role": "assistant", "content": ANSWER}
     assert "expected 4 stages, found 3" in demand["content"]
 
 
 def test_the_error_shows_the_answer():
     with (
         ChatServer(answers("What  is it about? " + 500 * "x")) as server,
-        pytest.raises(SynopsisError, match="expected 2 to 12 stages") as caught,
+        pytest.raises(SynopsisError, match="no complete JSON object") as caught,
     ):
         writer(server, attempts=1).write(PROMPT)
     assert "in 'What is it about? xxx" in str(caught.value)
@@ -199,7 +221,7 @@ def test_the_key_is_nowhere(caplog, tmp_path):
         while error is not None:
             assert "openai" not in type(error).__module__  # it has the request and its headers
             error = error.__cause__ or error.__context__
-    with ChatServer(answers(f"1. A pond {KEY}.\n2. Ice.")) as server:
+    with ChatServer(tells(f"A pond {KEY}.", "Ice.")) as server:
         echoed = writer(server)
         assert echoed.write(PROMPT).stages == ("A pond [key].", "Ice.")
     files = list((tmp_path / "cache").iterdir())
@@ -209,7 +231,7 @@ def test_the_key_is_nowhere(caplog, tmp_path):
 
 
 def test_the_cache_answers_the_same_request():
-    with ChatServer(GOOD, answers("1. Water.\n2. Ice.\n3. Snow.")) as server:
+    with ChatServer(GOOD, tells("Water.", "Ice.", "Snow.")) as server:
         first = writer(server).write(PROMPT)
         assert writer(server, api_key="another-key").write(PROMPT) == first
         assert len(server.requests) == 1
@@ -244,7 +266,7 @@ def test_a_cache_that_does_not_work_is_a_warning(tmp_path):
         path.write_text('{"request"')
         with pytest.warns(UserWarning, match=r"\.json in the cache cannot be read"):
             assert writer(server, cache=tmp_path).write(PROMPT).stages == STAGES
-        assert json.loads(path.read_text())["result"] == list(STAGES)
+        assert json.loads(path.read_text())["answer"] == {"stages": list(STAGES)}
         with pytest.warns(UserWarning, match="cannot be written"):
             assert writer(server, cache=path / "below").write(PROMPT).stages == STAGES
 
@@ -253,7 +275,7 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(cache_module.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with ChatServer(GOOD) as server, pytest.warns(UserWarning, match="no space left"):
         writer(server, cache=tmp_path).write(PROMPT)
     assert list(tmp_path.iterdir()) == []
@@ -285,17 +307,29 @@ def test_files(tmp_path):
     path.write_text(synopses[0].to_json())
     assert from_file.write(PROMPT) == synopses[0]
     path.write_text('{"prompt": "A pond.", "stages": "none"}')
-    with pytest.raises(SynopsisError, match=r"synopses\.json: stages must be a list"):
+    with pytest.raises(
+        SynopsisError, match=r"synopses\.json: not a synopsis: stages: .* valid list"
+    ):
         from_file.write(PROMPT)
     assert not (tmp_path / "cache").exists()
 
 
 def test_an_answer_in_a_file(tmp_path):
-    path = tmp_path / "answer.txt"
-    path.write_text(f"Here you are:\n\n{LIST}\n")
+    path = tmp_path / "answer.json"
+    path.write_text(ANSWER)
     assert vk.SynopsisWriter.from_file(path).write(PROMPT) == vk.Synopsis(PROMPT, STAGES)
     path.write_text(json.dumps(STAGES))
     assert vk.SynopsisWriter.from_file(path).write(PROMPT) == vk.Synopsis(PROMPT, STAGES)
+    path.write_text("1. Open water.\n2. Ice.\n")
+    with pytest.raises(
+        SynopsisError, match=r'it is not JSON.*expected \{"prompt": …, "stages": \['
+    ):
+        vk.SynopsisWriter.from_file(path).write(PROMPT)
+    path.write_text('{"stages": ["Open water.", 3]}')
+    with pytest.raises(
+        SynopsisError, match=r"stages\[1\]: Input should be a valid string, got int"
+    ):
+        vk.SynopsisWriter.from_file(path).write(PROMPT)
     with pytest.raises(SynopsisError, match=r"missing: it cannot be read"):
         vk.SynopsisWriter.from_file(tmp_path / "missing").write(PROMPT)
 
@@ -308,9 +342,9 @@ def test_an_answer_in_a_file(tmp_path):
         ({"base_url": "localhost:80/v1"}, "http or https address, got 'localhost:80/v1'"),
         ({"base_url": "http://me:secret@host/v1"}, "no credentials and no query"),
         ({"base_url": "http://host/v1?key=secret"}, "no credentials and no query"),
+        ({"base_url": "me:secret@host/v1"}, "an http or https address"),
         ({"timeout": 0}, "timeout must be more than 0"),
         ({"attempts": 0}, "attempts must be at least 1, got 0"),
-        ({"wait": -1}, "wait must be at least 0"),
         ({"least_stages": 0}, "least_stages must be at least 1"),
         ({"least_stages": 5, "most_stages": 4}, "got 5 and 4"),
     ],

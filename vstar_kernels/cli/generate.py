@@ -28,11 +28,16 @@ from vstar_kernels.cli.options import (
     size,
 )
 from vstar_kernels.files import results_folder
-from vstar_kernels.methods.sources import SynopsisError, shorten
+from vstar_kernels.methods.reading import shorten
 from vstar_kernels.methods.vstar.embeddings import Interpolation
 from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.methods.vstar.vstar import PAPER, VSTAR, Generation
-from vstar_kernels.methods.vstar.writer import LEAST_STAGES, MOST_STAGES, SynopsisWriter
+from vstar_kernels.methods.vstar.writer import (
+    LEAST_STAGES,
+    MOST_STAGES,
+    SynopsisError,
+    SynopsisWriter,
+)
 from vstar_kernels.models.config import TARConfig
 
 if TYPE_CHECKING:
@@ -90,8 +95,8 @@ class SynopsisOptions:
     """The stages that the video goes through. Without a source, every frame has --prompt."""
 
     synopsis: Annotated[Path | None, option("FILE")] = None
-    """JSON with prompt and stages, or a list of those from which --prompt chooses; or the answer of
-    a language model, as text."""
+    """JSON with prompt and stages, or a list of those from which --prompt chooses; or the saved
+    answer of a language model, with stages alone."""
     writer: Annotated[str | None, option("NAME", default="$OPENAI_MODEL")] = None
     """A language model behind an OpenAI-compatible interface; the key is $OPENAI_API_KEY."""
     writer_url: Annotated[str | None, option("URL", default="$OPENAI_BASE_URL")] = None
@@ -305,7 +310,7 @@ def _prompt(options: GenerateOptions) -> str | Synopsis:
         writer = SynopsisWriter.from_file(path, least_stages=1, most_stages=10_000)
         return writer.write(prompt)
     except (OSError, ValueError, SynopsisError) as error:
-        hint = "" if prompt else " (several synopses, and texts, need --prompt)"
+        hint = "" if prompt else " (several synopses, and saved answers, need --prompt)"
         raise CommandError(f"--synopsis: {error}{hint}") from error
 
 

@@ -1,20 +1,28 @@
-"""Answers on disk, so that the same request is made once."""
+"""Answers on disk, so that the same question is asked once."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import tempfile
+import stat
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vstar_kernels.files import write_atomically
+from vstar_kernels.methods.reading import FormatError, decode, validate
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 FOLDER_VARIABLE = "VSTAR_KERNELS_CACHE"
+LARGEST_ENTRY = 2**21  # bytes; entries have thousands
+Form = TypeVar("Form", bound="BaseModel")
 
 
 def default_folder() -> Path:
-    """``$VSTAR_KERNELS_CACHE``, or ``vstar_kernels/synopses`` in ``$XDG_CACHE_HOME``.
+    """Returns ``$VSTAR_KERNELS_CACHE``, or ``vstar_kernels/synopses`` in ``$XDG_CACHE_HOME``.
 
     The latter is ``~/.cache`` where it is not set or, as its specification has it, not absolute.
     """
@@ -27,32 +35,35 @@ def default_folder() -> Path:
 class Cache:
     """A folder with a JSON file for each request, named by the request's hash.
 
-    Files are complete whenever they are there, also with several processes at work. The cache is a
-    convenience: what cannot be read or written is a warning.
+    The cache is a convenience: what cannot be read or written is a warning, and what is not an
+    answer of the form that is asked for is as good as not there.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
 
-    def get(self, request: dict[str, Any]) -> Any:
-        """What :meth:`put` was given for this request, or None."""
+    def get(self, request: dict[str, Any], form: type[Form]) -> Form | None:
+        """Returns what :meth:`put` was given for this request, validated by its form, or None."""
         path = self._path(request)
         try:
-            entry = json.loads(path.read_text(encoding="utf-8"))
+            entry = decode(_read_regular_file(path))
             # Its own request is in it: a file that was put there by hand is not believed.
-            return entry["result"] if entry["request"] == request else None
+            if not isinstance(entry, dict) or entry.get("request") != decode(json.dumps(request)):
+                raise FormatError("it is not an entry of this request")
+            return validate(form, entry.get("answer"))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError) as error:
             warnings.warn(f"{path} in the cache cannot be read: {error}", stacklevel=2)
             return None
 
-    def put(self, request: dict[str, Any], result: Any) -> None:
-        """Keep the result of a request."""
+    def put(self, request: dict[str, Any], answer: BaseModel) -> None:
+        """Keeps the answer to a request."""
         path = self._path(request)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            _write(path, json.dumps({"request": request, "result": result}, ensure_ascii=False))
+            entry = {"request": request, "answer": answer.model_dump()}
+            write_atomically(path, json.dumps(entry, ensure_ascii=False))
         except OSError as error:
             warnings.warn(f"{path} in the cache cannot be written: {error}", stacklevel=2)
 
@@ -61,13 +72,11 @@ class Cache:
         return self._folder / f"{hashlib.sha256(canonical.encode()).hexdigest()}.json"
 
 
-def _write(path: Path, text: str) -> None:
-    """Under another name first, so that nobody reads half a file."""
-    handle, scratch = tempfile.mkstemp(prefix=".", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise
+def _read_regular_file(path: Path) -> str:
+    """Returns a file's text; opening a pipe would wait for whoever writes into it."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("it is not a regular file")
+    if status.st_size > LARGEST_ENTRY:
+        raise OSError(f"it has {status.st_size} bytes, more than any entry")
+    return path.read_text(encoding="utf-8")

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-STAGES_KEYS = ("stages", "subprompts")
-KEYS = ("prompt", *STAGES_KEYS, "anchors")
+from vstar_kernels.files import write_atomically
+from vstar_kernels.methods.reading import FormatError, decode, require_pydantic, validate
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+LAST_FRAME = 2**31 - 1  # that a file may name
 
 
 @dataclass(frozen=True)
@@ -34,64 +40,55 @@ class Synopsis:
     anchors: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        _check_text(self.prompt, "prompt")
+        check_text(self.prompt, "prompt")
         if isinstance(self.stages, str) or not isinstance(self.stages, Sequence):
             raise TypeError(f"stages must be a list of texts, got {type(self.stages).__name__}")
         if not self.stages:
             raise ValueError("stages must hold at least one description, got none")
         for index, stage in enumerate(self.stages):
-            _check_text(stage, f"stages[{index}]")
+            check_text(stage, f"stages[{index}]")
         object.__setattr__(self, "stages", tuple(self.stages))
         if self.anchors is not None:
             check_anchors(self.anchors, len(self.stages))
             object.__setattr__(self, "anchors", tuple(self.anchors))
 
     def to_json(self) -> str:
-        """``{"prompt": …, "stages": […]}``, with ``"anchors"`` where there are any."""
+        """Returns ``{"prompt": …, "stages": […]}``, with ``"anchors"`` where there are any."""
         return _dumps(self._fields("stages"))
 
     @classmethod
     def from_json(cls, text: str) -> Synopsis:
-        """What :meth:`to_json` gave; ``"subprompts"`` may stand for ``"stages"``.
+        """Reads what :meth:`to_json` gave; ``"subprompts"`` may stand for ``"stages"``.
 
         Raises:
-            ValueError: It is not JSON, not one such object, or its content is not a synopsis.
+            ValueError: It is not JSON, not one such object, or its content is not a synopsis; the
+                message names the field.
+            ImportError: ``pydantic`` is not installed.
         """
-        return cls._from_fields(_loads(text))
+        return _from_fields(_decode(text))
 
     @classmethod
     def list_from_json(cls, text: str) -> list[Synopsis]:
-        """Several: a list of ``{"prompt": …, "subprompts": […]}``, or a single object.
+        """Reads a list of ``{"prompt": …, "subprompts": […]}``, or a single object.
 
         Raises:
             ValueError: As :meth:`from_json`, or the list is empty or has a prompt twice.
+            ImportError: ``pydantic`` is not installed.
         """
-        content = _loads(text)
-        synopses = [
-            cls._from_fields(x) for x in (content if isinstance(content, list) else [content])
-        ]
-        if not synopses:
-            raise ValueError("a list of synopses must hold at least one, got none")
-        prompts = [synopsis.prompt for synopsis in synopses]
-        for prompt in prompts:
-            if prompts.count(prompt) > 1:
-                raise ValueError(
-                    f"a list of synopses must have each prompt once, got {prompt!r} twice"
-                )
-        return synopses
+        return synopses_of(_decode(text))
 
     @staticmethod
     def list_to_json(synopses: Iterable[Synopsis]) -> str:
-        """The list that :meth:`list_from_json` reads."""
+        """Returns the list that :meth:`list_from_json` reads."""
         return _dumps([synopsis._fields("subprompts") for synopsis in synopses])
 
     def save(self, path: str | Path) -> None:
-        """Write :meth:`to_json` to a file."""
-        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        """Writes :meth:`to_json` to a file, which has all of it or is as it was."""
+        write_atomically(path, self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Synopsis:
-        """Read what :meth:`save` wrote."""
+        """Reads what :meth:`save` wrote."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
     def _fields(self, stages_key: str) -> dict[str, Any]:
@@ -100,29 +97,62 @@ class Synopsis:
             fields["anchors"] = list(self.anchors)
         return fields
 
-    @classmethod
-    def _from_fields(cls, fields: Any) -> Synopsis:
-        if not isinstance(fields, dict):
-            raise ValueError(f"a synopsis must be a JSON object, got {type(fields).__name__}")
-        for key in fields:
-            if key not in KEYS:
-                raise ValueError(
-                    f"unknown key {key!r} in a synopsis: allowed are {', '.join(KEYS)}"
-                )
-        given = [key for key in STAGES_KEYS if key in fields]
-        if "prompt" not in fields or len(given) != 1:
-            raise ValueError(
-                "a synopsis must have a prompt and either stages or subprompts, got the keys "
-                f"{', '.join(fields) or '(none)'}"
+
+def synopses_of(content: Any) -> list[Synopsis]:
+    """Returns the synopses in decoded JSON: :meth:`Synopsis.list_from_json` after the decoding."""
+    if not isinstance(content, list):
+        return [_from_fields(content)]
+    if not content:
+        raise FormatError("a list of synopses must hold at least one, got none")
+    synopses: dict[str, Synopsis] = {}
+    for index, fields in enumerate(content):
+        synopsis = _from_fields(fields, f"[{index}]")
+        if synopsis.prompt in synopses:
+            raise FormatError(
+                f"a list of synopses must have each prompt once, got {synopsis.prompt!r} twice"
             )
-        try:
-            return cls(fields["prompt"], fields[given[0]], fields.get("anchors"))
-        except TypeError as error:  # of JSON the types are part of the value
-            raise ValueError(str(error)) from None
+        synopses[synopsis.prompt] = synopsis
+    return list(synopses.values())
+
+
+def _from_fields(fields: Any, place: str = "") -> Synopsis:
+    """Returns the synopsis of a decoded JSON object, at some place in its document."""
+    try:
+        read: Any = validate(_synopsis_form(), fields)
+        return Synopsis(read.prompt, read.stages, read.anchors)
+    except ValueError as error:
+        where = f"{place}: " if place else ""
+        raise FormatError(f"not a synopsis: {where}{error}") from None
+
+
+def _decode(text: str) -> Any:
+    try:
+        return decode(text)
+    except FormatError as error:
+        raise FormatError(f"a synopsis must be JSON: {error}") from None
+
+
+@functools.cache
+def _synopsis_form() -> type[BaseModel]:
+    """Returns the form of a synopsis in JSON, a pydantic model."""
+    require_pydantic()
+    from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+
+    class SynopsisFields(BaseModel):
+        model_config = ConfigDict(extra="forbid", strict=True)
+        prompt: str
+        stages: list[str] = Field(
+            validation_alias=AliasChoices("stages", "subprompts"), fail_fast=True
+        )
+        anchors: list[Annotated[int, Field(ge=0, le=LAST_FRAME)]] | None = Field(
+            default=None, fail_fast=True
+        )
+
+    return SynopsisFields
 
 
 def check_anchors(anchors: Any, num_stages: int) -> None:
-    """Raise unless there is an anchor frame for each stage, increasing from 0.
+    """Raises unless there is an anchor frame for each stage, increasing from 0.
 
     Raises:
         TypeError, ValueError: They are not.
@@ -139,19 +169,18 @@ def check_anchors(anchors: Any, num_stages: int) -> None:
         raise ValueError(f"anchors must increase strictly from 0 or later, got {list(anchors)}")
 
 
-def _check_text(text: Any, name: str) -> None:
+def check_text(text: Any, name: str) -> None:
+    """Raises TypeError or ValueError unless it is a text that says something and can be saved."""
     if not isinstance(text, str):
         raise TypeError(f"{name} must be a text, got {type(text).__name__}")
     if not text.strip():
         raise ValueError(f"{name} must not be empty, got {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(f"{name} must hold no halves of characters, got {half!r}") from None
 
 
 def _dumps(content: Any) -> str:
     return json.dumps(content, ensure_ascii=False, indent=1)
-
-
-def _loads(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"a synopsis must be JSON: {error}") from None

@@ -1,22 +1,87 @@
-"""Writes synopses: asks a source, reads its answer, asks again, keeps the result."""
+"""Writes synopses (VSTAR, section 3.1): what a language model is told, and what becomes of it."""
 
 from __future__ import annotations
 
-import time
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vstar_kernels.methods.answers import parse_stages
 from vstar_kernels.methods.cache import Cache, default_folder
-from vstar_kernels.methods.chat_model import ChatModel
-from vstar_kernels.methods.endpoint import Endpoint
-from vstar_kernels.methods.sources import File, Source, SourceError, SynopsisError, shorten
-from vstar_kernels.methods.vstar import instruction
-from vstar_kernels.methods.vstar.instruction import Request
-from vstar_kernels.methods.vstar.synopsis import Synopsis
+from vstar_kernels.methods.llm import AnswerError, ChatModel, Endpoint, LanguageModel, Messages, ask
+from vstar_kernels.methods.reading import FormatError, decode, require_pydantic, shorten, validate
+from vstar_kernels.methods.vstar.synopsis import Synopsis, check_text, synopses_of
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 LEAST_STAGES, MOST_STAGES = 2, 12
-LONGEST_WAIT = 60.0  # seconds, whatever a server asks for
+
+RULES = """\
+You plan short videos in which something visibly changes. You get one sentence about the whole \
+video. Split the change into consecutive stages of about equal length and describe each of them.
+
+- One sentence of at most 25 words for each stage: what a still picture of that stage shows.
+- Every sentence is read alone. Name the subject and the place each time; no "it", "then" or "now".
+- Subject, place, viewpoint and style stay the same; only what the change affects differs, and \
+each stage differs visibly from the one before.
+- Begin with the state before the change and end with the state after it."""
+
+EXAMPLE_PROMPT = "A candle burns down on a windowsill at night, time lapse."
+EXAMPLE_STAGES = [
+    "A tall new candle with a small first flame on a dark windowsill at night.",
+    "A tall candle with a bright steady flame on a dark windowsill at night, wax beginning to run.",
+    "A half-burnt candle with a bright flame on a dark windowsill at night, wax pooled below it.",
+    "A short candle stub with a low flame on a dark windowsill at night, in a wide pool of wax.",
+    "A burnt-out candle, a thread of smoke over flat wax on a dark windowsill at night.",
+]
+
+
+class SynopsisError(RuntimeError):
+    """There is no synopsis; the message says why."""
+
+
+class SynopsisFile:
+    """A file of synopses, or a language model's answer that was saved.
+
+    It holds JSON: an object ``{"prompt": …, "stages": […]}``, or a list of them, of which the
+    prompt chooses one, ``"subprompts"`` being another name for ``"stages"``; or the answer to any
+    prompt, ``{"stages": […]}`` or the list of stages alone.
+
+    Raises:
+        ImportError: ``pydantic`` is not installed.
+    """
+
+    key = None
+
+    def __init__(self, path: str | Path) -> None:
+        require_pydantic()
+        self._path = Path(path)
+        self.name = f"the file {self._path}"
+
+    def find(self, prompt: str, fewest: int, most: int) -> Synopsis:
+        """Returns the file's synopsis of a prompt.
+
+        Raises:
+            ValueError, OSError: The file cannot be read, or has no synopsis of this prompt.
+        """
+        try:
+            content = decode(self._path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise OSError(f"it cannot be read: {error}") from None
+        except FormatError as error:
+            expected = 'expected {"prompt": …, "stages": […]}, a list of those, or {"stages": […]}'
+            raise FormatError(f"{error}; {expected}") from None
+        if isinstance(content, list) and content and all(isinstance(x, str) for x in content):
+            content = {"stages": content}
+        if isinstance(content, dict) and content.keys() == {"stages"}:
+            return _synopsis(prompt, validate(stages_form(fewest, most), content))
+        synopses = synopses_of(content)
+        for synopsis in synopses:
+            if synopsis.prompt == prompt:
+                check_number(len(synopsis.stages), fewest, most)
+                return synopsis
+        there = ", ".join(repr(synopsis.prompt) for synopsis in synopses)
+        raise ValueError(f"it has none, but synopses of {shorten(there)}")
 
 
 class SynopsisWriter:
@@ -25,18 +90,15 @@ class SynopsisWriter:
     >>> writer = vk.SynopsisWriter.from_endpoint("llama3", base_url="http://localhost:11434/v1")
     >>> writer.write("A rose blooms in a garden.", num_stages=4)
 
-    A language model is told the rules and shown one example
-    (:mod:`vstar_kernels.methods.vstar.instruction`). An answer that is not understood, or has the
-    wrong number of stages, is sent back with what is wrong; a server that fails is tried again,
-    later each time.
+    A language model is told the rules, the form of the answer (JSON of a schema, which servers that
+    can do so hold it to) and one example. An answer of another form, or with the wrong number of
+    stages, is sent back with what is wrong.
 
     Args:
         source: What answers; see :meth:`from_endpoint`, :meth:`from_transformers` and
             :meth:`from_file`.
         least_stages, most_stages: How many stages a synopsis may have.
-        attempts: How often to ask, at most.
-        wait: Seconds before asking a failing server again, doubled each time; its ``Retry-After``
-            goes before.
+        attempts: For how many answers to ask, at most.
         cache: The folder that keeps answers; True is ``$VSTAR_KERNELS_CACHE`` or
             ``$XDG_CACHE_HOME/vstar_kernels/synopses``, False is none. Files are not cached.
 
@@ -46,12 +108,11 @@ class SynopsisWriter:
 
     def __init__(
         self,
-        source: Source,
+        source: LanguageModel | SynopsisFile,
         *,
         least_stages: int = LEAST_STAGES,
         most_stages: int = MOST_STAGES,
         attempts: int = 3,
-        wait: float = 1.0,
         cache: str | Path | bool = True,
     ) -> None:
         if not 1 <= least_stages <= most_stages:
@@ -59,16 +120,12 @@ class SynopsisWriter:
                 "least_stages must be at least 1 and at most most_stages, got "
                 f"{least_stages} and {most_stages}"
             )
-        if attempts < 1:
-            raise ValueError(f"attempts must be at least 1, got {attempts}")
-        if wait < 0:
-            raise ValueError(f"wait must be at least 0 seconds, got {wait}")
+        _check_attempts(attempts)
         self._source = source
         self._limits = least_stages, most_stages
         self._attempts = attempts
-        self._wait = wait
         self._cache: Cache | None = None
-        if cache is not False and source.key is not None:
+        if cache is not False:
             self._cache = Cache(default_folder() if cache is True else cache)
 
     @classmethod
@@ -80,17 +137,25 @@ class SynopsisWriter:
         api_key: str | None = None,
         timeout: float = 60.0,
         options: dict[str, Any] | None = None,
+        attempts: int = 3,
         **settings: Any,
     ) -> SynopsisWriter:
-        """Ask a model over HTTP: :class:`vstar_kernels.methods.endpoint.Endpoint`'s arguments.
+        """Ask a model over HTTP: :class:`vstar_kernels.methods.llm.Endpoint`'s arguments.
 
         Those that are left out are taken from ``$OPENAI_MODEL``, ``$OPENAI_BASE_URL`` and
-        ``$OPENAI_API_KEY``. ``settings`` are those of :class:`SynopsisWriter`.
+        ``$OPENAI_API_KEY``. A request that fails is made ``attempts`` times at most. ``settings``
+        are those of :class:`SynopsisWriter`.
         """
+        _check_attempts(attempts)
         endpoint = Endpoint(
-            model, base_url=base_url, api_key=api_key, timeout=timeout, options=options
+            model,
+            base_url=base_url,
+            api_key=api_key,
+            timeout=timeout,
+            options=options,
+            retries=attempts - 1,
         )
-        return cls(endpoint, **settings)
+        return cls(endpoint, attempts=attempts, **settings)
 
     @classmethod
     def from_transformers(
@@ -102,19 +167,19 @@ class SynopsisWriter:
         max_new_tokens: int = 1024,
         **settings: Any,
     ) -> SynopsisWriter:
-        """Ask a model here: :class:`vstar_kernels.methods.chat_model.ChatModel`'s arguments."""
+        """Ask a model here: :class:`vstar_kernels.methods.llm.ChatModel`'s arguments."""
         chat_model = ChatModel(model, tokenizer, device=device, max_new_tokens=max_new_tokens)
         return cls(chat_model, **settings)
 
     @classmethod
     def from_file(cls, path: str | Path, **settings: Any) -> SynopsisWriter:
-        """Take synopses, or an answer, from a :class:`vstar_kernels.methods.sources.File`."""
-        return cls(File(path), **{"attempts": 1, **settings})
+        """Take synopses, or a saved answer, from a :class:`SynopsisFile`."""
+        return cls(SynopsisFile(path), **settings)
 
     def write(
         self, prompt: str, *, num_stages: int | None = None, refresh: bool = False
     ) -> Synopsis:
-        """The synopsis of a prompt.
+        """Returns the synopsis of a prompt.
 
         Args:
             prompt: The video as a whole, in a sentence.
@@ -125,69 +190,94 @@ class SynopsisWriter:
             SynopsisError: The source has none after all attempts; the message says what came.
             ValueError: The prompt is empty, or num_stages is outside of the limits.
         """
-        request = self._request(prompt, num_stages)
-        entry = self._entry(request)
-        if self._cache is not None and not refresh and (stages := self._cache.get(entry)):
-            return Synopsis(prompt, stages)
-        synopsis = self._ask(request)
-        if self._cache is not None:
-            self._cache.put(entry, list(synopsis.stages))
-        return synopsis
-
-    def _request(self, prompt: str, num_stages: int | None) -> Request:
-        least, most = self._limits
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"prompt must be a text that is not empty, got {prompt!r}")
-        if num_stages is None:
-            return Request(prompt, least, most)
-        if not least <= num_stages <= most:
-            raise ValueError(
-                f"num_stages must be from {least} to {most} (least_stages, most_stages), "
-                f"got {num_stages}"
+        check_text(prompt, "prompt")
+        fewest, most = self._limits
+        if num_stages is not None:
+            if not fewest <= num_stages <= most:
+                raise ValueError(
+                    f"num_stages must be from {fewest} to {most} (least_stages, most_stages), "
+                    f"got {num_stages}"
+                )
+            fewest = most = num_stages
+        try:
+            if isinstance(self._source, SynopsisFile):
+                return self._source.find(prompt, fewest, most)
+            answer = ask(
+                self._source,
+                conversation(prompt, fewest, most),
+                stages_form(fewest, most),
+                attempts=self._attempts,
+                cache=self._cache,
+                refresh=refresh,
             )
-        return Request(prompt, num_stages, num_stages)
+            return _synopsis(prompt, answer)
+        except (AnswerError, ValueError, OSError) as error:
+            problem = f"no synopsis of {prompt!r} from {self._source.name}: {error}"
+        raise SynopsisError(problem)
 
-    def _entry(self, request: Request) -> dict[str, Any]:
-        """What the result depends on."""
-        return {
-            "instruction": instruction.VERSION,
-            "prompt": request.prompt,
-            "stages": [request.least, request.most],
-            "source": self._source.key,
-        }
 
-    def _ask(self, request: Request) -> Synopsis:
-        messages, problems = request.messages, []
-        for attempt in range(self._attempts):
-            try:
-                answer = self._source.answer(request, messages)
-            except SourceError as error:
-                problems.append(str(error))
-                if not error.transient:
-                    break
-                if attempt + 1 < self._attempts:
-                    wait = self._wait * 2**attempt if error.wait is None else error.wait
-                    time.sleep(min(wait, LONGEST_WAIT))
-                continue
-            try:
-                return _read(answer, request)
-            except ValueError as error:
-                problems.append(f"{error}, in {shorten(str(answer))!r}")
-                messages = request.messages + instruction.correction(str(answer), str(error))
-        raise SynopsisError(
-            f"no synopsis of {request.prompt!r} from {self._source.name}: " + _listed(problems)
+def conversation(prompt: str, fewest: int, most: int) -> Messages:
+    """Returns what a language model is asked: the rules, one example, and the question."""
+    example_count = len(EXAMPLE_STAGES)
+    example = json.dumps({"stages": EXAMPLE_STAGES}, ensure_ascii=False)
+    return [
+        {"role": "system", "content": RULES},
+        {"role": "user", "content": _question(EXAMPLE_PROMPT, example_count, example_count)},
+        {"role": "assistant", "content": example},
+        {"role": "user", "content": _question(prompt, fewest, most)},
+    ]
+
+
+def stages_form(fewest: int, most: int) -> type[BaseModel]:
+    """Returns the form of an answer: a pydantic model with so many stages, each with text."""
+    from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+    class Stages(BaseModel):
+        model_config = ConfigDict(extra="forbid", strict=True)
+        # For servers that hold the answer to them; our own check has the better message.
+        stages: list[str] = Field(
+            fail_fast=True, json_schema_extra={"minItems": fewest, "maxItems": most}
         )
 
+        @field_validator("stages", mode="before")
+        @classmethod
+        def count(cls, stages: Any) -> Any:
+            if isinstance(stages, list):
+                check_number(len(stages), fewest, most)
+            return stages
 
-def _read(answer: str | Synopsis, request: Request) -> Synopsis:
-    """The synopsis in an answer, or ValueError."""
-    if isinstance(answer, str):
-        answer = Synopsis(request.prompt, parse_stages(answer))
-    request.check(list(answer.stages))
-    return answer
+        @field_validator("stages")
+        @classmethod
+        def tidy(cls, stages: list[str]) -> list[str]:
+            stages = [" ".join(stage.split()) for stage in stages]
+            for number, stage in enumerate(stages, start=1):
+                if not any(map(str.isalpha, stage)):
+                    raise ValueError(f"stage {number} has no text")
+            return stages
+
+    return Stages
 
 
-def _listed(problems: list[str]) -> str:
-    if len(problems) == 1:
-        return problems[0]
-    return "; ".join(f"attempt {number}: {what}" for number, what in enumerate(problems, start=1))
+def check_number(number: int, fewest: int, most: int) -> None:
+    """Raises ValueError unless there are as many stages as were asked for."""
+    if not fewest <= number <= most:
+        raise ValueError(f"expected {_range(fewest, most)} stages, found {number}")
+
+
+def _synopsis(prompt: str, answer: BaseModel) -> Synopsis:
+    return Synopsis(prompt, answer.model_dump()["stages"])
+
+
+def _question(prompt: str, fewest: int, most: int) -> str:
+    return f"Video: {prompt}\nNumber of stages: {_range(fewest, most)}"
+
+
+def _range(fewest: int, most: int) -> str:
+    return str(fewest) if fewest == most else f"{fewest} to {most}"
+
+
+def _check_attempts(attempts: int) -> None:
+    if attempts < 1:
+        raise ValueError(f"attempts must be at least 1, got {attempts}")

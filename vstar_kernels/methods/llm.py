@@ -1,0 +1,502 @@
+"""Asks language models for structured answers: what every method here asks them with.
+
+The caller gives a conversation and a pydantic model, the form of the answer. :func:`ask` tells the
+model the form, validates what comes, and sends it back with what is wrong until it is right.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+from vstar_kernels.methods.cache import Cache
+from vstar_kernels.methods.reading import (
+    FormatError,
+    clean,
+    decode,
+    require_pydantic,
+    shorten,
+    validate,
+)
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+MODEL_VARIABLE = "OPENAI_MODEL"
+KEY_VARIABLE = "OPENAI_API_KEY"
+URL_VARIABLE = "OPENAI_BASE_URL"
+OPENAI_URL = "https://api.openai.com/v1"
+NO_KEY = "none"  # the client insists on a key where local servers want none
+SHORTEST_SECRET = 8  # letters and digits; shorter are placeholders, such as EMPTY, or words
+LARGEST_BODY = 2**20  # bytes; answers have thousands
+LARGEST_REPEATED = 2**14  # characters of an unusable answer that are sent back
+SECRET_OPTIONS = ("extra_headers", "extra_query")  # where keys are, too; they are not stored
+# How servers name what they do not know, in the body of a status 400, 404, 422 or 501.
+UNSTRUCTURED = re.compile(r"response.?format|json.?schema|structured|grammar", re.IGNORECASE)
+
+Messages = list[dict[str, str]]
+Form = TypeVar("Form", bound="BaseModel")
+
+
+class AnswerError(RuntimeError):
+    """A language model gave no answer that can be used; the message says why."""
+
+
+class NoText(AnswerError):  # noqa: N818
+    """A response came, and there is no answer in it; another one may have it."""
+
+
+class LanguageModel(Protocol):
+    """Answers conversations.
+
+    Attributes:
+        name: For messages.
+        key: What answers depend on beside the conversation, as JSON takes it; None if answers are
+            not to be kept.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def key(self) -> dict[str, Any] | None: ...
+
+    def answer(self, messages: Messages, schema: dict[str, Any]) -> str:
+        """Returns a text that should be JSON of this schema.
+
+        Raises:
+            AnswerError: There is none.
+        """
+
+    def redact(self, text: str) -> str:
+        """Returns a text without the secrets that are used to ask."""
+
+
+def ask(
+    model: LanguageModel,
+    messages: Messages,
+    form: type[Form],
+    *,
+    attempts: int = 3,
+    cache: Cache | None = None,
+    refresh: bool = False,
+) -> Form:
+    """Asks a language model until its answer has the form that is wanted.
+
+    Args:
+        model: Such as an :class:`Endpoint` or a :class:`ChatModel`.
+        messages: The conversation, which ends with the question; the form is added to that.
+        form: A pydantic model with all fields required and no others allowed, as servers want it.
+            Its validators say what else is wrong with an answer, in words for the language model.
+        attempts: How many answers to ask for, at most.
+        cache: Keeps the answers, if the model has a key.
+        refresh: Whether to ask even for what the cache has.
+
+    Raises:
+        AnswerError: There is no such answer; the message says what came.
+    """
+    request = {"model": model.key, "messages": messages, "schema": form.model_json_schema()}
+    if model.key is None:
+        cache = None
+    if cache is not None and not refresh and (found := cache.get(request, form)) is not None:
+        return found
+    answer = _ask_until_valid(model, messages, form, attempts)
+    if cache is not None:
+        cache.put(request, answer)
+    return answer
+
+
+def _ask_until_valid(
+    model: LanguageModel, messages: Messages, form: type[Form], attempts: int
+) -> Form:
+    schema = form.model_json_schema()
+    messages = _with_schema(messages, schema)
+    conversation, problems = messages, []
+    for _ in range(attempts):
+        try:
+            text = model.answer(conversation, schema)
+        except NoText as error:
+            problems.append(str(error))
+            continue
+        answer = model.redact(clean(text))
+        try:
+            return validate(form, _decode_answer(answer, model))
+        except FormatError as error:
+            problem = model.redact(str(error))
+        problems.append(f"{problem}, in {shorten(answer)!r}")
+        conversation = [*messages, *_correction(answer, problem)]
+    if len(problems) == 1:
+        raise AnswerError(problems[0])
+    listed = (f"attempt {number}: {problem}" for number, problem in enumerate(problems, start=1))
+    raise AnswerError("; ".join(listed))
+
+
+def _with_schema(messages: Messages, schema: dict[str, Any]) -> Messages:
+    """Returns a conversation whose last message asks for JSON of a schema.
+
+    Servers that hold the answer to the schema want it said as well, and others have nothing else.
+    """
+    *before, question = messages
+    wanted = f"Answer with one JSON object of this schema, and nothing else:\n{json.dumps(schema)}"
+    return [*before, {**question, "content": f"{question['content']}\n\n{wanted}"}]
+
+
+def _decode_answer(text: str, model: LanguageModel) -> Any:
+    """Returns the JSON object in an answer, which may be in a code fence, or follow reasoning."""
+    text = text.rpartition("</think>")[2].strip()
+    if not text:
+        raise FormatError("the answer is empty")
+    start, end = text.find("{"), text.rfind("}")
+    if not 0 <= start < end:
+        raise FormatError("the answer has no complete JSON object")
+    return decode(text[start : end + 1], lambda found: model.redact(clean(found)))
+
+
+def _correction(answer: str, problem: str) -> Messages:
+    """Returns how a conversation goes on after an answer that cannot be used."""
+    demand = f"That cannot be used: {problem}. Answer with the JSON object alone."
+    return [
+        {"role": "assistant", "content": answer[:LARGEST_REPEATED]},
+        {"role": "user", "content": demand},
+    ]
+
+
+class Endpoint:
+    """A chat model behind an OpenAI-compatible HTTP interface, asked with the ``openai`` client.
+
+    The answer's schema is sent as the interface's ``response_format``. A server that refuses it is
+    asked without, now and later: what the conversation says of the form must do then.
+
+    Failing servers (timeouts, 408, 409, 429, 5xx, broken connections) are asked again by the
+    client, which waits longer each time, or as long as the server's ``Retry-After`` says.
+
+    The key goes into the requests' header and nowhere else: not into messages, the cache or
+    :attr:`key`, not even where a server repeats it, plainly, escaped or broken up by markup.
+
+    Args:
+        model: The model's name there; None is ``$OPENAI_MODEL``.
+        base_url: Such as ``"http://localhost:8000/v1"``; None is ``$OPENAI_BASE_URL``, or else
+            OpenAI's.
+        api_key: None is ``$OPENAI_API_KEY``; a server named by ``base_url`` may need none. Blanks
+            and line breaks around it are left out.
+        timeout: Seconds for a whole request, from the connection to the last byte of the answer.
+        options: Of the request, such as ``{"temperature": 0.7}``.
+        retries: How often the client repeats a request that failed.
+
+    Raises:
+        ImportError: ``openai`` is not installed.
+        ValueError: There is no model or key, or an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        timeout: float = 60.0,
+        options: Mapping[str, Any] | None = None,
+        retries: int = 2,
+    ) -> None:
+        try:
+            import httpx2
+            import openai
+        except ImportError as error:
+            raise ImportError(
+                f"synopses over HTTP need openai ({error}): pip install 'vstar_kernels[synopsis]'"
+            ) from error
+        model = (model or os.environ.get(MODEL_VARIABLE) or "").strip()
+        base_url = (base_url or os.environ.get(URL_VARIABLE) or "").strip()
+        api_key = (api_key or os.environ.get(KEY_VARIABLE) or "").strip()
+        if not model:
+            raise ValueError(f"model must be given, or be in ${MODEL_VARIABLE}, got none")
+        if base_url:
+            _check_url(base_url)
+        elif not api_key:
+            raise ValueError(f"api_key must be given, or be in ${KEY_VARIABLE}, got none")
+        if not re.fullmatch(r"[!-~]*", api_key):  # and the message does not show it
+            raise ValueError("api_key must be one word of printable ASCII characters")
+        if not timeout > 0:
+            raise ValueError(f"timeout must be more than 0 seconds, got {timeout}")
+        self._openai, self._connect_error = openai, httpx2.ConnectError
+        self._timeout = timeout
+        self._url = (base_url or OPENAI_URL).rstrip("/") + "/"
+        self._settings: dict[str, Any] = {
+            "api_key": api_key or NO_KEY,
+            "base_url": self._url,
+            "max_retries": retries,
+            "timeout": timeout,
+        }
+        self._request = {"model": model, **(options or {})}
+        self._secrets = _patterns(api_key, *_secret_options(self._request))
+        self._structured = True
+        self.name = f"{model} at {self._url}"
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The server, the model and the options, but for what may be secret in them."""
+        options = {k: v for k, v in self._request.items() if k not in SECRET_OPTIONS}
+        return {"base_url": self._url, **options}
+
+    def redact(self, text: str) -> str:
+        """Returns a text without the key, in whichever way it is written there."""
+        for secret in self._secrets:
+            text = secret.sub("[key]", text)
+        return text
+
+    def answer(self, messages: Messages, schema: dict[str, Any]) -> str:
+        """Returns the text that the model gives for a conversation.
+
+        Raises:
+            AnswerError: None came in time, or not in the interface's form.
+        """
+        from anyio.from_thread import start_blocking_portal
+
+        # In a thread of its own, as there may be an event loop in this one: notebooks have one.
+        with start_blocking_portal("asyncio") as portal:
+            body = portal.call(self._fetch, messages, schema)
+        return self._content(body.decode("utf-8", errors="replace"))
+
+    async def _fetch(self, messages: Messages, schema: dict[str, Any]) -> bytes:
+        """Returns the body of the response."""
+        shape = {"name": "answer", "schema": schema, "strict": True}
+        structure = {"response_format": {"type": "json_schema", "json_schema": shape}}
+        request = {**(structure if self._structured else {}), **self._request}
+        openai = self._openai
+        bounded = bounded_client(self._timeout)
+        async with openai.AsyncOpenAI(http_client=bounded, **self._settings) as client:
+            try:
+                create = client.chat.completions.with_raw_response.create
+                response = await create(messages=messages, **request)
+                return response.http_response.content
+            except openai.APIStatusError as error:
+                refused = error.status_code in (400, 404, 422, 501) and "response_format" in request
+                refused = refused and UNSTRUCTURED.search(error.response.text) is not None
+                failure = self._status_failure(error)
+            except openai.APITimeoutError:
+                refused, failure = False, AnswerError(f"no answer in {self._timeout:g} s")
+            except openai.OpenAIError as error:
+                refused, failure = False, AnswerError(self._connection_failure(error))
+            requests = bounded.requests
+        # Here, and not above: the client's errors, which hold the key, are no part of this one.
+        if refused and self._structured:
+            self._structured = False
+            return await self._fetch(messages, schema)
+        times = f" (asked {requests} times)" if requests > 1 else ""
+        raise AnswerError(f"{failure}{times}")
+
+    def _status_failure(self, error: Any) -> AnswerError:
+        """Returns the error of a status; its text is the server's, from the body alone."""
+        text = error.response.text
+        try:
+            found = decode(text, lambda part: self.redact(clean(part)))["error"]
+            text = found if isinstance(found, str) else found["message"]
+        except (FormatError, LookupError, TypeError):
+            pass  # not the interface's form: it is shown as it is
+        shown = shorten(self.redact(clean(str(text)))) or "the server says nothing else"
+        return AnswerError(f"HTTP status {error.status_code}: {shown}")
+
+    def _connection_failure(self, error: Any) -> str:
+        """Returns what is wrong with a connection, never in the words of a server's header."""
+        cause = error.__cause__ or error
+        if not isinstance(cause, self._connect_error):
+            return f"the answer broke off ({type(cause).__name__})"
+        first: BaseException = cause  # the operating system's, and not the libraries' around it
+        while (below := first.__cause__ or first.__context__) is not None:
+            first = below
+        number = getattr(first, "errno", None) or 0
+        reason = os.strerror(number) if number > 0 else self.redact(clean(str(first)))
+        return f"no connection: {shorten(reason)}"
+
+    def _content(self, body: str) -> str:
+        """Returns the text in a response of the chat completions interface."""
+        try:
+            message = decode(body, str)["choices"][0]["message"]
+            content, refusal = message["content"], message.get("refusal")
+        except (FormatError, LookupError, TypeError, AttributeError):
+            shown = shorten(self.redact(clean(body))) or "nothing"
+            raise NoText(f"not a chat completion: {shown}") from None
+        if isinstance(refusal, str) and refusal:
+            raise NoText(f"the model refuses: {shorten(self.redact(clean(refusal)))}")
+        if not isinstance(content, str):
+            raise NoText("a chat completion without a text")
+        return content
+
+
+def bounded_client(seconds: float) -> Any:
+    """Returns an HTTP client for ``openai`` that bounds each response in time and in size.
+
+    The client's own timeouts are for the next byte, so that a server which sends one now and then
+    would never reach them. The environment's proxies are used, as the client does.
+    """
+    import anyio
+    import httpx2
+    import openai
+
+    class BoundedClient(openai.DefaultAsyncHttpxClient):
+        requests = 0
+
+        async def send(self, request: Any, *, stream: bool = False, **how: Any) -> Any:
+            self.requests += 1
+            body = b""
+            try:
+                with anyio.fail_after(seconds):
+                    response = await super().send(request, stream=True, **how)
+                    async for chunk in response.aiter_bytes():
+                        body += chunk
+                        if len(body) > LARGEST_BODY:
+                            break
+                    await response.aclose()
+            except TimeoutError:
+                raise httpx2.ReadTimeout(f"more than {seconds:g} s", request=request) from None
+            if len(body) > LARGEST_BODY:
+                raise AnswerError(f"an answer of more than {LARGEST_BODY} bytes")
+            wire = ("content-encoding", "content-length", "transfer-encoding")  # undone above
+            headers = [pair for pair in response.headers.multi_items() if pair[0] not in wire]
+            return httpx2.Response(
+                response.status_code, headers=headers, content=body, request=response.request
+            )
+
+    return BoundedClient()
+
+
+def _check_url(base_url: str) -> None:
+    parts = urlsplit(base_url)
+    if "@" in parts.netloc or parts.query or parts.fragment:  # they would be shown and stored
+        raise ValueError("base_url must hold no credentials and no query: give the key as api_key")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        shown = "one with an @" if "@" in base_url else repr(base_url)
+        raise ValueError(f"base_url must be an http or https address, got {shown}")
+
+
+def _secret_options(request: Mapping[str, Any]) -> list[str]:
+    """Returns what is in the request's own headers and query: a proxy's key, say."""
+    found = [request.get(name) for name in SECRET_OPTIONS]
+    return [
+        str(value) for fields in found if isinstance(fields, Mapping) for value in fields.values()
+    ]
+
+
+def _patterns(*secrets: str) -> list[re.Pattern[str]]:
+    """Returns what finds secrets in a text, also escaped and with markup between the characters."""
+    between = r"(?:[\W_]|</?[a-z][^<>]{0,99}>)*"
+    found = []
+    for secret in secrets:
+        characters = [character for character in secret if character.isalnum()]
+        if len(characters) >= SHORTEST_SECRET:
+            escaped = (f"(?:{c}|u{ord(c):04x})" for c in characters)
+            found.append(re.compile(between.join(escaped), re.IGNORECASE))
+        elif len(secret) >= SHORTEST_SECRET:
+            found.append(re.compile(re.escape(secret)))
+    return found
+
+
+class ChatModel:
+    """A chat model of ``transformers`` that is run here, greedily: an answer can be had again.
+
+    Args:
+        model: A folder or a name on the Hugging Face hub, loaded here; or a causal language model
+            that is loaded already.
+        tokenizer: With a chat template; None loads the one of ``model``, if that is a name.
+        device: For a model that is loaded here; None is a GPU where there is one.
+        max_new_tokens: The longest answer.
+
+    Raises:
+        ImportError: ``transformers`` or ``pydantic`` is not installed.
+        ValueError: The tokenizer is missing or has no chat template, the model cannot be loaded, or
+            an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        device: str | None = None,
+        max_new_tokens: int = 1024,
+    ) -> None:
+        require_pydantic()
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if not isinstance(model, str):
+            if tokenizer is None:
+                raise ValueError("tokenizer must be given with a model that is loaded already")
+            if device is not None:
+                raise ValueError("device is for a model that is loaded here: move yours yourself")
+        self._model, self._tokenizer = _load(model, tokenizer, device)
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise ValueError(
+                f"tokenizer must have a chat template, {type(self._tokenizer).__name__} has none: "
+                "choose a model that is made for chat"
+            )
+        self._max_new_tokens = max_new_tokens
+        self._hub_name = model if isinstance(model, str) else ""
+        self.name = self._hub_name or type(self._model).__name__
+
+    @property
+    def key(self) -> dict[str, Any] | None:
+        """The model's name and the longest answer; None where a model has been given without."""
+        if not self._hub_name:
+            return None
+        return {"transformers": self._hub_name, "max_new_tokens": self._max_new_tokens}
+
+    def redact(self, text: str) -> str:
+        """Returns the text: no key is used here."""
+        return text
+
+    def answer(self, messages: Messages, schema: dict[str, Any]) -> str:
+        """Returns the text that the model gives for a conversation.
+
+        Raises:
+            AnswerError: The conversation does not fit the model or its template.
+        """
+        import torch
+        from jinja2 import TemplateError
+
+        try:
+            inputs = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            ).to(self._model.device)
+            length = inputs["input_ids"].shape[1]
+            self._check_length(length)
+            with torch.no_grad():
+                output = self._model.generate(
+                    **inputs, max_new_tokens=self._max_new_tokens, do_sample=False
+                )
+        # Templates are programs of their own, which may refuse, say, a system message.
+        except (ValueError, TemplateError) as error:
+            raise AnswerError(f"{type(error).__name__}: {shorten(str(error))}") from error
+        return self._tokenizer.decode(output[0, length:], skip_special_tokens=True)
+
+    def _check_length(self, length: int) -> None:
+        room = getattr(self._model.config, "max_position_embeddings", None)
+        if room is not None and length + self._max_new_tokens > room:
+            raise ValueError(
+                f"the conversation has {length} tokens, which with max_new_tokens, "
+                f"{self._max_new_tokens}, are more than the model's {room}"
+            )
+
+
+def _load(model: Any, tokenizer: Any, device: str | None) -> tuple[Any, Any]:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f"local language models need transformers ({error}): "
+            "pip install 'vstar_kernels[diffusers]'"
+        ) from error
+    if not isinstance(model, str):
+        return model, tokenizer
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if tokenizer is None:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {model} cannot be loaded: {shorten(str(error))}") from error
+    return loaded.eval().to(device), tokenizer
