@@ -1,6 +1,128 @@
-"""``python -m benchmarks``."""
+"""The commands of ``python -m benchmarks``: run, compare, report, list."""
 
-from benchmarks.cli import main
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from benchmarks import results, run
+from benchmarks.peers import PEERS, VSTAR_KERNELS
+from benchmarks.results import ResultsError
+from benchmarks.suites import Selection, plan
+
+OUTPUT = Path("benchmark-output")
+File = Annotated[Path, arg(metavar="FILE")]
+
+
+@dataclass(frozen=True)
+class Run(Selection):
+    """Measure, and report."""
+
+    stop_after: float = math.inf
+    """Begin no case after so many seconds."""
+    output: File | None = None
+    """By default a new file in benchmark-output/."""
+    resume: File | None = None
+    """Go on with a run that was interrupted."""
+
+    def __call__(self) -> int:
+        if self.resume:
+            path = self.resume
+            begun = run.resume(path)
+        else:
+            planned = plan(self)
+            name = f"{planned.device}-{datetime.now():%Y-%m-%dT%H%M%S}.jsonl"
+            path = self.output or OUTPUT / name
+            begun = run.begin(path, planned)
+        print(f"{len(begun.missing)} cases to measure; results in {path}")
+        to_go_on = f"To go on: python -m benchmarks run --resume {path}"
+        try:
+            done = run.measure(path, self.stop_after)
+        except KeyboardInterrupt:
+            print(f"\n{to_go_on}", file=sys.stderr)
+            return 130
+        Report(path)()
+        if done.missing:
+            print(f"{len(done.missing)} cases are not measured yet. {to_go_on}")
+        ours = [(x.key, x.peers[VSTAR_KERNELS]) for x in done.records if x.peers]
+        wrong = [(key, found.reason) for key, found in ours if found.status == results.WRONG]
+        for key, reason in wrong:
+            print(f"wrong: {key}: {reason}", file=sys.stderr)
+        return 1 if wrong else 0
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare two runs; the exit status is 1 where B is slower than A."""
+
+    a: Positional[File]
+    """The run before."""
+    b: Positional[File]
+    """The run after."""
+    tolerance: float = 0.05
+    """How much slower a suite may be."""
+    peer: str = VSTAR_KERNELS
+    """Whose times are compared."""
+
+    def __call__(self) -> int:
+        from benchmarks.compare import compare
+        from benchmarks.report.tables import console
+
+        if self.peer not in PEERS:
+            raise ResultsError(f"--peer: there is no {self.peer}; known: {', '.join(PEERS)}")
+        before, after = results.load(self.a), results.load(self.b)
+        comparison = compare(before, after, peer=self.peer, tolerance=self.tolerance)
+        comparison.print(console())
+        return 0 if comparison.passed else 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write the tables and the page of a run."""
+
+    file: Positional[File]
+    output: File | None = None
+    """By default beside the file."""
+
+    def __call__(self) -> int:
+        from benchmarks.report.page import write_report
+
+        write_report(self.file, self.output or self.file)
+        return 0
+
+
+@dataclass(frozen=True)
+class List(Selection):
+    """Show what a run would measure, and who cannot run here and why."""
+
+    def __call__(self) -> int:
+        from benchmarks.report.tables import console, listing
+
+        for table in listing(plan(self)):
+            console().print(table.for_terminal())
+        return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status."""
+    commands = {"run": Run, "compare": Compare, "report": Report, "list": List}
+    command = tyro.extras.subcommand_cli_from_dict(
+        commands, prog="python -m benchmarks", args=arguments, config=(FlagCreatePairsOff,)
+    )
+    try:
+        return command()
+    except ResultsError as error:
+        print(f"python -m benchmarks: {error}", file=sys.stderr)
+        return 2
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,19 +1,24 @@
 """``python -m benchmarks.breakdown``: where a call of the CPU kernels spends its time.
 
 Samples the stages of the kernel (bindings/microkernels.h) with Linux's ``perf``, which must be
-installed and allowed, on one thread. Prints a Markdown table of shares.
+installed and allowed, on one thread. Prints a Markdown table of each stage's part.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from benchmarks.report.tables import Table
 
 SECONDS = 3.0
 # The first pattern that a function's name matches; Python and PyTorch are left out.
@@ -37,8 +42,17 @@ while time.monotonic() < end:
 """
 
 
-def shares(frames: int, head_dim: int, dtype: str) -> dict[str, float]:
-    """The share of each stage in the kernel's samples of one case; of 1."""
+@dataclass(frozen=True)
+class Options:
+    """Show where a call of the CPU kernels spends its time."""
+
+    frames: tuple[int, ...] = (16, 32, 64, 128, 1024)
+    head_dim: int = 64
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+def stage_parts(frames: int, head_dim: int, dtype: str) -> dict[str, float]:
+    """Returns each stage's part of the kernel's samples in one case, of 1."""
     batch = max(1, 4096 // frames)  # a few MB, as a level of a model hands over
     code = RUN.format(batch=batch, frames=frames, head_dim=head_dim, dtype=dtype, seconds=SECONDS)
     with tempfile.TemporaryDirectory() as folder:
@@ -57,27 +71,18 @@ def shares(frames: int, head_dim: int, dtype: str) -> dict[str, float]:
         stages = [name for name, pattern in STAGES.items() if re.search(pattern, symbol)]
         if stages:
             found[stages[0]] += float(percent)
-    total = sum(found.values())
-    return {stage: found[stage] / total for stage in STAGES}
+    return {stage: found[stage] / found.total() for stage in STAGES}
 
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.breakdown")
-    parser.add_argument("--frames", type=int, nargs="+", default=[16, 32, 64, 128, 1024])
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    args = parser.parse_args()
+    """Prints the table."""
+    options = tyro.cli(Options, prog="python -m benchmarks.breakdown")
     if shutil.which("perf") is None:
-        parser.error("perf was not found (Debian: linux-perf)")
-    columns = {n: shares(n, args.head_dim, args.dtype) for n in args.frames}
-    print(
-        f"| {args.dtype}, D = {args.head_dim} | " + " | ".join(f"N = {n}" for n in columns) + " |"
-    )
-    print("|---|" + "--:|" * len(columns))
-    for stage in STAGES:
-        cells = " | ".join(f"{column[stage]:.0%}" for column in columns.values())
-        print(f"| {stage} | {cells} |")
+        raise SystemExit("perf was not found (Debian: linux-perf)")
+    columns = [stage_parts(n, options.head_dim, options.dtype) for n in options.frames]
+    head = (f"{options.dtype}, D = {options.head_dim}", *(f"N = {n}" for n in options.frames))
+    rows = [(stage, *(f"{column[stage]:.0%}" for column in columns)) for stage in STAGES]
+    print(Table("", head, rows).markdown())
 
 
 if __name__ == "__main__":

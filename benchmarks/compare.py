@@ -13,17 +13,17 @@ a case by several percent. Cases that were measured beside other work say nothin
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+from scipy.stats import bootstrap, gmean
 
-from benchmarks.environment import differences
-from benchmarks.peers import by_name
+from benchmarks.machine import differences
+from benchmarks.peers import PEERS
+from benchmarks.report.tables import Table
 from benchmarks.results import Record, ResultsError, Run
 
 CASE_TOLERANCE = 2.5  # times the tolerance of a suite
@@ -31,21 +31,25 @@ CONFIDENCE = 0.99
 RESAMPLES = 2000
 SLOWER, FASTER, EQUAL, DISTURBED = "slower", "faster", "", "disturbed"
 
+Array = NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class Ratio:
-    """B's time over A's, with ``drawn`` ones for the noise."""
+    """B's time over A's, and ``resampled`` ones for the noise."""
 
     value: float
-    drawn: Tensor = field(repr=False, compare=False)
+    resampled: Array = field(repr=False, compare=False)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Where it lies with the noise."""
-        tail = (1 - CONFIDENCE) / 2
-        ends = torch.tensor([tail, 1 - tail], dtype=self.drawn.dtype)
-        low, high = self.drawn.quantile(ends).tolist()
-        return low, high
+        """Returns where the ratio lies with the noise."""
+        low, high = np.quantile(self.resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        return float(low), float(high)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.3f} ({low:.3f} to {high:.3f})"
 
 
 @dataclass(frozen=True)
@@ -70,25 +74,20 @@ class Comparison:
 
     @property
     def slower(self) -> list[Line]:
-        """What got slower."""
+        """Returns what got slower."""
         return [x for x in (*self.suites, *self.cases) if x.verdict == SLOWER]
 
     @property
     def passed(self) -> bool:
-        """Nothing got slower, and nothing that A measured is missing in B."""
+        """Returns whether nothing got slower, and all that A measured is in B."""
         return not self.slower and not self.lost
 
     def print(self, console: Console) -> None:
-        """Tables of the suites and of the cases, and the verdict."""
-        for title, rows in (("Cases", self.cases), ("Suites", self.suites)):
-            table = Table(title=f"{title}: {self.peer}, B over A", title_justify="left")
-            table.add_column(title[:-1].lower())
-            table.add_column("relative to the others", justify="right")
-            table.add_column("seconds", justify="right")
-            table.add_column("")
-            for row in rows:
-                table.add_row(row.name, _text(row.relative), _text(row.seconds), row.verdict)
-            console.print(table)
+        """Prints tables of the suites and of the cases, and the verdict."""
+        for title, lines in (("Cases", self.cases), ("Suites", self.suites)):
+            rows = [(x.name, str(x.relative), str(x.seconds), x.verdict) for x in lines]
+            head = (title[:-1].lower(), "relative to the others", "seconds", "")
+            console.print(Table(f"{title}: {self.peer}, B over A", head, rows).for_terminal())
         for line in (*self.warnings, *self.lost):
             console.print(line, markup=False)
         slower = ", ".join(x.name for x in self.slower)
@@ -96,7 +95,7 @@ class Comparison:
 
 
 def compare(a: Run, b: Run, *, peer: str, tolerance: float) -> Comparison:
-    """Compare a peer's times in the cases that both runs have.
+    """Compares a peer's times in the cases that both runs have.
 
     Args:
         a: The run before.
@@ -107,14 +106,17 @@ def compare(a: Run, b: Run, *, peer: str, tolerance: float) -> Comparison:
     Raises:
         ResultsError: The runs share no case in which the peer was measured on a quiet machine.
     """
-    before = {record.task.key: record for record in a.records}
-    torch.manual_seed(0)
-    cases, suites = [], defaultdict(list)
+    before = {record.key: record for record in a.records if record.median(peer) is not None}
+    random = np.random.default_rng(0)
+    cases, suites, lost = [], defaultdict(list), []
     for record in b.records:
-        other = before.get(record.task.key)
-        if other is None or other.median(peer) is None or record.median(peer) is None:
+        other = before.get(record.key)
+        if other is None:
             continue
-        line = _of_case(other, record, peer, CASE_TOLERANCE * tolerance)
+        if record.median(peer) is None:
+            lost.append(f"Lost: {record.key}: {record.failure or record.peers[peer].reason}")
+            continue
+        line = _of_case(other, record, peer, CASE_TOLERANCE * tolerance, random)
         if other.disturbed or record.disturbed:
             line = replace(line, verdict=DISTURBED)
         else:
@@ -124,48 +126,50 @@ def compare(a: Run, b: Run, *, peer: str, tolerance: float) -> Comparison:
         raise ResultsError(f"the runs share no case in which {peer} was measured")
     if not suites:
         raise ResultsError("every case that the runs share was measured beside other work")
-    lost = [
-        f"Lost: {record.task.key}: {_why(record, peer)}"
-        for record in b.records
-        if record.task.key in before
-        and before[record.task.key].median(peer)
-        and not record.median(peer)
-    ]
     return Comparison(
         peer,
         cases,
-        [_of_suite(name, rows, tolerance) for name, rows in suites.items()],
+        [_of_suite(name, lines, tolerance, random) for name, lines in suites.items()],
         lost,
         [f"A and B differ in {x}" for x in differences(a.environment, b.environment)],
     )
 
 
-def _of_case(a: Record, b: Record, peer: str, tolerance: float) -> Line:
+def _of_case(
+    a: Record, b: Record, peer: str, tolerance: float, random: np.random.Generator
+) -> Line:
+    both = [x for x in a.peers if x != peer and not PEERS[x].ours and a.median(x) and b.median(x)]
     relative, seconds = (
-        _ratio(*(_series(record, peer, others) for record in (a, b)))
-        for others in (_yardsticks(a, b, peer), [])
+        _ratio(_by_round(a, peer, others), _by_round(b, peer, others), random)
+        for others in (both, [])
     )
-    return Line(b.task.key, relative, seconds, _verdict(relative, seconds, tolerance))
+    return Line(b.key, relative, seconds, _verdict(relative, seconds, tolerance))
 
 
-def _of_suite(name: str, cases: list[Line], tolerance: float) -> Line:
-    relative = _mean([line.relative for line in cases])
-    seconds = _mean([line.seconds for line in cases])
+def _of_suite(name: str, cases: list[Line], tolerance: float, random: np.random.Generator) -> Line:
+    relative = _mean([line.relative for line in cases], random)
+    seconds = _mean([line.seconds for line in cases], random)
     return Line(name, relative, seconds, _verdict(relative, seconds, tolerance))
 
 
-def _ratio(a: Tensor, b: Tensor) -> Ratio:
-    """Of the medians; both are drawn again with replacement."""
-    drawn = _resampled(b).quantile(0.5, dim=1) / _resampled(a).quantile(0.5, dim=1)
-    return Ratio((b.quantile(0.5) / a.quantile(0.5)).item(), drawn)
+def _ratio(a: Array, b: Array, random: np.random.Generator) -> Ratio:
+    """Returns the medians' ratio; the rounds of both are resampled."""
+    found = bootstrap(
+        (a, b), _ratio_of_medians, n_resamples=RESAMPLES, method="percentile", rng=random
+    )
+    return Ratio(float(_ratio_of_medians(a, b)), found.bootstrap_distribution)
 
 
-def _mean(ratios: list[Ratio]) -> Ratio:
-    """The geometric mean; cases are drawn with replacement, each with a draw of its rounds."""
-    logs = torch.stack([x.drawn for x in ratios]).log()
-    chosen = torch.randint(len(ratios), logs.shape)
-    value = math.exp(sum(math.log(x.value) for x in ratios) / len(ratios))
-    return Ratio(value, logs.gather(0, chosen).mean(dim=0).exp())
+def _ratio_of_medians(a: Array, b: Array, axis: int = -1) -> Array:
+    return np.median(b, axis=axis) / np.median(a, axis=axis)
+
+
+def _mean(ratios: list[Ratio], random: np.random.Generator) -> Ratio:
+    """Returns the geometric mean; cases are resampled, each with a resample of its rounds."""
+    rounds = np.stack([x.resampled for x in ratios])
+    chosen = random.integers(len(ratios), size=rounds.shape)
+    resampled = gmean(np.take_along_axis(rounds, chosen, axis=0), axis=0)
+    return Ratio(float(gmean([x.value for x in ratios])), resampled)
 
 
 def _verdict(relative: Ratio, seconds: Ratio, tolerance: float) -> str:
@@ -176,33 +180,9 @@ def _verdict(relative: Ratio, seconds: Ratio, tolerance: float) -> str:
     return EQUAL
 
 
-def _text(ratio: Ratio) -> str:
-    low, high = ratio.interval
-    return f"{ratio.value:.3f} ({low:.3f} to {high:.3f})"
-
-
-def _yardsticks(a: Record, b: Record, peer: str) -> list[str]:
-    """The other peers that both runs have times of."""
-    return [
-        name
-        for name in a.peers
-        if name != peer and not by_name(name).own and a.median(name) and b.median(name)
-    ]
-
-
-def _series(record: Record, peer: str, yardsticks: list[str]) -> Tensor:
-    """Seconds by round, over the geometric mean of the yardsticks' in the same round."""
-    seconds = torch.tensor(record.peers[peer].seconds, dtype=torch.float64)
-    if not yardsticks:
+def _by_round(record: Record, peer: str, others: list[str]) -> Array:
+    """Returns seconds by round, over the geometric mean of the others' in the same round."""
+    seconds = np.array(record.peers[peer].seconds)
+    if not others:
         return seconds
-    others = torch.tensor([record.peers[x].seconds for x in yardsticks], dtype=torch.float64)
-    return seconds / others.log().mean(dim=0).exp()
-
-
-def _resampled(series: Tensor) -> Tensor:
-    """Rows of as many values, drawn with replacement."""
-    return series[torch.randint(len(series), (RESAMPLES, len(series)))]
-
-
-def _why(record: Record, peer: str) -> str:
-    return record.failure or record.peers[peer].reason
+    return seconds / gmean([record.peers[name].seconds for name in others], axis=0)

@@ -2,35 +2,62 @@
 
 diffusers' temporal transformers get ``(batch · frames, channels, height, width)`` and attend over
 ``(batch · height · width, frames, channels)``. Each copies its activations three times for that:
-for the group norm, to rows of frames, and back. This measures the share of a forward pass of
+for the group norm, to rows of frames, and back. This measures the part of a forward pass of
 ``UNet3DConditionModel`` and ``UNetMotionModel``, with random weights, that goes into those copies:
 the same permutes, on tensors of the shapes that hooks see in the forward pass, timed in turn with
 the whole forward; medians. Prints a Markdown table.
 
-Timed by themselves, small copies find their input in the cache: take the share as a lower bound.
+Timed by themselves, small copies find their input in the cache: take the result as a lower bound.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import math
 import statistics
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import tyro
 from torch import Tensor, nn
 
 import vstar_kernels as vk
-from benchmarks.models import TEXT_TOKENS, motion, unet3d
-from vstar_kernels.cli.demo.measure import now
+from benchmarks.clock import TimedCall, clock_for, time_in_turn
+from benchmarks.report.tables import Table
+from benchmarks.unet import TEXT_TOKENS, motion, unet3d
 from vstar_kernels.models.hooks import Argument
 
 PIXELS_PER_LATENT = 8
 TRANSFORMERS = ("TransformerTemporalModel", "AnimateDiffTransformer3D")
+MODELS: dict[str, Callable[[int], Any]] = {"unet3d": unet3d, "motion": motion}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure what the permute copies around temporal attention cost."""
+
+    models: tuple[Literal["unet3d", "motion"], ...] = ("unet3d", "motion")
+    width: int = 320
+    """Channels of the finest level."""
+    frames: int = 16
+    size: tuple[int, int] = (320, 512)
+    """Height and width in pixels."""
+    batch: int = 2
+    """2 is one video under classifier-free guidance."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "cpu"
+    rounds: int = 5
+    json: Path | None = None
+    """A file for the figures."""
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """Returns where tensors are made, and in what type."""
+        return {"device": self.device, "dtype": getattr(torch, self.dtype)}
 
 
 @dataclass(frozen=True)
@@ -45,37 +72,33 @@ class Shape:
 
 
 def to_norm(x: Tensor, shape: Shape) -> Tensor:
-    """``(batch, channels, frames, height, width)``, which the group norm makes contiguous."""
+    """Returns ``(batch, channels, frames, height, width)``, contiguous for the group norm."""
     return x.unflatten(0, (shape.batch, shape.frames)).permute(0, 2, 1, 3, 4).contiguous()
 
 
 def to_rows(normed: Tensor) -> Tensor:
-    """``(batch · height · width, frames, channels)``, from what the group norm returns."""
+    """Returns ``(batch · height · width, frames, channels)``, from what the group norm returns."""
     return normed.permute(0, 3, 4, 2, 1).flatten(0, 2)
 
 
 def to_frames(rows: Tensor, shape: Shape) -> Tensor:
-    """Back to ``(batch · frames, channels, height, width)``."""
+    """Returns ``(batch · frames, channels, height, width)`` again."""
     grid = rows.unflatten(0, (shape.batch, shape.height, shape.width))
     return grid.permute(0, 3, 4, 1, 2).contiguous().flatten(0, 1)
 
 
-MODELS: dict[str, Callable[[int], Any]] = {"unet3d": unet3d, "motion": motion}
-
-
-def make_forward(model: Any, args: argparse.Namespace) -> Callable[[], object]:
-    """A call of the model with random latents and text."""
-    options: dict[str, Any] = {"device": args.device, "dtype": getattr(torch, args.dtype)}
-    height, width = (pixels // PIXELS_PER_LATENT for pixels in args.size)
-    latents = torch.randn(args.batch, 4, args.frames, height, width, **options)
-    repeats = args.frames if type(model).__name__ == "UNetMotionModel" else 1
+def make_forward(model: Any, options: Options) -> Callable[[], object]:
+    """Returns a call of the model with random latents and text."""
+    height, width = (pixels // PIXELS_PER_LATENT for pixels in options.size)
+    latents = torch.randn(options.batch, 4, options.frames, height, width, **options.tensors)
+    repeats = options.frames if type(model).__name__ == "UNetMotionModel" else 1
     channels = model.config.cross_attention_dim
-    text = torch.randn(args.batch * repeats, TEXT_TOKENS, channels, **options)
+    text = torch.randn(options.batch * repeats, TEXT_TOKENS, channels, **options.tensors)
     return lambda: model(latents, 500, encoder_hidden_states=text)
 
 
 def find_shapes(model: nn.Module, forward: Callable[[], object]) -> Counter[Shape]:
-    """What the temporal transformers are given in a forward pass, and how many of them."""
+    """Returns what the temporal transformers are given in a forward pass, and how many of them."""
     shapes: Counter[Shape] = Counter()
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -94,97 +117,74 @@ def find_shapes(model: nn.Module, forward: Callable[[], object]) -> Counter[Shap
     return shapes
 
 
-class Copies:
-    """The three copies of a temporal transformer, on tensors of its own."""
-
-    def __init__(self, shape: Shape, options: dict[str, Any]) -> None:
-        self.shape = shape
-        self.x = torch.randn(
-            shape.batch * shape.frames, shape.channels, shape.height, shape.width, **options
-        )
-        self.normed = to_norm(self.x, shape)
-        self.rows = to_rows(self.normed)
-
-    def run(self) -> None:
-        """All three once."""
-        to_norm(self.x, self.shape)
-        to_rows(self.normed)
-        to_frames(self.rows, self.shape)
+def make_copies(shape: Shape, options: Options) -> Callable[[], object]:
+    """Returns the three copies of a temporal transformer, on tensors of their own."""
+    size = (shape.batch * shape.frames, shape.channels, shape.height, shape.width)
+    x = torch.randn(*size, **options.tensors)
+    normed = to_norm(x, shape)
+    rows = to_rows(normed)
+    return lambda: (to_norm(x, shape), to_rows(normed), to_frames(rows, shape))
 
 
 @torch.no_grad()
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One model's figures: medians in seconds, and the share of the copies; of 1."""
+def measure(name: str, options: Options) -> dict[str, Any]:
+    """Returns one model's figures: medians in seconds, and the copies' part of the forward."""
     torch.manual_seed(0)
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    model = MODELS[name](args.width).eval().to(device, dtype)
-    forward = make_forward(model, args)
+    model = MODELS[name](options.width).eval().to(**options.tensors)
+    forward = make_forward(model, options)
     shapes = find_shapes(model, forward)
-    copies = [Copies(shape, {"device": device, "dtype": dtype}) for shape in shapes]
-    contestants = [forward, *(copy.run for copy in copies)]
-    times: list[list[float]] = [[] for _ in contestants]
-    for _ in range(args.rounds + 1):
-        for contestant, seconds in zip(contestants, times, strict=True):
-            start = now(device)
-            contestant()
-            seconds.append(now(device) - start)
-    whole, *parts = (statistics.median(seconds[1:]) for seconds in times)  # the first warms up
-    rows = [
-        {"shape": asdict(shape), "transformers": count, "seconds": seconds}
-        for (shape, count), seconds in zip(shapes.items(), parts, strict=True)
+    functions = {str(shape): make_copies(shape, options) for shape in shapes}
+    clock = clock_for(options.device)
+    calls = [
+        clock.warm_up(TimedCall(key, function), [()])
+        for key, function in {"forward": forward, **functions}.items()
     ]
-    total = sum(row["transformers"] * row["seconds"] for row in rows)
-    return {"forward_seconds": whole, "copy_seconds": total, "share": total / whole, "copies": rows}
+    times = time_in_turn(clock, calls, 1, rounds=options.rounds, seconds=math.inf)
+    medians = {key: statistics.median(seconds) for key, seconds in times.items()}
+    copies = [
+        {"shape": asdict(shape), "transformers": count, "seconds": medians[str(shape)]}
+        for shape, count in shapes.items()
+    ]
+    whole, total = medians["forward"], sum(x["transformers"] * x["seconds"] for x in copies)
+    return {
+        "forward_seconds": whole,
+        "copy_seconds": total,
+        "share": total / whole,
+        "copies": copies,
+    }
 
 
-def table(results: dict[str, Any]) -> str:
-    """The figures as Markdown: a line for each shape, and for each model."""
-    lines = [
-        "| model | frames, channels, height, width | transformers | copies of one | share |",
-        "|---|---|--:|--:|--:|",
-    ]
-    for name, result in results["models"].items():
-        for row in result["copies"]:
-            _, *shape = row["shape"].values()
-            share = row["transformers"] * row["seconds"] / result["forward_seconds"]
-            cells = [name, ", ".join(map(str, shape)), str(row["transformers"])]
-            lines.append(f"| {' | '.join(cells)} | {row['seconds'] * 1e3:.2f} ms | {share:.1%} |")
-        count = sum(row["transformers"] for row in result["copies"])
+def table(models: dict[str, Any]) -> Table:
+    """Returns the figures: a line for each shape, and for each model."""
+    rows = []
+    for name, result in models.items():
+        count = 0
+        for copy in result["copies"]:
+            _, *shape = copy["shape"].values()
+            count += copy["transformers"]
+            share = copy["transformers"] * copy["seconds"] / result["forward_seconds"]
+            cells = (", ".join(map(str, shape)), str(copy["transformers"]))
+            rows.append((name, *cells, f"{copy['seconds'] * 1e3:.2f} ms", f"{share:.1%}"))
         forward = f"of a forward of {result['forward_seconds'] * 1e3:,.0f} ms"
         copies = f"{result['copy_seconds'] * 1e3:.1f} ms in all"
-        lines.append(f"| **{name}** | {forward} | {count} | {copies} | **{result['share']:.1%}** |")
-    return "\n".join(lines)
+        rows.append((f"**{name}**", forward, str(count), copies, f"**{result['share']:.1%}**"))
+    head = ("model", "frames, channels, height, width", "transformers", "copies of one", "share")
+    return Table("", head, rows, words=2)
 
 
-def size(text: str) -> tuple[int, int]:
-    """``320x512``: height and width."""
-    height, width = map(int, text.split("x"))
-    return height, width
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.permute_copies")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--width", type=int, default=320, help="channels of the finest level")
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--size", type=size, default="320x512", help="pixels, HEIGHTxWIDTH")
-    parser.add_argument("--batch", type=int, default=2, help="2 is one video under guidance")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="a file for the figures")
-    args = parser.parse_args(arguments)
-    settings = {name: value for name, value in vars(args).items() if name not in ("json", "models")}
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, prints, writes."""
+    options = tyro.cli(Options, prog="python -m benchmarks.permute_copies", args=arguments)
+    settings = {key: x for key, x in asdict(options).items() if key not in ("json", "models")}
     results = {
         "settings": settings,
         # Not where things are installed.
         "environment": {name: fact for name, fact in vk.info().items() if "library" not in name},
-        "models": {name: measure(name, args) for name in args.models},
+        "models": {name: measure(name, options) for name in options.models},
     }
-    print(table(results))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(table(results["models"]).markdown())
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

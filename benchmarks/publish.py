@@ -10,17 +10,18 @@ import re
 from pathlib import Path
 
 from benchmarks import results
+from benchmarks.machine import ROOT
 from benchmarks.peers import EAGER, SDPA, VSTAR_KERNELS
-from benchmarks.report import figures, plots, tables
+from benchmarks.report import figures, plots
 from benchmarks.report.page import describe
-from benchmarks.report.render import markdown
+from benchmarks.report.tables import Table, all_tables
 from benchmarks.results import Run
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/cpu-amd-epyc-zen5-2-cores"
 RUNS = ("float32", "16-bit", "avx2", "avx2-bfloat16")
 CODEGEN = ROOT / "benchmarks/results/codegen/report.json"
 MARGIN_FRAMES = (16, 32, 64, 128)
+PREDICTED_HEAD_DIMS = (40, 48, 64, 80, 160)
 PLOTS = ROOT / "docs/performance/plots"
 # Of the first run, by their titles: the names of their files.
 PLOTTED = {
@@ -32,24 +33,18 @@ PLOTTED = {
 
 
 def margins() -> str:
-    """The README's: how many times as long others take for a model's step, by frames."""
+    """Returns the README's table: who takes how many times as long for a model's step."""
     run = _read("float32")
-    found = {(x.model, x.frames): x.seconds for x in figures.steps(run)}
-    lines = [
-        f"| model | {' | '.join(f'N = {frames}' for frames in MARGIN_FRAMES)} |",
-        "|---|" + "--:|" * len(MARGIN_FRAMES),
-    ]
-    for model in dict.fromkeys(model for model, _ in found):
-        cells = []
-        for frames in MARGIN_FRAMES:
-            seconds = found[model, frames]
-            ours = seconds[VSTAR_KERNELS.name]
-            times = (f"{seconds[x.name] / ours:.1f}×" for x in (EAGER, SDPA))
-            cells.append(" / ".join(times))
-        lines.append(f"| {model} | {' | '.join(cells)} |")
-    (overhead,) = figures.of_suite(figures.kernels(run), "overhead")
-    call = overhead.median(VSTAR_KERNELS.name) or 0.0
-    return "\n".join([*lines, f"\nOne call on a tiny input costs {call * 1e6:.0f} µs."])
+    steps = {(x.model, x.frames): x for x in figures.steps(run)}
+    rows = []
+    for model in dict.fromkeys(model for model, _ in steps):
+        found = [steps[model, frames] for frames in MARGIN_FRAMES]
+        ratios = ([step.times_as_long(peer) for peer in (EAGER, SDPA)] for step in found)
+        rows.append((model, *(" / ".join(f"{x:.1f}×" for x in pair) for pair in ratios)))
+    table = Table("", ("model", *(f"N = {frames}" for frames in MARGIN_FRAMES)), rows)
+    (overhead,) = figures.kernel_records(run, "overhead")
+    seconds = overhead.median(VSTAR_KERNELS)
+    return f"{table.markdown()}\nOne call on a tiny input costs {seconds * 1e6:.0f} µs."
 
 
 def everything() -> str:
@@ -58,7 +53,7 @@ def everything() -> str:
     for name in RUNS:
         run = _read(name)
         parts.append(f"## {name}\n\n{describe(run)}\n")
-        parts += [markdown(table, heading="### ") for table in tables.all_tables(run)]
+        parts += [table.markdown("### ") for table in all_tables(run)]
     return "\n".join(parts)
 
 
@@ -82,27 +77,32 @@ def draw() -> None:
 
 
 def predictions() -> str:
-    """The compiled tiles in bfloat16: what they are predicted to reach, never measured."""
+    """Returns what the compiled tiles in bfloat16 are predicted to reach, never measured."""
     report = json.loads(CODEGEN.read_text())
-    lines = [
-        f"Predicted from Triton {report['triton']}'s code, not measured:\n",
-        "| architecture | N | D | bytes | operations | warps | registers | shared | programs "
-        "| share of the bandwidth | limit |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
-    ]
-    for row in report["kernels"]:
-        if (row["kernel"], row["kind"], row["variant"]) != ("tile", "16-bit", "gaussian"):
-            continue
-        if row["head_dim"] not in (40, 48, 64, 80, 160):
-            continue
-        limit = row["limit"] if row["headroom"] < 1 else "memory"
-        lines.append(
-            f"| {row['architecture']} | {row['frames']} | {row['head_dim']} "
-            f"| {row['sequence_bytes']:,} | {row['sequence_operations']:,} "
-            f"| {row['config']['warps']} | {row['registers']} | {row['shared']:,} "
-            f"| {row['resident']} | {row['share']:.0%} | {limit} |"
+    head = (
+        *("architecture", "N", "D", "bytes", "operations", "warps", "registers", "shared"),
+        *("programs", "share of the bandwidth", "limit"),
+    )
+    rows = [
+        (
+            row["architecture"],
+            str(row["frames"]),
+            str(row["head_dim"]),
+            f"{row['sequence_bytes']:,}",
+            f"{row['sequence_operations']:,}",
+            str(row["config"]["warps"]),
+            str(row["registers"]),
+            f"{row['shared']:,}",
+            str(row["resident"]),
+            f"{row['share']:.0%}",
+            row["limit"] if row["headroom"] < 1 else "memory",
         )
-    return "\n".join(lines)
+        for row in report["kernels"]
+        if (row["kernel"], row["kind"], row["variant"]) == ("tile", "16-bit", "gaussian")
+        and row["head_dim"] in PREDICTED_HEAD_DIMS
+    ]
+    table = Table("", head, rows).markdown().strip()
+    return f"Predicted from Triton {report['triton']}'s code, not measured:\n\n{table}"
 
 
 def replace(path: Path, name: str, text: str) -> None:

@@ -9,37 +9,40 @@ import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
 
 from benchmarks.cases import Case
-from benchmarks.disturbance import MUCH
 
 SCHEMA = 1
 MEASURED = "measured"
 # Why a peer has no times.
 UNAVAILABLE, REFUSED, FAILED, WRONG = "unavailable", "refused", "failed", "wrong"
+# More of all cores' time than a quiet machine's own chores take.
+DISTURBING_SHARE = 0.1
 
 
 class ResultsError(Exception):
-    """A file that is not such a run."""
+    """A file is not a run of these benchmarks, or does not allow what is asked of it."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A case, and the allocator setting that its process has."""
+    """A case, and the allocator setting of the process that measures it."""
 
     case: Case
     allocator: str
 
     @property
     def key(self) -> str:
-        """As :attr:`Case.key`, told apart by allocator."""
+        """Returns the case's key, told apart by allocator."""
         return f"{self.case.key}/{self.allocator}-allocator" if self.allocator else self.case.key
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A peer in one case: seconds of each round, or why there are none."""
+    """What a peer did in one case: the seconds of each round, or why there are none."""
 
     status: str
     seconds: list[float] = field(default_factory=list)
@@ -50,12 +53,12 @@ class Outcome:
 
     @property
     def median(self) -> float | None:
-        """Seconds."""
+        """Returns the median of the rounds, in seconds."""
         return statistics.median(self.seconds) if self.seconds else None
 
     @property
     def spread(self) -> float | None:
-        """Half the distance of the quartiles, as a share of the median."""
+        """Returns half the distance of the quartiles, as a share of the median."""
         if len(self.seconds) < 2:
             return None
         low, _, high = statistics.quantiles(self.seconds, n=4)
@@ -63,62 +66,46 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Record:
-    """A case's line. ``yardsticks`` are seconds of a copy and of matrix products, round by round.
+class Record(Task):
+    """A measured task. ``yardsticks`` are seconds of a copy and of matrix products, by round."""
 
-    ``others`` is the share of the processor's time that other processes took meanwhile. ``failure``
-    says why the whole case has no figures.
-    """
-
-    task: Task
     peers: dict[str, Outcome]
     yardsticks: dict[str, list[float]] = field(default_factory=dict)
     bandwidth: float | None = None  # bytes per second
-    rate: float | None = None  # floating-point operations per second
-    others: float | None = None
-    failure: str = ""
+    flops_per_second: Annotated[float | None, Field(alias="rate")] = None
+    # The share of all cores' time that other processes took meanwhile.
+    disturbance: Annotated[float | None, Field(alias="others")] = None
+    failure: str = ""  # why the whole case has no figures
 
     @property
     def disturbed(self) -> bool:
-        """Others took so much of the processor that the times are worth little."""
-        return self.others is not None and self.others > MUCH
+        """Returns whether others took so much of the processor that the times say little."""
+        return self.disturbance is not None and self.disturbance > DISTURBING_SHARE
 
     @property
-    def case(self) -> Case:
-        """What was measured."""
-        return self.task.case
+    def floors(self) -> dict[str, float]:
+        """Returns the least seconds at the measured bandwidth and at the matrix products' speed."""
+        case = self.case
+        if not (case.bytes and case.flops and self.bandwidth and self.flops_per_second):
+            return {}
+        return {
+            "memory": case.bytes / self.bandwidth,
+            "arithmetic": case.flops / self.flops_per_second,
+        }
 
     @property
     def floor(self) -> float | None:
-        """Seconds that the case takes at least at the measured bandwidth and rate."""
-        case = self.case
-        if not (case.bytes and case.flops and self.bandwidth and self.rate):
-            return None
-        return max(case.bytes / self.bandwidth, case.flops / self.rate)
+        """Returns the larger of :attr:`floors`, in seconds."""
+        return max(self.floors.values(), default=None)
 
     def median(self, peer: str) -> float | None:
-        """A peer's seconds, if it has any."""
+        """Returns a peer's median seconds, if it has any."""
         return self.peers[peer].median if peer in self.peers else None
 
-    def share_of_floor(self, peer: str) -> float | None:
-        """The floor over a peer's time: 1 is as fast as a copy or PyTorch's matrix product."""
+    def floor_over_time(self, peer: str) -> float | None:
+        """Returns 1 for a peer as fast as a copy or PyTorch's matrix product, less for slower."""
         median = self.median(peer)
         return None if median is None or self.floor is None else self.floor / median
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        data = {**vars(self), "peers": {name: vars(x) for name, x in self.peers.items()}}
-        del data["task"]
-        return {"case": self.case.to_json(), "allocator": self.task.allocator, **data}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Record:
-        """The record that :meth:`to_json` described."""
-        rest = {
-            name: data[name] for name in ("yardsticks", "bandwidth", "rate", "others", "failure")
-        }
-        peers = {name: Outcome(**x) for name, x in data["peers"].items()}
-        return cls(Task(Case.from_json(data["case"]), data["allocator"]), peers, **rest)
 
 
 @dataclass(frozen=True)
@@ -134,17 +121,6 @@ class Plan:
     unet_width: int
     tasks: tuple[Task, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        tasks = [{"case": x.case.to_json(), "allocator": x.allocator} for x in self.tasks]
-        return {**vars(self), "tasks": tasks}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Plan:
-        """The plan that :meth:`to_json` described."""
-        tasks = tuple(Task(Case.from_json(x["case"]), x["allocator"]) for x in data["tasks"])
-        return cls(**{**data, "tasks": tasks, "peers": tuple(data["peers"])})
-
 
 @dataclass(frozen=True)
 class Run:
@@ -156,26 +132,37 @@ class Run:
 
     @property
     def missing(self) -> list[Task]:
-        """What is still to be measured, in order."""
-        done = {record.task.key for record in self.records}
+        """Returns what is still to be measured, in order."""
+        done = {record.key for record in self.records}
         return [task for task in self.plan.tasks if task.key not in done]
+
+
+@dataclass(frozen=True)
+class Header:
+    """A file's first line."""
+
+    schema: int
+    environment: dict[str, Any]
+    plan: Plan
+
+
+HEADER, RECORD = TypeAdapter(Header), TypeAdapter(Record)
 
 
 def create(path: Path, environment: dict[str, Any], plan: Plan) -> None:
     """Begin a run's file; an existing one is not touched."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = {"schema": SCHEMA, "environment": environment, "plan": plan.to_json()}
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(header) + "\n")
+        with path.open("xb") as file:
+            file.write(HEADER.dump_json(Header(SCHEMA, environment, plan), by_alias=True) + b"\n")
     except FileExistsError:
         raise ResultsError(f"{path} exists; --resume goes on with it") from None
 
 
 def append(path: Path, record: Record) -> None:
     """Add a case that has ended."""
-    line = json.dumps(record.to_json()) + "\n"
-    with path.open("a", encoding="utf-8") as file:
+    line = RECORD.dump_json(record, by_alias=True) + b"\n"
+    with path.open("ab") as file:
         file.write(line)
 
 
@@ -186,19 +173,19 @@ def load(path: Path) -> Run:
         ResultsError: It is not such a file, or one of another schema.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise ResultsError(f"cannot read {path}: {error}") from error
-    complete = lines[:-1]  # what follows the last newline is empty or torn
+    complete = content.split(b"\n")[:-1]  # what follows the last newline is empty or torn
     try:
-        header, *rest = map(json.loads, complete)
-        schema = header["schema"]
-    except (ValueError, KeyError, TypeError) as error:
+        schema = json.loads(complete[0])["schema"]
+        if schema != SCHEMA:
+            raise ResultsError(f"{path} has schema {schema}, this program reads schema {SCHEMA}")
+        header = HEADER.validate_json(complete[0])
+        records = [RECORD.validate_json(line) for line in complete[1:]]
+    except (LookupError, TypeError, ValueError) as error:
         raise ResultsError(f"{path} is not a run of these benchmarks: {error!r}") from None
-    if schema != SCHEMA:
-        raise ResultsError(f"{path} has schema {schema}, this program reads schema {SCHEMA}")
-    records = [Record.from_json(data) for data in rest]
-    return Run(header["environment"], Plan.from_json(header["plan"]), records)
+    return Run(header.environment, header.plan, records)
 
 
 def drop_torn_line(path: Path) -> None:

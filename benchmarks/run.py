@@ -8,13 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.cases import Case
-from benchmarks.environment import differences, environment
-from benchmarks.results import Plan, Record, ResultsError, Run, Task
+from benchmarks.machine import ROOT, differences, environment
+from benchmarks.results import Plan, Record, ResultsError, Run
 
 # Large outputs are mapped afresh by glibc at every call, and clearing their pages can take longer
 # than the kernel; "warm" keeps them. "default" is what users have by default.
@@ -23,8 +21,6 @@ ALLOCATORS: dict[str, dict[str, str]] = {
     "warm": {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"},
     "default": {},
 }
-# Kernels are compared with the warm one; what the default costs shows in these.
-DEFAULT_ALLOCATOR_SUITES = ("short",)
 # The same limit for the kernels, PyTorch and the libraries below it.
 ISAS: dict[str, dict[str, str]] = {
     "avx512": {"VSTAR_KERNELS_CPU_ISA": "avx512"},
@@ -35,19 +31,6 @@ ISAS: dict[str, dict[str, str]] = {
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     },
 }
-ROOT = Path(__file__).parents[1]
-
-
-def tasks(cases: Sequence[Case], device: str, allocators: Sequence[str]) -> tuple[Task, ...]:
-    """The cases under each allocator setting that they are measured with, in order."""
-    if device == "cuda":
-        return tuple(Task(case, "") for case in cases)
-    return tuple(
-        Task(case, allocator)
-        for allocator in allocators
-        for case in cases
-        if allocator == "warm" or case.suite in DEFAULT_ALLOCATOR_SUITES
-    )
 
 
 def begin(path: Path, plan: Plan) -> Run:
@@ -87,7 +70,9 @@ def measure(path: Path, seconds: float = math.inf) -> Run:
             killer = signal.Signals(-ended).name
             # It measures in order, so it died of the first that is missing now.
             fatal = next(x for x in results.load(path).missing if x.allocator == task.allocator)
-            results.append(path, Record(fatal, {}, failure=f"ended by {killer}"))
+            results.append(
+                path, Record(fatal.case, fatal.allocator, {}, failure=f"ended by {killer}")
+            )
     return run
 
 
@@ -98,7 +83,7 @@ def _limit(plan: Plan) -> None:
 
 
 def _work(path: Path, allocator: str, seconds: float) -> int:
-    worker = [sys.executable, "-m", "benchmarks.worker"]
+    worker = [sys.executable, "-m", "benchmarks.measure"]
     command = [*worker, str(path.resolve()), allocator, str(seconds)]
     variables = {**os.environ, **ALLOCATORS[allocator]}
     return subprocess.run(command, env=variables, cwd=ROOT, check=False).returncode

@@ -1,17 +1,24 @@
-"""The suites: which cases ``python -m benchmarks run`` measures, made from workloads.json."""
+"""The suites: which cases ``python -m benchmarks run`` measures, made from workloads.json.
+
+A new suite is a function that yields its cases, and a line in :data:`SUITES`.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from benchmarks.cases import Case, Use
+from benchmarks.peers import PEERS, VSTAR_KERNELS
+from benchmarks.results import Plan, ResultsError, Task
 
-WORKLOADS = Path(__file__).parent / "workloads.json"
+WORKLOADS = json.loads((Path(__file__).parent / "workloads.json").read_text(encoding="utf-8"))
 LONG_HEAD_DIMS = (64, 128)  # workloads.json has the first
 LONG_THREAD_FRAMES = 1024
 UNET_HEAD_DIM = 64
@@ -23,128 +30,283 @@ QUICK_ELEMENTS = CPU_ELEMENTS // 4
 
 @dataclass(frozen=True)
 class Selection:
-    """What of a suite is wanted.
+    """Which cases a run measures, and how. What is not given is chosen for the device."""
 
-    ``elements`` bounds one tensor's elements by taking fewer rows; None takes all rows.
-    """
+    quick: bool = False
+    """Measure less of everything, in some 3 minutes."""
+    suites: tuple[str, ...] | None = None
+    models: tuple[str, ...] | None = None
+    """Of benchmarks/workloads.json."""
+    frames: tuple[int, ...] | None = None
+    long_frames: tuple[int, ...] | None = None
+    dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] | None = None
+    peers: tuple[str, ...] | None = None
+    """Beside vstar_kernels."""
+    device: Literal["cpu", "cuda"] | None = None
+    """By default cuda where there is one."""
+    threads: int | None = None
+    """Of a CPU; by default as many as PyTorch takes."""
+    isa: Literal["avx512", "avx2"] | None = None
+    """Limit the kernels, PyTorch and MKL to this instruction set."""
+    allocators: tuple[Literal["warm", "default"], ...] | None = None
+    """Of a CPU; by default both."""
+    full_rows: bool = False
+    """Take all rows of the models on a CPU too, which takes long."""
+    unet_frames: tuple[int, ...] | None = None
+    unet_width: int | None = None
+    """Channels at the finest level, really 320."""
+    unet_latents: tuple[int, int] | None = None
+    """Height and width."""
+    rounds: int | None = None
+    """Of all peers in turn, at most."""
+    seconds: float | None = None
+    """For the rounds of a case, about."""
 
-    models: tuple[str, ...]
-    frames: tuple[int, ...]
-    long_frames: tuple[int, ...]
-    dtypes: tuple[str, ...]
-    threads: tuple[int, ...]
-    elements: int | None
-    unet_frames: tuple[int, ...]
-    unet_width: int
-    unet_latents: tuple[int, int]
+    @property
+    def elements(self) -> int | None:
+        """Returns how many elements of a tensor bound the batch; None where nothing does."""
+        if self.full_rows or self.device != "cpu":
+            return None
+        return QUICK_ELEMENTS if self.quick else CPU_ELEMENTS
+
+    @property
+    def thread_counts(self) -> tuple[int, ...]:
+        """Returns 1, 2, 4 and so on up to the run's threads; nothing on a GPU."""
+        if self.device != "cpu":
+            return ()
+        return (
+            *(2**i for i in range(self.threads.bit_length()) if 2**i < self.threads),
+            self.threads,
+        )
+
+    def complete(self) -> Selection:
+        """Returns the selection with all that was not given. Raises ResultsError for no GPU."""
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ResultsError("--device cuda: torch finds no GPU")
+        chosen = DEFAULTS | {"device": device, "threads": torch.get_num_threads()}
+        chosen |= (ON_A_CPU if device == "cpu" else {}) | (QUICK if self.quick else {})
+        chosen |= {name: value for name, value in vars(self).items() if value is not None}
+        return Selection(**chosen)
 
 
-@cache
-def workloads() -> dict[str, Any]:
-    """workloads.json."""
-    return json.loads(WORKLOADS.read_text(encoding="utf-8"))
+Make = Callable[..., Case]
 
 
-def short(selection: Selection) -> Iterator[Case]:
+def short(selection: Selection, make: Make) -> Iterator[Case]:
     """Every temporal self-attention of the models' denoising steps, up to 128 frames."""
-    for dtype in selection.dtypes:
-        for frames in selection.frames:
-            yield from _levels(selection, "short", "forward", dtype, frames)
+    for frames in selection.frames:
+        for use, heads, head_dim in levels(selection):
+            yield make(use.full_batch, frames, heads, head_dim, uses=(use,))
 
 
-def long(selection: Selection) -> Iterator[Case]:
+def finest(selection: Selection, make: Make) -> Iterator[Case]:
+    """The finest levels of the same models."""
+    for case in short(selection, make):
+        if case.uses[0].level == "0":
+            yield case
+
+
+def long(selection: Selection, make: Make) -> Iterator[Case]:
     """Few sequences of many frames."""
-    table = workloads()["long"]
-    for dtype in selection.dtypes:
-        for frames in selection.long_frames:
-            for head_dim in LONG_HEAD_DIMS:
-                case = Case(
-                    "long", "forward", dtype, table["rows"], frames, table["heads"], head_dim
-                )
-                yield _scaled(case, selection.elements)
+    table = WORKLOADS["long"]
+    for frames in selection.long_frames:
+        for head_dim in LONG_HEAD_DIMS:
+            yield make(table["rows"], frames, table["heads"], head_dim)
 
 
-def unet(selection: Selection) -> Iterator[Case]:
+def unet(selection: Selection, make: Make) -> Iterator[Case]:
     """One evaluation of a whole text-to-video UNet, both samples of classifier-free guidance."""
     height, width = selection.unet_latents
-    for dtype in selection.dtypes:
-        for frames in selection.unet_frames:
-            yield Case(
-                "unet",
-                "step",
-                dtype,
-                2 * height * width,
-                frames,
-                selection.unet_width // UNET_HEAD_DIM,
-                UNET_HEAD_DIM,
-                latents=selection.unet_latents,
-            )
+    heads = selection.unet_width // UNET_HEAD_DIM
+    for frames in selection.unet_frames:
+        size = (2 * height * width, frames, heads, UNET_HEAD_DIM)
+        yield make(*size, latents=selection.unet_latents)
 
 
-def backward(selection: Selection) -> Iterator[Case]:
-    """Forward and gradients of the finest levels."""
-    return _finest(selection, "backward")
-
-
-def maps(selection: Selection) -> Iterator[Case]:
-    """Forward with the mean map, at the finest levels."""
-    return _finest(selection, "maps", "map")
-
-
-def overhead(selection: Selection) -> Iterator[Case]:
+def overhead(selection: Selection, make: Make) -> Iterator[Case]:
     """One call on next to nothing."""
-    for dtype in selection.dtypes:
-        yield Case("overhead", "call", dtype, *TINY)
+    yield make(*TINY)
 
 
-def threads(selection: Selection) -> Iterator[Case]:
+def threads(selection: Selection, make: Make) -> Iterator[Case]:
     """The same calls on more and more of a CPU's threads."""
-    if not selection.threads:
-        return
-    for dtype in selection.dtypes:
-        for frames in (*selection.frames, LONG_THREAD_FRAMES):
-            case = Case("threads", "forward", dtype, 2**20, frames, 5, 64)
-            case = _scaled(case, selection.elements or CPU_ELEMENTS)
-            for count in selection.threads:
-                yield replace(case, threads=count)
+    for frames in (*selection.frames, LONG_THREAD_FRAMES):
+        batch = (selection.elements or CPU_ELEMENTS) // (frames * 5 * 64)
+        for count in selection.thread_counts:
+            yield make(max(1, batch), frames, 5, 64, threads=count)
 
 
-SUITES: dict[str, Callable[[Selection], Iterator[Case]]] = {
-    suite.__name__: suite for suite in (short, long, unet, backward, maps, overhead, threads)
+def levels(selection: Selection) -> Iterator[tuple[Use, int, int]]:
+    """Yields each model's temporal self-attentions: where, their heads and head_dim."""
+    for model in selection.models:
+        for level in WORKLOADS["models"][model]["levels"]:
+            use = Use(model, str(level["level"]), level["rows"], level["calls"])
+            yield use, level["heads"], level["head_dim"]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases of one operation, and how the report presents them.
+
+    A suite with a ``plot`` gets one of the time per frame and head, with that caption. One with
+    ``default_allocator`` is measured under the allocator's default setting too.
+    """
+
+    operation: str
+    cases: Callable[[Selection, Make], Iterator[Case]]
+    title: str
+    about: str
+    note: str = ""
+    plot: str = ""
+    default_allocator: bool = False
+
+
+FINEST = "Time per frame and head, finest levels."
+SUITES = {
+    "short": Suite(
+        "forward",
+        short,
+        "The models' calls",
+        "every temporal self-attention of the models' denoising steps, up to 128 frames",
+        note="One call at each level; which models make it stands in the run's file.",
+        default_allocator=True,
+    ),
+    "long": Suite(
+        "forward",
+        long,
+        "Long sequences",
+        "few sequences of many frames",
+        plot="Time per frame and head, σ = 1.",
+    ),
+    "unet": Suite(
+        "step",
+        unet,
+        "Whole UNet steps",
+        "one evaluation of a whole text-to-video UNet, both samples of classifier-free guidance",
+        note="ModelScope's UNet with random weights, TAR with σ = 1 on every level but the first "
+        "temporal block; batch is its rows at the finest level.",
+    ),
+    "backward": Suite(
+        "backward",
+        finest,
+        "Forward and backward",
+        "forward and gradients of the finest levels",
+        plot=FINEST,
+    ),
+    "maps": Suite(
+        "map",
+        finest,
+        "With the mean map",
+        "forward with the mean map, at the finest levels",
+        plot=FINEST,
+    ),
+    "overhead": Suite(
+        "call",
+        overhead,
+        "Overhead of a call",
+        "one call on next to nothing",
+        note="One call of many, the CPU's part included.",
+    ),
+    "threads": Suite(
+        "forward", threads, "Threads", "the same calls on more and more of a CPU's threads"
+    ),
+}
+DEFAULTS: dict[str, Any] = {
+    "suites": tuple(SUITES),
+    "models": tuple(WORKLOADS["models"]),
+    "frames": tuple(WORKLOADS["frames"]),
+    "long_frames": tuple(WORKLOADS["long"]["frames"]),
+    "dtypes": ("bfloat16",),
+    "peers": tuple(name for name, peer in PEERS.items() if not peer.on_request),
+    "allocators": ("warm", "default"),
+    "unet_frames": (16, 64),
+    "unet_width": 320,
+    "unet_latents": (40, 64),
+    "rounds": 15,
+    "seconds": 4.0,
+}
+ON_A_CPU: dict[str, Any] = {
+    "dtypes": ("float32",),
+    "unet_frames": (16, 32),
+    "unet_width": 64,
+    "unet_latents": (20, 32),
+}
+QUICK: dict[str, Any] = {
+    "models": DEFAULTS["models"][:1],
+    "frames": (16, 64),
+    "long_frames": (1024,),
+    "allocators": ("warm",),
+    "unet_frames": (16,),
+    "unet_latents": (10, 16),
+    "rounds": 7,
+    "seconds": 0.5,
 }
 
 
-def cases(names: Iterable[str], selection: Selection) -> list[Case]:
-    """The cases of some suites, each once, with all of its uses."""
+def cases(selection: Selection) -> list[Case]:
+    """Returns the cases of a complete selection, each once, with all of its uses."""
     found: dict[Case, Case] = {}
-    for name in names:
-        for case in SUITES[name](selection):
-            uses = (*found[case].uses, *case.uses) if case in found else case.uses
-            found[case] = replace(case, uses=uses)
+    for name in selection.suites:
+        suite = SUITES[name]
+        for dtype in selection.dtypes:
+            for case in suite.cases(
+                selection, functools.partial(Case, name, suite.operation, dtype)
+            ):
+                case = _bounded(case, selection.elements)
+                uses = (*found[case].uses, *case.uses) if case in found else case.uses
+                found[case] = replace(case, uses=uses)
     return list(found.values())
 
 
-def _levels(
-    selection: Selection, suite: str, operation: str, dtype: str, frames: int
-) -> Iterator[Case]:
-    for model in selection.models:
-        for level in workloads()["models"][model]["levels"]:
-            use = Use(model, str(level["level"]), level["rows"], level["calls"])
-            sizes = (level["rows"], frames, level["heads"], level["head_dim"])
-            case = Case(suite, operation, dtype, *sizes, uses=(use,))
-            yield _scaled(case, selection.elements)
-
-
-def _finest(selection: Selection, suite: str, operation: str | None = None) -> Iterator[Case]:
-    for dtype in selection.dtypes:
-        for frames in selection.frames:
-            for case in _levels(selection, suite, operation or suite, dtype, frames):
-                if case.uses[0].level == "0":
-                    yield case
-
-
-def _scaled(case: Case, elements: int | None) -> Case:
-    """The case with as many rows as ``elements`` allow, but one."""
-    if elements is None:
+def _bounded(case: Case, elements: int | None) -> Case:
+    """Returns the case with as large a batch as ``elements`` allow, but at least one."""
+    if elements is None or case.operation == "step":
         return case
     return replace(case, batch=min(case.batch, max(1, elements * case.batch // case.elements)))
+
+
+def tasks(cases: Sequence[Case], device: str, allocators: Iterable[str]) -> tuple[Task, ...]:
+    """Returns the cases under each allocator setting that they are measured with, in order."""
+    if device == "cuda":
+        return tuple(Task(case, "") for case in cases)
+    return tuple(
+        Task(case, allocator)
+        for allocator in allocators
+        for case in cases
+        if allocator == "warm" or SUITES[case.suite].default_allocator
+    )
+
+
+# The least that an option may be.
+LEAST = {
+    **dict.fromkeys(("frames", "long_frames", "threads", "unet_frames", "unet_latents"), 1),
+    "rounds": 2,
+    "unet_width": 32,
+}
+
+
+def plan(selection: Selection) -> Plan:
+    """Returns the run that a selection asks for. Raises ResultsError for what does not exist."""
+    chosen = selection.complete()
+    known = {"suites": SUITES, "models": WORKLOADS["models"], "peers": PEERS}
+    for option, names in known.items():
+        if unknown := [name for name in getattr(chosen, option) if name not in names]:
+            raise ResultsError(
+                f"--{option}: there is no {', '.join(unknown)}; known: {', '.join(names)}"
+            )
+    for option, least in LEAST.items():
+        given = getattr(chosen, option)
+        if any(x < least for x in (given if isinstance(given, tuple) else (given,))):
+            name = option.replace("_", "-")
+            raise ResultsError(f"--{name}: must be at least {least}, got {given}")
+    return Plan(
+        device=chosen.device,
+        threads=chosen.threads,
+        isa=chosen.isa,
+        peers=tuple(x for x in PEERS if x in chosen.peers or x == VSTAR_KERNELS),
+        rounds=chosen.rounds,
+        seconds=chosen.seconds,
+        unet_width=chosen.unet_width,
+        tasks=tasks(cases(chosen), chosen.device, chosen.allocators),
+    )

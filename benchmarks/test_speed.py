@@ -5,49 +5,40 @@
 ``python -m benchmarks`` is for claims, this is for steering.
 """
 
-import argparse
-import contextlib
-
 import pytest
 import torch
 
 from benchmarks.operations import OPERATIONS
 from benchmarks.peers import PEERS
-from benchmarks.planning import plan
+from benchmarks.suites import Selection, plan
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SUITES = ["short", "long", "backward", "maps"]
-QUICK = argparse.Namespace(
-    device=DEVICE, quick=True, full_rows=False, peers=None, threads=None, isa=None, suites=SUITES
-)
-CASES = [task.case for task in plan(QUICK).tasks]
+QUICK = plan(Selection(quick=True, suites=("short", "long", "backward", "maps")))
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.key)
+@pytest.fixture(scope="module", params=[task.case for task in QUICK.tasks], ids=lambda x: x.key)
 def operation(request):
     """A case with its inputs."""
     torch.manual_seed(0)
-    case = request.param
-    return OPERATIONS[case.operation](case, DEVICE, num_sets=1)
+    return OPERATIONS[request.param.operation](request.param, QUICK.device, num_sets=1)
 
 
-@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
-def test_speed(benchmark, operation, peer):
+@pytest.mark.parametrize("name", PEERS)
+def test_speed(benchmark, operation, name):
     """The peer's result is right; its time is measured."""
-    case = operation.case
+    case, peer = operation.case, PEERS[name]
     if not operation.offers(peer):
-        pytest.skip(f"{peer.name} has no {case.operation}")
-    if why := peer.unavailable(DEVICE, case.torch_dtype):
+        pytest.skip(f"{name} has no {case.operation}")
+    if why := peer.unavailable(QUICK.device, case.torch_dtype):
         pytest.skip(why)
     benchmark.group = case.key
-    (inputs,) = operation.inputs
-    with contextlib.nullcontext() if case.operation == "backward" else torch.no_grad():
-        contestant, _ = operation.contestant(peer)
-        operation.check(peer, contestant.call(*inputs))
+    inputs = operation.inputs[0]
+    with torch.set_grad_enabled(case.operation == "backward"):
+        timed, _ = operation.timed_call(name, peer)
+        operation.check(peer, timed.function(*inputs))
 
         def call():
-            contestant.call(*inputs)
-            if DEVICE == "cuda":
+            timed.function(*inputs)
+            if QUICK.device == "cuda":
                 torch.cuda.synchronize()
 
         benchmark(call)

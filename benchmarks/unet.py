@@ -1,64 +1,93 @@
-"""A whole text-to-video UNet whose temporal attention can be exchanged."""
+"""Video UNets with random weights in their real architectures; a step of one as an operation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
-from benchmarks.models import TEXT_TOKENS, unet3d
-from benchmarks.peers.tar import BIAS
-from vstar_kernels.attention.bias import Bias
+from benchmarks.clock import Tensors, TimedCall
+from benchmarks.peers import BIAS, Peer
 from vstar_kernels.models.attention_processor import TARAttnProcessor
 from vstar_kernels.models.front_end import temporal_layers
 
 SAMPLES = 2  # of classifier-free guidance
+TEXT_TOKENS = 77
 TIMESTEP = 500
 # Of the type's eps: how far from the reference's the latents may be, over their norm.
 TOLERANCE = 64
 
-Processors = dict[str, Any]
+
+def unet3d(width: int) -> Any:
+    """Returns ModelScope's UNet, which VideoCrafter2 and ZeroScope share, ``width`` wide."""
+    from diffusers import UNet3DConditionModel
+
+    head = 64 if width % 64 == 0 else 32
+    return UNet3DConditionModel(block_out_channels=_channels(width), attention_head_dim=head)
 
 
-class RegularizedUnet:
-    """ModelScope's UNet, random weights, TAR with σ = 1 on every level."""
+def motion(width: int) -> Any:
+    """Returns AnimateDiff's UNet, ``width`` channels at its finest level."""
+    from diffusers import UNetMotionModel
+
+    return UNetMotionModel(block_out_channels=_channels(width), cross_attention_dim=768)
+
+
+def _channels(width: int) -> tuple[int, ...]:
+    return (width, 2 * width, 4 * width, 4 * width)
+
+
+class Step:
+    """One evaluation of ModelScope's UNet with TAR on every level, σ = 1, by a peer's processors.
+
+    The first temporal block keeps its own attention, as in VSTAR.
+    """
 
     def __init__(self, case: Case, device: str, width: int) -> None:
-        assert case.latents is not None
         torch.manual_seed(0)
-        self._model = unet3d(width).eval().to(device, case.torch_dtype)
-        self._layers = [x for x in temporal_layers(self._model) if x.level != "init"]
-        self._own = {layer.name: layer.module.processor for layer in self._layers}
+        self.case = case
         options: dict[str, Any] = {"device": device, "dtype": case.torch_dtype}
+        self._model = unet3d(width).eval().to(**options)
+        self._layers = [x for x in temporal_layers(self._model) if x.level != "init"]
+        self._original = {layer.name: layer.module.processor for layer in self._layers}
         channels = self._model.config.in_channels
-        self.latents = torch.randn(SAMPLES, channels, case.frames, *case.latents, **options)
+        latents = torch.randn(SAMPLES, channels, case.frames, *case.latents, **options)
+        self.inputs: list[Tensors] = [(latents,)]
         text = self._model.config.cross_attention_dim
         self._prompt = torch.randn(SAMPLES, TEXT_TOKENS, text, **options)
-        self._expected: dict[float, Tensor] = {}
+        self._expected: dict[Any, Tensor] = {}
 
-    def __call__(self, latents: Tensor) -> Tensor:
-        """The noise that the model predicts."""
-        return self._model(latents, TIMESTEP, encoder_hidden_states=self._prompt).sample
+    def offers(self, peer: Peer) -> bool:
+        """Returns whether diffusers' modules can be given this peer."""
+        return peer.processor is not None
 
-    def processors(self, make: Callable[[Bias], Any]) -> Processors:
-        """A processor for each regularized layer; its own where ``make`` gives None."""
-        return {name: make(BIAS) or own for name, own in self._own.items()}
+    def timed_call(self, name: str, peer: Peer) -> tuple[TimedCall, str]:
+        """Returns a call of the model; the peer's processors are installed before each."""
+        processors = {layer: peer.processor(BIAS) or x for layer, x in self._original.items()}
+        install = functools.partial(self._install, processors)
+        return TimedCall(name, self._predict, prepare=install), ""
 
-    def install(self, processors: Processors) -> None:
-        """Exchange the attention."""
-        for layer in self._layers:
-            layer.module.set_processor(processors[layer.name])
+    def check(self, peer: Peer, result: Tensor) -> float:
+        """Returns the distance from this package's reference in the same model, over its norm.
 
-    def check(self, result: Tensor, bias: Bias) -> float:
-        """The distance from the same model with this package's reference, over its norm."""
-        if bias.strength not in self._expected:
-            self.install(self.processors(lambda _: TARAttnProcessor(bias, backend="reference")))
-            self._expected[bias.strength] = self(self.latents).double()
-        expected = self._expected[bias.strength]
+        Raises AssertionError if it is too large.
+        """
+        if peer.bias not in self._expected:
+            make = functools.partial(TARAttnProcessor, peer.bias, backend="reference")
+            self._install({layer: make() for layer in self._original})
+            self._expected[peer.bias] = self._predict(*self.inputs[0]).double()
+        expected = self._expected[peer.bias]
         error = ((result.double() - expected).norm() / expected.norm()).item()
         allowed = TOLERANCE * torch.finfo(result.dtype).eps
         assert error <= allowed, f"relative error {error:.3g}, allowed {allowed:.3g}"
         return error
+
+    def _predict(self, latents: Tensor) -> Tensor:
+        return self._model(latents, TIMESTEP, encoder_hidden_states=self._prompt).sample
+
+    def _install(self, processors: dict[str, Any]) -> None:
+        for layer in self._layers:
+            layer.module.set_processor(processors[layer.name])

@@ -1,104 +1,75 @@
-"""The report as one HTML file."""
+"""Writes a run's report: to the terminal, as Markdown and as one HTML page."""
 
 from __future__ import annotations
 
-import base64
-import html
 import statistics
+from pathlib import Path
 
-from benchmarks.report import figures, plots, tables
-from benchmarks.report.plots import Plot
-from benchmarks.report.render import html_table
-from benchmarks.results import Run
-from vstar_kernels.cli.demo.page import facts, page, section
+from benchmarks import results
+from benchmarks.report import figures
+from benchmarks.report.plots import all_plots
+from benchmarks.report.tables import IN_THE_TERMINAL, all_tables, console
+from benchmarks.results import ResultsError, Run
+from vstar_kernels.cli import page
 
-STYLE = """
-body { max-width: 72rem; }
-th.left, td.left { text-align: left; }
-td.left:first-child { white-space: nowrap; }
-.scroll table { font-size: .85rem; }
-.scroll th { vertical-align: bottom; }
-details { margin: 1rem 0; }
-summary { cursor: pointer; font-weight: 500; }
-figure { margin: 0 0 1rem; }
-figure img { width: 100%; }
-"""
-# Long tables are folded, the others shown.
-FEW_ROWS = 12
+TEMPLATES = Path(__file__).parents[1] / "templates"
+
+
+def write_report(file: Path, output: Path) -> None:
+    """Prints the tables of a run's file; writes OUTPUT.md and OUTPUT.html.
+
+    Raises:
+        ResultsError: It cannot be read, or nothing in it was measured.
+    """
+    run = results.load(file)
+    if not run.records:
+        raise ResultsError(f"{file} has no results yet")
+    screen, tables = console(), all_tables(run)
+    for table in tables:
+        if table.title in IN_THE_TERMINAL:
+            screen.print(table.for_terminal() if table.rows else table.note)
+    text = "\n".join([f"# {describe(run)}\n", *(table.markdown() for table in tables)])
+    output.with_suffix(".md").write_text(text, encoding="utf-8")
+    output.with_suffix(".html").write_text(render(run), encoding="utf-8")
+    screen.print(f"{output.with_suffix('.md')} and {output.with_suffix('.html')}")
 
 
 def render(run: Run) -> str:
-    """The whole page."""
-    overview, *rest = tables.all_tables(run)
-    return page(
-        f"vstar_kernels on {run.environment['device']}",
-        "\n".join(
-            [
-                _head(run),
-                section(overview.title, html_table(overview)),
-                *(section(plot.title, _figure(plot)) for plot in plots.all_plots(run)),
-                *(section(table.title, _folded(table)) for table in rest),
-                section("Environment", facts(_environment(run))),
-            ]
-        ),
-        STYLE,
+    """Returns the whole page."""
+    plan = run.plan
+    rounds = f"at most {plan.rounds} rounds or {plan.seconds:g} s a case, at least 5 rounds"
+    how = [("limited to", plan.isa or "nothing"), ("rounds", rounds)]
+    return page.render(
+        "report.html",
+        TEMPLATES,
+        run=run,
+        description=describe(run),
+        tables=all_tables(run),
+        plots=[
+            {"title": plot.title, "note": plot.note}
+            | {theme: page.data_uri(svg.encode(), "svg+xml") for theme, svg in plot.svg.items()}
+            for plot in all_plots(run)
+        ],
+        facts=[*run.environment.items(), *how],
     )
 
 
 def describe(run: Run) -> str:
-    """What the figures were measured on, in one line."""
+    """Returns in one line what the figures were measured on."""
     found = run.environment
     threads = "" if run.plan.device == "cuda" else f", {found['threads']} threads, {found['isa']}"
-    return (
+    text = (
         f"{found['device']}{threads}, PyTorch {found['torch']}, commit {found['commit']}. "
-        f"Medians of at most {run.plan.rounds} interleaved rounds, σ = 1. {_speeds(run)}"
+        f"Medians of at most {run.plan.rounds} interleaved rounds, σ = 1."
     )
-
-
-def _speeds(run: Run) -> str:
-    """What the device reached beside the kernels, over the models' calls on all its threads."""
-    records = figures.of_suite(figures.kernels(run), "short")
+    # What the device reached beside the kernels, over the models' calls on all its threads.
+    records = figures.kernel_records(run, "short")
     bandwidths = [x.bandwidth / 1e9 for x in records if x.bandwidth]
-    rates = [x.rate / 1e9 for x in records if x.rate]
-    if not bandwidths or not rates:
-        return ""
+    speeds = [x.flops_per_second / 1e9 for x in records if x.flops_per_second]
+    if not bandwidths or not speeds:
+        return text
     return (
-        f"Beside the models' calls a copy of as many bytes reached {min(bandwidths):,.0f} to "
-        f"{max(bandwidths):,.0f} GB/s (median {statistics.median(bandwidths):,.0f}) and a matrix "
-        f"product {statistics.median(rates):,.0f} GFLOP/s."
+        f"{text} Beside the models' calls a copy of as many bytes reached {min(bandwidths):,.0f} "
+        f"to {max(bandwidths):,.0f} GB/s (median {statistics.median(bandwidths):,.0f}) and a "
+        f"matrix product {statistics.median(speeds):,.0f} GFLOP/s."
     )
-
-
-def _head(run: Run) -> str:
-    missing = len(run.missing)
-    more = f' <span class="bad">{missing} cases are still to be measured.</span>' if missing else ""
-    return (
-        "<h1>Temporal attention regularization: vstar_kernels and its peers</h1>"
-        f'<p class="soft">{html.escape(describe(run))}{more}</p>'
-    )
-
-
-def _figure(plot: Plot) -> str:
-    light, dark = (_data(plot.svg[theme]) for theme in ("light", "dark"))
-    return (
-        f'<figure><picture><source srcset="{dark}" media="(prefers-color-scheme: dark)">'
-        f'<img src="{light}" alt="{html.escape(plot.title)}"></picture>'
-        f"<figcaption>{html.escape(plot.note)}</figcaption></figure>"
-    )
-
-
-def _data(svg: str) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
-
-
-def _folded(table: tables.Table) -> str:
-    content = html_table(table)
-    if len(table.rows) <= FEW_ROWS:
-        return content
-    return f"<details><summary>{len(table.rows)} rows</summary>{content}</details>"
-
-
-def _environment(run: Run) -> list[tuple[str, object]]:
-    plan = run.plan
-    how = f"at most {plan.rounds} rounds or {plan.seconds:g} s a case, at least 5 rounds"
-    return [*run.environment.items(), ("limited to", plan.isa or "nothing"), ("rounds", how)]

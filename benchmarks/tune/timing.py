@@ -9,7 +9,7 @@ from torch import Tensor
 
 import vstar_kernels as vk
 from benchmarks.check import Oracle
-from benchmarks.clock import Contestant, GpuClock, time_in_turn
+from benchmarks.clock import GpuClock, TimedCall, time_in_turn
 from benchmarks.codegen import cases
 from benchmarks.codegen.cases import Row
 from vstar_kernels.attention.triton import launch, plan
@@ -50,9 +50,9 @@ def seconds(row: Row) -> float:
     def run(query: Tensor, key: Tensor, value: Tensor) -> None:
         call({"q": query, "k": key, "v": value, "out": out})
 
-    candidate = Contestant("candidate", run)
+    candidate = TimedCall("candidate", run)
     try:
-        ready = clock.ready(candidate, inputs)
+        ready = clock.warm_up(candidate, inputs)
     except RuntimeError:
         return float("inf")
     times = time_in_turn(clock, [ready], len(inputs), rounds=ROUNDS, seconds=SECONDS)

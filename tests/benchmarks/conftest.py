@@ -1,10 +1,10 @@
 import pytest
 
-from benchmarks import run
+from benchmarks import run, suites
 from benchmarks.cases import Case, Use
 from benchmarks.results import Plan, Task
 
-USES = (Use("a-model", "0", rows=40, calls=10), Use("b-model", "1", rows=4, calls=2))
+USES = (Use("a-model", "0", full_batch=40, calls=10), Use("b-model", "1", full_batch=4, calls=2))
 PEERS = ("vstar_kernels", "eager", "sdpa-bias", "flex", "xformers-bias", "without-map",
          "strength-0", "sdpa", "flash-attn")  # fmt: skip
 
@@ -25,7 +25,7 @@ def small_cases():
 
 
 def a_plan(cases, **changes):
-    tasks = run.tasks(list(cases), "cpu", ("warm", "default"))
+    tasks = suites.tasks(list(cases), "cpu", ("warm", "default"))
     options = {"device": "cpu", "threads": 1, "isa": None, "peers": PEERS, "rounds": 5,
                "seconds": 0.2, "unet_width": 32, "tasks": tasks}  # fmt: skip
     return Plan(**{**options, **changes})

@@ -4,7 +4,7 @@ import random
 import pytest
 
 from benchmarks import results
-from benchmarks.cli import main
+from benchmarks.__main__ import main
 from benchmarks.compare import compare
 from benchmarks.results import FAILED, MEASURED, Outcome, Record, ResultsError, Run
 from tests.benchmarks.conftest import a_plan, small_cases
@@ -24,7 +24,7 @@ def a_run(seed, *, kernels=1.0, machine=1.0, noise=0.03, only=None):
             factor = machine * (kernels if slowed else 1.0)
             times = [seconds * factor * random.lognormvariate(0, noise) for _ in range(15)]
             peers[name] = Outcome(MEASURED, times)
-        records.append(Record(task, peers))
+        records.append(Record(task.case, task.allocator, peers))
     return Run(ENVIRONMENT, PLAN, records)
 
 
@@ -79,7 +79,7 @@ def test_noise_is_not_a_regression():
 
 def test_cases_measured_beside_other_work_say_nothing():
     a, b = a_run(5), a_run(6, kernels=1.5)
-    disturbed = [dataclasses.replace(record, others=0.3) for record in b.records]
+    disturbed = [dataclasses.replace(record, disturbance=0.3) for record in b.records]
     mixed = dataclasses.replace(b, records=[*disturbed[:-1], a_run(6).records[-1]])
     found = outcome(a, mixed)
     assert found.passed
@@ -95,7 +95,7 @@ def test_a_case_that_fails_in_b_is_lost():
     b.records[0] = dataclasses.replace(first, peers=failed)
     found = outcome(a_run(5), b)
     assert not found.passed
-    assert found.lost == [f"Lost: {first.task.key}: no memory"]
+    assert found.lost == [f"Lost: {first.key}: no memory"]
 
 
 def test_runs_without_a_common_case_are_refused():

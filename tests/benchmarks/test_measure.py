@@ -9,11 +9,12 @@ import torch
 
 from benchmarks import measure as measuring
 from benchmarks.cases import Case
-from benchmarks.disturbance import STAT, Watch
+from benchmarks.machine import Watch, peak_bytes
 from benchmarks.measure import measure
-from benchmarks.operations import OPERATIONS, Step
+from benchmarks.operations import OPERATIONS
 from benchmarks.peers import EAGER, PEERS, VSTAR_KERNELS
-from benchmarks.results import FAILED, MEASURED, REFUSED, UNAVAILABLE, WRONG, Task
+from benchmarks.results import FAILED, MEASURED, RECORD, REFUSED, UNAVAILABLE, WRONG, Record, Task
+from benchmarks.unet import Step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {"batch": 3, "frames": 9, "heads": 2, "head_dim": 16}
@@ -21,27 +22,28 @@ SIZES = {"batch": 3, "frames": 9, "heads": 2, "head_dim": 16}
 
 def replaced(monkeypatch, **changes):
     """The eager peer with something else in it."""
-    peer = dataclasses.replace(EAGER, **changes)
-    monkeypatch.setattr(measuring, "PEERS", (VSTAR_KERNELS, peer))
-    return peer
+    peer = dataclasses.replace(PEERS[EAGER], **changes)
+    monkeypatch.setattr(measuring, "PEERS", {name: PEERS[name] for name in (VSTAR_KERNELS, EAGER)})
+    monkeypatch.setitem(measuring.PEERS, EAGER, peer)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("operation", sorted(OPERATIONS))
-@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
-def test_every_peer_is_right_or_says_why_it_cannot_run(peer, operation, dtype):
+@pytest.mark.parametrize("name", PEERS)
+def test_every_peer_is_right_or_says_why_it_cannot_run(name, operation, dtype):
+    peer = PEERS[name]
     case = Case("suite", operation, dtype, **SIZES)
     torch.manual_seed(0)
     found = OPERATIONS[operation](case, "cpu", 1)
     if not found.offers(peer):
         return
     if why := peer.unavailable("cpu", case.torch_dtype):
-        assert peer.name in ("flex", "xformers", "xformers-bias", "flash-attn"), why
+        assert name in ("flex", "xformers", "xformers-bias", "flash-attn"), why
         assert len(why) > 20
         return
     with torch.set_grad_enabled(operation == "backward"):
-        contestant, _ = found.contestant(peer)
-        result = contestant.call(*found.inputs[0])
+        timed, _ = found.timed_call(name, peer)
+        result = timed.function(*found.inputs[0])
         found.check(peer, result)
         tensors = [x for x in (result if isinstance(result, tuple) else (result,)) if x is not None]
         for tensor in tensors:
@@ -52,7 +54,7 @@ def test_every_peer_is_right_or_says_why_it_cannot_run(peer, operation, dtype):
 
 
 def test_why_peers_cannot_run_on_a_cpu_is_their_own_reason():
-    reasons = {peer.name: peer.unavailable("cpu", torch.float32) for peer in PEERS}
+    reasons = {name: peer.unavailable("cpu", torch.float32) for name, peer in PEERS.items()}
     assert "max scores is not supported on CPU" in reasons["flex"]
     assert "xformers" in reasons["xformers"] or "device=cpu" in reasons["xformers"]
     assert reasons["vstar_kernels"] == reasons["eager"] == reasons["sdpa"] == ""
@@ -85,7 +87,7 @@ def test_a_failing_peer_is_recorded_and_the_others_are_measured(monkeypatch, tas
 
 def test_logits_that_do_not_fit_are_not_tried(monkeypatch, task, plan):
     replaced(monkeypatch)
-    monkeypatch.setattr(measuring, "_free_bytes", lambda _: 100)
+    monkeypatch.setattr(measuring, "free_bytes", lambda _: 100)
     outcome = measure(task, plan, lambda _: None).peers["eager"]
     assert outcome.status == REFUSED
     assert "its logits take" in outcome.reason
@@ -100,13 +102,12 @@ def test_figures_of_a_record(task, plan):
     copied, product = record.yardsticks["copy"], record.yardsticks["matrix product in float32"]
     assert len(ours.seconds) == len(copied) == len(product) == plan.rounds
     assert record.bandwidth == pytest.approx(task.case.bytes / min(copied))
-    assert record.rate == pytest.approx(2 * 1024**3 / min(product))
-    floor = max(task.case.bytes / record.bandwidth, task.case.flops / record.rate)
+    assert record.flops_per_second == pytest.approx(2 * 1024**3 / min(product))
+    floor = max(task.case.bytes / record.bandwidth, task.case.flops / record.flops_per_second)
     assert record.floor == floor
-    assert record.share_of_floor("vstar_kernels") == pytest.approx(floor / ours.median)
+    assert record.floor_over_time("vstar_kernels") == pytest.approx(floor / ours.median)
 
 
-@pytest.mark.skipif(not STAT.exists(), reason="no /proc/stat here")
 def test_other_processes_are_noticed():
     """One that is busy all the time takes one core; so do we."""
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
@@ -122,7 +123,7 @@ def test_other_processes_are_noticed():
     assert share > 0.4
 
 
-@pytest.mark.skipif(measuring.peak_bytes("cpu", lambda: None) is None, reason="no /proc here")
+@pytest.mark.skipif(peak_bytes("cpu", lambda: None) is None, reason="no /proc here")
 def test_peak_memory_counts_what_is_neither_given_nor_returned():
     megabytes = 64
 
@@ -131,7 +132,7 @@ def test_peak_memory_counts_what_is_neither_given_nor_returned():
         return scratch[: megabytes * 2**17] * scratch.sum()
 
     call()
-    peak = measuring.peak_bytes("cpu", call)
+    peak = peak_bytes("cpu", call)
     assert megabytes * 2**20 * 0.95 < peak < megabytes * 2**20 * 1.2
 
 
@@ -142,10 +143,9 @@ def test_a_whole_unet_is_checked_against_the_reference(plan):
         step = Step(case, "cpu", width=32)
         results = {}
         for name in ("vstar_kernels", "eager", "sdpa"):
-            peer = next(x for x in PEERS if x.name == name)
-            contestant, _ = step.contestant(peer)
-            contestant.prepare()
-            results[peer] = contestant.call(*step.inputs[0])
+            timed, _ = step.timed_call(name, PEERS[name])
+            timed.prepare()
+            results[PEERS[name]] = timed.function(*step.inputs[0])
         for peer, result in results.items():
             step.check(peer, result)
             other = next(x for x in results if x.tar != peer.tar)
@@ -155,6 +155,8 @@ def test_a_whole_unet_is_checked_against_the_reference(plan):
 
 def test_a_case_is_the_same_after_json(task):
     case = dataclasses.replace(task.case, latents=(4, 6), threads=2)
-    assert Case.from_json(case.to_json()) == case
-    assert Case.from_json(case.to_json()).uses == case.uses
+    record = Record(case, "warm", {})
+    read = RECORD.validate_json(RECORD.dump_json(record, by_alias=True))
+    assert read == record
+    assert read.case.uses == case.uses
     assert Task(case, "warm").key == "short/float32/4x3x2x16/latents-4x6/2-threads/warm-allocator"

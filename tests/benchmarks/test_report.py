@@ -4,8 +4,9 @@ import re
 import pytest
 
 from benchmarks import publish, results
-from benchmarks.report import figures, page, plots, tables, write_report
-from benchmarks.results import FAILED, MEASURED, Outcome, Record, Run, Task
+from benchmarks.report import figures, page, plots, tables
+from benchmarks.report.page import write_report
+from benchmarks.results import FAILED, MEASURED, Outcome, Record, Run
 from tests.benchmarks.conftest import a_plan, small_cases
 
 
@@ -17,7 +18,7 @@ def run(finished):
 def a_record(case, **seconds):
     peers = {name.replace("_", "-"): Outcome(MEASURED, [x] * 5) for name, x in seconds.items()}
     peers["vstar_kernels"] = peers.pop("ours")
-    return Record(Task(case, "warm"), peers, bandwidth=1e9, rate=1e12)
+    return Record(case, "warm", peers, bandwidth=1e9, flops_per_second=1e12)
 
 
 def test_a_models_step_is_the_sum_of_its_calls():
@@ -85,13 +86,13 @@ def test_failures_are_in_the_report(run):
     peers = {**first.peers, "eager": Outcome(FAILED, reason="no memory")}
     changed = [
         dataclasses.replace(first, peers=peers),
-        Record(second.task, {}, failure="ended by SIGKILL"),
+        Record(second.case, second.allocator, {}, failure="ended by SIGKILL"),
         *rest,
     ]
     changed_run = dataclasses.replace(run, records=changed)
     rows = tables.failures(changed_run).rows
-    assert (first.task.key, "eager formula", FAILED, "no memory") in rows
-    assert (second.task.key, "all", FAILED, "ended by SIGKILL") in rows
+    assert (first.key, "eager formula", FAILED, "no memory") in rows
+    assert (second.key, "all", FAILED, "ended by SIGKILL") in rows
     page.render(changed_run)
 
 

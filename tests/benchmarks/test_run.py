@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks import results, run
-from benchmarks.cli import main
+from benchmarks.__main__ import main
 from benchmarks.results import MEASURED, WRONG, Outcome, Record, ResultsError
 from tests.benchmarks.conftest import a_plan, small_cases
 from tests.helpers import ROOT
@@ -19,9 +19,9 @@ def few():
 def test_every_case_is_measured_with_each_of_its_allocators(finished, plan):
     found = results.load(finished)
     assert found.plan == plan
-    assert [record.task.key for record in found.records] == [task.key for task in plan.tasks]
+    assert [record.key for record in found.records] == [task.key for task in plan.tasks]
     assert not found.missing
-    assert {x.task.allocator for x in found.records if x.case.suite == "short"} == {
+    assert {x.allocator for x in found.records if x.case.suite == "short"} == {
         "warm",
         "default",
     }
@@ -113,7 +113,10 @@ def test_a_wrong_result_of_our_own_fails_the_command(tmp_path, capsys):
     plan = few()
     run.begin(path, plan)
     for task in plan.tasks:
-        results.append(path, Record(task, {"vstar_kernels": Outcome(WRONG, reason="error 1")}))
+        results.append(
+            path,
+            Record(task.case, task.allocator, {"vstar_kernels": Outcome(WRONG, reason="error 1")}),
+        )
     assert main(["run", "--resume", str(path)]) == 1
     captured = capsys.readouterr()
     assert f"wrong: {plan.tasks[0].key}: error 1" in captured.err

@@ -1,19 +1,13 @@
-import argparse
-
 import pytest
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.planning import plan
 from benchmarks.results import ResultsError
-from benchmarks.suites import CPU_ELEMENTS, SUITES, workloads
-
-OPTIONS = {"device": "cpu", "quick": False, "full_rows": False, "peers": None, "threads": 2,
-           "isa": None}  # fmt: skip
+from benchmarks.suites import CPU_ELEMENTS, SUITES, WORKLOADS, Selection, plan
 
 
 def cases(**options):
-    tasks = plan(argparse.Namespace(**{**OPTIONS, **options})).tasks
+    tasks = plan(Selection(**{"device": "cpu", "threads": 2, **options})).tasks
     return [task.case for task in tasks if task.allocator != "default"]
 
 
@@ -35,10 +29,9 @@ def test_bytes_and_operations_by_hand():
 def test_every_level_of_every_model_is_measured_once(full):
     found = [case for case in cases(full_rows=full) if case.suite == "short"]
     assert len({case.key for case in found}) == len(found)
-    table = workloads()
-    for model, description in table["models"].items():
+    for model, description in WORKLOADS["models"].items():
         for level in description["levels"]:
-            for frames in table["frames"]:
+            for frames in WORKLOADS["frames"]:
                 (case,) = (
                     case
                     for case in found
@@ -64,18 +57,21 @@ def test_every_suite_has_cases_and_quick_ones_are_few():
 
 
 def test_options_replace_what_a_run_takes():
-    found = cases(suites=["short"], models=["latte-512x512"], frames=[7], dtypes=["float16"])
+    found = cases(suites=("short",), models=("latte-512x512",), frames=(7,), dtypes=("float16",))
     assert [case.shape[1:] for case in found] == [(7, 16, 72)]
     assert found[0].torch_dtype == torch.float16
-    counts = {case.threads for case in cases(suites=["threads"], threads=6)}
+    counts = {case.threads for case in cases(suites=("threads",), threads=6)}
     assert counts == {1, 2, 4, 6}
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"models": ["latte"]}, "--models: there is no latte; known: videocrafter2"),
-        ({"peers": ["egaer"]}, "--peers: there is no egaer; known: vstar_kernels, eager"),
+        ({"models": ("latte",)}, "--models: there is no latte; known: videocrafter2"),
+        ({"peers": ("egaer",)}, "--peers: there is no egaer; known: vstar_kernels, eager"),
+        ({"suites": ("shrot",)}, "--suites: there is no shrot; known: short, long"),
+        ({"frames": (16, 0)}, r"--frames: must be at least 1, got \(16, 0\)"),
+        ({"unet_width": 16}, "--unet-width: must be at least 32, got 16"),
     ],
 )
 def test_unknown_names_are_refused(options, text):

@@ -1,18 +1,26 @@
-"""What figures were measured on."""
+"""The machine that figures are measured on, who else used it meanwhile, the memory of a call."""
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cpuinfo
+import psutil
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import vstar_kernels as vk
 from vstar_kernels.attention import native
+from vstar_kernels.cli.demo.measure import read_peak_memory, reset_peak_memory
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("triton", "diffusers", "xformers", "flash-attn")
@@ -20,13 +28,15 @@ NVIDIA_SMI = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,p
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 # Two runs with other values of these are not one run, and differ in more than the kernels.
 IDENTITY = ("device", "cpu", "isa", "torch", "python", *PACKAGES)
+NOT_BUSY = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is in user's too
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:
-    """The device as found, and the versions of what runs on it."""
+    """Returns the device as found, and the versions of what runs on it."""
+    cpu = cpuinfo.get_cpu_info().get("brand_raw", platform.machine())
     facts = {
-        "device": device_name(device),
-        "cpu": cpu_name(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": threads,
         "isa": native.load().isa,
@@ -41,18 +51,8 @@ def environment(device: str, threads: int) -> dict[str, Any]:
     return facts | (_gpu() if device == "cuda" else _clocks())
 
 
-def device_name(device: str) -> str:
-    """Of the GPU or the processor."""
-    return torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-
-
-def cpu_name() -> str:
-    """The processor's model."""
-    return _cpuinfo("model name", platform.processor() or platform.machine())
-
-
 def commit() -> str:
-    """The checkout's commit, and whether files differ from it."""
+    """Returns the checkout's commit, and whether files differ from it."""
     try:
         found = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
         changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
@@ -62,12 +62,52 @@ def commit() -> str:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """In what two environments differ, of what decides about speed."""
+    """Returns in what two environments differ, of what decides about speed."""
     return [
         f"{name}: {one.get(name)} and {other.get(name)}"
         for name in IDENTITY
         if one.get(name) != other.get(name)
     ]
+
+
+class Watch:
+    """Tells how much of the processor other processes took since the watch was made.
+
+    Two threads that wait for each other at every call take many times as long when a third process
+    wants a core, and no median undoes that.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._read()
+
+    def others(self) -> float | None:
+        """Returns the share of all cores' time that others took; None if no time has passed."""
+        busy, ours, now = (x - y for x, y in zip(self._read(), self._start, strict=True))
+        return max(0.0, (busy - ours) / (now * psutil.cpu_count())) if now else None
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        """Returns seconds: of all processes on all cores, of this process, on the clock."""
+        times = psutil.cpu_times()._asdict()
+        busy = sum(seconds for kind, seconds in times.items() if kind not in NOT_BUSY)
+        return busy, time.process_time(), time.monotonic()
+
+
+def free_bytes(device: str) -> int:
+    """Returns the memory that a call may still take."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+
+
+def peak_bytes(device: str, call: Callable[[], object]) -> int | None:
+    """Returns the peak of a warm call beyond its inputs and results; None if nothing tells it."""
+    gc.collect()
+    where = torch.device(device)
+    if not reset_peak_memory(where):
+        return None
+    on_gpu = where.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+    results = sum(x.nbytes for x in tree_leaves(call()) if isinstance(x, Tensor))
+    return max(0, read_peak_memory(where) - before - results)
 
 
 def _gpu() -> dict[str, Any]:
@@ -91,18 +131,12 @@ def _nvidia_smi() -> dict[str, str] | str:
 
 
 def _clocks() -> dict[str, Any]:
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    clock = psutil.cpu_freq()
     return {
-        "clock": f"{_cpuinfo('cpu MHz', 'unknown')} MHz as found",
+        "clock": f"{clock.current if clock else 'unknown'} MHz as found",
         "governor": GOVERNOR.read_text().strip() if GOVERNOR.exists() else "unknown",
-        "load at the start": load,
+        "load at the start": psutil.getloadavg()[0],
     }
-
-
-def _cpuinfo(field: str, otherwise: str) -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith(field)), otherwise)
 
 
 def _version(package: str) -> str:
