@@ -10,16 +10,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import Positional
 
 from benchmarks import results, run
 from benchmarks.peers import PEERS, VSTAR_KERNELS
 from benchmarks.results import ResultsError
 from benchmarks.suites import Selection, plan
+from vstar_kernels.cli.options import option, run_command
 
 OUTPUT = Path("benchmark-output")
-File = Annotated[Path, arg(metavar="FILE")]
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,12 @@ class Run(Selection):
 
     stop_after: float = math.inf
     """Begin no case after so many seconds."""
-    output: File | None = None
-    """By default a new file in benchmark-output/."""
-    resume: File | None = None
+    output: Annotated[Path | None, option("FILE", default=f"a new one in {OUTPUT}/")] = None
+    """Where the results go."""
+    resume: Annotated[Path | None, option("FILE")] = None
     """Go on with a run that was interrupted."""
 
-    def __call__(self) -> int:
+    def run(self) -> int:
         if self.resume:
             path = self.resume
             begun = run.resume(path)
@@ -49,7 +48,7 @@ class Run(Selection):
         except KeyboardInterrupt:
             print(f"\n{to_go_on}", file=sys.stderr)
             return 130
-        Report(path)()
+        Report(path).run()
         if done.missing:
             print(f"{len(done.missing)} cases are not measured yet. {to_go_on}")
         ours = [(x.key, x.peers[VSTAR_KERNELS]) for x in done.records if x.peers]
@@ -63,16 +62,16 @@ class Run(Selection):
 class Compare:
     """Compare two runs; the exit status is 1 where B is slower than A."""
 
-    a: Positional[File]
+    a: Positional[Path]
     """The run before."""
-    b: Positional[File]
+    b: Positional[Path]
     """The run after."""
     tolerance: float = 0.05
     """How much slower a suite may be."""
     peer: str = VSTAR_KERNELS
     """Whose times are compared."""
 
-    def __call__(self) -> int:
+    def run(self) -> int:
         from benchmarks.compare import compare
         from benchmarks.report.tables import console
 
@@ -88,11 +87,11 @@ class Compare:
 class Report:
     """Write the tables and the page of a run."""
 
-    file: Positional[File]
-    output: File | None = None
-    """By default beside the file."""
+    file: Positional[Path]
+    output: Annotated[Path | None, option("FILE", default="beside the run's")] = None
+    """Where the tables and the page go."""
 
-    def __call__(self) -> int:
+    def run(self) -> int:
         from benchmarks.report.page import write_report
 
         write_report(self.file, self.output or self.file)
@@ -103,7 +102,7 @@ class Report:
 class List(Selection):
     """Show what a run would measure, and who cannot run here and why."""
 
-    def __call__(self) -> int:
+    def run(self) -> int:
         from benchmarks.report.tables import console, listing
 
         for table in listing(plan(self)):
@@ -113,15 +112,12 @@ class List(Selection):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status."""
-    commands = {"run": Run, "compare": Compare, "report": Report, "list": List}
-    command = tyro.extras.subcommand_cli_from_dict(
-        commands, prog="python -m benchmarks", args=arguments, config=(FlagCreatePairsOff,)
+    return run_command(
+        {"run": Run, "compare": Compare, "report": Report, "list": List},
+        sys.argv[1:] if arguments is None else arguments,
+        prog="python -m benchmarks",
+        description="Every suite against every peer.",
     )
-    try:
-        return command()
-    except ResultsError as error:
-        print(f"python -m benchmarks: {error}", file=sys.stderr)
-        return 2
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@
 #
 # The four in between write JSON lines, tables and a page: see `python -m benchmarks run --help`.
 # Results go to $OUT, or to benchmark-output/ where OUT is not set. Needs torch with its triton,
-# pytest, tqdm, rich, matplotlib, and diffusers for the steps: where no registry can be reached, put
-# their wheels (pip download NAME -d wheels) into a folder and name it in WHEELS.
+# pytest, what the benchmarks import (NEEDED), and diffusers for the steps: where no registry can be
+# reached, put their wheels (pip download NAME -d wheels) into a folder and name it in WHEELS.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -19,6 +19,7 @@ stage=${1:?"usage: $0 tests|tile|compiled|stream|models|sanitizer"}
 out=${OUT:-benchmark-output}
 python=${PYTHON:-python3}
 limit=480 # seconds
+NEEDED="tqdm rich matplotlib jinja2 pydantic tyro psutil cpuinfo scipy pytest"
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
@@ -29,7 +30,7 @@ need() { # a module, from the registry's wheels at hand if it is not there
         echo "$1 is not installed, and WHEELS names no folder of wheels" >&2
         exit 3
     fi
-    "$python" -m pip install --quiet --no-index --find-links "$WHEELS" "$1"
+    "$python" -m pip install --quiet --no-index --find-links "$WHEELS" "${1/#cpuinfo/py-cpuinfo}"
 }
 
 "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || {
@@ -38,7 +39,7 @@ need() { # a module, from the registry's wheels at hand if it is not there
 }
 
 measure() { # suites and options
-    for module in tqdm rich matplotlib pytest; do need "$module"; done
+    for module in $NEEDED; do need "$module"; done
     timeout "$limit" "$python" -m benchmarks run --device cuda --output "$out/$stage.jsonl" \
         --stop-after $((limit - 60)) --suites "$@" 2>"$out/$stage.log"
 }

@@ -5,14 +5,12 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import os
-import platform
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cpuinfo
 import psutil
 import torch
 from torch import Tensor
@@ -33,19 +31,19 @@ NOT_BUSY = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is in use
 
 def environment(device: str, threads: int) -> dict[str, Any]:
     """Returns the device as found, and the versions of what runs on it."""
-    cpu = cpuinfo.get_cpu_info().get("brand_raw", platform.machine())
+    info = vk.info()
     facts = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "cpu": cpu,
+        "device": info["gpu" if device == "cuda" else "processor"],
+        "cpu": info["processor"],
         "cores": os.cpu_count(),
         "threads": threads,
         "isa": native.load().isa,
-        "torch": str(torch.__version__),
-        "torch cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "vstar_kernels": vk.__version__,
+        "torch": info["torch"],
+        "torch cpu capability": info["torch cpu capability"],
+        "vstar_kernels": info["vstar_kernels"],
         "commit": commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
+        "python": info["python"],
+        "platform": info["platform"],
     }
     facts |= {name: _version(name) for name in PACKAGES}
     return facts | (_gpu() if device == "cuda" else _clocks())

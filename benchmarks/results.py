@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from benchmarks.cases import Case
+from vstar_kernels.cli.options import CommandError
 
 SCHEMA = 1
 MEASURED = "measured"
@@ -23,7 +24,7 @@ UNAVAILABLE, REFUSED, FAILED, WRONG = "unavailable", "refused", "failed", "wrong
 DISTURBING_SHARE = 0.1
 
 
-class ResultsError(Exception):
+class ResultsError(CommandError):
     """A file is not a run of these benchmarks, or does not allow what is asked of it."""
 
 

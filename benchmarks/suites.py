@@ -10,13 +10,14 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 from benchmarks.cases import Case, Use
 from benchmarks.peers import PEERS, VSTAR_KERNELS
 from benchmarks.results import Plan, ResultsError, Task
+from vstar_kernels.cli.options import integer, option, parsed, several
 
 WORKLOADS = json.loads((Path(__file__).parent / "workloads.json").read_text(encoding="utf-8"))
 LONG_HEAD_DIMS = (64, 128)  # workloads.json has the first
@@ -27,6 +28,10 @@ TINY = (1, 16, 1, 64)  # of a call whose time is nearly all Python's
 CPU_ELEMENTS = 1024 * 16 * 5 * 64
 QUICK_ELEMENTS = CPU_ELEMENTS // 4
 
+# Options of counts.
+Count = Annotated[int, parsed(integer(1), "N")]
+Counts = several(integer(1), "N")
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -34,33 +39,42 @@ class Selection:
 
     quick: bool = False
     """Measure less of everything, in some 3 minutes."""
-    suites: tuple[str, ...] | None = None
-    models: tuple[str, ...] | None = None
+    suites: Annotated[tuple[str, ...] | None, option("SUITE ...", default="all")] = None
+    """By name; `list` shows them."""
+    models: Annotated[tuple[str, ...] | None, option("MODEL ...", default="all")] = None
     """Of benchmarks/workloads.json."""
-    frames: tuple[int, ...] | None = None
-    long_frames: tuple[int, ...] | None = None
-    dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] | None = None
-    peers: tuple[str, ...] | None = None
-    """Beside vstar_kernels."""
-    device: Literal["cpu", "cuda"] | None = None
-    """By default cuda where there is one."""
-    threads: int | None = None
-    """Of a CPU; by default as many as PyTorch takes."""
-    isa: Literal["avx512", "avx2"] | None = None
+    frames: Annotated[tuple[int, ...] | None, Counts] = None
+    """Numbers of frames of the models' calls."""
+    long_frames: Annotated[tuple[int, ...] | None, Counts] = None
+    """Numbers of frames of the long suite."""
+    dtypes: Annotated[tuple[Literal["float32", "bfloat16", "float16"], ...] | None, option()] = None
+    """Types of query, key and value."""
+    peers: Annotated[tuple[str, ...] | None, option("PEER ...")] = None
+    """Who is compared with vstar_kernels; `list` shows them."""
+    device: Annotated[Literal["cpu", "cuda"] | None, option(default="cuda where there is one")] = (
+        None
+    )
+    """Where it is measured."""
+    threads: Annotated[int | None, parsed(integer(1), "N"), option(default="PyTorch's")] = None
+    """Threads of a CPU."""
+    isa: Annotated[Literal["avx512", "avx2"] | None, option()] = None
     """Limit the kernels, PyTorch and MKL to this instruction set."""
-    allocators: tuple[Literal["warm", "default"], ...] | None = None
-    """Of a CPU; by default both."""
+    allocators: Annotated[tuple[Literal["warm", "default"], ...] | None, option(default="both")] = (
+        None
+    )
+    """Settings of a CPU's allocator."""
     full_rows: bool = False
     """Take all rows of the models on a CPU too, which takes long."""
-    unet_frames: tuple[int, ...] | None = None
-    unet_width: int | None = None
-    """Channels at the finest level, really 320."""
-    unet_latents: tuple[int, int] | None = None
-    """Height and width."""
-    rounds: int | None = None
-    """Of all peers in turn, at most."""
+    unet_frames: Annotated[tuple[int, ...] | None, Counts] = None
+    """Numbers of frames of whole UNets."""
+    unet_width: Annotated[int | None, parsed(integer(32), "CHANNELS"), option()] = None
+    """Channels of whole UNets at the finest level, really 320."""
+    unet_latents: Annotated[tuple[Count, Count] | None, option("HEIGHT WIDTH")] = None
+    """Size of whole UNets' latents."""
+    rounds: Annotated[int | None, parsed(integer(2), "N"), option()] = None
+    """Rounds of all peers in turn, at most."""
     seconds: float | None = None
-    """For the rounds of a case, about."""
+    """Time for the rounds of a case, about."""
 
     @property
     def elements(self) -> int | None:
@@ -87,7 +101,7 @@ class Selection:
         chosen = DEFAULTS | {"device": device, "threads": torch.get_num_threads()}
         chosen |= (ON_A_CPU if device == "cpu" else {}) | (QUICK if self.quick else {})
         chosen |= {name: value for name, value in vars(self).items() if value is not None}
-        return Selection(**chosen)
+        return replace(self, **chosen)
 
 
 Make = Callable[..., Case]
@@ -278,28 +292,15 @@ def tasks(cases: Sequence[Case], device: str, allocators: Iterable[str]) -> tupl
     )
 
 
-# The least that an option may be.
-LEAST = {
-    **dict.fromkeys(("frames", "long_frames", "threads", "unet_frames", "unet_latents"), 1),
-    "rounds": 2,
-    "unet_width": 32,
-}
-
-
 def plan(selection: Selection) -> Plan:
     """Returns the run that a selection asks for. Raises ResultsError for what does not exist."""
     chosen = selection.complete()
     known = {"suites": SUITES, "models": WORKLOADS["models"], "peers": PEERS}
-    for option, names in known.items():
-        if unknown := [name for name in getattr(chosen, option) if name not in names]:
+    for field, names in known.items():
+        if unknown := [name for name in getattr(chosen, field) if name not in names]:
             raise ResultsError(
-                f"--{option}: there is no {', '.join(unknown)}; known: {', '.join(names)}"
+                f"--{field}: there is no {', '.join(unknown)}; known: {', '.join(names)}"
             )
-    for option, least in LEAST.items():
-        given = getattr(chosen, option)
-        if any(x < least for x in (given if isinstance(given, tuple) else (given,))):
-            name = option.replace("_", "-")
-            raise ResultsError(f"--{name}: must be at least {least}, got {given}")
     return Plan(
         device=chosen.device,
         threads=chosen.threads,
