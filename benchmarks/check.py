@@ -10,7 +10,12 @@ from torch import Tensor
 
 import vstar_kernels as vk
 from vstar_kernels.attention.bias import Bias
-from vstar_kernels.testing import assert_exact, eager, eager_with_map, largest_error, oracle
+from vstar_kernels.testing import (
+    assert_as_exact_as_eager,
+    eager,
+    largest_error,
+    oracle,
+)
 
 SEQUENCES, HEADS = 32, 2  # of the sample, up to SHORT_FRAMES; one of each above
 SHORT_FRAMES = 256
@@ -20,16 +25,7 @@ def assert_right(
     out: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Bias | None, **options: float
 ) -> None:
     """In float32 as exact as PyTorch; in 16 bits at most twice the eager formula's error."""
-    out, query, key, value = (x.cpu() for x in (out, query, key, value))
-    if query.dtype == torch.float32:
-        assert_exact(out, query, key, value, bias, **options)
-        return
-    assert (out.shape, out.dtype) == (query.shape, query.dtype)
-    expected = oracle(query, key, value, bias, **options)
-    allowed = 2 * largest_error(eager(query, key, value, bias, **options), expected)
-    allowed += 2 * torch.finfo(query.dtype).eps * value.abs().max().item()
-    error = largest_error(out, expected)
-    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+    assert_as_exact_as_eager(*(x.cpu() for x in (out, query, key, value)), bias, **options)
 
 
 def sample(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -64,7 +60,7 @@ class Oracle:
         found, *inputs = (x.cpu() for x in sample(self._sequences, mean_map, *self._inputs))
         doubles = [x.double() for x in inputs]
         _, expected = vk.reference.tar_attention(*doubles, self._bias, return_map=True)
-        _, plain = eager_with_map(*inputs, self._bias)
+        _, plain = eager(*inputs, self._bias, return_map=True)
         return _relative_error(found, expected, plain)
 
     def check_gradients(self, grads: list[Tensor], grad_out: Tensor) -> float:

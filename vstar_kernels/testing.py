@@ -1,15 +1,27 @@
-"""The oracle, the eager formula and the tolerances that tests and benchmarks share."""
+"""The oracle and the tolerances: one formula and one set of bounds for tests, demo and benchmarks.
+
+:func:`eager` is the formula, one PyTorch operation after the other in the inputs' type; in float64
+it is the oracle. It shares nothing with :mod:`vstar_kernels.attention.reference`, which is checked
+against it as the kernels are. The bounds compare a result's error with that of the same formula
+computed by PyTorch, and say how much more they allow and why.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vstar_kernels.attention import reference
 from vstar_kernels.attention.bias import Bias
-from vstar_kernels.attention.call import block_sums
+
+EPS = torch.finfo(torch.float32).eps
+ROW_SUM = 4e-6  # how much a row of a float32 map may miss 1 by
+CELL = 16 * EPS  # how much a weight of a float32 map may err by
+DRAWS = 8  # of the changed inputs that measure how a gradient is conditioned
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
@@ -18,9 +30,76 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tu
     return tuple(torch.randn(3, *shape, generator=generator).to(dtype).unbind())
 
 
-def oracle(query: Tensor, key: Tensor, value: Tensor, bias: Bias | None, **options: Any) -> Any:
-    """The formula in float64 on the very numbers that the kernel is given."""
-    return reference.tar_attention(query.double(), key.double(), value.double(), bias, **options)
+# ---- the formula ----
+
+
+def eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Bias | None = None,
+    *,
+    scale: float | None = None,
+    return_map: bool = False,
+    map_block: int = 1,
+) -> Any:
+    """The formula with every step in the inputs' type, all maps held, as the official code does.
+
+    The arguments and shapes are :func:`vstar_kernels.tar_attention`'s. A caller that times it makes
+    Δ once, as ``DenseBias(bias.matrix(frames).to(query), …)``.
+
+    Returns:
+        The output, or with ``return_map`` the output and the mean map.
+    """
+    weights = eager_weights(query, key, bias, scale=scale)
+    out = (weights @ value.transpose(-3, -2)).transpose(-3, -2)
+    if not return_map:
+        return out
+    mean_map = weights.mean(tuple(range(1, weights.ndim - 2)))
+    if map_block > 1:
+        frames = torch.arange(query.shape[-3], device=query.device)
+        in_block = F.one_hot(frames // map_block).to(mean_map)  # (frames, blocks)
+        mean_map = in_block.T @ mean_map @ in_block
+    return out, mean_map
+
+
+def eager_weights(
+    query: Tensor, key: Tensor, bias: Bias | None = None, *, scale: float | None = None
+) -> Tensor:
+    """A′ = softmax(φ + strength · stat · Δ) of :func:`eager`, ``(…, heads, frames, frames)``."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = (query.transpose(-3, -2) @ key.transpose(-3, -2).mT) * scale
+    if bias is not None and bias.strength != 0:
+        delta = bias.matrix(query.shape[-3]).to(logits)
+        logits = logits + bias.strength * _statistic(logits, bias) * delta
+    return logits.softmax(-1)
+
+
+def _statistic(logits: Tensor, bias: Bias) -> Tensor:
+    """The statistic of each row, broadcastable to the logits."""
+    dims = {"row_max": (-1,), "map_max": (-2, -1)}
+    if isinstance(bias.stat, Tensor):
+        stat = bias.stat.mT.unsqueeze(-1).to(logits)
+    elif bias.stat not in dims:
+        stat = logits.new_ones(())
+    elif not logits.requires_grad:
+        stat = logits.amax(dims[bias.stat], keepdim=True)
+    else:  # amax is faster, but divides a gradient among ties; max gives it to the first
+        flat = logits if bias.stat == "row_max" else logits.flatten(-2).unsqueeze(-2)
+        stat = flat.max(-1, keepdim=True).values
+    if bias.detach_stat:
+        stat = stat.detach()
+    return stat.clamp(min=0) if bias.clamp_negative else stat
+
+
+def oracle(
+    query: Tensor, key: Tensor, value: Tensor, bias: Bias | None = None, **options: Any
+) -> Any:
+    """:func:`eager` in float64 on the very numbers that the kernel is given."""
+    return eager(query.double(), key.double(), value.double(), bias, **options)
+
+
+# ---- bounds of the output and the map ----
 
 
 def largest_error(out: Tensor, expected: Tensor) -> float:
@@ -41,22 +120,40 @@ def assert_exact(
     assert out.shape == query.shape
     assert out.dtype == query.dtype
     expected = oracle(query, key, value, bias, **options)
-    plain: Any = reference.tar_attention(query, key, value, bias, **options)
+    plain = eager(query.float(), key.float(), value.float(), bias, **options).to(out.dtype)
     if not out.numel():
         return
-    eps = torch.finfo(torch.float32).eps
     size = value.double().abs().max().item()
-    allowed = torch.tensor(2 * largest_error(plain, expected) + 4 * eps * size)
+    allowed = torch.tensor(2 * largest_error(plain, expected) + 4 * EPS * size)
     error = (out.double() - expected).abs()
     if (error <= allowed).all():
         return
     # No error of the weights moves an output by more than the values' range.
-    moved = 2 * eps * sensitivity(query, key, value, bias, options.get("scale"))
+    moved = 2 * EPS * sensitivity(query, key, value, bias, options.get("scale"))
     allowed = allowed + moved.clamp(max=2 * size)
     worst = (error - allowed).nan_to_num(nan=float("inf")).argmax()
     assert (error <= allowed).all(), (
         f"error {error.flatten()[worst]:.3g}, allowed {allowed.flatten()[worst]:.3g}"
     )
+
+
+def assert_as_exact_as_eager(
+    out: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Bias | None, **options: Any
+) -> None:
+    """In float32 as :func:`assert_exact`; in 16 bits at most twice the error of :func:`eager`.
+
+    That is the bound of kernels whose weights are rounded to the inputs' type for the matrix units,
+    as eager's are. Two roundings of the largest value come on top.
+    """
+    if query.dtype == torch.float32:
+        assert_exact(out, query, key, value, bias, **options)
+        return
+    assert (out.shape, out.dtype) == (query.shape, query.dtype)
+    expected = oracle(query, key, value, bias, **options)
+    allowed = 2 * largest_error(eager(query, key, value, bias, **options), expected)
+    allowed += 2 * torch.finfo(query.dtype).eps * value.abs().max().item()
+    error = largest_error(out, expected)
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
 
 def sensitivity(
@@ -74,7 +171,7 @@ def sensitivity(
     terms = abs(scale) * (q.abs() @ k.mT.abs())
     if bias is not None and bias.strength != 0:
         weight = bias.strength * bias.matrix(query.shape[-3]).double()
-        stat = _weight_of_delta(logits, bias)
+        stat = _statistic(logits, bias)
         stat_terms = stat.abs()
         if isinstance(bias.stat, str) and bias.stat != "none":  # one of the logits, with its terms
             stat_terms = terms.amax(-1 if bias.stat == "row_max" else (-2, -1), keepdim=True)
@@ -86,29 +183,110 @@ def sensitivity(
     return result.transpose(-3, -2)
 
 
-def _weight_of_delta(logits: Tensor, bias: Bias) -> Tensor:
-    stat = reference.statistic(logits, bias.stat)
-    if bias.detach_stat:
-        stat = stat.detach()
-    return stat.clamp(min=0) if bias.clamp_negative else stat
+def assert_map(
+    mean_map: Tensor, expected: Tensor, *, frames: int, map_block: int = 1, rows_only: bool = False
+) -> None:
+    """A float32 map holds all weights of each row, and each in its place unless ``rows_only``.
+
+    A row's sum does not depend on the logits, so its bound holds however large those are. A cell's
+    bound is for logits of a few units, whose weights err by a few roundings.
+    """
+    assert mean_map.shape == expected.shape
+    assert mean_map.dtype == torch.float32
+    if not mean_map.numel():
+        return
+    size = min(map_block, frames)  # rows, and columns, of the map that a cell is summed over
+    error = (mean_map.double().sum(-1) - expected.double().sum(-1)).abs().max().item()
+    assert error <= ROW_SUM * size, f"a row of the map is off by {error:.3g}"
+    if not rows_only:
+        error = largest_error(mean_map, expected)
+        assert error <= CELL * size**2, f"the map is off by {error:.3g}, allowed {CELL * size**2}"
 
 
-def eager(query: Tensor, key: Tensor, value: Tensor, bias: Bias | None, **options: Any) -> Tensor:
-    """The formula with every step in the inputs' type, as the official code computes it."""
-    return eager_with_map(query, key, value, bias, **options)[0]
+# ---- bounds of the gradients ----
+
+NamedTensors = Mapping[str, Tensor]
 
 
-def eager_with_map(
-    query: Tensor, key: Tensor, value: Tensor, bias: Bias | None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """:func:`eager` and the mean map."""
-    scale = query.shape[-1] ** -0.5 if options.get("scale") is None else options["scale"]
-    q, k, v = (x.transpose(-3, -2) for x in (query, key, value))
-    logits = (q @ k.mT) * scale
-    if bias is not None and bias.strength != 0:
-        delta = bias.matrix(query.shape[-3]).to(logits)
-        logits = logits + bias.strength * _weight_of_delta(logits, bias) * delta
-    weights = logits.softmax(-1)
-    mean_map = weights.mean(tuple(range(1, weights.ndim - 2)))
-    mean_map = block_sums(mean_map, options.get("map_block", 1))
-    return (weights @ v).transpose(-3, -2), mean_map
+def assert_gradients(
+    found: NamedTensors, compute: Callable[[Callable[[Tensor], Tensor]], NamedTensors]
+) -> float:
+    """Gradients err about as little as PyTorch's do, point the right way and have the right length.
+
+    ``compute`` returns the gradients, by the same names, of a plain formula on the inputs after
+    each of them (query, key, value, gradients of the results, tensors of the bias) went through the
+    function that it is given. It is called with the identity, for PyTorch's own error, and with
+    ``Tensor.double``, for the truth g. With e the error of ``found``:
+
+    **Norm.** ‖e‖ ≤ 2 ‖e of PyTorch‖ + 4 eps ‖g‖. The ratio of two such norms is close to its
+    expectation only where many independent errors of similar size are in each. With few (short
+    sequences, head_dim 1, a table of three entries) or where terms cancel (rows of dA′ − rowsum),
+    PyTorch may be lucky where another order of summation is not. Then 4 times what one rounding of
+    each input does to the gradient comes on top: the root mean square of g's change when each input
+    changes by ± eps of its own, over some draws. That is the problem's conditioning, which no
+    float32 computation is better than, whatever its luck.
+
+    **Cosine.** 1 − cos(found, g) ≤ (that bound / ‖g‖)². A perpendicular error of relative size r
+    costs r²/2, so nothing that passes for the norm fails here but by its direction.
+
+    **Signed bias.** The slope b = Σ eᵢgᵢ / Σ gᵢ² of the error on the gradient tells a gradient that
+    is systematically too long or too short from one that is merely rounded. Rounding has no
+    preferred sign, so b is a sum of terms eᵢgᵢ with random signs: its expectation is 0 and its
+    deviation s = √(Σ eᵢ²gᵢ²) / Σ gᵢ². By Hoeffding's inequality |b| > 6 s has a probability below
+    2 exp(−6²/2) = 3e-8, for errors and gradients of any sizes. (6 ‖e‖ / (‖g‖ √n) is the same only
+    where all n of the eᵢgᵢ are of one size. At head_dim 1 each element of the gradient is a single
+    product of normal numbers instead of a sum of many: a handful of elements holds most of ‖g‖² and
+    of Σ eᵢ²gᵢ², and s is several times as large.) Two things that are not random signs come on top:
+    4 eps for the roundings that all elements share, of the scale and of the strength; and twice
+    PyTorch's |b|, since elements that are equal, as where scale = 0 makes all weights equal, are
+    rounded alike. By Cauchy and Schwarz |b| ≤ s √n: in fewer than 36 elements a bias cannot be told
+    from luck, and the bound of the norm is all there is.
+
+    Returns:
+        The largest relative error ‖e‖ / ‖g‖; of gradients that are zero, ‖e‖.
+    """
+    plain, exact = compute(lambda x: x), compute(Tensor.double)
+    assert found.keys() == exact.keys(), f"{sorted(found)} instead of {sorted(exact)}"
+    noise: dict[str, float] = {}  # measured where it is needed
+    worst = 0.0
+    for name, g in exact.items():
+        g, x = g.double(), found[name].double()
+        assert x.shape == g.shape, f"{name}: shape {tuple(x.shape)}, not {tuple(g.shape)}"
+        assert x.isfinite().all(), f"{name}: not finite"
+        e, plain_e = x - g, plain[name].double() - g
+        size, error = g.norm().item(), e.norm().item()
+        allowed = 2 * plain_e.norm().item() + 4 * EPS * size
+        if error > allowed:
+            noise = noise or _conditioning(compute, exact)
+            allowed += 4 * noise[name]
+            assert error <= allowed, (
+                f"{name}: relative error {error / (size or 1):.3g}, "
+                f"allowed {allowed / (size or 1):.3g}"
+            )
+        worst = max(worst, error / (size or 1.0))
+        if size <= allowed:  # nothing but rounding, which has neither direction nor length
+            continue
+        cosine = ((x * g).sum() / (x.norm() * size)).item()
+        assert 1 - cosine <= (allowed / size) ** 2 + 1e-13, f"{name}: cosine {cosine}"
+        slope, plain_slope = (((y * g).sum() / size**2).item() for y in (e, plain_e))
+        deviation = (e * g).norm().item() / size**2
+        straight = 2 * abs(plain_slope) + 6 * deviation + 4 * EPS
+        assert abs(slope) <= straight, f"{name}: biased by {slope:.3g}, allowed {straight:.3g}"
+    return worst
+
+
+def _conditioning(
+    compute: Callable[[Callable[[Tensor], Tensor]], NamedTensors], exact: NamedTensors
+) -> dict[str, float]:
+    """How far gradients move, root mean square, when each number they are made of moves by eps."""
+    generator = torch.Generator().manual_seed(0)
+
+    def changed(x: Tensor) -> Tensor:
+        signs = 2 * torch.randint(2, x.shape, generator=generator) - 1
+        return x.double() * (1 + EPS * signs.to(x.device))
+
+    squares = dict.fromkeys(exact, 0.0)
+    for _ in range(DRAWS):
+        for name, gradient in compute(changed).items():
+            squares[name] += (gradient.double() - exact[name].double()).square().sum().item()
+    return {name: math.sqrt(square / DRAWS) for name, square in squares.items()}

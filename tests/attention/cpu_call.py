@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import vstar_kernels as vk
+from vstar_kernels import testing
 from vstar_kernels.attention.schemas import STAT_NUMBERS, STAT_TENSOR
-from vstar_kernels.testing import inputs
-
-EPS = torch.finfo(torch.float32).eps
 
 
 class Call:
@@ -31,8 +30,9 @@ class Call:
         with_map=True,
         seed=0,
     ):
-        generator = torch.Generator().manual_seed(seed)
-        self.query, self.key, self.value = inputs(*shape, dtype=dtype, seed=seed)
+        # Another seed than that of the inputs, whose query would else be grad_out too.
+        generator = torch.Generator().manual_seed(seed + 1)
+        self.query, self.key, self.value = testing.inputs(*shape, dtype=dtype, seed=seed)
         self.grad_out = torch.randn(shape, generator=generator).to(dtype)
         self.frames = shape[-3]
         self.grad_map = None
@@ -75,26 +75,23 @@ class Call:
         torch.ops.vstar_kernels.cpu_forward(out, mean_map, *self.arguments())
         return out, mean_map
 
-    def autograd(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The oracle's gradients with the inputs in a type."""
+    def autograd(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """The reference's gradients by autograd, each tensor of the call changed first."""
+        named = {"query": self.query, "key": self.key, "value": self.value}
+        named |= {"bias": self.bias, "stat": self.stat_values}
         leaves = {
-            name: x.detach().to(dtype).requires_grad_()
-            for name, x in (("query", self.query), ("key", self.key), ("value", self.value))
+            name: change(x.detach()).requires_grad_() for name, x in named.items() if x is not None
         }
-        precise = torch.promote_types(dtype, torch.float32)
-        if self.bias is not None:
-            leaves["bias"] = self.bias.detach().to(precise).requires_grad_()
-        if self.stat_values is not None:
-            leaves["stat"] = self.stat_values.detach().requires_grad_()
+        stat = leaves["stat"].float() if "stat" in leaves else self.stat
         out, mean_map = vk.reference.tar_attention(
             *(leaves[name] for name in ("query", "key", "value")),
-            self.bias_object(leaves.get("bias"), leaves.get("stat", self.stat)),
+            self.bias_object(leaves.get("bias"), stat),
             scale=self.scale,
             return_map=True,
         )
-        outputs, grads = [out], [self.grad_out.to(out)]
+        outputs, grads = [out], [change(self.grad_out).to(out)]
         if self.grad_map is not None:
-            outputs, grads = [*outputs, mean_map], [*grads, self.grad_map.to(mean_map)]
+            outputs, grads = [*outputs, mean_map], [*grads, change(self.grad_map).to(mean_map)]
         results = torch.autograd.grad(
             outputs, list(leaves.values()), grads, allow_unused=True, materialize_grads=True
         )
@@ -123,40 +120,16 @@ class Call:
 
 
 def assert_gradients(call: Call) -> None:
-    """At most twice autograd's error in the same type, not aslant and not in one direction."""
-    ours, plain, exact = (
-        call.gradients(),
-        call.autograd(call.query.dtype),
-        call.autograd(torch.double),
-    )
-    assert ours.keys() == exact.keys()
-    for name, expected in exact.items():
-        expected = expected.double()
-        size = expected.norm().item()
-        error = ours[name].double() - expected
-        if size < 1e-6:  # nothing but rounding: one key, or gradients that are not wanted
-            assert error.norm().item() <= 1e-5, f"{name}: {error.norm():.3g} for zero"
-            continue
-        relative = error.norm().item() / size
-        allowed = 2 * (plain[name].double() - expected).norm().item() / size + 4 * EPS
-        assert relative <= allowed, f"{name}: relative error {relative:.3g}, allowed {allowed:.3g}"
-        length = ours[name].double().norm().item()
-        cosine = (ours[name].double() * expected).sum().item() / (length * size)
-        assert 1 - cosine <= allowed**2 + 1e-13, f"{name}: cosine {cosine}"
-        along = (error * expected).sum().item() / size**2
-        straight = 6 * allowed / math.sqrt(expected.numel()) + 4 * EPS
-        assert abs(along) <= straight, f"{name}: biased by {along:.3g}, allowed {straight:.3g}"
+    """The kernel's gradients are as exact as :func:`testing.assert_gradients` asks."""
+    testing.assert_gradients(call.gradients(), call.autograd)
 
 
 def assert_map(call: Call) -> None:
+    """The kernel's mean map is as exact as :func:`testing.assert_map` asks."""
     leaves = [x.double() for x in (call.query, call.key, call.value)]
     bias = call.bias_object(
         None if call.bias is None else call.bias.double(),
         call.stat if call.stat_values is None else call.stat_values,
     )
-    _, expected = vk.reference.tar_attention(*leaves, bias, scale=call.scale, return_map=True)
-    _, mean_map = call.forward()
-    assert mean_map.shape == expected.shape
-    assert (mean_map - expected).abs().max().item() <= 2e-6
-    # Rows of weights, whatever their number.
-    assert (mean_map.sum(-1) - 1).abs().max().item() <= 4e-6
+    _, expected = testing.oracle(*leaves, bias, scale=call.scale, return_map=True)
+    testing.assert_map(call.forward()[1], expected, frames=call.frames)

@@ -182,7 +182,7 @@ class Runner:
             call = Call(bias, case.scale, case.map_block, grads)
             out, mean_map, gradients = call(*inputs, backend="cpu")
             torch.set_num_threads(1)  # the oracle is small
-        for name, x in zip(RESULTS, (out, *gradients), strict=False):
+        for name, x in zip(RESULTS, (out, *gradients.values()), strict=False):
             assert self._guarded[name].holds(x), f"{name} is not where the guard pages are"
         for name, guarded in self._guarded.items():
             assert guarded.untouched(), f"the kernel wrote beside {name}"
