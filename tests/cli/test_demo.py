@@ -1,3 +1,5 @@
+import base64
+import io
 import json
 import re
 import string
@@ -24,7 +26,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from vstar_kernels.analysis import band_share
-from vstar_kernels.cli.demo import denoise, measure
+from vstar_kernels.cli.demo import denoise, measure, report
 from vstar_kernels.models.attention_processor import TARAttnProcessor
 from vstar_kernels.models.layers import TemporalLayer
 
@@ -48,11 +50,11 @@ def small(one_thread, tmp_path_factory):
 def test_it_agrees_with_eager_tar_and_not_with_stock_attention(small):
     results = read_results(small)
     assert results["agrees"]
-    ways = results["ways"]
-    assert list(ways) == ["stock", "eager_tar", "vstar_kernels"]
-    assert ways["eager_tar"]["difference_from_eager"] == 0
-    assert 0 < ways["vstar_kernels"]["difference_from_eager"] < results["tolerance"]
-    assert ways["stock"]["difference_from_eager"] > 10 * results["tolerance"]
+    variants = results["variants"]
+    assert list(variants) == ["stock", "eager_tar", "vstar_kernels"]
+    assert variants["eager_tar"]["difference_from_eager"] == 0
+    assert 0 < variants["vstar_kernels"]["difference_from_eager"] < results["tolerance"]
+    assert variants["stock"]["difference_from_eager"] > 10 * results["tolerance"]
 
 
 def test_every_figure_is_there(small):
@@ -62,11 +64,13 @@ def test_every_figure_is_there(small):
     model = results["model"]
     assert (model["frames"], model["latent_height"], model["latent_width"]) == (FRAMES, 8, 8)
     assert (model["temporal_layers"], model["regularized_layers"]) == (32, 20)
-    for way in results["ways"].values():
-        assert len(way["steps"]) == model["regularized_steps"] == 2
-        assert 0 < way["core_seconds"] < way["step_seconds"]
-        assert way["core_seconds"] == pytest.approx(sum(way["core_seconds_by_level"].values()))
-        assert way["peak_bytes"] is None or way["peak_bytes"] > 1e6
+    for variant in results["variants"].values():
+        assert len(variant["steps"]) == model["regularized_steps"] == 2
+        assert 0 < variant["core_seconds"] < variant["step_seconds"]
+        assert variant["core_seconds"] == pytest.approx(
+            sum(variant["core_seconds_by_level"].values())
+        )
+        assert variant["peak_bytes"] is None or variant["peak_bytes"] > 1e6
 
 
 def test_the_maps_show_the_band_where_tar_is(small):
@@ -90,11 +94,21 @@ def test_the_maps_show_the_band_where_tar_is(small):
 def test_the_report_stands_alone(small):
     assert sorted(path.name for path in small.iterdir()) == ["report.html", "results.json"]
     assert list(small.parent.iterdir()) == [small]  # nothing is left beside it
-    report = (small / "report.html").read_text()
-    assert report.count('<img src="data:image/png;base64,') == 2 * 4
-    assert report.count("<svg") == 2
-    assert "prefers-color-scheme: dark" in report
-    assert "http" not in report
+    page = (small / "report.html").read_text()
+    assert page.count('<img src="data:image/png;base64,') == 2 * 4
+    assert page.count('<img src="data:image/svg+xml;base64,') == 2
+    assert page.count('<source srcset="data:image/svg+xml;base64,') == 2  # for dark screens
+    assert "prefers-color-scheme: dark" in page
+    assert "http" not in page
+
+
+def test_a_map_is_drawn_from_its_minimum_to_its_maximum():
+    uri = report._map_image([[0.5, 1.5], [float("nan"), 0.5]])
+    content = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
+    with Image.open(io.BytesIO(content)) as image:
+        pixels = [image.getpixel((x, y))[:3] for y in range(2) for x in range(2)]
+    darkest, lightest, grey = (68, 1, 84), (253, 231, 36), (128, 128, 128)
+    assert pixels == [darkest, lightest, grey, darkest]
 
 
 def test_the_table_is_printed(tmp_path, capsys):
@@ -111,15 +125,15 @@ def test_steps_after_the_fourteenth_are_not_regularized(pipeline, tmp_path):
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     results = read_results(tmp_path)
     assert (results["model"]["steps"], results["model"]["regularized_steps"]) == (16, 14)
-    assert all(len(way["steps"]) == 14 for way in results["ways"].values())
+    assert all(len(variant["steps"]) == 14 for variant in results["variants"].values())
 
 
 def test_a_peak_that_cannot_be_measured_is_not_made_up(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "CLEAR_REFS", tmp_path / "none")
     assert main([*SMALL, "--steps", "1", "--output", str(tmp_path / "output")]) == 0
     assert "not measured" in capsys.readouterr().out
-    ways = read_results(tmp_path / "output")["ways"].values()
-    assert all(way["peak_bytes"] is None for way in ways)
+    variants = read_results(tmp_path / "output")["variants"].values()
+    assert all(variant["peak_bytes"] is None for variant in variants)
 
 
 @pytest.mark.parametrize("factor", [-1.0, float("nan")], ids=["sign", "nan"])
@@ -128,8 +142,8 @@ def test_a_wrong_result_is_an_error(factor, tmp_path, monkeypatch, capsys):
         table = factor * torch.ones(FRAMES)
         return TARAttnProcessor(vk.ToeplitzBias(table, strength=bias.strength))
 
-    wrong = denoise.Way("vstar_kernels", "broken", broken)
-    monkeypatch.setattr(denoise, "WAYS", (denoise.STOCK, denoise.EAGER, wrong))
+    wrong = denoise.Variant("vstar_kernels", "broken", broken)
+    monkeypatch.setattr(denoise, "VARIANTS", (denoise.STOCK, denoise.EAGER, wrong))
     assert main([*SMALL, "--steps", "1", "--output", str(tmp_path)]) == 1
     assert "differs from eager TAR" in capsys.readouterr().err
     assert "something is wrong" in (tmp_path / "report.html").read_text()
@@ -244,8 +258,8 @@ def test_a_saved_pipeline_makes_videos(pipeline, tmp_path):
     assert results["agrees"]
     assert (results["model"]["latent_height"], results["model"]["latent_width"]) == (8, 8)
     assert [level["level"] for level in results["maps"]] == [0, 1]
-    report = (output / "report.html").read_text()
-    assert report.count('<img src="data:image/gif;base64,') == 2
+    page = (output / "report.html").read_text()
+    assert page.count('<img src="data:image/gif;base64,') == 2
     for way in ("stock", "vstar_kernels"):
         with Image.open(output / f"{way}.gif") as video:
             assert (video.size, video.n_frames) == ((16, 16), 5)
@@ -257,18 +271,17 @@ def test_a_saved_pipeline_makes_videos(pipeline, tmp_path):
 
 def test_the_loop_is_the_pipelines_own(pipeline, tmp_path):
     """Stock attention gives the video that diffusers' pipeline gives for the same noise."""
-    from vstar_kernels.cli.demo import models, run
-    from vstar_kernels.cli.demo.options import DemoOptions
+    from vstar_kernels.cli.demo.command import DemoOptions, load_model, prepare
 
     model = str(pipeline)
     options = DemoOptions(model, "a cat", frames=5, steps=3, output=tmp_path / "output")
-    demo = run._prepare(options)
+    demo = prepare(options)
     demo.run(lambda done: None)
-    latents = models.load(options).latents
+    latents = load_model(options).latents
     expected = TextToVideoSDPipeline.from_pretrained(model)(
         "a cat", num_frames=5, num_inference_steps=3, latents=latents, output_type="latent"
     ).frames
-    torch.testing.assert_close(demo.runs[0].latents, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(demo.denoisings[0].latents, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_core_is_timed_without_the_projections():

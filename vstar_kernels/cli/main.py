@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments == ["info"]:
         return Info().run()
     try:
-        from vstar_kernels.cli.demo.options import DemoOptions
+        from vstar_kernels.cli.demo.command import DemoOptions
         from vstar_kernels.cli.generate import GenerateOptions
         from vstar_kernels.cli.options import run_command
     except ImportError as error:

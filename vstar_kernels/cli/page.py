@@ -10,12 +10,24 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEMPLATES = Path(__file__).parent / "templates"
+
+
+class Colours(NamedTuple):
+    """What figures are drawn with on a page: text, this package's figures and those of others."""
+
+    text: str
+    ours: str
+    peers: str
+
+
+LIGHT = Colours(text="#1d2329", ours="#1f8a70", peers="#b3bcc5")
+DARK = Colours(text="#e4e8ec", ours="#3fb896", peers="#56616c")
 
 
 def render(template: str, *folders: Path, **values: Any) -> str:

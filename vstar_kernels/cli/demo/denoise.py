@@ -1,4 +1,4 @@
-"""The denoising loop: three ways, step by step in turn, each with latents of its own."""
+"""The denoising loop: three variants of attention, in turn, each with latents of its own."""
 
 from __future__ import annotations
 
@@ -25,25 +25,33 @@ GUIDANCE_SCALE = 9.0  # TextToVideoSDPipeline's default
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way of computing the regularized layers; ``processor`` None leaves them as they are."""
+class Variant:
+    """A way of computing the regularized layers' attention.
+
+    Attributes:
+        name, label: For files, and for people.
+        processor: Makes the attention processor of a layer; None leaves the layers as they are.
+    """
 
     name: str
     label: str
     processor: Callable[[GaussianBias], Any] | None = None
 
 
-STOCK = Way("stock", "stock attention, no TAR")
-EAGER = Way("eager_tar", "eager TAR", EagerTARAttnProcessor)
-KERNELS = Way("vstar_kernels", "vstar_kernels TAR", TARAttnProcessor)
-WAYS = (STOCK, EAGER, KERNELS)
+STOCK = Variant("stock", "stock attention, no TAR")
+EAGER = Variant("eager_tar", "eager TAR", EagerTARAttnProcessor)
+KERNELS = Variant("vstar_kernels", "vstar_kernels TAR", TARAttnProcessor)
+VARIANTS = (STOCK, EAGER, KERNELS)
 
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What one step took; ``core_seconds`` by the name of the layer, without its projections.
+    """What one step took.
 
-    ``peak_bytes`` is None where it cannot be measured.
+    Attributes:
+        seconds: Of the whole step.
+        core_seconds: Of each regularized layer without its projections, by the layer's name.
+        peak_bytes: None where it cannot be measured.
     """
 
     seconds: float
@@ -53,9 +61,9 @@ class StepFigures:
 
 @dataclass
 class Denoising:
-    """One way's video in progress. ``figures`` has the regularized steps only."""
+    """One variant's video in progress; ``figures`` has the regularized steps only."""
 
-    way: Way
+    variant: Variant
     processors: dict[str, Any]
     scheduler: Any
     latents: Tensor
@@ -65,7 +73,13 @@ class Denoising:
 
 
 class Demo:
-    """The model, and its temporal attention layers with the bias of each regularized level."""
+    """A model that is denoised by every variant, with the bias of each regularized level.
+
+    Attributes:
+        denoisings: The variants' videos, in the order of :data:`VARIANTS`.
+        regularized: Those of ``layers`` whose level has a bias.
+        regularized_calls: In how many calls of the model they are regularized.
+    """
 
     def __init__(
         self,
@@ -81,91 +95,99 @@ class Demo:
         self.regularized = [layer for layer in layers if layer.level in biases]
         self.biases = biases
         self.device = model.latents.device
-        self._own_processors = {layer.name: layer.module.processor for layer in layers}
-        self.runs = [self._start(way, steps, seed) for way in WAYS]
-        self.timesteps = self.runs[0].scheduler.timesteps
+        self._stock_processors = {layer.name: layer.module.processor for layer in layers}
+        self.denoisings = [self._start(variant, steps, seed) for variant in VARIANTS]
+        self.timesteps = self.denoisings[0].scheduler.timesteps
         # Some schedulers evaluate the model several times in a step.
-        calls_per_step = self.runs[0].scheduler.order
+        calls_per_step = self.denoisings[0].scheduler.order
         self.regularized_calls = min(len(self.timesteps), REGULARIZED_STEPS * calls_per_step)
 
-    def _start(self, way: Way, steps: int, seed: int) -> Denoising:
+    def _start(self, variant: Variant, steps: int, seed: int) -> Denoising:
         scheduler = self.model.scheduler
         scheduler = type(scheduler).from_config(scheduler.config)
         scheduler.set_timesteps(steps, device=self.device)
-        processors = dict(self._own_processors)
-        if way.processor is not None:
+        processors = dict(self._stock_processors)
+        if variant.processor is not None:
             processors |= {
-                layer.name: way.processor(self.biases[layer.level]) for layer in self.regularized
+                layer.name: variant.processor(self.biases[layer.level])
+                for layer in self.regularized
             }
         latents = self.model.latents * scheduler.init_noise_sigma
         generator = torch.Generator(self.device).manual_seed(seed)
-        return Denoising(way, processors, scheduler, latents, generator)
+        return Denoising(variant, processors, scheduler, latents, generator)
 
     @property
     def num_forwards(self) -> int:
         """How often ``progress`` is called by :meth:`run`."""
-        return 1 + len(self.timesteps) * len(self.runs)
+        return 1 + len(self.timesteps) * len(self.denoisings)
 
     @torch.no_grad()
     def run(self, progress: Callable[[str], None]) -> None:
-        """Denoise to the end; ``progress`` gets the name of what has just been done."""
+        """Denoises to the end; ``progress`` gets the name of what has just been done."""
         self._warm_up()
         progress("warm-up")
         with CoreTimer(self.regularized, self.device) as timer:
             for index in range(len(self.timesteps)):
-                # Each way goes first in turn, so that none always follows the same neighbour.
-                first = index % len(self.runs)
-                for run in self.runs[first:] + self.runs[:first]:
-                    self._step(run, index, timer)
-                    progress(run.way.label)
-        self._install(self._own_processors)
+                # Each goes before the others in turn, so that none always follows the same one.
+                begin = index % len(self.denoisings)
+                for denoising in self.denoisings[begin:] + self.denoisings[:begin]:
+                    self._step(denoising, index, timer)
+                    progress(denoising.variant.label)
+        self._install(self._stock_processors)
 
     def _warm_up(self) -> None:
-        """One stock forward at the real size, which sets up memory and the convolutions, and a
-        small one for each other way, which loads its kernels."""
-        size = self.model.latents.shape[-2:]
-        for run in self.runs:
-            self._install(run.processors)
-            height, width = size if run.way is STOCK else (min(8, extent) for extent in size)
-            self._predict(run, self.model.latents[..., :height, :width], self.timesteps[0])
+        """Runs the model once for each variant.
 
-    def _step(self, run: Denoising, index: int, timer: CoreTimer) -> None:
+        Stock attention runs at the real size, which sets up memory and the convolutions; the others
+        run at a small one, which loads their kernels.
+        """
+        size = self.model.latents.shape[-2:]
+        for denoising in self.denoisings:
+            self._install(denoising.processors)
+            height, width = (
+                size if denoising.variant is STOCK else (min(8, extent) for extent in size)
+            )
+            self._predict(denoising, self.model.latents[..., :height, :width], self.timesteps[0])
+
+    def _step(self, denoising: Denoising, index: int, timer: CoreTimer) -> None:
         regularize = index < self.regularized_calls
-        self._install(run.processors if regularize else self._own_processors)
-        if index == self.regularized_calls - 1 and run.way is not EAGER:
-            run.capture = capture_maps(
+        self._install(denoising.processors if regularize else self._stock_processors)
+        if index == self.regularized_calls - 1 and denoising.variant is not EAGER:
+            denoising.capture = capture_maps(
                 self.model.unet, layers=lambda layer: layer in self.layers, max_rows=MAP_ROWS
             )
-            with run.capture:
-                figures = self._measured_step(run, index, timer)
+            with denoising.capture:
+                figures = self._measured_step(denoising, index, timer)
         else:
-            figures = self._measured_step(run, index, timer)
+            figures = self._measured_step(denoising, index, timer)
         if regularize:
-            run.figures.append(figures)
+            denoising.figures.append(figures)
 
-    def _measured_step(self, run: Denoising, index: int, timer: CoreTimer) -> StepFigures:
+    def _measured_step(self, denoising: Denoising, index: int, timer: CoreTimer) -> StepFigures:
         can_measure_peak = reset_peak_memory(self.device)
         timer.take()
         start = now(self.device)
-        self._advance(run, self.timesteps[index])
+        self._advance(denoising, self.timesteps[index])
         seconds = now(self.device) - start
         peak_bytes = read_peak_memory(self.device) if can_measure_peak else None
         return StepFigures(seconds, timer.take(), peak_bytes)
 
-    def _advance(self, run: Denoising, timestep: Tensor) -> None:
-        latents = run.scheduler.scale_model_input(run.latents, timestep)
-        unconditional, conditional = self._predict(run, latents, timestep)
+    def _advance(self, denoising: Denoising, timestep: Tensor) -> None:
+        latents = denoising.scheduler.scale_model_input(denoising.latents, timestep)
+        unconditional, conditional = self._predict(denoising, latents, timestep)
         noise = unconditional + GUIDANCE_SCALE * (conditional - unconditional)
         extra = {}
-        if "generator" in inspect.signature(run.scheduler.step).parameters:
-            extra["generator"] = run.generator
+        if "generator" in inspect.signature(denoising.scheduler.step).parameters:
+            extra["generator"] = denoising.generator
         # Schedulers are made for images: (frames, channels, height, width).
-        frames = run.latents[0].transpose(0, 1)
-        stepped = run.scheduler.step(noise.transpose(0, 1), timestep, frames, **extra).prev_sample
-        run.latents = stepped.transpose(0, 1)[None]
+        frames = denoising.latents[0].transpose(0, 1)
+        stepped = denoising.scheduler.step(
+            noise.transpose(0, 1), timestep, frames, **extra
+        ).prev_sample
+        denoising.latents = stepped.transpose(0, 1)[None]
 
-    def _predict(self, run: Denoising, latents: Tensor, timestep: Tensor) -> Tensor:
-        """The noise without and with the prompt, ``(2, channels, frames, height, width)``."""
+    def _predict(self, denoising: Denoising, latents: Tensor, timestep: Tensor) -> Tensor:
+        """Returns the noise without and with the prompt, shaped as two latents."""
         return self.model.unet(
             latents.expand(2, -1, -1, -1, -1),
             timestep,

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vstar_kernels.cli.demo.options import DemoOptions
 from vstar_kernels.cli.options import CommandError
 
 SIZE = (320, 512)  # VideoCrafter2's, in pixels
@@ -33,26 +32,24 @@ class VideoModel:
     pipeline: Any = None
 
     def decode(self, latents: Tensor) -> list[Any]:
-        """The frames of ``(1, channels, frames, height, width)`` latents, as PIL images."""
+        """Returns the frames of ``(1, channels, frames, height, width)`` latents, as PIL images."""
         video = self.pipeline.decode_latents(latents)
         return self.pipeline.video_processor.postprocess_video(video, output_type="pil")[0]
 
 
-def load(options: DemoOptions) -> VideoModel:
-    """The model that the options ask for, on their device.
+def random_model(
+    width: int, *, frames: int, size: tuple[int, int] | None, seed: int, device: str
+) -> VideoModel:
+    """Returns ModelScope's UNet, which has VideoCrafter2's arrangement, with untrained weights.
 
-    Raises:
-        CommandError: It cannot be loaded.
+    Args:
+        width: Channels of its first level.
+        frames, size, seed: Of the noise, which is to become a video of ``size`` pixels.
+        device: Where the model and the noise are put.
     """
-    torch.manual_seed(options.seed)
-    return _random(options) if options.model is None else _pretrained(options, options.model)
-
-
-def _random(options: DemoOptions) -> VideoModel:
-    """ModelScope's UNet, which has VideoCrafter2's arrangement, with untrained weights."""
     from diffusers import DDIMScheduler, UNet3DConditionModel
 
-    width = options.width
+    torch.manual_seed(seed)
     unet: Any = UNet3DConditionModel(
         block_out_channels=(width, 2 * width, 4 * width, 4 * width),
         attention_head_dim=64 if width % 64 == 0 else 32,
@@ -68,42 +65,51 @@ def _random(options: DemoOptions) -> VideoModel:
     embeds = torch.randn(2, TEXT_TOKENS, unet.config.cross_attention_dim)
     return VideoModel(
         f"UNet3DConditionModel, random weights, {_channels(unet)} channels",
-        unet.eval().to(options.device),
+        unet.eval().to(device),
         scheduler,
-        embeds.to(options.device),
-        _noise(unet, options, options.size or SIZE, PIXELS_PER_LATENT),
+        embeds.to(device),
+        _noise(unet, frames, size or SIZE, PIXELS_PER_LATENT, seed).to(device),
     )
 
 
-def _pretrained(options: DemoOptions, model: str) -> VideoModel:
+def pretrained_model(
+    name: str, prompt: str, *, frames: int, size: tuple[int, int] | None, seed: int, device: str
+) -> VideoModel:
+    """Returns a text-to-video pipeline's model, from a folder or the hub.
+
+    Args:
+        name, prompt: The pipeline, and what it is to draw.
+        frames, size, seed, device: As for :func:`random_model`; ``size`` None is the model's own.
+
+    Raises:
+        CommandError: It cannot be loaded.
+    """
     from diffusers import TextToVideoSDPipeline
 
     try:
-        pipeline = TextToVideoSDPipeline.from_pretrained(model)
+        pipeline = TextToVideoSDPipeline.from_pretrained(name)
     # diffusers raises whatever its parts raise: of the network, of a file, of a wrong class.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CommandError(f"--model: cannot load {model}: {reason}") from error
-    pipeline.to(options.device)
+        raise CommandError(f"--model: cannot load {name}: {reason}") from error
+    pipeline.to(device)
     conditional, unconditional = pipeline.encode_prompt(
-        options.prompt,
-        options.device,
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=True,
+        prompt, device, num_images_per_prompt=1, do_classifier_free_guidance=True
     )
-    unet = pipeline.unet
-    size = options.size or _own_size(unet, pipeline.vae_scale_factor)
+    unet, pixels_per_latent = pipeline.unet, pipeline.vae_scale_factor
+    size = size or _native_size(unet, pixels_per_latent)
     return VideoModel(
-        f"{model}, {_channels(unet)} channels",
+        f"{name}, {_channels(unet)} channels",
         unet,
         pipeline.scheduler,
         torch.cat([unconditional, conditional]),
-        _noise(unet, options, size, pipeline.vae_scale_factor),
+        _noise(unet, frames, size, pixels_per_latent, seed).to(device),
         pipeline,
     )
 
 
-def _own_size(unet: Any, pixels_per_latent: int) -> tuple[int, int]:
+def _native_size(unet: Any, pixels_per_latent: int) -> tuple[int, int]:
+    """Returns the height and width in pixels that a UNet was made for."""
     size = unet.config.sample_size
     if size is None:
         return SIZE
@@ -112,13 +118,12 @@ def _own_size(unet: Any, pixels_per_latent: int) -> tuple[int, int]:
 
 
 def _noise(
-    unet: Any, options: DemoOptions, size: tuple[int, int], pixels_per_latent: int
+    unet: Any, frames: int, size: tuple[int, int], pixels_per_latent: int, seed: int
 ) -> Tensor:
-    """The initial latents: drawn on the CPU, so that every device starts from the same."""
+    """Returns the initial latents, on the CPU, so that every device starts from the same."""
     height, width = (pixels // pixels_per_latent for pixels in size)
-    generator = torch.Generator().manual_seed(options.seed)
-    shape = (1, unet.config.in_channels, options.frames, height, width)
-    return torch.randn(shape, generator=generator).to(options.device)
+    shape = (1, unet.config.in_channels, frames, height, width)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _channels(unet: Any) -> str:
