@@ -27,7 +27,7 @@ LEAST_SPAN = 1e-5  # of similarities that are spread over 0 to 1; less is roundi
 
 
 def as_frames(frames: Any) -> Tensor:
-    """A video as ``(frames, 3, height, width)``, float32, from 0 (black) to 1.
+    """Returns a video as ``(frames, 3, height, width)``, float32, from 0 (black) to 1.
 
     Args:
         frames: A tensor ``(frames, channels, height, width)``; a NumPy array ``(frames, height,
@@ -74,7 +74,7 @@ def _from_arrays(frames: Any) -> Tensor:
 
 
 def frame_similarity(frames: Any, embedder: Embedder | str = "pixels") -> Tensor:
-    """How alike each two frames of a video are (Fig. S.1).
+    """Returns how alike each two frames of a video are (Fig. S.1).
 
     Args:
         frames: As for :func:`vstar_kernels.analysis.as_frames`.
@@ -104,7 +104,7 @@ def frame_similarity(frames: Any, embedder: Embedder | str = "pixels") -> Tensor
 def bias_from_frames(
     frames: Any, embedder: Embedder | str = "pixels", *, min_max: bool = False, **weight: Any
 ) -> DenseBias:
-    """Make Δ of the inter-frame similarity of a reference video, with peak 1 (Fig. 8).
+    """Makes Δ of the inter-frame similarity of a reference video, with peak 1 (Fig. 8).
 
     Args:
         frames, embedder: As for :func:`frame_similarity`.
@@ -140,7 +140,7 @@ class JointSimilarity:
 
 
 def normalize_jointly(similarities: Mapping[str, Tensor | Sequence[Tensor]]) -> JointSimilarity:
-    """Similarities on one scale for all methods (Fig. S.1), so that colours can be compared.
+    """Puts the similarities of all methods on one scale (Fig. S.1), to compare their colours.
 
     Args:
         similarities: By method, one ``(frames, frames)`` matrix or several of its videos. The
@@ -185,7 +185,7 @@ def similarity_histogram(
     bins: int = 20,
     limits: tuple[float, float] | None = None,
 ) -> SimilarityHistogram:
-    """Histograms of the similarity of frames i and i + interval (Fig. S.2).
+    """Counts the similarities of frames i and i + interval (Fig. S.2).
 
     Args:
         similarity: ``(frames, frames)``, or several such matrices, all counted together.
@@ -237,12 +237,12 @@ def _stack(name: str, matrices: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def embed_pixels(frames: Tensor) -> Tensor:
-    """The pixels themselves, from −1 to 1, so that a black frame has a direction too."""
+    """Returns the pixels themselves, from −1 to 1, so that a black frame has a direction too."""
     return (2 * frames - 1).flatten(1)
 
 
 def structural_similarity(frames: Tensor) -> Tensor:
-    """SSIM (Wang et al. 2004) of each pair of frames, in grey; of 1.
+    """Returns the SSIM (Wang et al. 2004) of each pair of frames, in grey; at most 1.
 
     Args:
         frames: ``(frames, 3, height, width)``, from 0 to 1, at least 11 × 11 pixels.
@@ -263,16 +263,16 @@ def structural_similarity(frames: Tensor) -> Tensor:
     variance = _blur(grey.square()) - mean.square()
     low, high = SSIM_CONSTANTS
     rows = []
-    for own, own_mean, own_variance in zip(grey, mean, variance, strict=True):
-        covariance = _blur(grey * own) - mean * own_mean
-        light = (2 * mean * own_mean + low) / (mean.square() + own_mean.square() + low)
-        structure = (2 * covariance + high) / (variance + own_variance + high)
+    for frame, frame_mean, frame_variance in zip(grey, mean, variance, strict=True):
+        covariance = _blur(grey * frame) - mean * frame_mean
+        light = (2 * mean * frame_mean + low) / (mean.square() + frame_mean.square() + low)
+        structure = (2 * covariance + high) / (variance + frame_variance + high)
         rows.append((light * structure).mean((1, 2, 3)))
     return torch.stack(rows)
 
 
 def _blur(images: Tensor) -> Tensor:
-    """A Gaussian window over ``(images, 1, height, width)``, where it fits."""
+    """Weighs ``(images, 1, height, width)`` by a Gaussian window, where it fits."""
     offset = torch.arange(SSIM_WINDOW, device=images.device) - SSIM_WINDOW // 2
     window = torch.exp(-0.5 * (offset / SSIM_SIGMA) ** 2).to(images)
     window = window / window.sum()
@@ -280,7 +280,7 @@ def _blur(images: Tensor) -> Tensor:
 
 
 class DreamSimEmbedder:
-    """Frames by DreamSim (Fu et al. 2023), by which the paper compares them (Figs. 8, S.1, S.2).
+    """Embeds frames by DreamSim (Fu et al. 2023), as the paper does (Figs. 8, S.1, S.2).
 
     Args:
         model: What ``dreamsim.dreamsim`` returns, without its preprocessing; None loads it, with
@@ -298,12 +298,12 @@ class DreamSimEmbedder:
 
     @torch.no_grad()
     def __call__(self, frames: Tensor) -> Tensor:
-        """``(frames, channels)``, on the device of ``frames``."""
+        """Returns ``(frames, channels)``, on the device of ``frames``."""
         parameter = next(self._model.parameters())
         size = (DREAMSIM_SIZE, DREAMSIM_SIZE)
         resized = F.interpolate(frames, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-        parts = [self._model.embed(part.to(parameter)) for part in resized.split(self._batch_size)]
-        return torch.cat(parts).to(frames)
+        batches = resized.split(self._batch_size)
+        return torch.cat([self._model.embed(b.to(parameter)) for b in batches]).to(frames)
 
 
 def _load_dreamsim(options: dict[str, Any]) -> Any:
@@ -319,7 +319,7 @@ def _load_dreamsim(options: dict[str, Any]) -> Any:
 
 
 def check_embeddings(embeddings: Any, num_frames: int) -> Tensor:
-    """What an embedder returned, in at least float32.
+    """Checks what an embedder returned, and returns it in at least float32.
 
     Raises:
         TypeError: It is not a tensor.

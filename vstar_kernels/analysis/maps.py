@@ -48,7 +48,7 @@ class AttentionMap:
     calls: int = 1
 
     def add(self, other: Tensor) -> None:
-        """Take the map of one more forward pass into the mean.
+        """Takes the map of one more forward pass into the mean.
 
         Raises:
             ValueError: It is of another size.
@@ -66,9 +66,10 @@ class AttentionMap:
 def mean_map(
     query: Tensor, key: Tensor, bias: Bias | None, scale: float, *, max_rows: int
 ) -> tuple[Tensor, int]:
-    """A′ averaged over positions and heads, ``(batch, frames, frames)``, and of how many positions.
+    """Returns the mean of A′ over positions and heads, and the number of positions that it is of.
 
-    All of them where a kernel gives maps; else some at equal distances, by the reference.
+    These are all positions where a kernel gives maps; else some at equal distances, by the
+    reference. The map is ``(batch, frames, frames)``.
 
     Args:
         query, key: ``(batch, positions, frames, heads, head_dim)``.
@@ -94,7 +95,7 @@ def mean_map(
 
 
 def _at(bias: Bias | None, index: Tensor) -> Bias | None:
-    """The bias for some positions only."""
+    """Returns the bias of some positions only."""
     if bias is None or not isinstance(bias.stat, Tensor):
         return bias
     return replace(bias, stat=bias.stat[:, index])
@@ -107,11 +108,11 @@ def _has_kernel(query: Tensor, key: Tensor, bias: Bias | None, scale: float) -> 
 
 
 class HoldsMaps(Protocol):
-    """What has attention maps, such as :class:`vstar_kernels.MapCapture`."""
+    """A holder of attention maps, such as :class:`vstar_kernels.MapCapture`."""
 
     @property
     def maps(self) -> Sequence[AttentionMap]:
-        """The maps."""
+        """Each the map of one layer at one step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +134,7 @@ class MeanMap:
 
     @property
     def label(self) -> str:
-        """Such as "level 0, up, step 13"."""
+        """The part of a model and the step that it is of, such as "level 0, up, step 13"."""
         parts = [self.model] if self.model else []
         parts += [] if self.level is None else [_level_name(self.level)]
         parts += [self.place] if self.place and self.place != self.level else []
@@ -145,7 +146,7 @@ def mean_maps(
     maps: HoldsMaps | Iterable[AttentionMap],
     by: Sequence[Axis] = ("level", "place", "step"),
 ) -> list[MeanMap]:
-    """The mean map of each level, place and step that there is (Figs. 3, 10, S.10).
+    """Returns the mean map of each level, place and step that there is (Figs. 3, 10, S.10).
 
     >>> [(item.level, item.step) for item in vk.analysis.mean_maps(capture, by=("level", "step"))]
     [(0, 0), (0, 13), (1, 0), (1, 13)]
@@ -183,17 +184,17 @@ def mean_maps(
 
 
 def min_max(matrix: Tensor) -> Tensor:
-    """Each matrix from 0 to 1, as the paper shows maps; zeros where all its elements are equal."""
+    """Puts each matrix on 0 to 1, as the paper shows maps; on 0 if all its elements are equal."""
     low, high = matrix.amin((-2, -1), keepdim=True), matrix.amax((-2, -1), keepdim=True)
     span = high - low
     return torch.where(span > 0, (matrix - low) / span.clamp(min=torch.finfo(span.dtype).tiny), 0)
 
 
 def diagonalness(maps: Tensor) -> Tensor:
-    """The correlation of the query's and the key's frame, each pair weighted by its attention.
+    """Returns the correlation of query and key frame, each pair weighted by its attention.
 
-    1 for the identity, 0 for uniform attention and for a single frame, −1 for the reversed
-    identity. Computed in float64.
+    It is 1 for the identity, 0 for uniform attention and for a single frame, −1 for the reversed
+    identity. It is computed in float64.
 
     Args:
         maps: ``(…, frames, frames)``, not negative.
@@ -214,7 +215,7 @@ def diagonalness(maps: Tensor) -> Tensor:
 
 
 def band_share(maps: Tensor, half_width: int = 1) -> Tensor:
-    """The share of the attention that goes to frames at most ``half_width`` away; of 1.
+    """Returns the share of the attention that goes to frames at most ``half_width`` away, of 1.
 
     Args:
         maps: ``(…, frames, frames)``, whose rows add up to 1.
@@ -232,9 +233,9 @@ def band_share(maps: Tensor, half_width: int = 1) -> Tensor:
 
 
 def band_width(maps: Tensor) -> Tensor:
-    """How far attention reaches: the root mean square of |j − i| under it, in frames.
+    """Returns how far attention reaches: the root mean square of |j − i| under it, in frames.
 
-    0 for the identity; σ for a Gaussian of σ frames, away from the ends of a long video.
+    It is 0 for the identity; σ for a Gaussian of σ frames, away from the ends of a long video.
 
     Args:
         maps: ``(…, frames, frames)``, whose rows add up to 1.
@@ -265,7 +266,7 @@ class MapFigures:
 
 
 def map_figures(means: Iterable[MeanMap], half_width: int = 1) -> list[MapFigures]:
-    """How diagonal and how wide each map is.
+    """Returns how diagonal and how wide each map is.
 
     Args:
         means: From :func:`mean_maps`.
@@ -286,7 +287,7 @@ def map_figures(means: Iterable[MeanMap], half_width: int = 1) -> list[MapFigure
 def delta_matrices(
     deltas: Sequence[float] | Mapping[str, Bias], num_frames: int
 ) -> dict[str, Tensor]:
-    """Δ for several σ (Fig. S.13), or of any biases by name, each as ``.matrix()`` gives it.
+    """Returns Δ for several σ (Fig. S.13), or of biases by name, each as ``.matrix()`` gives it.
 
     Args:
         deltas: Values of σ in frames, or biases by name.

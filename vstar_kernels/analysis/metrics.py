@@ -34,7 +34,7 @@ class CLIPVL:
 def clip_vl(
     frames: Any, texts: str | Sequence[str], model: Any, processor: Any, *, batch_size: int = 16
 ) -> CLIPVL:
-    """Frame–text similarity by CLIP (CLIP-VL; VSTAR, arXiv 2403.13501, Tables 1 and 2).
+    """Measures the similarity of frames and text by CLIP (CLIP-VL; VSTAR, Tables 1 and 2).
 
     >>> model = transformers.CLIPModel.from_pretrained("openai/clip-vit-large-patch14")
     >>> processor = transformers.CLIPProcessor.from_pretrained("openai/clip-vit-large-patch14")
@@ -112,7 +112,7 @@ def mt_score(
     metamorphic: Sequence[str],
     top: int | None = 5,
 ) -> MTScore:
-    """Metamorphic amplitude by a video-retrieval model (MTScore; VSTAR, Tables 1 and 2).
+    """Measures the metamorphic amplitude by a video-retrieval model (MTScore; VSTAR, Tables 1, 2).
 
     The model chooses between sentences that describe an ordinary video and sentences that describe
     a time lapse; the score is the probability of the latter among the ``top`` sentences. It was

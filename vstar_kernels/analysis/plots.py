@@ -53,7 +53,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def _styled(plot: Callable[P, R]) -> Callable[P, R]:
-    """A plotting function under this style, which leaves Matplotlib's settings as they are.
+    """Returns a plotting function under this style, which leaves Matplotlib's settings alone.
 
     Raises:
         ImportError: From the function: Matplotlib is not installed.
@@ -75,7 +75,7 @@ def _styled(plot: Callable[P, R]) -> Callable[P, R]:
 
 @_styled
 def plot_maps(means: Sequence[MeanMap], *, batch: int = -1) -> Figure:
-    """Maps in a grid: a row for each level and place, a column for each step (Figs. 3, 10, S.10).
+    """Draws maps in a grid: a row for each level and place, a column for each step (Figs. 3, 10).
 
     Each map has a scale of its own, from its minimum to its maximum, as in the paper.
 
@@ -110,7 +110,7 @@ def plot_maps(means: Sequence[MeanMap], *, batch: int = -1) -> Figure:
 
 @_styled
 def plot_figures(figures: Sequence[MapFigures], *, batch: int = -1) -> Figure:
-    """Diagonalness, share of the band and band width over the steps, a line per level and place.
+    """Draws diagonalness and the band's share and width over steps, a line per level and place.
 
     Args:
         figures: From :func:`vstar_kernels.analysis.map_figures`.
@@ -144,7 +144,7 @@ def plot_figures(figures: Sequence[MapFigures], *, batch: int = -1) -> Figure:
 
 @_styled
 def plot_deltas(deltas: Mapping[str, Tensor]) -> Figure:
-    """The regularization matrices Δ on one scale, and their middle rows (Fig. S.13).
+    """Draws the regularization matrices Δ on one scale, and their middle rows (Fig. S.13).
 
     Args:
         deltas: From :func:`vstar_kernels.analysis.delta_matrices`; of several heads, the first is
@@ -195,15 +195,15 @@ class Loss(Protocol):
 
     @property
     def total(self) -> float:
-        """What is minimised."""
+        """The number that is minimised."""
 
     @property
     def distance(self) -> float:
-        """Of the maps: a mean of Frobenius norms."""
+        """The distance of the maps, a mean of Frobenius norms."""
 
     @property
     def kl(self) -> float:
-        """In nats per pixel."""
+        """The KL divergence, in nats per pixel."""
 
 
 class NoiseSearch(Protocol):
@@ -211,7 +211,7 @@ class NoiseSearch(Protocol):
 
     @property
     def losses(self) -> Sequence[Loss]:
-        """Of each iteration."""
+        """The loss of each iteration."""
 
     @property
     def best(self) -> int:
@@ -220,7 +220,7 @@ class NoiseSearch(Protocol):
 
 @_styled
 def plot_similarities(joint: JointSimilarity, *, video: int = 0) -> Figure:
-    """Similarity matrices of several methods side by side, on one scale (Fig. S.1).
+    """Draws the similarity matrices of several methods side by side, on one scale (Fig. S.1).
 
     Args:
         joint: From :func:`vstar_kernels.analysis.normalize_jointly`.
@@ -241,7 +241,7 @@ def plot_similarities(joint: JointSimilarity, *, video: int = 0) -> Figure:
 
 @_styled
 def plot_histogram(histogram: SimilarityHistogram) -> Figure:
-    """The shares of similarities, a row of bins for each interval, and their means (Fig. S.2).
+    """Draws the shares of similarities, a row of bins for each interval, and means (Fig. S.2).
 
     Args:
         histogram: From :func:`vstar_kernels.analysis.similarity_histogram`.
@@ -269,7 +269,7 @@ def plot_histogram(histogram: SimilarityHistogram) -> Figure:
 
 @_styled
 def plot_losses(found: NoiseSearch) -> Figure:
-    """The loss, the maps' distance and the KL divergence over the iterations (App. B).
+    """Draws the loss, the maps' distance and the KL divergence over the iterations (App. B).
 
     Args:
         found: From :func:`vstar_kernels.optimize_noise`.
@@ -296,7 +296,7 @@ def plot_losses(found: NoiseSearch) -> Figure:
 
 
 def _row(item: MeanMap) -> str:
-    """What a map is of, but for the step."""
+    """Returns the label of a row: the part of a model that a map is of."""
     parts = [item.model] if item.model else []
     if item.level is not None and item.level != "init":
         parts.append(f"level {item.level}")
@@ -305,7 +305,7 @@ def _row(item: MeanMap) -> str:
 
 
 def _line(item: MeanMap, figures: Sequence[MapFigures]) -> dict[str, Any]:
-    """A colour for each level, a marker and a dash for each place."""
+    """Returns a line's look: a colour for each level, a marker and a dash for each place."""
     levels = list(dict.fromkeys(f.source.level for f in figures))
     places = list(dict.fromkeys((f.source.model, f.source.place) for f in figures))
     place = places.index((item.model, item.place))
@@ -327,14 +327,14 @@ def _label_steps(axes: Any, steps: Sequence[int | None]) -> None:
 
 
 def _new_figure(width: float, height: float) -> Any:
-    """An empty figure, in inches, which belongs to no window and needs no closing."""
+    """Returns an empty figure, in inches, which belongs to no window and needs no closing."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def _show_matrix(axes: Any, matrix: Any, limits: tuple[float, float]) -> Any:
-    """A matrix over frames, the first one at the upper left; the image, for a colour bar."""
+    """Shows a matrix over frames, the first at the upper left; returns it for a colour bar."""
     from matplotlib.ticker import MaxNLocator
 
     image = axes.imshow(matrix.numpy(), vmin=limits[0], vmax=limits[1])
@@ -346,7 +346,7 @@ def _show_matrix(axes: Any, matrix: Any, limits: tuple[float, float]) -> Any:
 
 
 def _add_colour_bar(figure: Any, image: Any, axes: Any, label: str) -> None:
-    """The scale of an image, to the right of some axes."""
+    """Adds the scale of an image to the right of some axes."""
     bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, aspect=25)
     bar.set_label(label)
     bar.outline.set_visible(False)

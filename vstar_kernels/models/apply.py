@@ -1,4 +1,4 @@
-"""``apply_tar``: Temporal Attention Regularization on a whole model or pipeline, in one call."""
+"""``apply_tar`` puts Temporal Attention Regularization on a whole model or pipeline in one call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def apply_tar(
     stock_elsewhere: bool = False,
     extend_positions: bool = False,
 ) -> TARHandle:
-    """Regularize the temporal attention of a video diffusion model (VSTAR, arXiv 2403.13501).
+    """Regularizes the temporal attention of a video diffusion model (VSTAR, arXiv 2403.13501).
 
     >>> with vk.apply_tar(pipe, "64D1_32D8"):
     ...     video = pipe(prompt, num_frames=64).frames
@@ -116,11 +116,11 @@ class TARHandle:
 
     @property
     def layers(self) -> list[RegularizedLayer]:
-        """The regularized layers. A configuration by width knows them after a forward pass."""
+        """The regularized layers; by width they are known after a forward pass."""
         return [layer for model in self._models for layer in model.describe()]
 
     def describe(self) -> str:
-        """A line for each regularized layer, under a line that says when."""
+        """Returns a line for each regularized layer, under a line that says when."""
         count = sum(len(model.layers) for model in self._models)
         layers = self.layers
         lines = [f"TAR on {len(layers)} of {count} temporal attention layers, {self._when()}"]
@@ -129,7 +129,7 @@ class TARHandle:
         return "\n".join([*lines, *(_describe(layer) for layer in layers)])
 
     def remove(self) -> None:
-        """Put everything back as it was; nothing happens the second time.
+        """Puts everything back as it was; nothing happens the second time.
 
         A module whose processor has been replaced since then keeps the replacement.
         """

@@ -58,7 +58,7 @@ class TARAttnProcessor(RegularizedAttention):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """Attention over the frames of each row, projections included.
+        """Attends over the frames of each row, projections included.
 
         Raises:
             ValueError: The module or the call asks for more than temporal self-attention; the
@@ -79,7 +79,7 @@ class TARAttnProcessor(RegularizedAttention):
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy what was there before, as nothing controls the copy of a model under TAR."""
+        """Copies what was there before, as nothing controls the copy of a model under TAR."""
         if self.previous is None:
             return super().__reduce_ex__(protocol)
         return _same, (self.previous,)
@@ -95,7 +95,7 @@ def _why_not(
     encoder_hidden_states: Tensor | None,
     attention_mask: Tensor | None,
 ) -> list[str]:
-    """What is asked for that TARAttnProcessor would have to ignore; empty if nothing is."""
+    """Returns what is asked for that TARAttnProcessor would have to ignore."""
     reasons = []
     if hidden_states.ndim != 3:
         reasons.append(
@@ -129,34 +129,34 @@ class ProcessorFrontEnd:
 
     @staticmethod
     def self_attentions(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-        """Yield the model's self-attention modules, with their names as they are and unwrapped."""
+        """Yields each self-attention module's name, its name without wrappers, and the module."""
         for name, module in model.named_modules():
             # Temporal transformers can be built to attend to the prompt in attn2.
             if not getattr(module, "is_cross_attention", True):
-                unwrapped = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-                yield name, unwrapped, module
+                plain_name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+                yield name, plain_name, module
 
     def read_call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> ModelCall:
-        """Return the facts of a call of the model; diffusers does not tell its models the step."""
+        """Returns the facts of a call; diffusers does not tell its models the step."""
         sample = Argument(model, 0).get(args, kwargs)
         return ModelCall(sample, Argument(model, 1).get(args, kwargs), sample.shape[-1])
 
     def get_attention(self, module: nn.Module) -> Any:
-        """Return the module's processor."""
+        """Returns the module's processor."""
         return module.processor
 
     def set_attention(self, module: nn.Module, attention: Any) -> None:
-        """Give the module a processor."""
+        """Gives the module a processor."""
         module.set_processor(attention)  # type: ignore[operator]
 
     def make_attention(self, module: nn.Module, backend: str | None) -> TARAttnProcessor:
-        """Make a processor for the module, plain until it is given a bias."""
+        """Makes a processor for the module, plain until it is given a bias."""
         return TARAttnProcessor(backend=backend)
 
     def why_not_replace(self, attention: Any) -> str | None:
-        """Say why a processor that is found in a model cannot make way for TAR; None if it can."""
+        """Returns why a processor that is found in a model cannot make way for TAR, or None."""
         if isinstance(attention, TARAttnProcessor):
             return None
         name = type(attention).__name__
@@ -170,7 +170,7 @@ class ProcessorFrontEnd:
         return f"it has a {name}, which TAR would replace"
 
     def register(self) -> None:
-        """Let diffusers' LayerSkip skip attention with our processor, as it does with its own.
+        """Lets diffusers' LayerSkip skip attention with our processor, as it does with its own.
 
         Where diffusers is too old to have the registry, it has nothing to register for.
         """

@@ -41,7 +41,7 @@ def capture_maps(
     max_rows: int = 256,
     differentiable: bool = False,
 ) -> MapCapture:
-    """Collect the mean temporal attention maps of a model while it runs.
+    """Collects the mean temporal attention maps of a model while it runs.
 
     >>> with vk.capture_maps(pipe, steps=[0, 13], layers=lambda layer: layer.level == 0) as capture:
     ...     video = pipe(prompt).frames
@@ -92,7 +92,7 @@ def capture_maps(
 
 
 class MapCapture(HookHandle):
-    """Maps being captured, from :func:`capture_maps`: a context manager, with :meth:`remove`.
+    """The maps that :func:`capture_maps` captures: a context manager, with :meth:`remove`.
 
     Attributes:
         step: The step that the caller announces, which goes before the scheduler's; None for that.
@@ -121,7 +121,7 @@ class MapCapture(HookHandle):
 
     @property
     def maps(self) -> list[AttentionMap]:
-        """What has been captured, in the order of the first calls."""
+        """The maps captured so far, in the order of the layers' first calls."""
         return list(self._maps.values())
 
     def mean(
@@ -132,7 +132,7 @@ class MapCapture(HookHandle):
         step: int | None = None,
         model: str | None = None,
     ) -> Tensor:
-        """The mean of the maps of a level, place, step and model, each None for all of them.
+        """Returns the mean of the maps of a level, place, step and model, each None for all.
 
         Returns:
             ``(batch, frames, frames)``; the batch is not averaged.
@@ -153,17 +153,17 @@ class MapCapture(HookHandle):
         raise ValueError(f"no map of {asked} was captured: there are {'; '.join(there)}")
 
     def clear(self) -> None:
-        """Forget the maps captured so far."""
+        """Forgets the maps captured so far."""
         self._maps.clear()
 
     def remove(self) -> None:
-        """Take the hooks off, and keep the maps; nothing happens the second time."""
+        """Takes the hooks off, and keeps the maps; nothing happens the second time."""
         super().remove()
         for watch in self._watches:
             watch.unwatch()
 
     def find_step(self, timestep: Any) -> int | None:
-        """The step of a forward pass, None if it is not known.
+        """Returns the step of a forward pass, None if it is not known.
 
         Raises:
             ValueError: It is not known, and ``steps`` asks for it.
@@ -181,11 +181,11 @@ class MapCapture(HookHandle):
         return None
 
     def wants(self, step: int | None) -> bool:
-        """Whether a step's maps are captured."""
+        """Returns whether a step's maps are captured."""
         return self._steps is None or step in self._steps
 
     def add(self, new: AttentionMap) -> None:
-        """Keep a map, or take it into the mean of what is kept of its layer and step."""
+        """Keeps a map, or takes it into the mean of those of its layer and step."""
         key = (new.model, new.layer, new.step, new.timestep)
         if key in self._maps:
             self._maps[key].add(new.map)
@@ -230,7 +230,7 @@ class _Watch:
         self._when: tuple[int | None, float] = (None, 0.0)
 
     def install(self) -> list[Any]:
-        """Put the hooks on the model; how to remove them."""
+        """Puts the hooks on the model, and returns what removes them."""
         return [
             self._model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self._model.register_forward_hook(self._check),
@@ -238,13 +238,13 @@ class _Watch:
         ]
 
     def _end(self, *_: object) -> None:
-        """After a forward pass, or what it raised."""
+        """Ends the forward pass, even one that raised."""
         self._running = False
         if not self._keeps_graph():
             self.unwatch()
 
     def unwatch(self) -> None:
-        """Take the hooks off the layers."""
+        """Takes the hooks off the layers."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -302,7 +302,13 @@ class _Watch:
     def _mean_map(
         self, layer: TemporalLayer, shape: torch.Size, projected: dict[str, Tensor]
     ) -> tuple[Tensor, int]:
-        """The map of one call, from ``(rows, frames, channels)``, and of how many positions."""
+        """Returns the map of a layer's call and the number of positions that it is the mean of.
+
+        Args:
+            layer: The layer.
+            shape: Of its input, ``(rows, frames, channels)``.
+            projected: The outputs of its query and key projections, by name.
+        """
         rows, frames, _ = shape
         if rows % self._batch or (self._running and layer.name not in self._pending):
             raise RuntimeError(

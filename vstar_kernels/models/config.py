@@ -1,4 +1,4 @@
-"""What to regularize, how strongly and when: :class:`TARConfig` and the presets' grammar."""
+"""What to regularize, how strongly and when: :class:`TARConfig`, its presets and its JSON."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class TARConfig:
 
     @classmethod
     def preset(cls, name: str) -> TARConfig:
-        """A configuration of the paper's code, such as ``"64D1"`` or ``"64D1_32D8"``.
+        """Returns a configuration of the paper's code, such as ``"64D1"`` or ``"64D1_32D8"``.
 
         ``<width>D<sigma>``, joined by ``_``: σ = 1 at width 64, 8 at width 32; strength 1, steps 0
         to 13.
@@ -136,12 +136,12 @@ class TARConfig:
 
     @property
     def key(self) -> Literal["level", "width"]:
-        """What the mappings are keyed by."""
+        """Whether the mappings are keyed by level or by width."""
         return "level" if self.by_width is None else "width"
 
     @property
     def regularizations(self) -> dict[int, Regularization]:
-        """What is done to the layers of each level or width."""
+        """The change to the attention of the layers of each level or width."""
         found = {key: Regularization(bias=self._bias(key)) for key in self._biased_keys()}
         found |= {key: Regularization(override=kind) for key, kind in self.override.items()}
         return dict(sorted(found.items()))
@@ -174,7 +174,7 @@ class TARConfig:
         )
 
     def to_json(self) -> str:
-        """Return all fields as JSON; tables and matrices as nested lists.
+        """Returns all fields as JSON; tables and matrices as nested lists.
 
         Raises:
             ValueError: ``steps`` is a callable, or a number is not finite.
@@ -193,7 +193,7 @@ class TARConfig:
 
     @classmethod
     def from_json(cls, text: str) -> TARConfig:
-        """Return the configuration that :meth:`to_json` wrote.
+        """Returns the configuration that :meth:`to_json` wrote.
 
         Fields that are left out have their defaults.
 
@@ -203,7 +203,7 @@ class TARConfig:
         return cls(**_decode(text))
 
     def save(self, path: str | Path) -> None:
-        """Write :meth:`to_json` to a file, which holds all of it or is as it was.
+        """Writes :meth:`to_json` to a file, which then holds all of it or is as it was.
 
         Raises:
             ValueError: See :meth:`to_json`.
@@ -213,7 +213,12 @@ class TARConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> TARConfig:
-        """Read what :meth:`save` wrote."""
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: See :meth:`from_json`.
+        """
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
 
@@ -247,7 +252,7 @@ _ENTRIES = {"toeplitz": "table", "dense": "delta"}
 
 
 def _encode(value: Any) -> Any:
-    """Return the value of a field as JSON has it."""
+    """Returns the value of a field as JSON has it."""
     if isinstance(value, Mapping):
         return {str(key): _encode(item) for key, item in value.items()}
     if not isinstance(value, ToeplitzBias | DenseBias):
@@ -272,7 +277,7 @@ class _Object:
 
 
 def _decode(text: str) -> dict[str, Any]:
-    """Return the fields that a JSON text gives, of the types that TARConfig takes.
+    """Returns the fields that a JSON text gives, of the types that TARConfig takes.
 
     Raises:
         ValueError: They are not; the message names the field by its path, such as ``sigma.0``.
@@ -405,5 +410,5 @@ def _read_numbers(value: Any, path: str, dims: int) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """Return what was given, for a message: shortened, and with its control characters escaped."""
+    """Returns what was given for a message: shortened, its control characters escaped."""
     return "an object" if isinstance(value, _Object) else reprlib.repr(value)

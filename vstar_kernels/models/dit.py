@@ -25,15 +25,15 @@ class TransformerFrontEnd(ProcessorFrontEnd):
     )
 
     def layers(self, model: nn.Module) -> Iterator[TemporalLayer]:
-        """Yield the temporal self-attention modules in the model's order."""
-        for name, unwrapped, module in self.self_attentions(model):
-            if _LATTE_LAYER.fullmatch(unwrapped):
+        """Yields the temporal self-attention modules in the model's order."""
+        for name, plain_name, module in self.self_attentions(model):
+            if _LATTE_LAYER.fullmatch(plain_name):
                 yield TemporalLayer(name, 0, "blocks", module)
 
     def read_call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> ModelCall:
-        """Return the facts of a call of the model; its patches are its pixels."""
+        """Returns the facts of a call of the model; a patch counts as a pixel."""
         call = super().read_call(model, args, kwargs)
         patch_size: int = model.config.patch_size  # type: ignore[union-attr, assignment]
         return replace(call, width=call.width // patch_size)

@@ -36,7 +36,7 @@ def condition_frames(
     negative: Tensor | None = None,
     guidance: bool | None = None,
 ) -> FramePromptsHandle:
-    """Condition every frame on a text embedding of its own.
+    """Conditions every frame on a text embedding of its own.
 
     >>> with vk.condition_frames(pipe, embeddings):  # (16, 77, 1024)
     ...     video = pipe(prompt, num_frames=16).frames
@@ -88,10 +88,17 @@ def condition_frames(
 
 @dataclass(frozen=True)
 class Fit:
-    """How the frame prompts fit into one call of the model."""
+    """How the frame prompts fit into one call of the model.
 
-    rows: int  # batch · frames
-    tokens: int  # of the text that is replaced
+    Attributes:
+        rows: batch × frames.
+        tokens: Of the text that is replaced.
+        guided: Whether the first half of the batch is the unconditional one.
+        videos_per_prompt: How many videos of the batch have the same prompt.
+    """
+
+    rows: int
+    tokens: int
     guided: bool
     videos_per_prompt: int
 
@@ -106,7 +113,11 @@ class FramePrompts:
     _told_apart: Tensor | None = None  # the text by whose halves guidance was last recognised
 
     def fit(self, sample: torch.Size, text: Tensor) -> Fit:
-        """How they fit into ``(batch, channels, frames, height, width)`` and the text replaced.
+        """Returns how they fit into a call of the model.
+
+        Args:
+            sample: The shape ``(batch, channels, frames, height, width)`` of the latents.
+            text: The embedding that they replace, ``(rows, tokens, channels)``.
 
         Raises:
             ValueError: They do not.
@@ -207,7 +218,7 @@ class FramePromptsHandle(HookHandle):
         return hook
 
     def _replace(self, context: Any) -> Any:
-        """The spatial blocks' context with our text in the place of the pipeline's.
+        """Returns the spatial blocks' context with our text in the place of the pipeline's.
 
         ``(batch · frames, tokens, channels)``, the text before any tokens of an image; or, with IP
         adapters, a pair of that and the images.
@@ -233,18 +244,18 @@ class FramePromptsHandle(HookHandle):
         return torch.cat([text, image], dim=1) if image.shape[1] else text
 
     def _rows(self, embeddings: Tensor, fit: Fit, context: Tensor) -> Tensor:
-        """Of embeddings, a row for each frame of each video, as the blocks take them."""
+        """Returns embeddings as the blocks take them, with a row for each frame of each video."""
         videos = batched(embeddings).repeat_interleave(fit.videos_per_prompt, dim=0)
         return self._project(videos.flatten(0, 1).to(context.device, context.dtype))
 
 
 def batched(embeddings: Tensor) -> Tensor:
-    """``(batch, frames, tokens, channels)``."""
+    """Returns the embeddings as ``(batch, frames, tokens, channels)``."""
     return embeddings if embeddings.ndim == 4 else embeddings[None]
 
 
 def check_embeddings(embeddings: Tensor, name: str) -> None:
-    """Raise TypeError or ValueError unless they are embeddings of frames."""
+    """Raises TypeError or ValueError unless they are embeddings of frames."""
     if not isinstance(embeddings, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(embeddings).__name__}")
     if embeddings.ndim not in (3, 4) or not embeddings.numel():
@@ -254,7 +265,7 @@ def check_embeddings(embeddings: Tensor, name: str) -> None:
 
 
 def _text_model(pipe_or_model: Any) -> nn.Module:
-    """The model that takes the text.
+    """Returns the model that takes the text.
 
     Raises:
         ValueError: There is none that is known here.
@@ -274,7 +285,7 @@ def _text_model(pipe_or_model: Any) -> nn.Module:
 
 
 def _text_blocks(model: Any) -> list[nn.Module]:
-    """The blocks whose ``encoder_hidden_states`` are the text, for each frame of the batch."""
+    """Returns the blocks whose ``encoder_hidden_states`` are the text of each frame."""
     if hasattr(model, "transformer_blocks"):
         return list(model.transformer_blocks)
     blocks = [*model.down_blocks, model.mid_block, *model.up_blocks]

@@ -23,37 +23,37 @@ class FrontEnd(Protocol):
 
     @property
     def models(self) -> str:
-        """The models that it knows, in words, for errors about those that none knows."""
+        """The models that it knows, in words, for errors about a model that no front end knows."""
 
     def layers(self, model: nn.Module) -> Iterator[TemporalLayer]:
-        """Yield the temporal self-attention modules in the model's order; none if it is unknown."""
+        """Yields the model's temporal self-attention modules in order; none if it is unknown."""
 
     def read_call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> ModelCall:
-        """Return the facts of a call of the model."""
+        """Returns the facts of a call of the model."""
 
     def get_attention(self, module: nn.Module) -> Any:
-        """Return what computes a layer's attention at present."""
+        """Returns what computes a layer's attention at present."""
 
     def set_attention(self, module: nn.Module, attention: Any) -> None:
-        """Let something else compute it: what ``make_attention`` made or ``get_attention`` gave."""
+        """Gives a layer what computes its attention from then on."""
 
     def make_attention(self, module: nn.Module, backend: str | None) -> RegularizedAttention:
-        """Make what computes it under TAR; plain until it is given a bias."""
+        """Makes what computes a layer's attention under TAR; plain until it is given a bias."""
 
     def why_not_replace(self, attention: Any) -> str | None:
-        """Say why what ``get_attention`` gave cannot make way for TAR; None if it can."""
+        """Returns why what ``get_attention`` returned cannot make way for TAR, or None."""
 
     def register(self) -> None:
-        """Tell the code base about TAR, once for each :func:`vstar_kernels.apply_tar`."""
+        """Tells the code base about TAR, once for each model under ``apply_tar``."""
 
 
 FRONT_ENDS: tuple[FrontEnd, ...] = (UNetFrontEnd(), TransformerFrontEnd(), LvdmFrontEnd())
 
 
 def find_front_end(model: nn.Module) -> FrontEnd:
-    """Return the front end that knows a model, which is not wrapped.
+    """Returns the front end that knows a model, which must not be wrapped.
 
     Raises:
         ValueError: None does.
@@ -68,7 +68,7 @@ def find_front_end(model: nn.Module) -> FrontEnd:
 
 
 def temporal_layers(model: nn.Module) -> list[TemporalLayer]:
-    """The temporal self-attention modules of a model, in the model's order.
+    """Returns the temporal self-attention modules of a model, in the model's order.
 
     Knows diffusers' ``UNet3DConditionModel``, ``I2VGenXLUNet``, ``UNetMotionModel``,
     ``SparseControlNetModel``, ``UNetSpatioTemporalConditionModel`` and ``LatteTransformer3DModel``,
@@ -82,9 +82,9 @@ def temporal_layers(model: nn.Module) -> list[TemporalLayer]:
 
 
 def models_with_temporal_attention(pipe_or_model: Any) -> dict[str, nn.Module]:
-    """The models with temporal self-attention by their name in a pipeline (``"unet"``), unwrapped.
+    """Returns a pipeline's models with temporal self-attention by their names (``"unet"``).
 
-    A model by itself has the name ``""``.
+    Compiled models are unwrapped. A model by itself has the name ``""``.
 
     Raises:
         TypeError: It is neither a model nor a pipeline (an object with ``components``).
@@ -115,7 +115,7 @@ def models_with_temporal_attention(pipe_or_model: Any) -> dict[str, nn.Module]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module itself of one that ``torch.compile`` returned."""
+    """Returns the module itself of one that ``torch.compile`` returned."""
     return getattr(model, "_orig_mod", model)
 
 

@@ -1,4 +1,4 @@
-"""What the handles on a model's forward passes share."""
+"""What all handles on a model need: hooks, and the arguments of a call in them."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Argument:
         self.index = names.index(self.name) if self.name in names else len(names)
 
     def get(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Return its value in a call; None where the call leaves it out."""
+        """Returns its value in a call; None where the call leaves it out."""
         return args[self.index] if self.index < len(args) else kwargs.get(self.name)
 
     def replace(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the call with another value."""
+        """Returns the call with another value."""
         if self.index < len(args):
             return (*args[: self.index], value, *args[self.index + 1 :]), kwargs
         return args, {**kwargs, self.name: value}
@@ -45,7 +45,7 @@ class Argument:
 
 @functools.lru_cache(maxsize=64)
 def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of a forward's parameters after ``self``; looked up before every forward pass."""
+    """Returns the names of a forward's parameters after ``self``."""
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
@@ -73,7 +73,7 @@ class HookHandle:
         self._hooks: list[RemovableHandle] = []
 
     def remove(self) -> None:
-        """Take the hooks off; nothing happens the second time."""
+        """Takes the hooks off; nothing happens the second time."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -86,7 +86,7 @@ class HookHandle:
 
 
 def is_compiled(pipe_or_model: Any, name: str, model: nn.Module) -> bool:
-    """Whether a model, ``name`` in a pipeline or ``""``, is compiled, in whole or in part.
+    """Returns whether a model, ``name`` in a pipeline or ``""``, is compiled, at least in part.
 
     torch.compile does not notice hooks that are added after a module's first call.
     """

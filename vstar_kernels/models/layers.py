@@ -88,7 +88,7 @@ class Controller(Protocol):
     """The code that sets the attributes of a model's attentions before each forward pass."""
 
     def check_running(self) -> None:
-        """Raise RuntimeError outside of a forward pass, where the attributes mean nothing."""
+        """Raises RuntimeError outside of a forward pass, where the attributes mean nothing."""
 
 
 class RegularizedAttention:
@@ -119,16 +119,16 @@ class RegularizedAttention:
         self.backend = backend
 
     def regularization(self) -> Regularization:
-        """Return what changes the attention of the calls at present."""
+        """Returns the change to the attention in the call that has just ended."""
         return PLAIN if self.stock else Regularization(self.bias, self.override)
 
     def check_running(self) -> None:
-        """Raise RuntimeError where the model is not in a forward pass under its hooks."""
+        """Raises RuntimeError where the model is not in a forward pass under its hooks."""
         if self.controller is not None:
             self.controller.check_running()
 
     def attend(self, module: Any, hidden_states: Tensor) -> Tensor:
-        """Attend over frames, up to the output projection; ``(rows, frames, channels)``.
+        """Attends over frames, up to the output projection; ``(rows, frames, channels)``.
 
         Args:
             module: Has ``to_q``, ``to_k``, ``to_v``, ``heads`` and ``scale``.

@@ -1,4 +1,4 @@
-"""The front end of the ``lvdm`` code base: VideoCrafter and VSTAR itself.
+"""The front end of the ``lvdm`` code base, which VideoCrafter and the official VSTAR are of.
 
 Its ``CrossAttention`` has no processors: an instance's ``forward`` is replaced.
 """
@@ -42,7 +42,7 @@ class LvdmTARForward(RegularizedAttention):
         time_index: Any = None,
         **unknown: Any,
     ) -> Tensor:
-        """Attention over the frames of each row, projections included.
+        """Attends over the frames of each row, projections included.
 
         ``time_index``, the official code's step, is left to the handle, which sees it as the
         ``step_index`` of the whole model.
@@ -61,7 +61,7 @@ class LvdmTARForward(RegularizedAttention):
         return module.to_out(self.attend(module, x))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy the class's own forward, as nothing controls the copy of a model under TAR."""
+        """Copies the class's own forward, as nothing controls the copy of a model under TAR."""
         return types.MethodType, (type(self.module).forward, self.module)
 
 
@@ -88,7 +88,7 @@ class LvdmFrontEnd:
     models = "UNetModel of lvdm (VideoCrafter, VSTAR; with input_blocks and TemporalTransformer)"
 
     def layers(self, model: nn.Module) -> Iterator[TemporalLayer]:
-        """Yield the temporal self-attention modules in the model's order.
+        """Yields the temporal self-attention modules in the model's order.
 
         The model's blocks are one flat list; a ``Downsample`` or ``Upsample`` ends a level.
         """
@@ -111,7 +111,7 @@ class LvdmFrontEnd:
     def read_call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> ModelCall:
-        """Return the facts of a call; the official sampler announces the step as step_index."""
+        """Returns the facts of a call; the official sampler announces the step as step_index."""
         sample = Argument(model, 0).get(args, kwargs)
         step = Argument(model, "step_index").get(args, kwargs)
         return ModelCall(
@@ -122,28 +122,28 @@ class LvdmFrontEnd:
         )
 
     def get_attention(self, module: nn.Module) -> Any:
-        """Return the module's forward, replaced or its own."""
+        """Returns the module's forward, replaced or its own."""
         return module.forward
 
     def set_attention(self, module: nn.Module, attention: Any) -> None:
-        """Give the module a forward; its class's own needs no replacement."""
+        """Gives the module a forward; its class's own needs no replacement."""
         if getattr(attention, "__func__", None) is type(module).forward:
             module.__dict__.pop("forward", None)
         else:
             module.forward = attention
 
     def make_attention(self, module: nn.Module, backend: str | None) -> LvdmTARForward:
-        """Make a forward for the module, plain until it is given a bias."""
+        """Makes a forward for the module, plain until it is given a bias."""
         return LvdmTARForward(module, backend=backend)
 
     def why_not_replace(self, attention: Any) -> str | None:
-        """Say why a forward that is found in a model cannot make way for TAR; None if it can."""
+        """Returns why a forward that is found in a model cannot make way for TAR, or None."""
         if isinstance(attention, LvdmTARForward | types.MethodType):
             return None
         return f"its forward is {attention!r}, which TAR would replace"
 
     def register(self) -> None:
-        """Register nothing: this code base has no registries."""
+        """Registers nothing: this code base has no registries."""
 
 
 def _attentions(block: nn.Module, block_name: str) -> Iterator[tuple[str, nn.Module]]:

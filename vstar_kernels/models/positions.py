@@ -1,4 +1,4 @@
-"""Position embeddings that end: how many frames a model can take, and making them longer."""
+"""Position embeddings that end: how many frames a model takes, and longer ones."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Positions:
         self._longer: dict[Any, Tensor] = {}
 
     def find(self, layers: list[TemporalLayer]) -> None:
-        """Look at the blocks of these layers from now on."""
+        """Finds the embeddings in the blocks of these layers, for :meth:`fit`."""
         names = dict.fromkeys(layer.name.rpartition(".")[0] for layer in layers)
         blocks = (self._model.get_submodule(name) for name in names)
         self._blocks = [b for b in blocks if hasattr(getattr(b, "pos_embed", None), "pe")]
 
     def fit(self, sample: Tensor) -> None:
-        """Before a forward pass: extend them where the sample has more frames, or raise.
+        """Extends them, before a forward pass, where the sample has more frames, or raises.
 
         Raises:
             ValueError: There are too many frames and they are not to be extended; or they are not
@@ -54,13 +54,13 @@ class Positions:
             buffer.data = self._sinusoidal(buffer, frames)
 
     def restore(self, *_: object) -> None:
-        """After it: undo what :meth:`fit` did."""
+        """Undoes, after the forward pass, what :meth:`fit` did."""
         for buffer, content in self._extended:
             buffer.data = content
         self._extended.clear()
 
     def _short(self, sample: Tensor) -> Iterator[tuple[Tensor, str, int]]:
-        """Each buffer that is not for this many frames, what limits it, and the frames it needs."""
+        """Yields each buffer that is too short, what limits it, and the frames it needs."""
         num_frames = sample.shape[FRAMES_DIM]
         for block in self._blocks:
             # FreeNoise's blocks see one window at a time.
@@ -74,13 +74,13 @@ class Positions:
             yield buffer, "exactly: video_length", num_frames
 
     def _sinusoidal(self, buffer: Tensor, frames: int) -> Tensor:
-        """The embedding of ``(1, length, channels)`` for another number of frames."""
+        """Returns the embedding, ``(1, length, channels)``, for another number of frames."""
         key = (frames, buffer.shape[2], buffer.dtype, buffer.device)
         if key not in self._longer:
             make = _latte_table if hasattr(self._model, "temp_pos_embed") else _motion_table
             table = make(max(frames, buffer.shape[1]), buffer.shape[2]).to(buffer)
-            own = table[:, : buffer.shape[1]]
-            if not torch.allclose(own.float(), buffer.float(), atol=1e-2):
+            same = table[:, : buffer.shape[1]]
+            if not torch.allclose(same.float(), buffer.float(), atol=1e-2):
                 raise ValueError(
                     f"the positions of {type(self._model).__name__} are not sinusoidal (learned?): "
                     f"they cannot be extended from {buffer.shape[1]} to {frames} frames"

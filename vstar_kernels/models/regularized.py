@@ -26,7 +26,7 @@ from vstar_kernels.models.schedule import StepGate
 
 
 class RegularizedModel(HookHandle):
-    """TAR on one model. It is itself the hook, on the whole model, that runs before each forward.
+    """TAR on one model; itself the hook on the whole model that runs before each forward pass.
 
     It makes sure that every layer still has our attention, which much in diffusers replaces, looks
     up whether the step is regularized, and sets the attentions accordingly.
@@ -78,7 +78,7 @@ class RegularizedModel(HookHandle):
         self._check_free()
 
     def install(self) -> None:
-        """Put the attentions and the hooks in."""
+        """Puts the attentions and the hooks in."""
         _remove_copied_hooks(self.model)
         self.front_end.register()
         self._install_attentions()
@@ -87,7 +87,7 @@ class RegularizedModel(HookHandle):
         self._hooks.append(self.model.register_forward_hook(after, always_call=True))
 
     def remove(self) -> None:
-        """Take the hooks off and put back what each attention of ours replaced, if it is there."""
+        """Takes the hooks off, and puts back what each attention replaced that is still there."""
         super().remove()
         for module, attention in self._attentions.items():
             if self.front_end.get_attention(module) is attention:
@@ -97,7 +97,7 @@ class RegularizedModel(HookHandle):
             attention.stock, attention.controller = True, None
 
     def check_running(self) -> None:
-        """Raise RuntimeError outside of a forward pass of the model."""
+        """Raises RuntimeError outside of a forward pass of the model."""
         if not self._running:
             raise RuntimeError(
                 "temporal attention under apply_tar was called without its model's hooks, which "
@@ -105,7 +105,7 @@ class RegularizedModel(HookHandle):
             )
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The hook before each forward pass."""
+        """Runs before each forward pass."""
         self._untraced_before(args, kwargs)
 
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -125,17 +125,17 @@ class RegularizedModel(HookHandle):
         self._running = True
 
     def _after(self) -> None:
-        """After a forward pass, even one that raised."""
+        """Ends the forward pass, even one that raised."""
         self._positions.restore()
         # Gradient checkpointing calls the layers again.
         self._running = self._running and torch.is_grad_enabled()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy it, with its model, as a hook that refuses to run."""
+        """Becomes a hook that refuses to run in a copy of the model."""
         return _CopiedHook, ()
 
     def describe(self) -> Iterator[RegularizedLayer]:
-        """The layers that are regularized; with a configuration by width, after a forward."""
+        """Yields the layers that are regularized; by width they are known after a forward pass."""
         for layer in self.layers:
             regularization = self._regularization(layer)
             if regularization is not PLAIN:
@@ -150,19 +150,19 @@ class RegularizedModel(HookHandle):
                 )
 
     def keys(self) -> set[int]:
-        """The levels or widths at which it has layers; no widths before a forward pass."""
+        """Returns the levels or widths at which it has layers; no widths before a forward pass."""
         keys = (self._key(layer) for layer in self.layers)
         return {key for key in keys if key is not None}
 
     def width(self, level: Level) -> int | None:
-        """The width at a level in the last forward pass."""
+        """Returns the width at a level in the last forward pass."""
         if self._width is None:
             return None
         halvings = 0 if level == "init" else level
         return -(-self._width // 2**halvings)  # rounded up
 
     def _key(self, layer: TemporalLayer) -> int | None:
-        """What the configuration may call the layer."""
+        """Returns the level or width by which the configuration may name the layer."""
         if layer.level == "init" and not self._config.include_init:
             return None
         if self._config.key == "width":
@@ -174,7 +174,7 @@ class RegularizedModel(HookHandle):
         return PLAIN if key is None else self._regularizations.get(key, PLAIN)
 
     def _check_widths(self) -> None:
-        """Every width has a layer in some model under the handle, all of the same latents."""
+        """Raises unless every width has a layer in a model under the handle; they share latents."""
         if self._config.key == "level":
             return
         for peer in self.peers:
@@ -206,7 +206,7 @@ class RegularizedModel(HookHandle):
         self._positions.find(self.layers)
 
     def _install_attention(self, module: nn.Module, found: Any) -> RegularizedAttention:
-        """Put ours in unless it is there; it knows what to put back in the end."""
+        """Puts ours in unless it is there; it knows what to put back in the end."""
         if isinstance(found, RegularizedAttention) and found.controller is self:
             return found
         attention = self.front_end.make_attention(module, self._backend)
@@ -230,7 +230,7 @@ class RegularizedModel(HookHandle):
 
 
 def check_keys(wanted: Mapping[int, Any], models: list[RegularizedModel], kind: str) -> None:
-    """Raise unless each level or width has a layer in one of the models.
+    """Raises unless each level or width has a layer in one of the models.
 
     Raises:
         ValueError: One has none.

@@ -17,7 +17,7 @@ Steps = int | float | Callable[[int, float], bool] | None
 
 
 def check_steps(steps: Steps) -> None:
-    """Raise if ``steps`` is not of a kind that :class:`StepGate` takes.
+    """Raises if ``steps`` is not of a kind that :class:`StepGate` takes.
 
     Raises:
         TypeError, ValueError: It is not.
@@ -37,7 +37,7 @@ def check_steps(steps: Steps) -> None:
 
 
 class StepGate:
-    """Whether a forward pass is at a regularized step.
+    """Decides whether a forward pass is at a regularized step.
 
     The index of a step is its place in ``scheduler.timesteps``, the whole schedule's even where
     img2vid's ``strength`` skips its beginning: a step index always means the same noise level. It
@@ -60,7 +60,7 @@ class StepGate:
         self._scheduler = scheduler
 
     def is_on(self, timestep: Any, step: int | None = None) -> bool:
-        """Whether TAR is on for a forward pass.
+        """Returns whether TAR is on for a forward pass.
 
         Args:
             timestep: What the model is given: a number, or a tensor of equal ones.
@@ -109,19 +109,19 @@ class StepGate:
         begin = getattr(scheduler, "begin_index", None)
         if not begin:
             return
-        first = begin // scheduler.order
-        if not self._decide(first, timestep):
+        first_step = begin // scheduler.order
+        if not self._decide(first_step, timestep):
             raise ValueError(
                 f"steps={self.steps!r} regularizes no step: the schedule is entered at step "
-                f"{first} (strength of the pipeline), and step indices are those of the whole "
+                f"{first_step} (strength of the pipeline), and step indices are those of the whole "
                 f"schedule of {self._num_steps()}. Allow more steps, or use steps=None"
             )
 
 
 def scheduler_of(pipe_or_model: Any, scheduler: Any) -> Callable[[], Any]:
-    """Return what gives the scheduler that the caller named, or else the pipeline's; None for none.
+    """Returns a function that gives the scheduler: the given one, else the pipeline's, else None.
 
-    A pipeline's is looked up at each call, because it can be exchanged.
+    The function looks the pipeline's up at each call, because it can be exchanged.
     """
 
     def get() -> Any:
@@ -131,7 +131,7 @@ def scheduler_of(pipe_or_model: Any, scheduler: Any) -> Callable[[], Any]:
 
 
 def find_step(timestep: Any, scheduler: Any, *, last: bool = False) -> int:
-    """The index of the denoising step that evaluates the model at ``timestep``.
+    """Returns the index of the denoising step that evaluates the model at ``timestep``.
 
     Heun's scheduler visits a timestep as the end of one step and as the start of the next; its own
     ``step_index`` tells them apart, and where it does not know yet, it is the start.
@@ -175,7 +175,7 @@ def _timesteps(scheduler: Any) -> list[float]:
 
 
 def timestep_value(timestep: Any) -> float:
-    """Return the one timestep of a forward pass as a number.
+    """Returns the one timestep of a forward pass as a number.
 
     Raises:
         ValueError: There is none, or a tensor holds several.

@@ -30,16 +30,16 @@ class UNetFrontEnd(ProcessorFrontEnd):
     )
 
     def layers(self, model: nn.Module) -> Iterator[TemporalLayer]:
-        """Yield the temporal self-attention modules in the model's order."""
+        """Yields the temporal self-attention modules in the model's order."""
         down_blocks = getattr(model, "down_blocks", None)
         # A MotionAdapter only carries AnimateDiff's motion modules into its UNet.
         if not isinstance(down_blocks, nn.ModuleList) or type(model).__name__ == "MotionAdapter":
             return
-        for name, unwrapped, module in self.self_attentions(model):
-            if match := _LAYER.fullmatch(unwrapped):
+        for name, plain_name, module in self.self_attentions(model):
+            if match := _LAYER.fullmatch(plain_name):
                 level = _level(match, len(down_blocks))
                 yield TemporalLayer(name, level, match["place"], module)  # type: ignore[arg-type]
-            elif _INIT_LAYER.fullmatch(unwrapped):
+            elif _INIT_LAYER.fullmatch(plain_name):
                 yield TemporalLayer(name, "init", "init", module)
 
 
