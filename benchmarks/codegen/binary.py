@@ -22,20 +22,6 @@ import triton
 from vstar_kernels.attention.triton import pieces
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-
-SASS_PLACE = re.compile(r'^\s*//## File ".*?([^/"]+)", line (\d+)')
-SASS_NAME = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
-SASS_MATRIX = re.compile(r"[A-Z]*MMA$")  # HMMA, IMMA, HGMMA, UTCHMMA, UTCQMMA, …
-SASS_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-
-GCN_PLACE = re.compile(r"^\s+\.loc\s.*; (\S+?):(\d+):")
-GCN_NAME = re.compile(r"^\s+([a-z]+_[a-z0-9_]+)")
-GCN_WIDTHS = {
-    **{"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2},
-    **{"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16},
-}
-GCN_LOAD, GCN_STORE = (re.compile(rf"(global|buffer|flat)_{x}_") for x in ("load", "store"))
-
 Counts = dict[Any, int]
 
 
@@ -54,8 +40,71 @@ class Binary:
     in_lanes: int = 0  # scalar registers that AMD's compiler moved into lanes of vector ones
 
 
+@dataclass(frozen=True)
+class Assembly:
+    """How a vendor writes instructions, whose names are words between "." or "_"."""
+
+    place: re.Pattern  # a line that names the file and line which the next instructions are from
+    instruction: re.Pattern
+    load: re.Pattern
+    store: re.Pattern
+    matrix: re.Pattern
+    widths: dict[str, int]  # bytes, by the last word of a load or store that tells
+
+    def read(self, text: str) -> Iterator[tuple[str, bool]]:
+        """Yields each instruction's name, and whether it is from ``pieces.load``."""
+        lines, start = inspect.getsourcelines(pieces.load.fn)
+        in_load = False
+        for line in text.splitlines():
+            if found := self.place.match(line):
+                in_load = found[1] == "pieces.py" and 0 <= int(found[2]) - start < len(lines)
+            elif found := self.instruction.match(line):
+                yield found[1], in_load
+
+    def count(self, text: str) -> dict[str, Any]:
+        """Returns what of a :class:`Binary` follows from its instructions."""
+        code = list(self.read(text))
+        loads = [(self.width(name), in_load) for name, in_load in code if self.load.match(name)]
+        return {
+            "instructions": len(code),
+            "loads": _count(width for width, in_load in loads if in_load),
+            "other_loads": _count(width for width, in_load in loads if not in_load),
+            "stores": _count(self.width(name) for name, _ in code if self.store.match(name)),
+            "matrix": _count(name.split(".")[0] for name, _ in code if self.matrix.match(name)),
+        }
+
+    def width(self, name: str) -> int:
+        """Returns how many bytes a thread loads or stores with one instruction."""
+        words = reversed(re.split(r"[._]", name))
+        return next(self.widths[word] for word in words if word in self.widths)
+
+
+SASS = Assembly(
+    place=re.compile(r'^\s*//## File ".*?([^/"]+)", line (\d+)'),
+    instruction=re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"),
+    load=re.compile(r"LDG(STS)?(\.|$)"),
+    store=re.compile(r"STG(\.|$)"),
+    matrix=re.compile(r"[A-Z]*MMA(\.|$)"),  # HMMA, IMMA, HGMMA, UTCHMMA, UTCQMMA, …
+    widths={
+        **{"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32},
+        **dict.fromkeys(("LDG", "LDGSTS", "STG"), 4),
+    },
+)
+GCN = Assembly(
+    place=re.compile(r"^\s+\.loc\s.*; (\S+?):(\d+):"),
+    instruction=re.compile(r"^\s+([a-z]+_[a-z0-9_]+)"),
+    load=re.compile(r"(global|buffer|flat)_load_"),
+    store=re.compile(r"(global|buffer|flat)_store_"),
+    matrix=re.compile(r"v_(mfma|smfmac)_"),
+    widths={
+        **{"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2},
+        **{"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16},
+    },
+)
+
+
 def read(kernel: Any) -> Binary:
-    """The contents of a kernel that Triton compiled."""
+    """Returns the contents of a kernel that Triton compiled."""
     if "cubin" not in kernel.asm:
         return from_amdgcn(kernel.asm["amdgcn"], kernel.metadata.shared)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -67,25 +116,15 @@ def read(kernel: Any) -> Binary:
 
 
 def from_sass(sass: str, usage: str, shared: int) -> Binary:
-    """``nvdisasm -c -g`` and ``cuobjdump -res-usage`` of one kernel."""
+    """Reads one kernel's ``nvdisasm -c -g`` and ``cuobjdump -res-usage``."""
     numbers = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
-    code = list(_instructions(sass, SASS_PLACE, SASS_NAME))
-    loads = [(x, p) for x, p in code if x.split(".")[0] in ("LDG", "LDGSTS")]
-    local = sum(name.startswith(("LDL", "STL")) for name, _ in code)
-    return Binary(
-        registers=numbers["REG"],
-        spilled=max(numbers["STACK"], numbers["LOCAL"], 4 * local),
-        shared=shared,
-        instructions=len(code),
-        loads=_count(_sass_width(x) for x, place in loads if _in_load(place)),
-        other_loads=_count(_sass_width(x) for x, place in loads if not _in_load(place)),
-        stores=_count(_sass_width(x) for x, _ in code if x.split(".")[0] == "STG"),
-        matrix=_count(y for y in (x.split(".")[0] for x, _ in code) if SASS_MATRIX.match(y)),
-    )
+    local = sum(name.startswith(("LDL", "STL")) for name, _ in SASS.read(sass))
+    spilled = max(numbers["STACK"], numbers["LOCAL"], 4 * local)
+    return Binary(numbers["REG"], spilled, shared, **SASS.count(sass))
 
 
 def from_amdgcn(assembly: str, shared: int) -> Binary:
-    """The assembly of one kernel.
+    """Reads one kernel's assembly.
 
     Scalar registers that overflow go into lanes of vector ones: no spill, as they touch no memory.
     Where those overflow in turn, they count as vector registers' spills.
@@ -93,45 +132,13 @@ def from_amdgcn(assembly: str, shared: int) -> Binary:
     numbers = {
         key: int(value) for key, value in re.findall(r"\.(\w+?):?\s+(\d+)$", assembly, re.MULTILINE)
     }
-    code = list(_instructions(assembly, GCN_PLACE, GCN_NAME))
-    loads = [(x, place) for x, place in code if GCN_LOAD.match(x)]
     return Binary(
         registers=numbers["amdhsa_next_free_vgpr"],  # accumulation registers included
         spilled=max(4 * numbers["vgpr_spill_count"], numbers["private_segment_fixed_size"]),
         shared=shared,
-        instructions=len(code),
-        loads=_count(_gcn_width(x) for x, place in loads if _in_load(place)),
-        other_loads=_count(_gcn_width(x) for x, place in loads if not _in_load(place)),
-        stores=_count(_gcn_width(x) for x, _ in code if GCN_STORE.match(x)),
-        matrix=_count(x for x, _ in code if x.startswith(("v_mfma_", "v_smfmac_"))),
         in_lanes=numbers["sgpr_spill_count"],
+        **GCN.count(assembly),
     )
-
-
-Place = tuple[str, int]
-
-
-def _instructions(text: str, place: re.Pattern, name: re.Pattern) -> Iterator[tuple[str, Place]]:
-    """Each instruction's name with the file and line that it comes from."""
-    here = ("", 0)
-    for line in text.splitlines():
-        if found := place.match(line):
-            here = (found[1], int(found[2]))
-        elif found := name.match(line):
-            yield found[1], here
-
-
-def _in_load(place: Place) -> bool:
-    lines, start = inspect.getsourcelines(pieces.load.fn)
-    return place[0] == "pieces.py" and start <= place[1] < start + len(lines)
-
-
-def _sass_width(name: str) -> int:
-    return next((SASS_WIDTHS[x] for x in name.split(".")[1:] if x in SASS_WIDTHS), 4)
-
-
-def _gcn_width(name: str) -> int:
-    return next(GCN_WIDTHS[x] for x in name.split("_") if x in GCN_WIDTHS)
 
 
 def _count(items: Iterable[Any]) -> Counts:

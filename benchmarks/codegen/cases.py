@@ -1,25 +1,55 @@
-"""Which launches are compiled: those of the shipped configurations, through the real plan."""
+"""Which kernels are compiled: the launches of every shipped configuration, in several variants.
+
+This is the only module here that knows how the package builds its launches.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
 from benchmarks.codegen.targets import TARGETS
-from vstar_kernels.attention.triton import configs, plan, plan_backward
+from vstar_kernels.attention.triton import configs, launch, plan, plan_backward
 from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
 from vstar_kernels.attention.triton.facts import STRIDED, Device, Facts
 from vstar_kernels.attention.triton.plan import Launch
 
 BATCH, HEADS = 4096, 8
-KEYS = ("architecture", "kind", "frames", "width")  # what a configuration is found by
-F16 = torch.float16
-INT32_TENSORS = ("columns",)  # others that are not the call's are float32
-LONG = 1024  # frames of a stream launch
+LONG = 1024  # frames of a call of the stream kernels
+INT32_TENSORS = ("columns",)  # tensors that are neither of the call's type nor float32
+Config = TileConfig | StreamConfig
+
+
+@dataclass(frozen=True)
+class Key:
+    """What the package looks a configuration up by; ``frames`` is None for the stream kernels."""
+
+    architecture: str
+    kind: str
+    frames: int | None
+    width: int
+    backward: bool = False
+
+    @property
+    def family(self) -> str:
+        """The kernels that the configuration is for: "tile" or "stream"."""
+        return "stream" if self.frames is None else "tile"
+
+
+@dataclass(frozen=True)
+class Entry(Key):
+    """One line of the files of configurations."""
+
+    config: Config = field(kw_only=True)
+
+    @property
+    def key(self) -> Key:
+        """What the line is found by."""
+        return Key(*(getattr(self, field.name) for field in fields(Key)))
 
 
 @dataclass(frozen=True)
@@ -31,12 +61,12 @@ class Variant:
     per_head: bool = False
     stat: str = "row_max"
     clamp: bool = False
-    negative: bool = False
-    even: bool = True
+    negative: bool = False  # scale
+    even: bool = True  # frames fill their blocks
     wide: bool = False  # 64-bit offsets
     map: bool = False  # the mean map too, or its gradient
-    grad_values: bool = False  # of Δ's values, backward
-    half: torch.dtype = torch.bfloat16  # of the two 16-bit types
+    grad_values: bool = False  # gradients of Δ's values, backward
+    half: torch.dtype = torch.bfloat16  # which of the two 16-bit types
 
 
 GAUSSIAN = Variant("gaussian")
@@ -45,7 +75,7 @@ MAP = replace(DENSE, name="map", map=True)
 GRADIENTS = Variant("gradients", even=False)
 MAP_GRADIENT = Variant("map's gradient", "dense", stat="map_max", even=False, map=True)
 VALUES = replace(MAP_GRADIENT, name="values' gradient", grad_values=True)
-# What every shipped configuration must be able to run, by (kernel, backward): the commonest call,
+# What every shipped configuration must be able to run, by (family, backward): the commonest call,
 # and those that take the most registers and shared memory.
 ALWAYS = {
     ("tile", False): (GAUSSIAN, DENSE, MAP),
@@ -53,7 +83,8 @@ ALWAYS = {
     ("tile", True): (MAP_GRADIENT, VALUES, GRADIENTS),
     ("stream", True): (VALUES, GRADIENTS),
 }
-# All pairs of options, each in one of these; for a few rows.
+# Each pair of options is in one of these, which only a few configurations are compiled in.
+F16 = torch.float16
 PAIRS = (
     Variant("uneven", even=False),
     Variant("map max", stat="map_max"),
@@ -78,149 +109,101 @@ BACKWARD_PAIRS = (
     Variant("symmetric, gradients", "symmetric", stat="tensor", clamp=True, grad_values=True),
     Variant("signed, gradients", "signed", True, "row_max", True, wide=True, grad_values=True),
 )
-PAIRED = ("sm_90", "gfx942")  # one of each vendor, for whose representative rows the pairs are
-REPRESENTATIVE = {("16-bit", 16, 64), ("16-bit", None, 48)}
+PAIRED_ARCHITECTURES = ("sm_90", "gfx942")  # one of each vendor
+PAIRED_SIZES = {("16-bit", 16, 64), ("16-bit", None, 48)}  # of kind, frames and width
 # Head sizes that fill a width only in part.
 PARTIAL = {16: 8, 48: 40, 64: 56, 80: 72, 96: 88, 128: 120, 160: 136, 256: 200}
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of the table of configurations."""
-
-    architecture: str
-    kind: str
-    frames: int | None  # None: the stream kernel
-    width: int
-    config: TileConfig | StreamConfig
-    backward: bool = False
-
-    @property
-    def kernel(self) -> str:
-        """Which table the row is in."""
-        return "tile" if isinstance(self.config, TileConfig) else "stream"
-
-
-@dataclass(frozen=True)
 class Case:
-    """One kernel to compile."""
+    """One kernel to compile. Its launch is made where it is needed: kernels cannot be pickled."""
 
-    row: Row
+    entry: Entry
     variant: Variant
     head_dim: int
-    kernel: str  # as launches() calls it
-    launch: Launch
-    dtypes: tuple[torch.dtype | None, ...]  # of the launch's tensors; None for unused ones
+    kernel: str  # a key of launches()
 
     @property
-    def config(self) -> TileConfig | StreamConfig:
-        """The kernel's own configuration, or else the row's."""
-        config = self.row.config
+    def launch(self) -> Launch:
+        """The kernel with all of its arguments but tensors."""
+        return launches(self.entry, self.variant, self.head_dim)[self.kernel]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of queries, keys and values."""
+        return self.variant.half if self.entry.kind == "16-bit" else torch.float32
+
+    @property
+    def tensor_types(self) -> list[torch.dtype | None]:
+        """The types of the launch's tensors, in its order; None for those that it does not use."""
+        launch = self.launch
+        types: dict[str, torch.dtype | None] = dict.fromkeys(STRIDED, self.dtype)
+        types |= dict.fromkeys(INT32_TENSORS, torch.int32) | dict.fromkeys(launch.unused)
+        return [types.get(name, torch.float32) for name in launch.tensors]
+
+    @property
+    def config(self) -> Config:
+        """The kernel's own configuration where it has one, or else the entry's."""
+        config = self.entry.config
         return config.of(self.kernel) if isinstance(config, StreamConfig) else config
 
     @property
     def name(self) -> str:
-        """For people."""
-        row = self.row
-        frames = "" if row.frames is None else f" N={row.frames}"
-        size = f"{row.architecture} {self.kernel} {row.kind}{frames} D={self.head_dim}"
+        """The case in words."""
+        entry = self.entry
+        frames = "" if entry.frames is None else f" N={entry.frames}"
+        size = f"{entry.architecture} {self.kernel} {entry.kind}{frames} D={self.head_dim}"
         return f"{size} {self.variant.name}"
 
-    def __reduce__(self) -> tuple[Callable[..., Case], tuple[object, ...]]:
-        """Kernels cannot be sent to other processes; what they are made from can."""
-        return one_case, (self.row, self.variant, self.head_dim, self.kernel)
 
-
-def rows() -> list[Row]:
-    """Every shipped configuration."""
+def entries() -> list[Entry]:
+    """Returns every shipped configuration."""
     found = []
     for file, backward in ((configs.FILE, False), (configs.BACKWARD_FILE, True)):
         tables = json.loads(file.read_text())
-        found += [
-            Row(**{key: row.pop(key, None) for key in KEYS}, config=kind(**row), backward=backward)
-            for kernel, kind in (("tile", TileConfig), ("stream", configs.stream_config))
-            for row in tables[kernel]
-        ]
+        for family, config in (("tile", TileConfig), ("stream", configs.stream_config)):
+            for line in tables[family]:
+                key = [line.pop(name, None) for name in ("architecture", "kind", "frames", "width")]
+                found.append(Entry(*key, backward, config=config(**line)))
     return found
 
 
-def cases(row: Row, variant: Variant, head_dim: int | None = None) -> list[Case]:
-    """The launches of one call; none where the plan has another kernel for it."""
-    call = facts(row, variant, head_dim or row.width)
-    return [
-        Case(row, variant, call.shape[-1], name, launch, _types(call, launch))
-        for name, launch in launches(row, call).items()
-    ]
+def cases(entry: Entry, variant: Variant, head_dim: int | None = None) -> list[Case]:
+    """Returns the kernels of one call; none where the package has another family for it."""
+    head_dim = head_dim or entry.width
+    return [Case(entry, variant, head_dim, name) for name in launches(entry, variant, head_dim)]
 
 
-def one_case(row: Row, variant: Variant, head_dim: int, kernel: str) -> Case:
-    """The one of a call's launches that has this name."""
-    return next(case for case in cases(row, variant, head_dim) if case.kernel == kernel)
-
-
-def launches(row: Row, call: Facts) -> dict[str, Launch]:
-    """A call's launches by name."""
-    if row.backward:
-        return _backward_launches(row.config, call)
-    return _forward_launches(row.config, call)
-
-
-def _forward_launches(config: TileConfig | StreamConfig, call: Facts) -> dict[str, Launch]:
+def launches(entry: Entry, variant: Variant, head_dim: int) -> dict[str, Launch]:
+    """Returns the launches of a call by name, those that need the most registers first."""
+    call, config = facts(entry, variant, head_dim), entry.config
+    found: dict[str, Launch | None]
     if isinstance(config, TileConfig):
+        if entry.backward:
+            if call.grad_values and not plan_backward.sums_values(call):
+                return {}
+            return {"tile_backward": plan_backward.tile_plan(call, config).gradients}
         if not call.map_block:
             return {"tile": plan.tile_launch(call, config)}
-        if config.rows == configs.padded_frames(call.shape[-3]) <= plan.LARGEST_MAP_TILE:
-            return {"tile": plan.tile_with_map(call, config).forward}
-        return {}
+        fits = config.rows == configs.padded_frames(call.shape[-3]) <= plan.LARGEST_MAP_TILE
+        return {"tile": plan.tile_with_map(call, config).forward} if fits else {}
+    if entry.backward:
+        found = dict(vars(plan_backward.stream_plan(call, config)))
+        if call.map_block:  # the forward call's, which takes the gradients' configuration
+            found = {"maps": plan.strips(call, config)[0], **found}
+        return {name: found[name] for name in reversed(found) if found[name] is not None}
     found = {"stream": plan.stream_launch(call, config, save=call.map_block > 0)}
     if call.stat == "map_max":
         found["map_max"] = plan.map_max_launch(call, config)
     return found
 
 
-def _backward_launches(config: TileConfig | StreamConfig, call: Facts) -> dict[str, Launch]:
-    if isinstance(config, TileConfig):
-        if call.grad_values and not plan_backward.sums_values(call):
-            return {}
-        return {"tile_backward": plan_backward.tile_plan(call, config).gradients}
-    found: dict[str, Launch | None] = dict(vars(plan_backward.stream_plan(call, config)))
-    if call.map_block:  # the forward call's, which takes the gradients' configuration
-        found = {"maps": plan.strips(call, config)[0], **found}
-    # The last ones need most: what is not fit fails early.
-    return {name: launch for name, launch in reversed(found.items()) if launch is not None}
-
-
-def _types(call: Facts, launch: Launch) -> tuple[torch.dtype | None, ...]:
-    types: dict[str, torch.dtype | None] = dict.fromkeys(STRIDED, call.dtype)
-    types |= dict.fromkeys(INT32_TENSORS, torch.int32) | dict.fromkeys(launch.unused)
-    return tuple(types.get(name, torch.float32) for name in launch.tensors)
-
-
-def shipped(row: Row) -> list[Case]:
-    """What a configuration must compile to without fault; of some, in all pairs of options."""
-    found = [case for variant in ALWAYS[row.kernel, row.backward] for case in cases(row, variant)]
-    if (row.kind, row.frames, row.width) not in REPRESENTATIVE:
-        return [case for case in found if not light(case)]
-    if row.architecture not in PAIRED:
-        return found
-    pairs = BACKWARD_PAIRS if row.backward else PAIRS
-    partial = replace(pairs[-1], name=f"{pairs[-1].name}, partial")
-    more = [cases(row, variant) for variant in pairs] + [cases(row, partial, PARTIAL[row.width])]
-    return found + list(itertools.chain.from_iterable(more))
-
-
-def light(case: Case) -> bool:
-    """Whether a kernel needs less than another of the same row that does what it does and more."""
-    return case.kernel == "map_max" or (case.kernel == "statistics" and not case.variant.map)
-
-
-def facts(row: Row, variant: Variant, head_dim: int) -> Facts:
-    """A call on contiguous ``(batch, frames, heads, head_dim)`` tensors that takes these paths."""
-    frames = LONG if row.frames is None else row.frames
-    frames -= not variant.even
-    dtype = variant.half if row.kind == "16-bit" else torch.float32
+def facts(key: Key, variant: Variant, head_dim: int, device: Device | None = None) -> Facts:
+    """Describes a call on contiguous ``(batch, frames, heads, head_dim)`` tensors."""
+    target = TARGETS[key.architecture]
+    frames = (key.frames or LONG) - (not variant.even)
     batch = BATCH * 32 * 128 if variant.wide else BATCH * 128 // frames
-    shape = (batch, frames, HEADS, head_dim)
     strides = (frames * HEADS * head_dim, HEADS * head_dim, head_dim, 1)
     values = {
         "gaussian": (0, 0, 0),
@@ -229,51 +212,96 @@ def facts(row: Row, variant: Variant, head_dim: int) -> Facts:
         "signed": (0, frames - 1, 1),
         "dense": (0, frames, 1),
     }[variant.form]
-    if variant.per_head:
-        values = (frames * frames, *values[1:])
     stat_strides = (frames * HEADS, HEADS, 1) if variant.stat == "tensor" else ()
-    target = TARGETS[row.architecture]
     return Facts(
-        device=Device(row.architecture, target.shared_program, target.processors),
-        dtype=dtype,
-        ieee=row.kind == "ieee",
-        shape=shape,
-        strides=(strides,) * (len(STRIDED) if row.backward else 4),
+        device=device or Device(key.architecture, target.shared_program, target.processors),
+        dtype=variant.half if key.kind == "16-bit" else torch.float32,
+        ieee=key.kind == "ieee",
+        shape=(batch, frames, HEADS, head_dim),
+        strides=(strides,) * (len(STRIDED) if key.backward else 4),
         scale=(-1 if variant.negative else 1) * head_dim**-0.5,
         strength=1.0,
         form=variant.form,
         sigma=1.0 if variant.form == "gaussian" else 0.0,
-        values_strides=values,
+        values_strides=(frames * frames, *values[1:]) if variant.per_head else values,
         per_head=variant.per_head,
         stat=variant.stat,
         stat_strides=stat_strides,
         clamp=variant.clamp,
         map_block=int(variant.map),
         grad_values=variant.grad_values,
-        grad_stat_strides=stat_strides if row.backward else (),
+        grad_stat_strides=stat_strides if key.backward else (),
     )
 
 
-def subset(every: list[Case]) -> list[Case]:
-    """A few of them, of the models' commonest sizes, that show all of :func:`shown`: greedily."""
-    left = {id(case): (case, shown(case)) for case in every if case.row.width in (48, 64)}
-    missing = set().union(*(shows for _, shows in left.values()))
+def this_gpu() -> Device:
+    """Returns the package's description of the first GPU."""
+    return launch._device(torch.device("cuda", 0))
+
+
+def gaussian_launch(entry: Entry, traffic: int) -> tuple[Launch, tuple[int, ...]]:
+    """Returns a Gaussian call on this GPU that moves ``traffic`` bytes, and its tensors' shape."""
+    call = facts(entry, GAUSSIAN, entry.width, this_gpu())
+    _, *sizes = call.shape
+    batch = max(1, traffic // (4 * torch.Size(sizes).numel() * call.dtype.itemsize))
+    call = call._replace(shape=(batch, *sizes))
+    if isinstance(entry.config, TileConfig):
+        return plan.tile_launch(call, entry.config), call.shape
+    return plan.stream_launch(call, entry.config), call.shape
+
+
+def shipped(entry: Entry) -> list[Case]:
+    """Returns what a configuration must compile to without fault; all pairs of options for some."""
+    variants = ALWAYS[entry.family, entry.backward]
+    found = [case for variant in variants for case in cases(entry, variant)]
+    if (entry.kind, entry.frames, entry.width) not in PAIRED_SIZES:
+        return [case for case in found if not light(case)]
+    if entry.architecture not in PAIRED_ARCHITECTURES:
+        return found
+    pairs = BACKWARD_PAIRS if entry.backward else PAIRS
+    partial = replace(pairs[-1], name=f"{pairs[-1].name}, partial")
+    more = [cases(entry, variant) for variant in pairs]
+    return [*found, *itertools.chain(*more), *cases(entry, partial, PARTIAL[entry.width])]
+
+
+def light(case: Case) -> bool:
+    """Tells whether another kernel of the entry does what this one does and more."""
+    return case.kernel == "map_max" or (case.kernel == "statistics" and not case.variant.map)
+
+
+def subset(every: Iterable[Case]) -> list[Case]:
+    """Chooses a few cases of the models' commonest sizes that show all that every case shows.
+
+    The choice is greedy: each time a case that shows most of what is missing, of those the one that
+    compiles fastest.
+    """
+    common = (case for case in every if case.entry.width in (48, 64))
+    left = sorted(((case, shows(case)) for case in common), key=lambda pair: effort(pair[0]))
+    missing = set().union(*(shown for _, shown in left))
     found = []
     while missing:
-        case, shows = max(left.values(), key=lambda pair: len(pair[1] & missing))
-        missing -= shows
+        case, shown = max(left, key=lambda pair: len(pair[1] & missing))
+        missing -= shown
         found.append(case)
-    return found
+    return [case for case, _ in left if case in found]
 
 
-def shown(case: Case) -> set[tuple[object, ...]]:
-    """What compiling a case shows to work: pairs of target, kernel and type, lengths, variants."""
-    row = case.row
+def effort(case: Case) -> tuple[bool, float]:
+    """Orders cases by how long they take: NVIDIA's disassembler, then each warp's part of a map."""
+    config, frames = case.config, case.entry.frames
+    keys = config.keys if isinstance(config, StreamConfig) else frames
+    return case.entry.architecture.startswith("sm_"), config.rows * keys / config.warps
+
+
+def shows(case: Case) -> set[tuple[object, ...]]:
+    """Returns what compiling a case shows to work: pairs of target, kernel and type, and so on."""
+    entry, always = case.entry, ALWAYS[case.entry.family, case.entry.backward]
     return {
-        (row.architecture, case.kernel),
-        (row.architecture, row.kind, row.kernel, row.backward),
-        (row.kind, case.kernel),
-        (row.architecture, row.frames, row.backward),
-        ("variant", case.variant.name),
-        *((row.architecture, x) for x in ALWAYS[row.kernel, row.backward] if x == case.variant),
+        (entry.architecture, case.kernel),
+        (entry.architecture, entry.kind, entry.family, entry.backward),
+        (entry.kind, case.kernel),
+        (entry.architecture, entry.frames, entry.backward),
+        (case.kernel, entry.width),
+        ("variant", case.variant),
+        *((entry.architecture, x) for x in always if x == case.variant),
     }

@@ -1,16 +1,16 @@
-"""Launch → compiled kernel → what is in it, with the signature that the JIT would derive."""
+"""Compiles a case as the JIT would, and reads what is in the binary."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+import pickle
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import triton
+from tqdm import tqdm
+from tqdm.contrib.concurrent import process_map
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import MockTensor, create_function_from_signature
 
@@ -18,6 +18,7 @@ from benchmarks.codegen import binary
 from benchmarks.codegen.binary import Binary
 from benchmarks.codegen.cases import Case
 from benchmarks.codegen.targets import TARGETS
+from vstar_kernels.files import write_atomically
 
 CACHE = Path(__file__).parents[2] / "build/codegen"
 READER = hashlib.sha256(Path(binary.__file__).read_bytes()).hexdigest()[:8]
@@ -25,13 +26,12 @@ T = TypeVar("T")
 
 
 def compile_case(case: Case) -> Any:
-    """The compiled kernel, whose tensors are aligned to 16 bytes, as torch allocates them."""
-    target = TARGETS[case.row.architecture].triton
-    kernel = case.launch.kernel
-    backend = make_backend(target)
+    """Compiles a kernel whose tensors are aligned to 16 bytes, as torch allocates them."""
+    target, launch = TARGETS[case.entry.architecture].triton, case.launch
+    kernel, backend = launch.kernel, make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    tensors = [None if dtype is None else MockTensor(dtype) for dtype in case.dtypes]
-    bound, specialization, options = bind(*tensors, *case.launch.arguments, **case.launch.constants)
+    tensors = [dtype and MockTensor(dtype) for dtype in case.tensor_types]
+    bound, specialization, options = bind(*tensors, *launch.arguments, **launch.constants)
     options, signature, constants, attributes = kernel._pack_args(
         backend, options, bound, specialization, options
     )
@@ -40,30 +40,21 @@ def compile_case(case: Case) -> Any:
 
 
 def inspect(case: Case) -> Binary:
-    """What is in a compiled case; disassembled once for each kernel in Triton's cache."""
+    """Returns what is in a compiled case; each kernel in Triton's cache is disassembled once."""
     kernel = compile_case(case)
-    path = CACHE / f"{kernel.hash}-{READER}.json"
+    path = CACHE / f"{kernel.hash}-{READER}.pickle"
     if path.exists():
-        return _from_json(json.loads(path.read_text()))
+        return pickle.loads(path.read_bytes())
     found = binary.read(kernel)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{id(found)}.tmp")
-    partial.write_text(json.dumps(asdict(found)))
-    partial.rename(path)
+    write_atomically(path, pickle.dumps(found))
     return found
 
 
-def in_processes(function: Callable[[Any], T], items: Iterable[Any], jobs: int) -> Iterator[T]:
-    """``function`` of each item in order, in so many processes; in this one if it is one."""
+def in_processes(
+    function: Callable[[Any], T], items: Iterable[Any], jobs: int, **bar: Any
+) -> list[T]:
+    """Returns ``function`` of each item, from so many processes; from this one if it is one."""
     if jobs == 1:
-        yield from map(function, items)
-        return
-    with ProcessPoolExecutor(jobs) as pool:
-        yield from pool.map(function, items)
-
-
-def _from_json(fields: dict[str, Any]) -> Binary:
-    """JSON's keys are strings; widths are numbers."""
-    for name in ("loads", "other_loads", "stores"):
-        fields[name] = {int(width): count for width, count in fields[name].items()}
-    return Binary(**fields)
+        return [function(item) for item in tqdm(items, **bar)]
+    return process_map(function, items, max_workers=jobs, chunksize=1, **bar)

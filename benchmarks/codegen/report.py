@@ -1,4 +1,4 @@
-"""What was found in each compiled case, as plain data and as tables."""
+"""What was found in each compiled case, as plain data and as Markdown tables."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.codegen import cases, model, rules
-from benchmarks.codegen.binary import Counts
 from benchmarks.codegen.cases import Case
 from benchmarks.codegen.compile import inspect
 from benchmarks.codegen.targets import TARGETS
-from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
 
 Result = dict[str, Any]
-HEAD = (
-    "| kernel | type | N | D | blocks | warps | registers | shared | programs | loads | stores "
-    "| matrix | instructions | bytes | operations | share | limit |\n"
-    "|---|---|--:|--:|---|--:|--:|--:|--:|--:|--:|---|--:|--:|--:|--:|---|"
-)
+COLUMNS = (
+    "kernel", "type", "N:", "D:", "blocks", "warps:", "registers:", "shared:", "programs:",
+    "loads:", "stores:", "matrix", "instructions:", "bytes:", "operations:", "share:", "limit",
+)  # fmt: skip
+OTHER_COLUMNS = (
+    "variant", "kernels:", "most registers:", "most shared:", "fewest programs:", "narrowest load:"
+)  # fmt: skip
 
 
 def examine(case: Case) -> Result:
-    """Compile a case and say what came out; ``faults`` is empty where it may be shipped."""
-    row, target = case.row, TARGETS[case.row.architecture]
+    """Compiles a case and says what came out; ``faults`` is empty where it may be shipped."""
+    entry, target = case.entry, TARGETS[case.entry.architecture]
     try:
         binary = inspect(case)
     except (RuntimeError, ValueError) as error:
@@ -35,13 +35,13 @@ def examine(case: Case) -> Result:
         faults.append(f"takes {binary.shared} bytes of shared memory, {case.config.shared} stated")
     result = {
         "name": case.name,
-        "architecture": row.architecture,
+        "architecture": entry.architecture,
         "kernel": case.kernel,
         "variant": case.variant.name,
-        "kind": row.kind,
-        "frames": row.frames,
+        "kind": entry.kind,
+        "frames": entry.frames,
         "head_dim": case.head_dim,
-        "config": _sizes(case.config),
+        "config": {name: n for name, n in vars(case.config).items() if isinstance(n, int)},
         **asdict(binary),
         "resident": model.resident(binary, case.config.warps, target),
         "faults": faults,
@@ -52,81 +52,66 @@ def examine(case: Case) -> Result:
     return result
 
 
-def _sizes(config: TileConfig | StreamConfig) -> dict[str, int]:
-    return {name: value for name, value in vars(config).items() if name != "own"}
-
-
-def is_main(result: Result) -> bool:
-    """Whether it gets a line of its own in the tables: the commonest call of each row."""
-    common = {cases.GAUSSIAN.name, cases.GRADIENTS.name}
-    return result.get("variant") in common and "architecture" in result
+def offenders(results: Iterable[Result]) -> list[str]:
+    """Returns what may not be shipped, and why."""
+    return [f"{x['name']}: {'; '.join(x['faults'])}" for x in results if x["faults"]]
 
 
 def tables(results: list[Result]) -> str:
-    """Markdown: a table for each architecture, then its other variants in short."""
-    parts = []
-    for name, group in itertools.groupby(
-        (x for x in results if "architecture" in x), key=lambda x: x["architecture"]
-    ):
+    """Returns two tables for each architecture: the commonest calls, and the others in short."""
+    common = {cases.GAUSSIAN.name, cases.GRADIENTS.name}
+    compiled = (x for x in results if "architecture" in x)
+    sections = []
+    for name, group in itertools.groupby(compiled, key=lambda x: x["architecture"]):
         target, members = TARGETS[name], list(group)
-        lines = "\n".join(line(x) for x in members if is_main(x))
-        parts.append(
+        lines = [cells(x) for x in members if x["variant"] in common]
+        others = sorted({x["variant"] for x in members} - common)
+        short = [in_short(v, [x for x in members if x["variant"] == v]) for v in others]
+        sections.append(
             f"## {name}\n\nShares of the bandwidth are predicted for {target.gpu}, "
-            f"{target.bandwidth / 1e12:.2f} TB/s; none is measured.\n\n{HEAD}\n{lines}\n\n"
-            f"{others(members)}\n"
+            f"{target.bandwidth / 1e12:.2f} TB/s; none is measured.\n\n"
+            f"{table(COLUMNS, lines)}\n\n{table(OTHER_COLUMNS, short)}\n"
         )
-    return "\n".join(parts)
+    return "\n".join(sections)
 
 
-def line(result: Result) -> str:
-    """One row of a table."""
+def cells(result: Result) -> list[object]:
+    """Returns a kernel's line in the table of the commonest calls."""
     config = result["config"]
     registers = str(result["registers"])
     if result["in_lanes"]:
         registers += f" ({result['in_lanes']} scalar in lanes)"
-    work = "| | | |"
-    if result["kernel"] == "tile":
-        limit = result["limit"] if result["headroom"] < 1 else "memory"
-        work = (
-            f"| {result['sequence_bytes']} | {result['sequence_operations']} "
-            f"| {result['share']:.0%} | {limit}"
-        )
+    blocks = f"{config['rows']} × {config.get('keys')}, {config.get('stages')} stages"
     if "sequences" in config:
         blocks = f"{config['sequences']} of {config['rows']} rows"
-    else:
-        blocks = f"{config['rows']} × {config['keys']}, {config['stages']} stages"
-    return (
-        f"| {result['kernel']} | {result['kind']} | {result['frames'] or ''} "
-        f"| {result['head_dim']} | {blocks} | {config['warps']} | {registers} "
-        f"| {result['shared']} | {result['resident']} | {span(result['loads'])} "
-        f"| {span(result['stores'])} | {', '.join(result['matrix']) or 'none'} "
-        f"| {result['instructions']} {work} |"
-    )
-
-
-def others(results: Iterable[Result]) -> str:
-    """The variants that have no line of their own, by the most that they need."""
-    lines = [
-        "| variant | kernels | most registers | most shared | fewest programs | narrowest load |",
-        "|---|--:|--:|--:|--:|--:|",
+    prediction = [""] * 4
+    if result["kernel"] == "tile":
+        limit = result["limit"] if result["headroom"] < 1 else "memory"
+        work = (result["sequence_bytes"], result["sequence_operations"])
+        prediction = [*work, f"{result['share']:.0%}", limit]
+    return [
+        *(result["kernel"], result["kind"], result["frames"] or "", result["head_dim"]),
+        *(blocks, config["warps"], registers, result["shared"], result["resident"]),
+        *("–".join(map(str, sorted({*extremes(result[x])}))) for x in ("loads", "stores")),
+        *(", ".join(result["matrix"]) or "none", result["instructions"], *prediction),
     ]
-    rest = sorted((x for x in results if not is_main(x)), key=lambda x: x["variant"])
-    for variant, group in itertools.groupby(rest, key=lambda x: x["variant"]):
-        found = list(group)
-        lines.append(
-            f"| {variant} | {len(found)} | {max(x['registers'] for x in found)} "
-            f"| {max(x['shared'] for x in found)} | {min(x['resident'] for x in found)} "
-            f"| {min(min(x['loads']) for x in found)} |"
-        )
-    return "\n".join(lines)
 
 
-def span(widths: Counts) -> str:
-    """The narrowest and the widest, in bytes."""
-    numbers = sorted(map(int, widths))
-    return "–".join(str(x) for x in dict.fromkeys([numbers[0], numbers[-1]]))
+def in_short(variant: str, results: list[Result]) -> list[object]:
+    """Returns a variant's line in the table of the others: the most that its kernels need."""
+    most = [max(x[name] for x in results) for name in ("registers", "shared")]
+    narrowest = min(min(x["loads"]) for x in results)
+    return [variant, len(results), *most, min(x["resident"] for x in results), narrowest]
 
 
-def offenders(results: Iterable[Result]) -> list[str]:
-    """What may not be shipped, and why."""
-    return [f"{x['name']}: {'; '.join(x['faults'])}" for x in results if x["faults"]]
+def extremes(widths: dict[int, int]) -> tuple[int, int]:
+    """Returns the narrowest and the widest, in bytes."""
+    return min(widths), max(widths)
+
+
+def table(columns: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
+    """Returns a table in Markdown; columns whose names end in a colon are set to the right."""
+    head = " | ".join(name.rstrip(":") for name in columns)
+    rule = "|".join("--:" if name.endswith(":") else "---" for name in columns)
+    body = [f"| {' | '.join(map(str, line))} |" for line in lines]
+    return "\n".join([f"| {head} |", f"|{rule}|", *body])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from benchmarks.codegen.binary import Binary
 from benchmarks.codegen.cases import Case
-from benchmarks.codegen.targets import Target
-from vstar_kernels.attention.triton.facts import VECTOR_BYTES
+from benchmarks.codegen.targets import VECTOR_BYTES, Target
 
 
 def faults(case: Case, binary: Binary, target: Target) -> list[str]:
-    """Why a kernel is not fit to ship; empty if it is.
+    """Returns why a kernel is not fit to ship; nothing if it is.
 
     Scalar registers in lanes of vector ones (``Binary.in_lanes``) are no fault: no memory is used.
     """
@@ -18,29 +17,31 @@ def faults(case: Case, binary: Binary, target: Target) -> list[str]:
         found.append(f"spills {binary.spilled} bytes")
     if binary.shared > target.shared_program:
         limit = target.shared_program
-        found.append(f"takes {binary.shared} bytes of shared memory, {target.name} has {limit}")
+        found.append(
+            f"takes {binary.shared} bytes of shared memory, {case.entry.architecture} has {limit}"
+        )
+    constants = case.launch.constants
+    aligned = min(VECTOR_BYTES, constants["UNIT"] * case.dtype.itemsize)
+    if case.entry.backward:
+        aligned = min(aligned, _bytes_of_a_thread(case, target))
     if not binary.loads:
         found.append("no load of queries, keys or values was recognised")
-    aligned = min(VECTOR_BYTES, case.launch.constants["UNIT"] * case.dtypes[0].itemsize)
-    if case.row.backward:
-        aligned = min(aligned, _share(case, target))
-    if binary.loads and min(binary.loads) < aligned:
+    elif min(binary.loads) < aligned:
         found.append(f"loads {min(binary.loads)} bytes at a time where {aligned} are aligned")
-    if not binary.matrix and not (case.row.kind == "ieee" and target.triton.backend == "cuda"):
+    if not binary.matrix and not (case.entry.kind == "ieee" and target.triton.backend == "cuda"):
         found.append("has no matrix instruction")
     return found
 
 
-def _share(case: Case, target: Target) -> int:
-    """Bytes of the narrowest block for each thread, which cannot load more.
+def _bytes_of_a_thread(case: Case, target: Target) -> int:
+    """Returns the bytes that a thread has of the narrowest block, and cannot load more of.
 
     Only gradients may have less than a vector: it takes many warps to hold their small blocks.
     """
     constants = case.launch.constants
     width = min(filter(None, (constants["MAIN"], constants["REST"])))
     if "FRAMES" in constants:
-        rows = constants["FRAMES"] * constants["SEQUENCES"]
+        height = constants["FRAMES"] * constants["SEQUENCES"]
     else:
-        rows = min(constants["ROWS"], constants["KEYS"])
-    threads = constants["num_warps"] * target.lanes
-    return rows * width * case.dtypes[0].itemsize // threads
+        height = min(constants["ROWS"], constants["KEYS"])
+    return height * width * case.dtype.itemsize // (constants["num_warps"] * target.lanes)

@@ -1,17 +1,16 @@
 """The launch configurations that ``benchmarks.tune`` tries, in order of preference.
 
 Plain data: tiles as (rows, sequences, warps), streams as (rows, keys, warps, stages). What speaks
-for an order: a head's narrowest part is 16 wide, and a thread of a program should still have 16
+for an order: a head's narrower part is 16 wide, and a thread of a program should still have 16
 bytes of it to load; NVIDIA's larger matrix instructions take 64 rows of four warps (128 on sm_100);
 IEEE float32 products keep whole rows of their operands in registers, so their blocks are small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from benchmarks.codegen.cases import Config, Key
+from benchmarks.codegen.targets import TARGETS, VECTOR_BYTES
 from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig, split
-from vstar_kernels.attention.triton.facts import VECTOR_BYTES
 
 TILES = {
     "16-bit": {
@@ -80,11 +79,9 @@ IEEE_STREAMS = {  # by width: what fits hangs on how its parts unroll
     160: [(16, 16, 4, 1), (16, 16, 8, 1)],
     256: [(16, 32, 8, 1), (16, 16, 8, 1)],
 }
-
-
-# Of the gradients: tiles as (sequences, warps), streams as (rows, keys, warps), in warps of 32. A
-# tile keeps four blocks of a sequence and two maps in registers: without matrix instructions none
-# fits. Blocks are small for so many warps: a thread may have less than a vector to load.
+# For gradients: tiles as (sequences, warps), streams as (rows, keys, warps), in warps of 32. A tile
+# keeps four blocks of a sequence and two maps in registers: without matrix instructions none fits.
+# Blocks are small for so many warps: a thread may have less than a vector to load.
 LEAST_BYTES = 4
 BACKWARD_TILES = {
     ("16-bit", 16): [(4, 4), (2, 2), (2, 1), (1, 1), (1, 2)],
@@ -110,72 +107,80 @@ BACKWARD_STREAMS = {
 # where products have no matrix instructions.
 LARGEST_TILE = 40 * 1024
 LARGEST_TILE_WITHOUT_MATRIX = 32 * 64
-
-
-def tiles(architecture: str, kind: str, frames: int, width: int) -> list[TileConfig]:
-    """To try for tiles of so many frames. ``shared`` is not known yet."""
-    elements = frames * width
-    if elements * (2 if kind == "16-bit" else 4) > LARGEST_TILE:
-        return []
-    if kind == "ieee" and architecture != "gfx942" and elements > LARGEST_TILE_WITHOUT_MATRIX:
-        return []
-    return [
-        TileConfig(rows, sequences, warps, shared=0)
-        for rows, sequences, warps in TILES[kind][frames]
-        if bytes_to_load(architecture, kind, width, rows * sequences, warps) >= VECTOR_BYTES
-    ]
-
-
 # Registers of a thread that a block's outputs may take, of those it can have.
 OUTPUT_REGISTERS = {"sm_80": 96, "sm_90": 128, "sm_100": 128, "gfx942": 128}
 OUTPUT_REGISTERS_WITHOUT_MATRIX = 40
 
 
-def streams(architecture: str, kind: str, width: int) -> list[StreamConfig]:
-    """To try for any number of frames. ``shared`` is not known yet."""
-    lanes, most = (64 if architecture == "gfx942" else 32), OUTPUT_REGISTERS[architecture]
-    if kind == "ieee":
-        most = OUTPUT_REGISTERS_WITHOUT_MATRIX
-    first = IEEE_STREAMS[width] if kind == "ieee" else STREAMS[architecture, kind]
-    sizes = dict.fromkeys([*first, *SMALL_STREAMS])
+def candidates(key: Key) -> list[Config]:
+    """Returns the configurations to try, best first; their ``shared`` is not known yet."""
+    if key.backward:
+        return backward_tiles(key) if key.frames else backward_streams(key)
+    return tiles(key) if key.frames else streams(key)
+
+
+def tiles(key: Key) -> list[Config]:
+    """Returns those for tiles; none where a tile would be too large."""
+    elements = key.frames * key.width
+    without_matrix = key.kind == "ieee" and key.architecture != "gfx942"
+    if elements * itemsize(key) > LARGEST_TILE:
+        return []
+    if without_matrix and elements > LARGEST_TILE_WITHOUT_MATRIX:
+        return []
+    return [
+        TileConfig(rows, sequences, warps, shared=0)
+        for rows, sequences, warps in TILES[key.kind][key.frames]
+        if bytes_to_load(key, rows * sequences, warps) >= VECTOR_BYTES
+    ]
+
+
+def streams(key: Key) -> list[Config]:
+    """Returns those for any number of frames."""
+    if key.kind == "ieee":
+        preferred, registers = IEEE_STREAMS[key.width], OUTPUT_REGISTERS_WITHOUT_MATRIX
+    else:
+        preferred = STREAMS[key.architecture, key.kind]
+        registers = OUTPUT_REGISTERS[key.architecture]
+    lanes = TARGETS[key.architecture].lanes
     return [
         StreamConfig(rows, keys, warps, stages, shared=0)
-        for rows, keys, warps, stages in sizes
-        if rows * width <= most * lanes * warps
-        and bytes_to_load(architecture, kind, width, min(rows, keys), warps) >= VECTOR_BYTES
+        for rows, keys, warps, stages in dict.fromkeys([*preferred, *SMALL_STREAMS])
+        if rows * key.width <= registers * lanes * warps
+        and bytes_to_load(key, min(rows, keys), warps) >= VECTOR_BYTES
     ]
 
 
-def backward_tiles(architecture: str, kind: str, frames: int, width: int) -> list[TileConfig]:
-    """To try for the gradients of tiles, whose map is one block. ``shared`` is not known yet."""
-    sizes = _in_own_warps(architecture, BACKWARD_TILES.get((kind, frames), []))
+def backward_tiles(key: Key) -> list[Config]:
+    """Returns those for the gradients of tiles, whose map is one block."""
     return [
-        TileConfig(frames, sequences, warps, shared=0)
-        for sequences, warps in sizes
-        if bytes_to_load(architecture, kind, width, frames * sequences, warps) >= LEAST_BYTES
+        TileConfig(key.frames, sequences, warps, shared=0)
+        for sequences, warps in in_own_warps(key, BACKWARD_TILES.get((key.kind, key.frames), []))
+        if bytes_to_load(key, key.frames * sequences, warps) >= LEAST_BYTES
     ]
 
 
-def backward_streams(architecture: str, kind: str, width: int) -> list[StreamConfig]:
-    """To try for the gradients of any number of frames. ``shared`` is not known yet."""
-    heads = "narrow" if width <= 64 else "wide" if width <= 128 else "widest"
-    sizes = _in_own_warps(architecture, BACKWARD_STREAMS[kind, heads])
+def backward_streams(key: Key) -> list[Config]:
+    """Returns those for the gradients of any number of frames."""
+    heads = "narrow" if key.width <= 64 else "wide" if key.width <= 128 else "widest"
     return [
         StreamConfig(rows, keys, warps, stages=1, shared=0)
-        for rows, keys, warps in sizes
-        if bytes_to_load(architecture, kind, width, min(rows, keys), warps) >= LEAST_BYTES
+        for rows, keys, warps in in_own_warps(key, BACKWARD_STREAMS[key.kind, heads])
+        if bytes_to_load(key, min(rows, keys), warps) >= LEAST_BYTES
     ]
 
 
-def _in_own_warps(architecture: str, sizes: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-    """As many threads in warps of 64, on AMD."""
-    if architecture != "gfx942":
-        return sizes
-    return list(dict.fromkeys((*blocks, max(1, warps // 2)) for *blocks, warps in sizes))
+def itemsize(key: Key) -> int:
+    """Returns the bytes of a number."""
+    return 2 if key.kind == "16-bit" else 4
 
 
-def bytes_to_load(architecture: str, kind: str, width: int, rows: int, warps: int) -> int:
-    """What every thread has to load of the narrower part of so many rows."""
-    part = min(filter(None, split(width)))
-    threads = warps * (64 if architecture == "gfx942" else 32)
-    return rows * part * (2 if kind == "16-bit" else 4) // threads
+def bytes_to_load(key: Key, rows: int, warps: int) -> int:
+    """Returns what every thread has to load of the narrower part of so many rows."""
+    narrower = min(filter(None, split(key.width)))
+    return rows * narrower * itemsize(key) // (warps * TARGETS[key.architecture].lanes)
+
+
+def in_own_warps(key: Key, sizes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Replaces warps of 32 by warps of the architecture with as many threads."""
+    ratio = TARGETS[key.architecture].lanes // 32
+    return list(dict.fromkeys((*blocks, max(1, warps // ratio)) for *blocks, warps in sizes))

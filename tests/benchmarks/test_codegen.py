@@ -5,8 +5,6 @@ import inspect
 import itertools
 import json
 import os
-import subprocess
-import sys
 from dataclasses import fields, replace
 
 import pytest
@@ -15,10 +13,11 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
+from benchmarks.codegen import __main__ as codegen
 from benchmarks.codegen import binary, cases, model, report, rules
+from benchmarks.codegen.cases import Entry
 from benchmarks.codegen.targets import TARGETS
-from benchmarks.tune import candidates, choose
-from tests.helpers import ROOT
+from benchmarks.tune import choose
 from vstar_kernels.attention.triton import configs, pieces, plan_backward
 from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
 
@@ -75,8 +74,8 @@ def gcn(
 
 
 def a_case(architecture, kind="16-bit"):
-    row = cases.Row(architecture, kind, 64, 64, TileConfig(64, 1, 4, shared=2**20))
-    return cases.cases(row, cases.GAUSSIAN)[0]
+    entry = Entry(architecture, kind, 64, 64, config=TileConfig(64, 1, 4, shared=2**20))
+    return cases.cases(entry, cases.GAUSSIAN)[0]
 
 
 def faults(found, architecture, kind="16-bit"):
@@ -142,8 +141,10 @@ def test_scalar_registers_in_lanes_of_vector_ones_are_no_spill():
 
 
 def test_gradients_may_load_less_than_a_vector_where_threads_have_no_more():
-    row = cases.Row("sm_90", "16-bit", None, 80, StreamConfig(64, 64, 8, 1, 2**17), backward=True)
-    case = cases.cases(row, cases.GRADIENTS)[0]
+    entry = Entry(
+        "sm_90", "16-bit", None, 80, config=StreamConfig(64, 64, 8, 1, 2**17), backward=True
+    )
+    case = cases.cases(entry, cases.GRADIENTS)[0]
     narrow, narrower = sass(load="LDG.E.64"), sass(load="LDG.E")
     assert rules.faults(case, narrow, TARGETS["sm_90"]) == []
     fault = "loads 4 bytes at a time where 8 are aligned"
@@ -192,123 +193,48 @@ def test_the_model_by_hand():
 
 
 def test_every_size_has_a_stream_configuration_and_none_has_two():
-    rows = cases.rows()
-    found = collections.Counter(choose.cell_of(row) for row in rows)
-    assert [cell for cell, count in found.items() if count > 1] == []
-    known = set(choose.cells(list(configs.ARCHITECTURES)))
-    assert {cell for cell in known if cell.frames is None} <= set(found) <= known
+    found = collections.Counter(entry.key for entry in cases.entries())
+    assert [key for key, count in found.items() if count > 1] == []
+    known = set(itertools.chain.from_iterable(map(choose.keys, configs.ARCHITECTURES)))
+    assert {key for key in known if key.frames is None} <= set(found) <= known
 
 
-def own_configs(row):
+def own_configs(entry):
     """Those of single kernels."""
-    return row.config.own.values() if isinstance(row.config, StreamConfig) else ()
+    return entry.config.own.values() if isinstance(entry.config, StreamConfig) else ()
 
 
 def test_only_gradients_have_configurations_of_single_kernels():
     kernels = {field.name for field in fields(plan_backward.StreamPlan)} | {"maps"}
-    for row in cases.rows():
-        if own_configs(row):
-            assert row.backward, row
-            assert row.config.own.keys() < kernels, row
+    for entry in cases.entries():
+        if own_configs(entry):
+            assert entry.backward, entry
+            assert entry.config.own.keys() < kernels, entry
 
 
 def test_configurations_are_of_sizes_that_the_kernels_take():
-    own = [replace(row, config=x) for row in cases.rows() for x in own_configs(row)]
-    for row in [*cases.rows(), *own]:
-        config = row.config
+    own = [replace(entry, config=x) for entry in cases.entries() for x in own_configs(entry)]
+    for entry in [*cases.entries(), *own]:
+        config = entry.config
         numbers = vars(config).copy()
         shared = numbers.pop("shared")
-        assert 0 < shared <= TARGETS[row.architecture].shared_program, row
-        assert config.rows >= 16, row
+        assert 0 < shared <= TARGETS[entry.architecture].shared_program, entry
+        assert config.rows >= 16, entry
         for name in {"rows", "keys", "sequences", "warps"} & set(numbers):
-            assert numbers[name].bit_count() == 1, row
+            assert numbers[name].bit_count() == 1, entry
         if isinstance(config, TileConfig):
-            assert row.frames % config.rows == 0, row
-            assert config.rows == row.frames or not row.backward, row
+            assert entry.frames % config.rows == 0, entry
+            assert config.rows == entry.frames or not entry.backward, entry
         else:
-            assert config.stages >= 1, row
-            assert config.keys >= 16, row
+            assert config.stages >= 1, entry
+            assert config.keys >= 16, entry
 
 
 def test_smaller_relatives_of_sm_80_can_stream():
-    for row in cases.rows():
-        if row.architecture == "sm_80" and row.kernel == "stream":
-            for config in (row.config, *own_configs(row)):
-                assert config.shared <= 99 * 1024, row
-
-
-def test_the_tuner_writes_what_it_read(tmp_path, monkeypatch):
-    rows, names = cases.rows(), ("FILE", "BACKWARD_FILE")
-    before = {name: getattr(configs, name).read_text() for name in names}
-    for name, text in before.items():
-        monkeypatch.setattr(configs, name, tmp_path / name)
-        getattr(configs, name).write_text(text)
-    choose.write({})
-    assert {name: getattr(configs, name).read_text() for name in names} == before
-    for n in (0, len(rows) - 1):
-        cell = choose.cell_of(rows[n])
-        choose.write({cell: None})
-        assert cases.rows() == rows[:n] + rows[n + 1 :]
-        choose.write({cell: rows[n]})
-        assert cases.rows() == rows
-
-
-def test_the_tuner_prefers_headroom_and_skips_what_is_unfit(monkeypatch):
-    cell = choose.Cell("sm_90", "16-bit", 64, 64)
-    sizes = [(64, 1, 4), (64, 1, 2), (32, 1, 4), (32, 1, 2)]
-    monkeypatch.setitem(candidates.TILES["16-bit"], 64, sizes)
-    rooms = dict(zip(sizes, (None, 0.5, 0.9, 1.1), strict=True))
-
-    def size(row):
-        return row.config.rows, row.config.sequences, row.config.warps
-
-    unfit = set()
-    monkeypatch.setattr(choose, "headroom", lambda row: rooms[size(row)])
-    monkeypatch.setattr(choose, "fit", lambda row: None if size(row) in unfit else row)
-    assert size(choose.predicted(cell)) == (32, 1, 2)
-    unfit.add((32, 1, 2))
-    assert size(choose.predicted(cell)) == (32, 1, 4)
-    rooms[64, 1, 2] = 2.0
-    assert size(choose.predicted(cell)) == (64, 1, 2)
-    unfit.update(sizes)
-    assert choose.predicted(cell) is None
-
-
-def test_the_tuner_gives_a_kernel_that_no_fit_candidate_serves_its_own(monkeypatch):
-    cell = choose.Cell("sm_80", "tf32", None, 256, backward=True)
-    wide, small, other = (StreamConfig(*x, 1, 0) for x in ((32, 16, 8), (16, 16, 8), (16, 32, 8)))
-    monkeypatch.setattr(candidates, "backward_streams", lambda *args: [wide, small, other])
-    large = 120 * 1024  # too much for some GPUs that the rows serve
-    shared = {
-        wide: {
-            "grad_values": 4096,
-            "maps": 4096,
-            "statistics": 4096,
-            "columns": large,
-            "rows": large,
-        },
-        small: {"grad_values": None, "maps": 64, "statistics": 64, "columns": 512, "rows": 256},
-        other: {"grad_values": 2048, "maps": None, "statistics": None, "columns": None, "rows": 1},
-    }
-
-    def inspect_fit(case):
-        taken = shared[replace(case.row.config, shared=0)][case.kernel]
-        return taken and replace(sass(), shared=taken)
-
-    monkeypatch.setattr(choose, "inspect_fit", inspect_fit)
-    own = {"grad_values": replace(wide, shared=4096)}
-    assert choose.predicted(cell).config == replace(small, shared=512, own=own)
-    shared[wide] = shared[other]
-    shared[other]["grad_values"] = None
-    assert choose.predicted(cell) is None
-    assert choose.in_parts(cell._replace(backward=False)) is None
-
-
-def test_no_candidate_is_taken_for_a_tile_that_is_too_large():
-    assert candidates.tiles("sm_90", "16-bit", 128, 256) == []
-    assert candidates.tiles("sm_90", "ieee", 128, 64) == []
-    assert candidates.tiles("gfx942", "ieee", 128, 64)
-    assert all(isinstance(x, StreamConfig) for x in candidates.streams("sm_80", "ieee", 256))
+    for entry in cases.entries():
+        if entry.architecture == "sm_80" and entry.family == "stream":
+            for config in (entry.config, *own_configs(entry)):
+                assert config.shared <= 99 * 1024, entry
 
 
 def test_the_pairs_of_options_are_all_there():
@@ -340,12 +266,12 @@ def possible(one, other, value, other_value):
 
 
 def test_a_variant_is_what_its_name_says():
-    row = cases.Row("sm_90", "16-bit", 64, 64, TileConfig(64, 1, 4, shared=0))
-    gradients = replace(row, config=TileConfig(32, 1, 4, shared=0), frames=32, backward=True)
-    forward = dict.fromkeys((*cases.ALWAYS["tile", False], *cases.PAIRS), row)
+    entry = Entry("sm_90", "16-bit", 64, 64, config=TileConfig(64, 1, 4, shared=0))
+    gradients = replace(entry, config=TileConfig(32, 1, 4, shared=0), frames=32, backward=True)
+    forward = dict.fromkeys((*cases.ALWAYS["tile", False], *cases.PAIRS), entry)
     backward = (*cases.ALWAYS["tile", True], *cases.BACKWARD_PAIRS)
-    for variant, row_of in (forward | dict.fromkeys(backward, gradients)).items():
-        constants = cases.cases(row_of, variant)[0].launch.constants
+    for variant, entry_of in (forward | dict.fromkeys(backward, gradients)).items():
+        constants = cases.cases(entry_of, variant)[0].launch.constants
         assert constants["FORM"] == variant.form
         assert constants["STAT"] == variant.stat
         assert constants["CLAMP"] == variant.clamp
@@ -354,16 +280,16 @@ def test_a_variant_is_what_its_name_says():
         assert constants["EVEN"] == variant.even
         assert (constants["OFFSET"].name == "int64") == variant.wide
         assert constants["UNIT"] == 8
-        assert constants["GRAD_MAP" if row_of.backward else "MAP"] == variant.map
+        assert constants["GRAD_MAP" if entry_of.backward else "MAP"] == variant.map
         assert constants.get("GRAD_VALUES", False) == variant.grad_values
 
 
 def test_the_map_and_the_gradients_have_kernels_of_their_own():
-    def names(row, variant):
-        return {case.kernel for case in cases.cases(row, variant)}
+    def names(entry, variant):
+        return {case.kernel for case in cases.cases(entry, variant)}
 
     config = StreamConfig(64, 64, 4, 1, shared=0)
-    stream = cases.Row("sm_90", "16-bit", None, 64, config)
+    stream = Entry("sm_90", "16-bit", None, 64, config=config)
     assert names(stream, cases.GAUSSIAN) == {"stream"}
     assert names(stream, cases.MAP) == {"stream"}
     stream = replace(stream, backward=True)
@@ -374,7 +300,7 @@ def test_the_map_and_the_gradients_have_kernels_of_their_own():
     found = {case.kernel: case for case in cases.cases(stream, cases.GRADIENTS)}
     assert (found["rows"].config, found["columns"].config) == (own["rows"], stream.config)
     assert found["rows"].launch.constants["num_warps"] == 2
-    tile = cases.Row("sm_90", "16-bit", 64, 64, TileConfig(32, 1, 4, shared=0))
+    tile = Entry("sm_90", "16-bit", 64, 64, config=TileConfig(32, 1, 4, shared=0))
     assert names(tile, cases.MAP) == set()  # the plan has the stream kernel for it
     tile = replace(tile, config=TileConfig(64, 1, 8, shared=0), backward=True)
     assert names(tile, cases.VALUES) == set()
@@ -387,27 +313,37 @@ def test_offenders_are_named():
     assert report.offenders([good, bad]) == ["b: spills 8 bytes; has no matrix instruction"]
 
 
-def test_a_representative_subset_compiles_without_fault(tmp_path):
+def every_case():
+    return list(itertools.chain.from_iterable(map(cases.shipped, cases.entries())))
+
+
+def test_the_subset_has_every_kernel_kind_and_variant():
+    shipped = every_case()
+    chosen = cases.subset(shipped)
+    assert len(chosen) <= 90
+    kinds = {(x.entry.kind, x.kernel) for x in shipped if x.entry.width in (48, 64)}
+    assert {(x.entry.kind, x.kernel) for x in chosen} == kinds
+    every = itertools.chain(*cases.ALWAYS.values(), cases.PAIRS, cases.BACKWARD_PAIRS)
+    assert {x.variant for x in chosen} >= set(every)
+    widths = {(x.kernel, x.entry.width) for x in shipped if x.entry.width in (48, 64)}
+    assert {(x.kernel, x.entry.width) for x in chosen} == widths  # heads of one part and of two
+
+
+@pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
+def test_a_representative_subset_compiles_without_fault(architecture, tmp_path):
     path = tmp_path / "report.json"
-    jobs = str(min(2, os.cpu_count() or 1))
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.codegen", "--subset", "--jobs", jobs, "--json", path],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    codegen.main(["--subset", "--target", architecture, "--json", str(path)])
     kernels = json.loads(path.read_text())["kernels"]
-    assert len(kernels) <= 90
     names = {"tile", "stream", "map_max", "maps"}
     names |= {"tile_backward", "statistics", "rows", "columns", "grad_values"}
-    for architecture in configs.ARCHITECTURES:
-        found = [x for x in kernels if x["architecture"] == architecture]
-        assert {x["kernel"] for x in found} == names
-        assert {x["kind"] for x in found} == set(configs.KINDS)
-    shipped = itertools.chain.from_iterable(map(cases.shipped, cases.rows()))
-    kinds = {(x.row.kind, x.kernel) for x in shipped if x.row.width in (48, 64)}
-    assert {(x["kind"], x["kernel"]) for x in kernels} == kinds
-    every = itertools.chain(*cases.ALWAYS.values(), cases.PAIRS, cases.BACKWARD_PAIRS)
-    assert {x["variant"] for x in kernels} >= {x.name for x in every}
+    assert {x["kernel"] for x in kernels} == names
+    assert {x["kind"] for x in kernels} == set(configs.KINDS)
+    chosen = (x for x in cases.subset(every_case()) if x.entry.architecture == architecture)
+    assert [x["name"] for x in kernels] == [x.name for x in chosen]
+    assert path.with_suffix(".md").read_text().startswith("# Compiled kernels\n\nTriton ")
+
+
+def test_the_command_exits_with_the_offenders(monkeypatch):
+    monkeypatch.setattr(report, "examine", lambda case: {"name": case.name, "faults": ["spills"]})
+    with pytest.raises(SystemExit, match=r"Not fit to ship:\nsm_80 tile 16-bit N=16 .*: spills"):
+        codegen.main(["--target", "sm_80", "--kind", "16-bit", "--width", "48"])
