@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import vstar_kernels as vk
 from vstar_kernels.attention import native
-from vstar_kernels.cli.demo.measure import read_peak_memory, reset_peak_memory
+from vstar_kernels.cli.measure import read_peak_memory, reset_peak_memory
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("triton", "diffusers", "xformers", "flash-attn")

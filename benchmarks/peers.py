@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vstar_kernels as vk
 from vstar_kernels.attention.bias import Bias
-from vstar_kernels.cli.demo.eager import EagerTARAttnProcessor
+from vstar_kernels.cli.demo.denoise import EagerTARAttnProcessor
 from vstar_kernels.models.attention_processor import TARAttnProcessor
 
 Inputs = tuple[Tensor, Tensor, Tensor]

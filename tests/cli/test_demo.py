@@ -26,7 +26,8 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from vstar_kernels.analysis import band_share
-from vstar_kernels.cli.demo import denoise, measure, report
+from vstar_kernels.cli import measure
+from vstar_kernels.cli.demo import denoise, report
 from vstar_kernels.models.attention_processor import TARAttnProcessor
 from vstar_kernels.models.layers import TemporalLayer
 
@@ -45,6 +46,53 @@ def small(one_thread, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "new" / "output"
     assert main([*SMALL, "--sigma", "1", "2", "--output", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """The folder of a saved text-to-video pipeline, random, with a vocabulary of letters."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    letters = [letter + end for end in ("", "</w>") for letter in string.ascii_lowercase + ".,"]
+    tokens = [*letters, "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=16)
+    text = CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=len(tokens) - 2,
+        eos_token_id=len(tokens) - 1,
+    )
+    unet = UNet3DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        layers_per_block=1,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+    )
+    scheduler = DPMSolverMultistepScheduler()
+    made = TextToVideoSDPipeline(vae, CLIPTextModel(text), tokenizer, unet, scheduler)
+    made.save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+@pytest.fixture
+def one_step(pipeline):
+    """A command line that takes a fraction of a second: one step of the narrow pipeline."""
+    return ["demo", "--model", str(pipeline), "--frames", str(FRAMES), "--steps", "1"]
 
 
 def test_it_agrees_with_eager_tar_and_not_with_stock_attention(small):
@@ -111,9 +159,8 @@ def test_a_map_is_drawn_from_its_minimum_to_its_maximum():
     assert pixels == [darkest, lightest, grey, darkest]
 
 
-def test_the_table_is_printed(tmp_path, capsys):
-    arguments = [*SMALL, "--steps", "1", "--sigma", "0", "--output", str(tmp_path)]
-    assert main(arguments) == 0
+def test_the_table_is_printed(one_step, tmp_path, capsys):
+    assert main([*one_step, "--sigma", "0", "--output", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     for text in ("stock attention", "eager TAR", "vstar_kernels", "peak memory", "report.html"):
         assert text in out
@@ -128,23 +175,23 @@ def test_steps_after_the_fourteenth_are_not_regularized(pipeline, tmp_path):
     assert all(len(variant["steps"]) == 14 for variant in results["variants"].values())
 
 
-def test_a_peak_that_cannot_be_measured_is_not_made_up(tmp_path, monkeypatch, capsys):
+def test_a_peak_that_cannot_be_measured_is_not_made_up(one_step, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "CLEAR_REFS", tmp_path / "none")
-    assert main([*SMALL, "--steps", "1", "--output", str(tmp_path / "output")]) == 0
+    assert main([*one_step, "--output", str(tmp_path / "output")]) == 0
     assert "not measured" in capsys.readouterr().out
     variants = read_results(tmp_path / "output")["variants"].values()
     assert all(variant["peak_bytes"] is None for variant in variants)
 
 
 @pytest.mark.parametrize("factor", [-1.0, float("nan")], ids=["sign", "nan"])
-def test_a_wrong_result_is_an_error(factor, tmp_path, monkeypatch, capsys):
+def test_a_wrong_result_is_an_error(factor, one_step, tmp_path, monkeypatch, capsys):
     def broken(bias):
         table = factor * torch.ones(FRAMES)
         return TARAttnProcessor(vk.ToeplitzBias(table, strength=bias.strength))
 
     wrong = denoise.Variant("vstar_kernels", "broken", broken)
     monkeypatch.setattr(denoise, "VARIANTS", (denoise.STOCK, denoise.EAGER, wrong))
-    assert main([*SMALL, "--steps", "1", "--output", str(tmp_path)]) == 1
+    assert main([*one_step, "--output", str(tmp_path)]) == 1
     assert "differs from eager TAR" in capsys.readouterr().err
     assert "something is wrong" in (tmp_path / "report.html").read_text()
 
@@ -207,47 +254,6 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, capsys):
     assert "needs tqdm" in error
     assert "pip install 'vstar_kernels[demo]'" in error
     assert not (tmp_path / "output").exists()
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    """The folder of a saved text-to-video pipeline, random, with a vocabulary of letters."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    letters = [letter + end for end in ("", "</w>") for letter in string.ascii_lowercase + ".,"]
-    tokens = [*letters, "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=16)
-    text = CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=len(tokens) - 2,
-        eos_token_id=len(tokens) - 1,
-    )
-    unet = UNet3DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        layers_per_block=1,
-        attention_head_dim=16,
-        cross_attention_dim=32,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-    )
-    scheduler = DPMSolverMultistepScheduler()
-    made = TextToVideoSDPipeline(vae, CLIPTextModel(text), tokenizer, unet, scheduler)
-    made.save_pretrained(folder / "pipeline")
-    return folder / "pipeline"
 
 
 def test_a_saved_pipeline_makes_videos(pipeline, tmp_path):

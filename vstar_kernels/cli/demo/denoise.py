@@ -5,23 +5,64 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vstar_kernels.analysis.maps import Level
-from vstar_kernels.attention.bias import GaussianBias
-from vstar_kernels.cli.demo.eager import EagerTARAttnProcessor
-from vstar_kernels.cli.demo.measure import CoreTimer, now, read_peak_memory, reset_peak_memory
+from vstar_kernels.attention.bias import Bias, DenseBias, GaussianBias
 from vstar_kernels.cli.demo.models import VideoModel
+from vstar_kernels.cli.measure import CoreTimer, now, read_peak_memory, reset_peak_memory
 from vstar_kernels.models.attention_processor import TARAttnProcessor
 from vstar_kernels.models.capture import MapCapture, capture_maps
 from vstar_kernels.models.layers import TemporalLayer
+from vstar_kernels.testing import eager
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
 
 REGULARIZED_STEPS = 14  # step indices 0 to 13, as in the paper
 MAP_ROWS = 32  # few, so that the step with the maps takes no longer than the others
 GUIDANCE_SCALE = 9.0  # TextToVideoSDPipeline's default
+
+
+class EagerTARAttnProcessor:
+    """A diffusers attention processor with TAR's formula in eager PyTorch, all maps held.
+
+    Args:
+        bias: Δ and its weight. Δ is made once, at the first call.
+    """
+
+    def __init__(self, bias: Bias) -> None:
+        self._bias = bias
+        self._dense: DenseBias | None = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attends over the frames of ``(rows, frames, channels)``, projections included."""
+        query, key, value = (
+            project(hidden_states).unflatten(-1, (attn.heads, -1))
+            for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        if self._dense is None:
+            delta = self._bias.matrix(hidden_states.shape[1]).to(query)
+            self._dense = DenseBias(
+                delta,
+                strength=self._bias.strength,
+                stat=self._bias.stat,
+                clamp_negative=self._bias.clamp_negative,
+                detach_stat=self._bias.detach_stat,
+            )
+        out = eager(query, key, value, self._dense, scale=attn.scale).flatten(-2)
+        for layer in attn.to_out:
+            out = layer(out)
+        return out
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Time and memory, measured alike for every way of computing attention."""
+"""Time and peak memory, measured from outside of what computes attention."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ STATUS = Path("/proc/self/status")
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Returns seconds on a clock, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 class CoreTimer:
-    """Seconds in each attention module outside its projections, by the module's name.
+    """Measures the seconds in each attention module outside its projections, in a ``with`` block.
 
-    It watches the modules from outside, by hooks, so it measures any processor in the same way. In
-    use between ``with`` and its end; ``take`` reads and clears it.
+    It watches the modules by hooks, so it measures any processor in the same way.
     """
 
     def __init__(self, layers: Iterable[TemporalLayer], device: torch.device) -> None:
@@ -49,12 +48,12 @@ class CoreTimer:
             handle.remove()
 
     def take(self) -> dict[str, float]:
-        """The seconds since the last call."""
+        """Returns the seconds since the last call, by the name of the layer."""
         seconds, self._seconds = self._seconds, {}
         return seconds
 
     def _watch(self, module: torch.nn.Module, name: str, sign: int) -> None:
-        """Count the module's time to ``name``, or off it."""
+        """Adds the module's time to that of ``name``, or with ``sign`` -1 takes it off."""
 
         def count(direction: int) -> None:
             elapsed = direction * sign * now(self._device)
@@ -67,10 +66,11 @@ class CoreTimer:
 
 
 def reset_peak_memory(device: torch.device) -> bool:
-    """Start a new peak at what is in use now; False if that cannot be done here."""
+    """Starts a new peak at what is in use now; returns whether that can be done here."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
+    # psutil reads a process's memory, but resets its peak on no system.
     if not CLEAR_REFS.exists():
         return False
     # glibc keeps what others have freed, which would count to whoever comes next.
@@ -84,13 +84,8 @@ def reset_peak_memory(device: torch.device) -> bool:
 
 
 def read_peak_memory(device: torch.device) -> int:
-    """Bytes at the peak since a reset that worked, of the GPU's allocator or of the process."""
+    """Returns the bytes at the peak since a reset, of the GPU's allocator or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return read_bytes(STATUS, "VmHWM")
-
-
-def read_bytes(table: Path, field: str) -> int:
-    """A field in kB of one of /proc's tables, in bytes."""
-    fields = dict(line.split(":", 1) for line in table.read_text().splitlines())
-    return int(fields[field].split()[0]) * 1024
+    fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) * 1024  # from kB
