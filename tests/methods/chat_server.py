@@ -119,7 +119,7 @@ class ChatServer:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
-                assert self.path == "/v1/chat/completions", self.path
+                assert self.path.split("?")[0] == "/v1/chat/completions", self.path
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 self.request_body = json.loads(body)
                 server.requests.append(self.request_body)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 import time
 import traceback
@@ -42,14 +41,7 @@ GOOD = answers(ANSWER)
 KEY = "sk-test-4242424242"
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch, tmp_path):
-    """Nobody's key, address or cache; and the client does not wait before it asks again."""
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.0)
-    for name in [*os.environ]:
-        if name.startswith("OPENAI_") or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("VSTAR_KERNELS_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("nobody")
 
 
 def writer(server, **settings):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
@@ -31,12 +31,17 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 URL_VARIABLE = "OPENAI_BASE_URL"
 OPENAI_URL = "https://api.openai.com/v1"
 NO_KEY = "none"  # the client insists on a key where local servers want none
-SHORTEST_SECRET = 8  # letters and digits; shorter are placeholders, such as EMPTY, or words
+SHORTEST_SECRET = 8  # characters; shorter are placeholders, such as EMPTY, and may be words
+SHORTEST_DISGUISED = 12  # letters and digits; shorter may be words of a sentence, as "not-needed"
 LARGEST_BODY = 2**20  # bytes; answers have thousands
 LARGEST_REPEATED = 2**14  # characters of an unusable answer that are sent back
 SECRET_OPTIONS = ("extra_headers", "extra_query")  # where keys are, too; they are not stored
 # How servers name what they do not know, in the body of a status 400, 404, 422 or 501.
 UNSTRUCTURED = re.compile(r"response.?format|json.?schema|structured|grammar", re.IGNORECASE)
+# Between the characters of a key in disguise, or instead of one.
+_ESCAPED = re.compile(r"\\+u([0-9a-f]{4})", re.IGNORECASE)
+_MARKUP = re.compile(r"</?[a-z][^<>]{0,99}>|\\+(?:[bfnrt]|u00[01][0-9a-f])", re.IGNORECASE)
+_NO_LETTERS = re.compile(r"[\W_]+")
 
 Messages = list[dict[str, str]]
 Form = TypeVar("Form", bound="BaseModel")
@@ -232,7 +237,7 @@ class Endpoint:
             "timeout": timeout,
         }
         self._request = {"model": model, **(options or {})}
-        self._secrets = _patterns(api_key, *_secret_options(self._request))
+        self._secrets = [api_key, *_secret_options(self._request)]
         self._structured = True
         self.name = f"{model} at {self._url}"
 
@@ -244,9 +249,7 @@ class Endpoint:
 
     def redact(self, text: str) -> str:
         """Returns a text without the key, in whichever way it is written there."""
-        for secret in self._secrets:
-            text = secret.sub("[key]", text)
-        return text
+        return redact(text, self._secrets)
 
     def answer(self, messages: Messages, schema: dict[str, Any]) -> str:
         """Returns the text that the model gives for a conversation.
@@ -381,18 +384,26 @@ def _secret_options(request: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _patterns(*secrets: str) -> list[re.Pattern[str]]:
-    """Returns what finds secrets in a text, also escaped and with markup between the characters."""
-    between = r"(?:[\W_]|</?[a-z][^<>]{0,99}>)*"
-    found = []
+def redact(text: str, secrets: Iterable[str]) -> str:
+    """Returns a text in which each of the secrets is "[key]".
+
+    A text that has one in disguise, with escapes or markup between its characters, say, is "[key]"
+    as a whole: what of it is the secret is not to be told apart by a pattern in linear time.
+    """
     for secret in secrets:
-        characters = [character for character in secret if character.isalnum()]
-        if len(characters) >= SHORTEST_SECRET:
-            escaped = (f"(?:{c}|u{ord(c):04x})" for c in characters)
-            found.append(re.compile(between.join(escaped), re.IGNORECASE))
-        elif len(secret) >= SHORTEST_SECRET:
-            found.append(re.compile(re.escape(secret)))
-    return found
+        if len(secret) >= SHORTEST_SECRET:
+            text = text.replace(secret, "[key]")
+    unescaped = _ESCAPED.sub(lambda found: chr(int(found[1], 16)), text)
+    shown = clean(unescaped)
+    readings = [
+        _NO_LETTERS.sub("", reading).lower()
+        for reading in (unescaped, shown, _MARKUP.sub("", shown), _MARKUP.sub("", text))
+    ]
+    for secret in secrets:
+        letters = _NO_LETTERS.sub("", secret).lower()
+        if len(letters) >= SHORTEST_DISGUISED and any(letters in reading for reading in readings):
+            return "[key]"
+    return text
 
 
 class ChatModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from vstar_kernels.files import write_atomically
-from vstar_kernels.methods.reading import FormatError, decode, require_pydantic, validate
+from vstar_kernels.methods.reading import FormatError, decode, require_pydantic, shorten, validate
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -109,7 +110,8 @@ def synopses_of(content: Any) -> list[Synopsis]:
         synopsis = _from_fields(fields, f"[{index}]")
         if synopsis.prompt in synopses:
             raise FormatError(
-                f"a list of synopses must have each prompt once, got {synopsis.prompt!r} twice"
+                "a list of synopses must have each prompt once, got "
+                f"{shorten(synopsis.prompt)!r} twice"
             )
         synopses[synopsis.prompt] = synopsis
     return list(synopses.values())
@@ -160,13 +162,15 @@ def check_anchors(anchors: Any, num_stages: int) -> None:
     if isinstance(anchors, str) or not isinstance(anchors, Sequence):
         raise TypeError(f"anchors must be a list of frames, got {type(anchors).__name__}")
     if not all(isinstance(frame, int) and not isinstance(frame, bool) for frame in anchors):
-        raise TypeError(f"anchors must be integers, got {list(anchors)}")
+        raise TypeError(f"anchors must be integers, got {reprlib.repr(list(anchors))}")
     if len(anchors) != num_stages:
         raise ValueError(
             f"anchors must hold a frame for each of the {num_stages} stages, got {len(anchors)}"
         )
     if anchors[0] < 0 or any(a >= b for a, b in pairwise(anchors)):
-        raise ValueError(f"anchors must increase strictly from 0 or later, got {list(anchors)}")
+        raise ValueError(
+            f"anchors must increase strictly from 0 or later, got {reprlib.repr(list(anchors))}"
+        )
 
 
 def check_text(text: Any, name: str) -> None:
@@ -174,7 +178,7 @@ def check_text(text: Any, name: str) -> None:
     if not isinstance(text, str):
         raise TypeError(f"{name} must be a text, got {type(text).__name__}")
     if not text.strip():
-        raise ValueError(f"{name} must not be empty, got {text!r}")
+        raise ValueError(f"{name} must not be empty, got {text[:20]!r}")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,0 +1,376 @@
+"""Language models behind servers that are slow, hostile, or know no structured answers."""
+
+import asyncio
+import json
+import logging
+import signal
+import threading
+import time
+import traceback
+
+import pytest
+
+import vstar_kernels as vk
+from vstar_kernels.methods.vstar.writer import SynopsisError
+
+pytest.importorskip("openai")
+from tests.methods.chat_server import (
+    ChatServer,
+    answers,
+    completion,
+    drips,
+    drips_headers,
+    fails,
+    says,
+    speaks,
+    tells,
+    without_structure,
+)
+
+pytestmark = pytest.mark.usefixtures("nobody")
+PROMPT = "A pond freezes over."
+STAGES = ("Open water.", "Thin ice.", "Thick ice.")
+GOOD = tells(*STAGES)
+KEY = "sk-proj/Ab42_cd43+Ef44"
+
+
+def writer(server, **settings):
+    settings = {"timeout": 5.0, "api_key": KEY, "cache": False, **settings}
+    return vk.SynopsisWriter.from_endpoint("tiny-chat", base_url=server.url, **settings)
+
+
+def refused(server, **settings):
+    """The message of the error, and all else that the error shows."""
+    with pytest.raises(SynopsisError) as caught:
+        writer(server, **settings).write(PROMPT)
+    shown = traceback.format_exception(caught.value)
+    return str(caught.value), "".join(shown) + repr(vars(caught.value))
+
+
+# Structured answers
+
+
+def test_servers_get_the_schema():
+    with ChatServer(GOOD) as server:
+        writer(server).write(PROMPT, num_stages=3)
+    (request,) = server.requests
+    shape = request["response_format"]["json_schema"]
+    assert request["response_format"]["type"] == "json_schema"
+    assert shape["strict"] is True
+    assert shape["schema"]["required"] == ["stages"]
+    assert shape["schema"]["additionalProperties"] is False
+    stages = shape["schema"]["properties"]["stages"]
+    assert (stages["minItems"], stages["maxItems"], stages["items"]) == (3, 3, {"type": "string"})
+    assert json.dumps(shape["schema"]) in request["messages"][-1]["content"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "'response_format' of type 'json_schema' is not supported",
+        "This response_format type is unavailable now",
+        "Invalid schema for response_format 'answer'",
+        "failed to parse grammar",
+    ],
+)
+def test_a_server_that_knows_no_schemas_is_asked_without(message):
+    with ChatServer(without_structure(GOOD, message)) as server:
+        from_endpoint = writer(server)
+        assert from_endpoint.write(PROMPT).stages == STAGES
+        assert from_endpoint.write(PROMPT).stages == STAGES
+    first, *rest = server.requests
+    assert "response_format" in first
+    assert len(rest) == 2  # it is remembered
+    assert all("response_format" not in request for request in rest)
+    assert all(request["messages"] == first["messages"] for request in rest)
+
+
+def test_what_is_refused_without_a_schema_too_is_an_error():
+    with ChatServer(fails(400, "no response_format, no model")) as server:
+        message, _ = refused(server)
+        assert message.endswith("HTTP status 400: no response_format, no model")
+        assert len(server.requests) == 2
+
+
+def test_the_caller_may_choose_the_format():
+    given = {"response_format": {"type": "json_object"}}
+    with ChatServer(GOOD) as server:
+        writer(server, options=given).write(PROMPT)
+    assert server.requests[0]["response_format"] == {"type": "json_object"}
+
+
+OBJECT = json.dumps({"stages": STAGES})
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"```json\n{OBJECT}\n```",
+        f"```\n{OBJECT}\n```\n",
+        f"<think>{{1. Water}}\n</think>\n\n{OBJECT}",
+        f"1. Water {{}}\n</think>{OBJECT}",
+        f"\ufeff{OBJECT}",
+        f"Here you are: {OBJECT}",
+    ],
+)
+def test_an_object_in_a_fence_or_after_reasoning(answer):
+    with ChatServer(answers(answer)) as server:
+        assert writer(server).write(PROMPT).stages == STAGES
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ("", "the answer is empty"),
+        (" \n\x1b[0m", "the answer is empty"),
+        ("<think>1. A bud.</think>", "the answer is empty"),
+        ("```json\n```", "no complete JSON object"),
+        ("```json", "no complete JSON object"),
+        ("1. Open water.\n2. Ice.", "no complete JSON object"),
+        ('{"stages": ["Open water."', "no complete JSON object"),
+        ("}{", "no complete JSON object"),
+        ("{}", "stages: it is missing"),
+        ('{"stages": ["a", "b"], "mood": 1}', "mood: there is no such field"),
+        ('{"stages": {"1": "a", "01": "b"}}', "stages: .*valid list, got dict"),
+        ('{"stages": ["a", "b"], "stages": ["c"]}', "the key 'stages' twice"),
+        ('{"stages": ["a", 3]}', r"stages\[1\]: .*valid string, got int"),
+        ('{"stages": ["a", "…"]}', "stages: stage 2 has no text"),
+        ('{"stages": ["a"]}', "stages: expected 2 to 12 stages, found 1"),
+        (json.dumps({"stages": ["a"] * 100}), "expected 2 to 12 stages, found 100"),
+        ('{"stages": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+        (f'{{"stages": ["a", {"9" * 5000}]}}', "number of too many digits"),
+        ('{"stages": ["a", NaN]}', "NaN is not a number"),
+    ],
+)
+def test_an_answer_that_is_not_of_the_form_is_sent_back(answer, problem):
+    with ChatServer(answers(answer), GOOD) as server:
+        assert writer(server).write(PROMPT).stages == STAGES
+        server.script = [answers(answer)]
+        with pytest.raises(SynopsisError, match=problem) as caught:
+            writer(server, attempts=1).write(PROMPT)
+        assert len(str(caught.value)) < 900
+    sent_back = server.requests[1]["messages"][-1]["content"]
+    assert sent_back.startswith("That cannot be used: ")
+    assert len(json.dumps(server.requests[1])) < 50_000
+
+
+def test_a_refusal_is_said():
+    body = json.loads(completion(None))
+    body["choices"][0]["message"]["refusal"] = f"I will \x1b[31mnot, {KEY}."
+    with ChatServer(says(json.dumps(body).encode())) as server:
+        message, _ = refused(server, attempts=1)
+    assert message.endswith("the model refuses: I will not, [key].")
+
+
+def test_no_escape_sequence_comes_through():
+    hostile = "\x1b]0;title\x07Open \x1b[31mwater\x1b[0m.\x00\x9b2J\u202e"
+    with ChatServer(tells(hostile, "Ice.")) as server:
+        assert writer(server).write(PROMPT).stages == ("Open water.", "Ice.")
+    for failure in (fails(500, hostile), answers(hostile), says(hostile.encode())):
+        with ChatServer(failure) as server:
+            message, _ = refused(server, attempts=1)
+        assert "Open water." in message
+        assert message.isprintable()
+
+
+# Keys
+
+
+@pytest.mark.parametrize("around", ["{}\n", " {}\r\n", "\n{}", "\t{} "])
+def test_a_line_break_around_the_key_is_left_out(monkeypatch, around):
+    with ChatServer(GOOD) as server:
+        writer(server, api_key=around.format(KEY)).write(PROMPT)
+        monkeypatch.setenv("OPENAI_API_KEY", around.format(KEY))
+        monkeypatch.setenv("OPENAI_MODEL", "m\n")
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}\n")
+        vk.SynopsisWriter.from_endpoint(cache=False).write(PROMPT)
+    assert [headers["authorization"] for headers in server.headers] == [f"Bearer {KEY}"] * 2
+    assert server.requests[1]["model"] == "m"
+
+
+@pytest.mark.parametrize("inside", ["\n", "\r\n", "\0", " ", "é", "\x1b", "\ud800", "\u200b"])
+def test_a_key_that_is_no_word_is_refused_and_not_shown(inside):
+    with pytest.raises(ValueError, match="api_key must be one word of printable ASCII") as caught:
+        vk.SynopsisWriter.from_endpoint(
+            "m", base_url="http://localhost:1/v1", api_key=f"sk-proj{inside}Ab42cd43"
+        )
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "Ab42" not in shown
+    assert "sk-proj" not in shown
+
+
+def in_letters(key):
+    return "".join(f"\\u{ord(character):04x}" for character in key)
+
+
+ECHOES = {
+    "plainly": KEY,
+    "slashes escaped": KEY.replace("/", "\\/"),
+    "a letter escaped": KEY.replace("A", "\\u0041"),
+    "letters escaped": in_letters(KEY),
+    "escaped twice": in_letters(KEY).replace("\\", "\\\\"),
+    "bold": "**".join(KEY),
+    "tags": "<b>".join(KEY),
+    "closing tags": KEY.replace("4", "<em class='x'>4</em>"),
+    "controls": "\\u0000".join(KEY),
+    "sequences": "\\u001b[31m".join(KEY),
+    "no width": "\u200b".join(KEY),
+    "lines": "\\n".join(KEY),
+    "capitals": KEY.upper(),
+    "two stages": f'{KEY[:9]}", "{KEY[9:]}',
+}
+
+
+def letters(text):
+    """What is left of a text when escapes, markup and punctuation are undone."""
+    for character in KEY:
+        for escape in (f"\\u{ord(character):04x}", f"\\\\u{ord(character):04x}"):
+            text = text.replace(escape, character)
+    for markup in ("<b>", "<em class='x'>", "</em>", "u0000", "u001b", "[31m", "\\n"):
+        text = text.replace(markup, "")
+    return "".join(filter(str.isalnum, text)).lower()
+
+
+@pytest.mark.parametrize("way", ECHOES)
+def test_a_key_that_a_server_repeats_is_nowhere(tmp_path, caplog, way):
+    caplog.set_level(logging.DEBUG)
+    echo, secret = ECHOES[way], letters(KEY)
+    stages = f'{{"stages": ["A pond of {echo}.", "Ice."]}}'
+    with ChatServer(answers(stages)) as server:
+        try:
+            found = writer(server, cache=tmp_path, attempts=2).write(PROMPT).stages
+        except SynopsisError as error:
+            found = (str(error),)
+    kept = [path.read_text() for path in tmp_path.iterdir()]
+    sent_back = [json.dumps(request, ensure_ascii=False) for request in server.requests[1:]]
+    for text in ("".join(found), *kept, *sent_back):
+        assert secret not in letters(text)
+    assert "[key]" in "".join(found)
+    body = f'{{"error": {{"message": "wrong key {echo}", "type": "x"}}}}'
+    error_bodies = [
+        lambda handler: handler.reply(401, body.encode()),
+        lambda handler: handler.reply(400, f"no response_format for {echo}".encode()),
+        says(f'{{"choices": "{echo}"}}'.encode()),
+        says(f'<html>"{echo}"</html>'.encode()),
+        answers(f"no list for {echo}"),
+        answers(f'{{"stages": {{"{echo}": 1}}, "{echo}": 3}}'),
+        answers(f'{{"{echo}": 1, "{echo}": 3}}'),
+    ]
+    for act in error_bodies:
+        with ChatServer(act) as server:
+            message, shown = refused(server, attempts=1)
+        assert secret not in letters(shown)
+        assert "[key]" in message
+    assert secret not in letters(caplog.text.replace("\n", " "))
+
+
+def test_the_headers_of_the_callers_own_are_secrets():
+    proxy_key = "proxy-key-987654321"
+    options = {"extra_headers": {"X-Proxy-Key": proxy_key}, "extra_query": {"token": KEY}}
+    with ChatServer(fails(403, f"not you, {proxy_key}")) as server:
+        own = writer(server, options=options, api_key=None)
+        with pytest.raises(SynopsisError, match=r"not you, \[key\]"):
+            own.write(PROMPT)
+    assert server.headers[0]["x-proxy-key"] == proxy_key
+    assert proxy_key not in json.dumps(own._source.key) + own._source.name
+    assert KEY not in json.dumps(own._source.key)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        f"HTTP/1.1 500 {KEY}\r\nContent-Length: 0\r\n\r\n",
+        f"HTTP/1.1 200 OK\r\n{KEY} : x\r\n\r\n",
+        f"HTTP/1.1 200 OK\r\nContent-Length: {KEY}\r\n\r\n",
+        f"{KEY} 200\r\n\r\n",
+        f"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nX: {KEY}\r\nContent-Length: 3\r\n\r\nabc",
+        f"HTTP/1.1 302 {KEY}\r\nLocation: {KEY}://x\r\nContent-Length: 0\r\n\r\n",
+        f"HTTP/1.1 307 x\r\nLocation: http://{KEY}:x@y:z/\r\nContent-Length: 0\r\n\r\n",
+        f"HTTP/1.1 200 OK\r\nTransfer-Encoding: {KEY}\r\n\r\n",
+        f"HTTP/1.1 200 OK\r\nContent-Type: x; charset={KEY}\r\nContent-Length: 1\r\n\r\n{{",
+    ],
+)
+def test_no_message_is_made_of_a_header(raw):
+    with ChatServer(speaks(raw.encode())) as server:
+        _, shown = refused(server, attempts=1)
+    assert letters(KEY) not in letters(shown)
+    assert "Ab42" not in shown
+
+
+# Time and size
+
+
+@pytest.mark.parametrize("slow", [drips_headers(40), drips(40)], ids=["headers", "body"])
+def test_the_timeout_is_for_the_whole_request(slow):
+    with ChatServer(slow) as server:
+        start = time.monotonic()
+        message, _ = refused(server, timeout=1.0, attempts=1)
+        assert time.monotonic() - start < 10
+    assert message.endswith(": no answer in 1 s")
+
+
+LARGE = 2**20 - 2**12
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * LARGE,
+        "{" * LARGE,
+        "{}" * (LARGE // 2),
+        '{"stages": [' + "1," * (LARGE // 2 - 100) + "1]}",
+        "{" + "9" * LARGE + "}",
+        "```" * (LARGE // 3),
+        "<think>" * (LARGE // 7),
+        "</think>" * (LARGE // 8),
+        KEY * (LARGE // len(KEY)),
+        KEY[:-1] * (LARGE // (len(KEY) - 1)),
+        "s" + "-" * (LARGE - 1),
+        "s<b>" * (LARGE // 4),
+        "<bs>" * (LARGE // 4),
+        "\\u0073" * (LARGE // 6),
+        "s" * LARGE,
+        "s<" * (LARGE // 2),
+        "s" + "<b" * (LARGE // 2 - 1),
+        ("s" + "-" * 1000) * (LARGE // 1001),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_a_megabyte_of_an_answer_is_read_in_under_a_second(text):
+    with ChatServer(GOOD) as server:
+        source = writer(server)._source
+        writer(server).write(PROMPT)  # what is done once
+    from vstar_kernels.methods import llm
+    from vstar_kernels.methods.vstar.writer import conversation, stages_form
+
+    class Says:
+        name, key, redact = "it", None, source.redact
+
+        def answer(self, messages, schema):
+            return text
+
+    start = time.process_time()
+    with pytest.raises(llm.AnswerError) as caught:
+        llm.ask(Says(), conversation(PROMPT, 2, 12), stages_form(2, 12), attempts=1)
+    assert time.process_time() - start < 1
+    assert len(str(caught.value)) < 900
+
+
+def test_in_an_event_loop_of_the_callers():
+    async def notebook():
+        return writer(server).write(PROMPT)
+
+    with ChatServer(GOOD) as server:
+        assert asyncio.run(notebook()).stages == STAGES
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="there are no such signals")
+def test_an_interrupt_ends_the_request():
+    main = threading.get_ident()
+    with ChatServer(drips(60)) as server:
+        timer = threading.Timer(1.0, signal.pthread_kill, (main, signal.SIGINT))
+        start = time.monotonic()
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            writer(server, timeout=50.0).write(PROMPT)
+        assert time.monotonic() - start < 20
