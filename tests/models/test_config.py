@@ -88,6 +88,7 @@ def test_overrides():
         ({"sigma": 1.0, "steps": True}, TypeError, "steps must be .* got bool"),
         ({"sigma": 1.0, "steps": "13"}, TypeError, "steps must be .* got str"),
         ({"override": {0: "ones"}}, ValueError, "'identity' or 'uniform', got 'ones' for 0"),
+        ({"override": {0: ["identity"]}}, ValueError, r"got \['identity'\] for 0"),
         ({"override": "identity"}, TypeError, "override must map levels or widths, got str"),
         ({"bias": MATRIX}, TypeError, "bias must be a ToeplitzBias or a DenseBias, got Tensor"),
         ({"bias": vk.GaussianBias(1.0)}, TypeError, "got GaussianBias: give its sigma instead"),

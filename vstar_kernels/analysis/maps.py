@@ -84,13 +84,13 @@ def mean_map(
     count = min(positions, max(1, max_rows // batch))
     chosen = (2 * torch.arange(count) + 1) * positions // (2 * count)
     total = query.new_zeros(batch, frames, frames, dtype=torch.float32)
-    for part in chosen.split(max(1, MAP_ELEMENTS // (batch * heads * frames**2))):
-        index = part.to(query.device)
+    for chunk in chosen.split(max(1, MAP_ELEMENTS // (batch * heads * frames**2))):
+        index = chunk.to(query.device)
         q, k = query[:, index], key[:, index]
         _, weights = tar_attention(
             q, k, k, _at(bias, index), scale=scale, return_map=True, backend="reference"
         )
-        total += weights * (len(part) / count)
+        total += weights * (len(chunk) / count)
     return total, count
 
 

@@ -58,8 +58,8 @@ def clip_vl(
             f"{len(sentences)}"
         )
     images = [
-        model.get_image_features(**_prepare(processor, model, images=list(part), do_rescale=False))
-        for part in video.split(batch_size)
+        model.get_image_features(**_prepare(processor, model, images=list(batch), do_rescale=False))
+        for batch in video.split(batch_size)
     ]
     unique = list(dict.fromkeys(sentences))
     described = [

@@ -101,9 +101,9 @@ def plot_maps(means: Sequence[MeanMap], *, batch: int = -1) -> Figure:
         image = _show_matrix(axes, min_max(item.map[batch].detach().cpu()), (0, 1))
     for row, axes in zip(rows, grid[:, 0], strict=True):
         axes.set_ylabel(f"{row}\nquery frame")
-    for step, first, last in zip(steps, grid[0], grid[-1], strict=True):
-        first.set_title("" if step is None else f"step {step}")
-        last.set_xlabel("key frame")
+    for step, top, bottom in zip(steps, grid[0], grid[-1], strict=True):
+        top.set_title("" if step is None else f"step {step}")
+        bottom.set_xlabel("key frame")
     _add_colour_bar(figure, image, grid, "attention, each map from its minimum to its maximum")
     return figure
 

@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vstar_kernels.analysis.maps import AttentionMap, Level, Place, mean_map
 from vstar_kernels.models.front_end import (
+    FrontEnd,
     find_front_end,
     models_with_temporal_attention,
     temporal_layers,
 )
-from vstar_kernels.models.hooks import Argument, HookHandle, is_compiled
+from vstar_kernels.models.hooks import Argument, HookHandle, ModelCall, is_compiled
 from vstar_kernels.models.layers import (
     OVERRIDE_MAPS,
     PLAIN,
@@ -96,6 +98,7 @@ class MapCapture(HookHandle):
 
     Attributes:
         step: The step that the caller announces, which goes before the scheduler's; None for that.
+        chooses, max_rows, differentiable: See ``layers`` and the others of :func:`capture_maps`.
     """
 
     def __init__(
@@ -109,13 +112,13 @@ class MapCapture(HookHandle):
     ) -> None:
         super().__init__()
         self.step: int | None = None
+        self.chooses = chooses
+        self.max_rows = max_rows
+        self.differentiable = differentiable
         self._steps = steps
         self._get_scheduler = get_scheduler
         self._maps: dict[tuple[Any, ...], AttentionMap] = {}
-        self._watches = [
-            _Watch(self, name, model, chooses, max_rows, differentiable)
-            for name, model in models.items()
-        ]
+        self._watches = [_ModelWatch(self, name, model) for name, model in models.items()]
         for watch in self._watches:
             self._hooks += watch.install()
 
@@ -193,43 +196,23 @@ class MapCapture(HookHandle):
             self._maps[key] = new
 
 
-class _Watch:
-    """The hooks on one model.
-
-    Those on its layers last for one forward pass, so that layers and projections that are replaced
-    between two of them (FreeNoise, LoRA) are found again.
+class _ModelWatch:
+    """The hooks on one model, which begin and end the watch over each of its forward passes.
 
     Args:
-        capture: Says which steps it wants, and takes the maps.
+        capture: What takes the maps, and says which ones it wants.
         name: The model's name in its pipeline.
         model: The model.
-        chooses: Whether to watch a layer.
-        max_rows, differentiable: See :func:`vstar_kernels.capture_maps`.
     """
 
-    def __init__(
-        self,
-        capture: MapCapture,
-        name: str,
-        model: nn.Module,
-        chooses: Chooses,
-        max_rows: int,
-        differentiable: bool,
-    ) -> None:
+    def __init__(self, capture: MapCapture, name: str, model: nn.Module) -> None:
         self._capture = capture
         self._name = name
         self._model = model
-        self._chooses = chooses
-        self._max_rows = max_rows
-        self._differentiable = differentiable
-        self._running = False  # not where gradient checkpointing calls the layers again
         self._front_end = find_front_end(model)
-        self._hooks: list[Any] = []
-        self._pending: set[str] = set()  # layers whose call is still to come
-        self._batch = 0
-        self._when: tuple[int | None, float] = (None, 0.0)
+        self._forward: _WatchedForward | None = None
 
-    def install(self) -> list[Any]:
+    def install(self) -> list[RemovableHandle]:
         """Puts the hooks on the model, and returns what removes them."""
         return [
             self._model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -237,38 +220,84 @@ class _Watch:
             self._model.register_forward_hook(self._end, always_call=True),
         ]
 
-    def _end(self, *_: object) -> None:
-        """Ends the forward pass, even one that raised."""
-        self._running = False
-        if not self._keeps_graph():
-            self.unwatch()
-
     def unwatch(self) -> None:
         """Takes the hooks off the layers."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        if self._forward is not None:
+            self._forward.remove()
+        self._forward = None
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.unwatch()
-        self._running = True
-        self._pending = set()
         call = self._front_end.read_call(model, args, kwargs)
         step = self._capture.find_step(call.timestep)
-        if not self._capture.wants(step):
-            return
-        self._when = step, timestep_value(call.timestep)
-        self._batch = call.sample.shape[0]
-        for layer in filter(self._chooses, self._front_end.layers(model)):
-            self._pending.add(layer.name)
-            self._watch(layer)
+        if self._capture.wants(step):
+            self._forward = _WatchedForward(self._capture, self._name, self._front_end, call, step)
+            self._forward.watch(list(self._front_end.layers(model)))
 
     def _check(self, *_: object) -> None:
-        if self._pending:
+        if self._forward is not None:
+            self._forward.check_complete()
+
+    def _end(self, *_: object) -> None:
+        """Ends the forward pass, even one that raised."""
+        if self._forward is not None:
+            self._forward.running = False
+            if not self._forward.keeps_graph():
+                self.unwatch()
+
+
+class _WatchedForward(HookHandle):
+    """One forward pass of a model, with the hooks on its layers.
+
+    They last for one pass, so that layers and projections that are replaced between two of them
+    (FreeNoise, LoRA) are found again.
+
+    Args:
+        capture: What takes the maps.
+        model_name: The model's name in its pipeline.
+        front_end: The model's.
+        call: The facts of the call.
+        step: The index of the denoising step, if it is known.
+
+    Attributes:
+        running: Whether the pass has not ended; gradient checkpointing calls layers after that.
+    """
+
+    def __init__(
+        self,
+        capture: MapCapture,
+        model_name: str,
+        front_end: FrontEnd,
+        call: ModelCall,
+        step: int | None,
+    ) -> None:
+        super().__init__()
+        self.running = True
+        self._capture = capture
+        self._model_name = model_name
+        self._front_end = front_end
+        self._batch: int = call.sample.shape[0]
+        self._step = step
+        self._timestep = timestep_value(call.timestep)
+        self._uncalled: set[str] = set()
+
+    def watch(self, layers: list[TemporalLayer]) -> None:
+        """Puts hooks on those of the model's layers that are to be captured."""
+        for layer in filter(self._capture.chooses, layers):
+            self._uncalled.add(layer.name)
+            self._watch(layer)
+
+    def check_complete(self) -> None:
+        """Raises RuntimeError if a layer was not called."""
+        if self._uncalled:
             raise RuntimeError(
-                f"{min(self._pending)} was not called in this forward pass, or is compiled: give "
+                f"{min(self._uncalled)} was not called in this forward pass, or is compiled: give "
                 "capture_maps layers= that leave it out"
             )
+
+    def keeps_graph(self) -> bool:
+        """Returns whether the maps are in autograd's graph."""
+        return self._capture.differentiable and torch.is_grad_enabled()
 
     def _watch(self, layer: TemporalLayer) -> None:
         module: Any = layer.module
@@ -283,21 +312,18 @@ class _Watch:
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             shape = hidden_states.get(args, kwargs).shape
-            with torch.set_grad_enabled(self._keeps_graph()):
-                found = self._mean_map(layer, shape, projected)
+            with torch.set_grad_enabled(self.keeps_graph()):
+                mean, positions = self._mean_map(layer, shape, projected)
             projected.clear()
             # Gradient checkpointing wants the same operations again, but not their result.
-            if self._running:
-                self._add(layer, *found)
+            if self.running:
+                self._add(layer, mean, positions)
 
         self._hooks += [
             module.to_q.register_forward_hook(keep("query")),
             module.to_k.register_forward_hook(keep("key")),
             module.register_forward_hook(after, with_kwargs=True),
         ]
-
-    def _keeps_graph(self) -> bool:
-        return self._differentiable and torch.is_grad_enabled()
 
     def _mean_map(
         self, layer: TemporalLayer, shape: torch.Size, projected: dict[str, Tensor]
@@ -310,7 +336,7 @@ class _Watch:
             projected: The outputs of its query and key projections, by name.
         """
         rows, frames, _ = shape
-        if rows % self._batch or (self._running and layer.name not in self._pending):
+        if rows % self._batch or (self.running and layer.name not in self._uncalled):
             raise RuntimeError(
                 f"{layer.name} was called with a part of the video (FreeNoise, split inference), "
                 "and capture_maps cannot put the parts together"
@@ -318,10 +344,10 @@ class _Watch:
         module: Any = layer.module
         attention = self._front_end.get_attention(module)
         is_ours = isinstance(attention, RegularizedAttention)
-        done = attention.regularization() if is_ours else PLAIN
-        if done.override is not None:
-            replaced = OVERRIDE_MAPS[done.override](frames)
-            return replaced.repeat(self._batch, 1, 1), rows // self._batch
+        regularization = attention.regularization() if is_ours else PLAIN
+        if regularization.override is not None:
+            map_ = OVERRIDE_MAPS[regularization.override](frames)
+            return map_.repeat(self._batch, 1, 1), rows // self._batch
         if set(projected) != {"query", "key"}:
             raise RuntimeError(
                 f"{layer.name} did not call its to_q and to_k, from which capture_maps takes the "
@@ -331,13 +357,22 @@ class _Watch:
             projected[name].unflatten(0, (self._batch, -1)).unflatten(-1, (module.heads, -1))
             for name in ("query", "key")
         )
-        bias = done.bias
+        bias = regularization.bias
         if bias is not None and isinstance(bias.stat, Tensor):
             bias = replace(bias, stat=bias.stat.unflatten(0, (self._batch, -1)))
-        return mean_map(query, key, bias, module.scale, max_rows=self._max_rows)
+        return mean_map(query, key, bias, module.scale, max_rows=self._capture.max_rows)
 
-    def _add(self, layer: TemporalLayer, map_: Tensor, positions: int) -> None:
-        self._pending.remove(layer.name)
-        where = (self._name, layer.name, layer.level, layer.place)
-        kept = map_ if self._differentiable else map_.cpu()
-        self._capture.add(AttentionMap(*where, *self._when, kept, positions))
+    def _add(self, layer: TemporalLayer, mean: Tensor, positions: int) -> None:
+        self._uncalled.remove(layer.name)
+        self._capture.add(
+            AttentionMap(
+                model=self._model_name,
+                layer=layer.name,
+                level=layer.level,
+                place=layer.place,
+                step=self._step,
+                timestep=self._timestep,
+                map=mean if self._capture.differentiable else mean.cpu(),
+                positions=positions,
+            )
+        )

@@ -20,7 +20,7 @@ from vstar_kernels.models.layers import OVERRIDE_MAPS, Override, Regularization
 from vstar_kernels.models.schedule import Steps, check_steps
 
 PRESET_STEPS = 13  # the last regularized step index, of 25, in the paper
-_PRESET_PART = re.compile(r"([0-9]{1,9})D([0-9]{1,9}(?:\.[0-9]+)?)")
+_PRESET_TERM = re.compile(r"([0-9]{1,9})D([0-9]{1,9}(?:\.[0-9]+)?)")
 _DEFAULT_WEIGHT = {"strength": 1.0, "stat": "row_max", "clamp_negative": False}
 T = TypeVar("T")
 
@@ -73,20 +73,15 @@ class TARConfig:
             value = getattr(self, name)
             if isinstance(value, Mapping):
                 object.__setattr__(self, name, _checked_keys(value, name))
-        if self.by_width is not None and not isinstance(self.by_width, Mapping):
-            raise TypeError(
-                f"by_width must map widths to sigma, got {type(self.by_width).__name__}"
-            )
-        if not isinstance(self.override, Mapping):
-            raise TypeError(
-                f"override must map levels or widths, got {type(self.override).__name__}"
-            )
+            elif name == "override" or (name == "by_width" and value is not None):
+                keys = "levels or widths" if name == "override" else "widths to sigma"
+                raise TypeError(f"{name} must map {keys}, got {type(value).__name__}")
         if not isinstance(self.stat, str) or self.stat not in STATS:
             raise ValueError(
                 f"stat must be one of {', '.join(map(repr, STATS))}, got {self.stat!r}"
             )
         for key, kind in self.override.items():
-            if kind not in OVERRIDE_MAPS:
+            if not isinstance(kind, str) or kind not in OVERRIDE_MAPS:
                 raise ValueError(
                     f"override must be 'identity' or 'uniform', got {kind!r} for {key}"
                 )
@@ -124,8 +119,8 @@ class TARConfig:
             ValueError: The name is not of this form.
         """
         by_width: dict[int, float] = {}
-        for part in name.split("_"):
-            match = _PRESET_PART.fullmatch(part)
+        for term in name.split("_"):
+            match = _PRESET_TERM.fullmatch(term)
             if not match or int(match[1]) in by_width:
                 raise ValueError(
                     "a preset must be <width>D<sigma>, joined by '_', each width once, such as "

@@ -124,14 +124,14 @@ class FramePrompts:
         """
         prompts, frames, tokens, channels = batched(self.embeddings).shape
         batch = sample[0]
-        for name, ours, theirs in (
+        for name, given, needed in (
             ("frames", frames, sample[2]),
             ("channels", channels, text.shape[-1]),
         ):
-            if ours != theirs:
+            if given != needed:
                 raise ValueError(
-                    f"embeddings have {ours} {name} (shape {tuple(self.embeddings.shape)}), "
-                    f"the model was called with {theirs}"
+                    f"embeddings have {given} {name} (shape {tuple(self.embeddings.shape)}), "
+                    f"the model was called with {needed}"
                 )
         guided = self._is_guided(batch, prompts, text)
         conditional = batch // 2 if guided else batch
