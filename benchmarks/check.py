@@ -8,10 +8,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-import vstar_kernels as vk
 from vstar_kernels.attention.bias import Bias
 from vstar_kernels.testing import (
     assert_as_exact_as_eager,
+    assert_gradients,
     eager,
     largest_error,
     oracle,
@@ -21,15 +21,8 @@ SEQUENCES, HEADS = 32, 2  # of the sample, up to SHORT_FRAMES; one of each above
 SHORT_FRAMES = 256
 
 
-def assert_right(
-    out: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Bias | None, **options: float
-) -> None:
-    """In float32 as exact as PyTorch; in 16 bits at most twice the eager formula's error."""
-    assert_as_exact_as_eager(*(x.cpu() for x in (out, query, key, value)), bias, **options)
-
-
 def sample(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Of each tensor so many of the batch, the first and the last among them."""
+    """Returns so many of each tensor's batch, the first and the last among them."""
     batch = tensors[0].shape[0]
     places = torch.linspace(0, batch - 1, min(count, batch), dtype=torch.float64).long()
     return tuple(x[places.to(x.device)] for x in tensors)
@@ -48,60 +41,51 @@ class Oracle:
         self._bias = bias
 
     def check_forward(self, out: Tensor) -> float:
-        """The largest error of an output."""
+        """Returns the largest error of an output."""
         (found,) = self._sample(out)
         error = largest_error(found, self._expected)
         if not error <= self._allowed:  # what ill-conditioned logits excuse takes long to find
-            assert_right(found, *self._parts, self._bias)
+            assert_as_exact_as_eager(found, *self._sampled, self._bias)
         return error
 
     def check_map(self, mean_map: Tensor) -> float:
-        """The error of a mean map over all heads, ``(batch, frames, frames)``, over its norm."""
+        """Returns the error of a mean map, ``(batch, frames, frames)``, over its norm."""
         found, *inputs = (x.cpu() for x in sample(self._sequences, mean_map, *self._inputs))
-        doubles = [x.double() for x in inputs]
-        _, expected = vk.reference.tar_attention(*doubles, self._bias, return_map=True)
+        _, exact = oracle(*inputs, self._bias, return_map=True)
         _, plain = eager(*inputs, self._bias, return_map=True)
-        return _relative_error(found, expected, plain)
+        error, theirs = (((x - exact).norm() / exact.norm()).item() for x in (found, plain))
+        allowed = 2 * theirs + 2 * torch.finfo(found.dtype).eps
+        assert error <= allowed, f"relative error {error:.3g}, allowed {allowed:.3g}"
+        return error
 
-    def check_gradients(self, grads: list[Tensor], grad_out: Tensor) -> float:
-        """The largest error of the three gradients over their norms."""
-        (last,) = self._sample(grad_out)
+    def check_gradients(self, grads: tuple[Tensor, ...], grad_out: Tensor) -> float:
+        """Returns the largest error of the three gradients over their norms."""
+        (grad_out,) = self._sample(grad_out)
+        names = ("query", "key", "value")
 
-        def gradients(function: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-            leaves = [x.to(dtype).requires_grad_() for x in self._parts]
-            return torch.autograd.grad(function(*leaves, self._bias), leaves, last.to(dtype))
+        def compute(change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+            leaves = [change(x.detach()).requires_grad_() for x in self._sampled]
+            out = eager(*leaves, self._bias)
+            found = torch.autograd.grad(out, leaves, change(grad_out).to(out))
+            return dict(zip(names, found, strict=True))
 
-        exact = gradients(vk.reference.tar_attention, torch.float64)
-        plain = gradients(eager, last.dtype)
-        found = self._sample(*grads)
-        return max(_relative_error(*x) for x in zip(found, exact, plain, strict=True))
+        return assert_gradients(dict(zip(names, self._sample(*grads), strict=True)), compute)
 
     def _sample(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        parts = sample(self._sequences, *tensors)
-        return tuple(x[..., : self._heads, :].cpu() for x in parts)
+        taken = sample(self._sequences, *tensors)
+        return tuple(x[..., : self._heads, :].cpu() for x in taken)
 
     @cached_property
-    def _parts(self) -> tuple[Tensor, ...]:
+    def _sampled(self) -> tuple[Tensor, ...]:
         return self._sample(*self._inputs)
 
     @cached_property
     def _expected(self) -> Tensor:
-        return oracle(*self._parts, self._bias)
+        return oracle(*self._sampled, self._bias)
 
     @cached_property
     def _allowed(self) -> float:
-        """As :func:`assert_right`."""
-        value = self._parts[2]
-        exact = value.dtype == torch.float32
-        plain = vk.reference.tar_attention if exact else eager
-        eps = torch.finfo(value.dtype).eps
-        error = largest_error(plain(*self._parts, self._bias), self._expected)
-        return 2 * error + 2 * eps * value.abs().max().item()
-
-
-def _relative_error(found: Tensor, exact: Tensor, plain: Tensor) -> float:
-    """The error over the norm of ``exact``; twice that of ``plain`` is allowed, and two eps."""
-    error, theirs = (((x.double() - exact).norm() / exact.norm()).item() for x in (found, plain))
-    allowed = 2 * theirs + 2 * torch.finfo(found.dtype).eps
-    assert error <= allowed, f"relative error {error:.3g}, allowed {allowed:.3g}"
-    return error
+        """Returns the largest error that needs no excuse: about twice the eager formula's."""
+        value = self._sampled[2]
+        error = largest_error(eager(*self._sampled, self._bias), self._expected)
+        return 2 * error + 2 * torch.finfo(value.dtype).eps * value.abs().max().item()

@@ -135,6 +135,7 @@ def _release(device: str) -> None:
 def main(path: Path, allocator: str, seconds: float) -> None:
     """Measures this allocator's tasks in order, until ``seconds`` have passed."""
     deadline = time.monotonic() + seconds
+    gc.freeze()  # what is imported is not garbage, and takes long to look through
     logging.getLogger("xformers").setLevel(logging.ERROR)  # its reasons are in the results
     run = results.load(path)
     missing = [task for task in run.missing if task.allocator == allocator]

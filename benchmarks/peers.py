@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vstar_kernels as vk
+from vstar_kernels import testing
 from vstar_kernels.attention.bias import Bias
 from vstar_kernels.cli.demo.denoise import EagerTARAttnProcessor
 from vstar_kernels.models.attention_processor import TARAttnProcessor
@@ -112,34 +113,14 @@ def delta_for(inputs: Inputs) -> Tensor:
     return BIAS.matrix(inputs[0].shape[1]).to(inputs[0])
 
 
-def eager_weights(query: Tensor, key: Tensor, delta: Tensor) -> Tensor:
-    """Returns A′ as VSTAR's users compute it: operation by operation, in the inputs' type."""
-    q, k = (x.transpose(1, 2) for x in (query, key))
-    logits = (q @ k.mT) * query.shape[-1] ** -0.5
-    logits = logits + logits.amax(dim=-1, keepdim=True) * delta
-    return logits.softmax(dim=-1)
+def eager(inputs: Inputs) -> Attention:
+    """Returns the formula with every map held in memory, as VSTAR's users compute it."""
+    return functools.partial(testing.eager, bias=vk.DenseBias(delta_for(inputs)))
 
 
 def eager_with_map(inputs: Inputs) -> AttentionWithMap:
-    """Returns the formula with every map held in memory, and the mean of the maps."""
-    delta = delta_for(inputs)
-
-    def call(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        weights = eager_weights(query, key, delta)
-        out = (weights @ value.transpose(1, 2)).transpose(1, 2)
-        return out, weights.mean(1, dtype=torch.float32)
-
-    return call
-
-
-def eager(inputs: Inputs) -> Attention:
-    """Returns the formula with every map held in memory."""
-    delta = delta_for(inputs)
-
-    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return (eager_weights(query, key, delta) @ value.transpose(1, 2)).transpose(1, 2)
-
-    return call
+    """Returns the same with the mean of the maps."""
+    return functools.partial(eager(inputs), return_map=True)
 
 
 def eager_compiled(inputs: Inputs) -> Attention:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import vstar_kernels as vk
-from benchmarks.check import assert_right, sample
-from vstar_kernels.testing import inputs
+from benchmarks.check import sample
+from vstar_kernels.testing import assert_as_exact_as_eager, inputs
 
 ROOT = Path(__file__).parents[2]
 GAUSSIAN = vk.GaussianBias(1.0)
@@ -33,6 +33,11 @@ def made_on_gpu(*shape, dtype=torch.bfloat16, seed=0):
     generator = torch.Generator("cuda").manual_seed(seed)
     options = {"device": "cuda", "dtype": dtype, "generator": generator}
     return tuple(torch.randn(shape, **options) for _ in range(3))
+
+
+def assert_right(*tensors, **options):
+    *tensors, bias = tensors
+    assert_as_exact_as_eager(*(x.cpu() for x in tensors), bias, **options)
 
 
 def assert_samples(out, query, key, value, bias=GAUSSIAN):
