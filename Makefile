@@ -21,22 +21,30 @@ help:
 	@echo "make test       every test: the C++ ones, pytest, the Triton kernels interpreted"
 	@echo "make native     build and run the C++ tests alone; native-neon for Arm, emulated"
 	@echo "make sanitize   the C++ tests under AddressSanitizer, UBSan and ThreadSanitizer"
-	@echo "make fuzz       10,000 drawn calls between guard pages (CALLS= for another number)"
+	@echo "make fuzz       10,000 new calls between guard pages (CALLS= for another number),"
+	@echo "                and new cases for every test that draws them"
 	@echo "make bench      every peer on every model's shapes (ARGS=--quick for 3 minutes)"
 	@echo "make bench-pytest  some of it under pytest-benchmark, for developers"
 	@echo "make codegen    compile every GPU configuration and check the code; needs no GPU"
 	@echo "make tune       choose those configurations: on a GPU by time, without by the code"
 	@echo "make wheel      dist/*.whl, one for every Python and torch, and checks it"
-	@echo "make lint       ruff and mypy; make format rewrites"
+	@echo "make lint       ruff, mypy and the layers' import contracts; make format rewrites"
 	@echo "make clean      remove what was built"
 
 demo: $(STAMP)
 	$(PYTHON) -m vstar_kernels demo $(ARGS)
 
-# Triton's interpreter takes over a whole process, so its tests have one of their own.
+# As many tests side by side as there are processors, each in one thread: tests of threads ask for
+# their own. Triton's interpreter takes over a whole process, so its tests have some of their own.
+# HYPOTHESIS_PROFILE: tests/conftest.py says which cases are drawn.
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+ONE_THREAD = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+PYTEST = $(ONE_THREAD) HYPOTHESIS_PROFILE=ci $(PYTHON) -m pytest --numprocesses $(JOBS) \
+	--dist worksteal
+
 test: native $(STAMP)
-	$(PYTHON) -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/attention/test_triton.py
+	$(PYTEST) $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/attention/test_triton.py
 
 BENCH_TOOLS = $(PYTHON) -c "import rich, xformers, pytest_benchmark" 2>/dev/null \
 	|| $(PIP) -c constraints.txt rich xformers pytest-benchmark
@@ -70,7 +78,7 @@ native-neon: $(STAMP)
 native: $(STAMP)
 	$(PYTHON) -m cmake -S . -B build/native -DVSTAR_TORCH=OFF
 	$(PYTHON) -m cmake --build build/native --parallel
-	$(CTEST) build/native
+	$(CTEST) build/native --parallel $(JOBS)
 
 # Races are for the tests that have threads; they alone run under ThreadSanitizer.
 sanitize: $(STAMP)
@@ -82,9 +90,11 @@ sanitize: $(STAMP)
 	$(PYTHON) -m cmake --build build/sanitize-thread --parallel --target test_threads
 	$(CTEST) build/sanitize-thread --tests-regex threads
 
+# New cases each time: of whole calls between guard pages, and of every test that draws its cases.
 CALLS ?= 10000
 fuzz: $(STAMP)
 	$(PYTHON) -m tests.fuzz.fuzz_cpu --calls $(CALLS) $(ARGS)
+	$(ONE_THREAD) HYPOTHESIS_PROFILE=fuzz $(PYTHON) -m pytest --numprocesses $(JOBS) -m hypothesis
 
 # From nothing, so that no file of an earlier build gets in. torch brings its own library.
 wheel: $(STAMP)
@@ -97,13 +107,14 @@ wheel: $(STAMP)
 	$(PYTHON) tools/check_wheel.py dist/*.whl $(ARGS)
 
 lint: $(STAMP)
-	$(PIP) -c constraints.txt ruff mypy
+	$(PIP) -c constraints.txt import-linter mypy ruff
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(dir $(PYTHON))lint-imports
 
 format: $(STAMP)
-	$(PIP) ruff
+	$(PIP) -c constraints.txt ruff
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 

@@ -1,7 +1,18 @@
+import os
+
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from vstar_kernels.attention import native
+
+# Cases that hypothesis draws: `make test` makes the same ones every time, so that what fails there
+# has been broken by the change at hand; `make fuzz` looks for new ones, and for more of them.
+usual = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+settings.register_profile("dev", **usual, max_examples=60)
+settings.register_profile("ci", **usual, max_examples=60, derandomize=True)
+settings.register_profile("fuzz", **usual, max_examples=2000, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
 @pytest.fixture(params=native.load().isas or ["none"])
@@ -21,5 +32,14 @@ def one_thread():
     """For sizes that gain nothing from more, and lose much where the processor is busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def several_threads():
+    """For what threads may change, also where the environment gives a process only one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)

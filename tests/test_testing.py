@@ -1,8 +1,53 @@
+"""The oracle against the reference, and that the bounds refuse what is wrong."""
+
 import pytest
 import torch
 
 import vstar_kernels as vk
-from vstar_kernels.testing import assert_exact, inputs, largest_error
+from tests.pairwise import pairwise
+from vstar_kernels import testing
+from vstar_kernels.testing import assert_exact, assert_gradients, inputs, largest_error
+
+OPTIONS = {
+    "space": [(), (2,)],
+    "bias": ["none", "gaussian", "toeplitz", "dense"],
+    "stat": ["row_max", "map_max", "none", "tensor"],
+    "strength": [0.7, -1.3, 0.0],
+    "clamp_negative": [False, True],
+    "detach_stat": [False, True],
+    "scale": [None, 0.3, -0.2],
+    "map_block": [1, 2, 5],
+}
+
+
+@pytest.mark.parametrize("case", pairwise(OPTIONS), ids=lambda c: f"{c['bias']}-{c['stat']}")
+def test_the_oracle_and_the_reference_agree(case):
+    """Two computations that share nothing, in float64, gradients included."""
+    frames, heads = 7, 3
+    q, k, v = (x.double() for x in inputs(2, *case["space"], frames, heads, 4))
+    stat = torch.randn(q.shape[:-1]) if case["stat"] == "tensor" else case["stat"]
+    weight = {name: case[name] for name in ("strength", "clamp_negative", "detach_stat")}
+    delta = torch.rand(heads, frames, frames, dtype=torch.float64)
+    bias = {
+        "none": lambda **_: None,
+        "gaussian": lambda **options: vk.GaussianBias(1.5, **options),
+        "toeplitz": lambda **options: vk.ToeplitzBias(delta[:, 0], **options),
+        "dense": lambda **options: vk.DenseBias(delta, **options),
+    }[case["bias"]](stat=stat, **weight)
+    options = {"scale": case["scale"], "return_map": True, "map_block": case["map_block"]}
+    grad_out, grad_map = torch.randn_like(q), torch.randn(2, *2 * [-(-frames // case["map_block"])])
+
+    def run(formula):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        results = formula(*leaves, bias, **options)
+        loss = (results[0] * grad_out).sum() + (results[1] * grad_map).sum()
+        return [*results, *torch.autograd.grad(loss, leaves)]
+
+    for ours, other in zip(run(testing.eager), run(vk.reference.tar_attention), strict=True):
+        # The reference returns its map in float32.
+        torch.testing.assert_close(ours, other, check_dtype=False, rtol=1e-7, atol=3e-7)
+    out = testing.oracle(q.float(), k.float(), v.float(), bias, **options)[0]
+    assert torch.equal(out, run(testing.eager)[0].detach())
 
 
 def test_not_finite_is_infinitely_wrong():
@@ -23,3 +68,75 @@ def test_assert_exact_refuses_what_is_wrong(dtype):
         assert_exact(worse, q, k, v, bias)
     with pytest.raises(AssertionError, match="allowed"):
         assert_exact(out, q, k, v, vk.GaussianBias(1.1))
+
+
+def test_assert_map_refuses_what_is_wrong():
+    q, k, v = inputs(2, 3, 6, 2, 8)
+    bias = vk.GaussianBias(1.0)
+    options = {"return_map": True, "map_block": 2}
+    expected = testing.oracle(q, k, v, bias, **options)[1]
+    sizes = {"frames": 6, "map_block": 2}
+    testing.assert_map(expected.float(), expected, **sizes)
+    moved = expected.float()
+    moved[0, 1, 1] += 1e-4
+    with pytest.raises(AssertionError, match="row of the map"):
+        testing.assert_map(moved, expected, **sizes, rows_only=True)
+    moved[0, 1, 2] -= 1e-4  # now the row holds all weights, at the wrong place
+    testing.assert_map(moved, expected, **sizes, rows_only=True)
+    with pytest.raises(AssertionError, match="the map is off"):
+        testing.assert_map(moved, expected, **sizes)
+
+
+def gradients_of(shape, dtype, seed=0):
+    """The function that assert_gradients takes."""
+    tensors = inputs(*shape, dtype=dtype, seed=seed)
+    grad_out = inputs(*shape, dtype=dtype, seed=seed + 1)[0]
+
+    def compute(change):
+        leaves = [change(x).requires_grad_() for x in tensors]
+        out = vk.reference.tar_attention(*leaves, vk.GaussianBias(1.0))
+        found = torch.autograd.grad(out, leaves, change(grad_out))
+        return dict(zip(("query", "key", "value"), found, strict=True))
+
+    return compute
+
+
+TOO_LONG = {torch.float32: 2e-6, torch.float16: 5e-5, torch.bfloat16: 3e-4}
+
+
+@pytest.mark.parametrize("dtype", TOO_LONG)
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_a_gradient_that_is_a_little_too_long_is_refused(dtype, sign, name):
+    """In 16 bits by less than a tenth of what rounding may do to an element."""
+    compute = gradients_of((2, 48, 4, 40), dtype)
+    found = compute(lambda x: x)
+    assert 0 < assert_gradients(found, compute) < 4 * torch.finfo(dtype).eps
+    wrong = compute(torch.Tensor.double)[name] * (1 + sign * TOO_LONG[dtype])
+    with pytest.raises(AssertionError, match=f"{name}: (biased|relative error)"):
+        assert_gradients({**found, name: wrong.to(dtype)}, compute)
+
+
+@pytest.mark.parametrize("change", ["direction", "element", "missing", "nan"])
+def test_gradients_that_are_wrong_are_refused(change):
+    compute = gradients_of((2, 16, 2, 8), torch.float32)
+    found = dict(compute(lambda x: x))
+    if change == "direction":
+        found["key"] = found["key"].roll(1, 0)
+    elif change == "element":
+        found["key"][1, 3, 0, 2] += 1e-4
+    elif change == "nan":
+        found["key"][1, 3, 0, 2] = float("nan")
+    else:
+        del found["key"]
+    with pytest.raises(AssertionError, match="key"):
+        assert_gradients(found, compute)
+
+
+@pytest.mark.parametrize("head_dim", [1, 2])
+def test_few_and_uneven_elements_are_not_taken_for_a_bias(head_dim):
+    """Gradients rounded to 16 bits, most of whose length is in a handful of elements."""
+    for seed in range(100):
+        compute = gradients_of((1, 30, 1, head_dim), torch.float16, seed)
+        rounded = {name: x.half() for name, x in compute(torch.Tensor.double).items()}
+        assert_gradients(rounded, compute)

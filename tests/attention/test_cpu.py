@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import vstar_kernels as vk
 from vstar_kernels.testing import assert_exact, inputs, largest_error, oracle
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("isa", "several_threads")
 
 
 def tar(*args, **options):
@@ -290,11 +290,6 @@ def test_inputs_are_not_written():
     assert all(torch.equal(x, copy) for x, copy in zip((q, k, v), copies, strict=True))
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 @given(
     batch=st.integers(1, 3),
     space=st.integers(0, 3),

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.attention.cpu_call import Call, assert_gradients, assert_map
@@ -279,11 +279,6 @@ def test_gradients_must_fit(index, value, message):
         )
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 @given(
     batch=st.integers(1, 3),
     space=st.integers(0, 3),

@@ -17,7 +17,10 @@ from tests.helpers import run_python
 from vstar_kernels.attention import native
 from vstar_kernels.testing import inputs
 
-pytestmark = pytest.mark.skipif(bool(native.load().problems), reason="no native library")
+pytestmark = [
+    pytest.mark.usefixtures("several_threads"),
+    pytest.mark.skipif(bool(native.load().problems), reason="no native library"),
+]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 
 
@@ -28,7 +31,11 @@ def call(index: int) -> torch.Tensor:
 
 
 def run_script(code: str) -> subprocess.CompletedProcess[str]:
-    header = "import os, sys, torch\nfrom tests.attention.test_cpu_processes import call\n"
+    header = """
+import os, sys, torch
+from tests.attention.test_cpu_processes import call
+torch.set_num_threads(2)
+"""
     return run_python(header + code)
 
 
