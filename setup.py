@@ -27,11 +27,11 @@ MODES = ("auto", "require", "off")
 
 
 class CannotBuildError(Exception):
-    """Why there will be no native library."""
+    """There will be no native library, for the reason that this says."""
 
 
 def find_torch() -> Path:
-    """The folder of the installed torch, found without importing it."""
+    """Returns the folder of the installed torch, found without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise CannotBuildError(
@@ -46,7 +46,7 @@ PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", ""
 
 
 def run(*command: object) -> None:
-    """Run a build command; its output is shown, and tells the reason if it fails."""
+    """Runs a build command; its output is shown, and tells the reason if it fails."""
     result = subprocess.run(
         [str(word) for word in command],
         env={**os.environ, "PATH": PATH},
@@ -60,7 +60,7 @@ def run(*command: object) -> None:
 
 
 def reason_of(output: str) -> str:
-    """One line for what a failed CMake run printed."""
+    """Returns one line for what a failed CMake run printed."""
     if "CMAKE_CXX_COMPILER" in output:
         return "cmake found no working C++ compiler"
     lines = [line.strip() for line in output.splitlines() if re.search(r"\berror\b", line, re.I)]
@@ -68,7 +68,7 @@ def reason_of(output: str) -> str:
 
 
 def build_library(build: Path) -> Path:
-    """Compile the library under ``build`` and return its path."""
+    """Compiles the library under ``build`` and returns its path."""
     torch = find_torch()
     cmake = shutil.which("cmake", path=PATH)
     if cmake is None:
@@ -81,7 +81,7 @@ def build_library(build: Path) -> Path:
 
 
 class BuildNative(build_ext):
-    """build_ext, with CMake as the compiler, of one library that no Python version is tied to."""
+    """Builds, with CMake, one library that no Python version is tied to."""
 
     def run(self) -> None:
         package = ROOT if self.inplace else Path(self.build_lib)
@@ -104,11 +104,11 @@ class BuildNative(build_ext):
         self.files = [str(path) for path in target.iterdir()]
 
     def get_outputs(self) -> list[str]:
-        """The installed files."""
+        """Returns the installed files."""
         return getattr(self, "files", [])
 
     def get_output_mapping(self) -> dict[str, str]:
-        """Nothing is built beside the source tree for an editable install to map back."""
+        """Returns nothing: an editable install has no build beside the source tree to map back."""
         return {}
 
 
@@ -116,7 +116,7 @@ class Wheel(bdist_wheel):
     """A wheel for any Python 3: tied to the platform if it holds the library, else to nothing."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """(python, abi, platform)."""
+        """Returns (python, abi, platform)."""
         built = getattr(self.get_finalized_command("build_ext"), "built", False)
         return "py3", "none", super().get_tag()[2] if built else "any"
 

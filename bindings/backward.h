@@ -1,12 +1,12 @@
 // The gradients of temporal attention regularization, once for every instruction set.
 //
-// Nothing is kept from the forward: a thread takes whole sequences, panel by panel, and computes a
-// panel's weights again (weights.h). With P the normalised weights, G the gradient to the mean map,
-// and the panel's queries along the lanes:
+// Nothing is kept from the forward: a thread takes whole sequences, panel by panel, and computes
+// a panel's weights again (attention_weights.h). With P the normalised weights, G the gradient to
+// the mean map, and the panel's queries along the lanes:
 //
 //     dP[j][i] = v_j . do_i + G_ij / (space * heads)       values broadcast against packed rows
 //     dS[j][i] = P[j][i] * (dP[j][i] - sum_k P dP)         the gradient to the regularized logits
-//     dS[argmax_i][i] += strength * sum_k dS[k][i] bias    through m_i = max_j logits[j][i]
+//     dS[argmax_i][i] += strength * sum_k dS[k][i] delta   through m_i = max_j logits[j][i]
 //     dv_j += sum_i P[j][i] do_i                           products over the panel's queries,
 //     dk_j += scale * sum_i dS[j][i] q_i                   kept for all keys between panels
 //     dq_i  = scale * sum_j dS[j][i] k_j                   a product over keys, as in the forward
@@ -16,52 +16,54 @@
 // its own numbers.
 #pragma once
 
+#include "attention_weights.h"
 #include "gradients.h"
-#include "weights.h"
 
 namespace vstar::VSTAR_ISA {
 
 struct BackwardPlan : PanelPlan {
-  int64_t grads, packed_grads, grad_map;  // as a panel's logits; as its queries; as its logits
-  int64_t query_rows, grad_rows;          // a panel's, where they cannot be used in place
+  int64_t grads, grad_map;        // cells
+  int64_t packed_grad_out;        // as a panel's queries
+  int64_t query_rows, grad_rows;  // a panel's, where they cannot be used in place
   int64_t partial, key_sums, value_sums;
-  int64_t first_maxima, sums;  // of a panel's queries
+  int64_t argmax, sums;  // one float for each of a panel's queries
 
   explicit BackwardPlan(const BackwardArgs& a) : PanelPlan(a, 1) {
-    grads = take(padded_keys * kMaxPanelRows);
-    packed_grads = take(a.head_dim * kMaxPanelRows);
-    grad_map = take(a.grad_map ? a.frames * kMaxPanelRows : 0);
-    query_rows = take(a.head_dim * kMaxPanelRows);
-    grad_rows = take(a.head_dim * kMaxPanelRows);
-    partial = take(padded_dim * kMaxPanelRows);
+    grads = take(padded_keys * kPanelQueries);
+    grad_map = take(a.grad_map ? a.frames * kPanelQueries : 0);
+    packed_grad_out = take(a.head_dim * kPanelQueries);
+    query_rows = take(a.head_dim * kPanelQueries);
+    grad_rows = take(a.head_dim * kPanelQueries);
+    partial = take(padded_dim * kPanelQueries);
     key_sums = take(padded_dim * padded_keys);
     value_sums = take(padded_dim * padded_keys);
-    first_maxima = take(kMaxPanelRows);
-    sums = take(kMaxPanelRows);
+    argmax = take(kPanelQueries);
+    sums = take(kPanelQueries);
   }
 };
 
-// The sequence of T whose gradients are computed.
+// Computes the gradients of one sequence, whose tensors hold T.
 template <typename T>
-class SequenceGradient {
+class SequenceBackward {
  public:
-  SequenceGradient(const BackwardArgs& args, const BackwardPlan& plan, int64_t index,
+  SequenceBackward(const BackwardArgs& args, const BackwardPlan& plan, int64_t sequence,
                    float* scratch)
       : a_(args),
         plan_(plan),
         scratch_(scratch),
-        place_(args, index),
-        weights_(args, plan, place_, scratch),
-        values_(place_.in<T>(args.value, args.value_strides), args.value_strides.frame, args.frames,
+        index_(args, sequence),
+        weights_(args, plan, index_, scratch),
+        values_(index_.in<T>(args.value, args.value_strides), args.value_strides.frame, args.frames,
                 args.head_dim, scratch + plan.values),
         grads_(scratch + plan.grads),
-        first_max_(scratch + plan.first_maxima),
+        argmax_(scratch + plan.argmax),
         sums_(scratch + plan.sums) {}
 
-  void fetch_ahead(int64_t index) {
+  // Fetches the rows of the sequence that comes next while this one is computed.
+  void fetch_ahead(int64_t next_sequence) {
     const int64_t row_bytes = a_.head_dim * static_cast<int64_t>(sizeof(T));
     if (a_.frames * row_bytes > kPrefetchBytes) return;
-    const Place next(a_, index);
+    const SequenceIndex next(a_, next_sequence);
     const RowStream streams[] = {next.stream<T>(a_.query, a_.query_strides),
                                  next.stream<T>(a_.key, a_.key_strides),
                                  next.stream<T>(a_.value, a_.value_strides),
@@ -69,102 +71,115 @@ class SequenceGradient {
                                  next.stream<T>(a_.grad_query, a_.grad_query_strides),
                                  next.stream<T>(a_.grad_key, a_.grad_key_strides),
                                  next.stream<T>(a_.grad_value, a_.grad_value_strides)};
-    const int64_t panels = (a_.frames + kMaxPanelRows - 1) / kMaxPanelRows;
-    const int64_t logits_steps = 2 * ((a_.frames + kKeyRows - 1) / kKeyRows);
-    ahead_ = Prefetcher(streams, a_.frames, row_bytes,
-                        panels * (logits_steps + 3 * column_tiles(a_.head_dim)));
+    const int64_t panels = divide_up(a_.frames, kPanelQueries);
+    const int64_t logits_steps = 2 * divide_up(a_.frames, kLogitsKeys);
+    prefetcher_ = Prefetcher(streams, a_.frames, row_bytes,
+                             panels * (logits_steps + 3 * column_tiles(a_.head_dim)));
   }
 
   void compute() {
-    const MapMax map_max = weights_.map_max(ahead_);
-    const int64_t panels = (a_.frames + kMaxPanelRows - 1) / kMaxPanelRows;
+    const MapMax map_max = weights_.map_max(prefetcher_);
+    const int64_t panels = divide_up(a_.frames, kPanelQueries);
     // Only the panel with the map's maximum needs to know what the others add to its gradient.
     const bool to_one_cell = through_stat() && a_.stat == Stat::map_max;
-    const int64_t last = to_one_cell ? map_max.row / kMaxPanelRows : panels - 1;
-    int64_t done = 0;
+    const int64_t last = to_one_cell ? map_max.query / kPanelQueries : panels - 1;
+    bool is_first = true;
     for (int64_t p = 0; p < panels; ++p) {
-      if (p != last) compute_panel(p, map_max, done++ == 0, false);
+      if (p == last) continue;
+      compute_panel(p, map_max, is_first, false);
+      is_first = false;
     }
-    compute_panel(last, map_max, done == 0, true);
+    compute_panel(last, map_max, is_first, true);
   }
 
  private:
-  void compute_panel(int64_t index, const MapMax& map_max, bool first, bool last) {
-    const int64_t row = index * kMaxPanelRows;
-    const Panel panel = plan_.panel(a_, scratch_, 0, row, a_.frames - row);
-    weights_.compute_logits(&panel, 1, ahead_);
-    if (through_stat() && (a_.stat == Stat::row_max || (a_.stat == Stat::map_max && last))) {
-      const auto find = panel.vectors == 1 ? first_maxima<1> : first_maxima<2>;
-      find(a_.frames, panel.logits, panel.row_max, first_max_);
+  // Computes one panel. The first one of a sequence begins its sums, the last one writes them.
+  void compute_panel(int64_t index, const MapMax& map_max, bool is_first, bool is_last) {
+    const Panel panel = plan_.panel(a_, scratch_, 0, index * kPanelQueries, a_.frames);
+    weights_.compute_logits(&panel, 1, prefetcher_);
+    if (through_stat() && (a_.stat == Stat::row_max || (a_.stat == Stat::map_max && is_last))) {
+      with_vectors(panel.vectors, [&](auto vectors) {
+        row_argmax<vectors>(a_.frames, panel.logits, panel.row_max, argmax_);
+      });
     }
     weights_.exponentiate_logits(panel, map_max);
 
-    const Rows<float> grad_rows = rows_of_grad_out(panel);
+    const UnitRows<float> grad_rows = rows_of_grad_out(panel);
     multiply_values(panel, grad_rows);
     if (a_.grad_map) add_map_gradient(panel);
-    const auto differentiate = panel.vectors == 1 ? softmax_gradient<1> : softmax_gradient<2>;
-    differentiate(a_.frames, panel.inverse_sum, panel.logits, grads_, sums_);
-    add_values_gradient(panel, grad_rows, first, last);
-    if (a_.bias_sums.data) add_bias_gradient(panel);
-    if (through_stat()) add_stat_gradient(panel, map_max, last);
-    add_keys_gradient(panel, first, last);
+    with_vectors(panel.vectors, [&](auto vectors) {
+      softmax_gradient<vectors>(a_.frames, panel.inverse_sum, panel.logits, grads_, sums_);
+    });
+    add_values_gradient(panel, grad_rows, is_first, is_last);
+    if (a_.delta_sums.data) add_delta_gradient(panel);
+    if (through_stat()) add_stat_gradient(panel, map_max, is_last);
+    add_keys_gradient(panel, is_first, is_last);
     write_query_gradient(panel);
   }
 
+  // Returns whether a gradient goes through the statistic.
   bool through_stat() const {
-    return a_.bias && !a_.detach_stat && (a_.stat != Stat::tensor || a_.grad_stat) &&
+    return a_.delta && !a_.detach_stat && (a_.stat != Stat::tensor || a_.grad_stat) &&
            a_.stat != Stat::none;
   }
 
-  Rows<float> rows_of_grad_out(const Panel& panel) const {
-    const T* rows = place_.in<T>(a_.grad_out, a_.grad_out_strides) +
-                    panel.row * a_.grad_out_strides.frame;
+  UnitRows<float> rows_of_grad_out(const Panel& panel) const {
+    const T* rows = index_.in<T>(a_.grad_out, a_.grad_out_strides) +
+                    panel.query_begin * a_.grad_out_strides.frame;
     float* packed = scratch_ + plan_.grad_rows;
     if (a_.grad_out_dim_stride == 1) {
-      return Rows<float>(rows, a_.grad_out_strides.frame, panel.count, a_.head_dim, packed);
+      return UnitRows<float>(rows, a_.grad_out_strides.frame, panel.query_count, a_.head_dim,
+                             packed);
     }
-    gather_rows(rows, a_.grad_out_strides.frame, a_.grad_out_dim_stride, panel.count, a_.head_dim,
-                packed);
-    return Rows<float>(packed, a_.head_dim, panel.count, a_.head_dim, packed);
+    gather_rows(rows, a_.grad_out_strides.frame, a_.grad_out_dim_stride, panel.query_count,
+                a_.head_dim, packed);
+    return UnitRows<float>(packed, a_.head_dim, panel.query_count, a_.head_dim, packed);
   }
 
-  // grads = do v', the gradient to the weights.
-  void multiply_values(const Panel& panel, const Rows<float>& grad_rows) {
-    float* packed = scratch_ + plan_.packed_grads;
-    pack_queries<float>(grad_rows.data, grad_rows.stride, panel.count, panel.lanes(), a_.head_dim,
-                        packed);
-    const auto multiply = panel.vectors == 1 ? logits_rows<1, float> : logits_rows<2, float>;
-    for (int64_t j = 0; j < a_.frames; j += kKeyRows) {
-      const int rows = static_cast<int>(min64(kKeyRows, a_.frames - j));
-      ahead_.step();
-      // The maxima are of no use here.
-      multiply(values_.from(j), values_.stride, rows, packed, a_.head_dim, 1.0f,
-               grads_ + j * panel.lanes(), sums_);
+  // Sets the cells' gradients to do v', the gradient to the weights.
+  void multiply_values(const Panel& panel, const UnitRows<float>& grad_rows) {
+    float* packed = scratch_ + plan_.packed_grad_out;
+    pack_queries<float>(grad_rows.data, grad_rows.stride, panel.query_count, panel.lanes(),
+                        a_.head_dim, packed);
+    for (int64_t j = 0; j < a_.frames; j += kLogitsKeys) {
+      const int keys = static_cast<int>(min64(kLogitsKeys, a_.frames - j));
+      prefetcher_.step();
+      with_vectors(panel.vectors, [&](auto vectors) {
+        // The maxima are of no use here.
+        logits_of_keys<vectors>(values_.from(j), values_.stride, keys, packed, a_.head_dim, 1.0f,
+                                grads_ + j * panel.lanes(), sums_);
+      });
     }
   }
 
   void add_map_gradient(const Panel& panel) {
     float* packed = scratch_ + plan_.grad_map;
-    const float* rows = a_.grad_map + (place_.batch * a_.frames + panel.row) * a_.frames;
-    pack_queries<float>(rows, a_.frames, panel.count, panel.lanes(), a_.frames, packed);
-    const auto add = panel.vectors == 1 ? add_cells<1> : add_cells<2>;
-    add(a_.frames, 1.0f / static_cast<float>(a_.space * a_.heads), packed, grads_);
+    const float* rows = a_.grad_map + (index_.batch * a_.frames + panel.query_begin) * a_.frames;
+    pack_queries<float>(rows, a_.frames, panel.query_count, panel.lanes(), a_.frames, packed);
+    const float factor = 1.0f / static_cast<float>(a_.space * a_.heads);
+    with_vectors(panel.vectors, [&](auto vectors) {
+      add_cells<vectors>(a_.frames, factor, packed, grads_);
+    });
   }
 
-  // To the bias: strength * stat * dS.
-  void add_bias_gradient(const Panel& panel) {
-    for (int i = 0; i < panel.lanes(); ++i) panel.weight[i] *= kLn2;
-    const BiasSums& sums = a_.bias_sums;
-    const auto add = panel.vectors == 1 ? add_to_sums<1> : add_to_sums<2>;
-    add(a_.frames, panel.weight, grads_, sums.block_stride, sums.key_stride,
-        sums.data + place_.head * sums.head_stride + panel.row);
+  // Adds the gradient to Δ, strength * stat * dS.
+  void add_delta_gradient(const Panel& panel) {
+    for (int i = 0; i < panel.lanes(); ++i) panel.delta_weight[i] *= kLn2;
+    const DeltaSums& sums = a_.delta_sums;
+    with_vectors(panel.vectors, [&](auto vectors) {
+      add_to_sums<vectors>(a_.frames, panel.delta_weight, grads_, sums.block_stride,
+                           sums.key_stride,
+                           sums.data + index_.head * sums.head_stride + panel.query_begin);
+    });
   }
 
-  // To the statistic, and through it to the logit that it is.
-  void add_stat_gradient(const Panel& panel, const MapMax& map_max, bool last) {
-    const auto sum = panel.vectors == 1 ? sum_bias<1> : sum_bias<2>;
-    sum(weights_.bias(panel), a_.bias_key_stride, a_.frames, panel.count, grads_, sums_);
-    for (int i = 0; i < panel.count; ++i) {
+  // Adds the gradient to the statistic, and through it to the logit that it is.
+  void add_stat_gradient(const Panel& panel, const MapMax& map_max, bool is_last) {
+    with_vectors(panel.vectors, [&](auto vectors) {
+      dot_delta<vectors>(weights_.delta(panel), a_.delta_key_stride, a_.frames, panel.query_count,
+                         grads_, sums_);
+    });
+    for (int i = 0; i < panel.query_count; ++i) {
       // As torch.clamp: it passes where the statistic is the border itself, not where it is NaN.
       const bool passes = !a_.clamp_negative || panel.stat[i] >= 0.0f;
       const float grad = passes ? a_.strength * sums_[i] : 0.0f;
@@ -173,88 +188,91 @@ class SequenceGradient {
         case Stat::row_max: cell_of_maximum(panel, i) += grad; break;
         case Stat::map_max: map_max_grad_ += grad; break;
         case Stat::tensor:
-          place_.in(a_.grad_stat,
-                    a_.grad_stat_strides)[(panel.row + i) * a_.grad_stat_strides.frame] = grad;
+          grad_stat(panel.query_begin + i) = grad;
           break;
       }
     }
-    if (a_.stat == Stat::map_max && last) {
-      cell_of_maximum(panel, static_cast<int>(map_max.row - panel.row)) += map_max_grad_;
+    if (a_.stat == Stat::map_max && is_last) {
+      cell_of_maximum(panel, static_cast<int>(map_max.query - panel.query_begin)) += map_max_grad_;
     }
   }
 
-  float& cell_of_maximum(const Panel& panel, int i) {
-    return grads_[static_cast<int64_t>(first_max_[i]) * panel.lanes() + i];
+  float& grad_stat(int64_t query) {
+    return index_.in(a_.grad_stat, a_.grad_stat_strides)[query * a_.grad_stat_strides.frame];
   }
 
-  void add_values_gradient(const Panel& panel, const Rows<float>& grad_rows, bool first,
-                           bool last) {
+  float& cell_of_maximum(const Panel& panel, int i) {
+    return grads_[static_cast<int64_t>(argmax_[i]) * panel.lanes() + i];
+  }
+
+  void add_values_gradient(const Panel& panel, const UnitRows<float>& grad_rows, bool is_first,
+                           bool is_last) {
     static constexpr float kOne = 1.0f;
     add_over_queries(panel, panel.logits, grad_rows,
-                     {place_.in(static_cast<T*>(a_.grad_value), a_.grad_value_strides),
+                     {index_.in(static_cast<T*>(a_.grad_value), a_.grad_value_strides),
                       a_.grad_value_strides.frame, scratch_ + plan_.value_sums, plan_.padded_dim,
-                      &kOne, 0, a_.frames, first, last});
+                      &kOne, 0, a_.frames, is_first, is_last});
   }
 
-  void add_keys_gradient(const Panel& panel, bool first, bool last) {
+  void add_keys_gradient(const Panel& panel, bool is_first, bool is_last) {
     const T* queries =
-        place_.in<T>(a_.query, a_.query_strides) + panel.row * a_.query_strides.frame;
-    const Rows<float> rows(queries, a_.query_strides.frame, panel.count, a_.head_dim,
+        index_.in<T>(a_.query, a_.query_strides) + panel.query_begin * a_.query_strides.frame;
+    const UnitRows<float> rows(queries, a_.query_strides.frame, panel.query_count, a_.head_dim,
                            scratch_ + plan_.query_rows);
     add_over_queries(panel, grads_, rows,
-                     {place_.in(static_cast<T*>(a_.grad_key), a_.grad_key_strides),
+                     {index_.in(static_cast<T*>(a_.grad_key), a_.grad_key_strides),
                       a_.grad_key_strides.frame, scratch_ + plan_.key_sums, plan_.padded_dim,
-                      &a_.scale, 0, a_.frames, first, last});
+                      &a_.scale, 0, a_.frames, is_first, is_last});
   }
 
-  void add_over_queries(const Panel& panel, const float* cells, const Rows<float>& x,
-                        const Target<T>& target) {
-    product<Over::queries>(cells, panel.lanes(), x.data, x.stride, panel.count, a_.head_dim, target,
-                           [this] { ahead_.step(); });
+  void add_over_queries(const Panel& panel, const float* cells, const UnitRows<float>& x,
+                        const ProductOut<T>& out) {
+    product<Over::queries>(cells, panel.lanes(), x.data, x.stride, panel.query_count, a_.head_dim,
+                           out, [this] { prefetcher_.step(); });
   }
 
   void write_query_gradient(const Panel& panel) {
-    T* out = place_.in(static_cast<T*>(a_.grad_query), a_.grad_query_strides);
-    const Target<T> target = {out + panel.row * a_.grad_query_strides.frame,
-                              a_.grad_query_strides.frame,
-                              scratch_ + plan_.partial,
-                              plan_.padded_dim,
-                              &a_.scale,
-                              0};
+    T* out = index_.in(static_cast<T*>(a_.grad_query), a_.grad_query_strides);
+    const ProductOut<T> panel_out = {out + panel.query_begin * a_.grad_query_strides.frame,
+                                     a_.grad_query_strides.frame,
+                                     scratch_ + plan_.partial,
+                                     plan_.padded_dim,
+                                     &a_.scale,
+                                     0};
     for (int64_t j = 0; j < a_.frames; j += kKeyBlock) {
-      product_over_keys(panel, grads_, weights_.keys(), j, a_.frames, a_.head_dim, target,
-                        ahead_);
+      product_over_keys(panel, grads_, weights_.keys(), j, a_.frames, a_.head_dim, panel_out,
+                        prefetcher_);
     }
   }
 
   const BackwardArgs& a_;
   const BackwardPlan& plan_;
   float* scratch_;
-  Place place_;
-  Weights<T, float> weights_;
-  Rows<float> values_;
-  float* grads_;      // dP, then dS
-  float* first_max_;  // keys, as floats
+  SequenceIndex index_;
+  AttentionWeights<T, float> weights_;
+  UnitRows<float> values_;
+  float* grads_;   // dP, then dS
+  float* argmax_;  // keys, as floats
   float* sums_;
   float map_max_grad_ = 0.0f;
-  Prefetcher ahead_;
+  Prefetcher prefetcher_;
 };
 
 template <typename T>
-void backward_typed(const BackwardArgs& a, int64_t first, int64_t last, float* scratch) {
+void backward_typed(const BackwardArgs& a, int64_t begin, int64_t end, float* scratch) {
   const BackwardPlan plan(a);
-  for (int64_t index = first; index < last; ++index) {
-    SequenceGradient<T> gradient(a, plan, index, scratch);
-    if (index + 1 < last) gradient.fetch_ahead(index + 1);
-    gradient.compute();
+  for (int64_t index = begin; index < end; ++index) {
+    SequenceBackward<T> sequence(a, plan, index, scratch);
+    if (index + 1 < end) sequence.fetch_ahead(index + 1);
+    sequence.compute();
   }
 }
 
-inline void backward(const BackwardArgs& a, int64_t first, int64_t last, float* scratch) {
+inline void backward(const BackwardArgs& a, int64_t begin, int64_t end, float* scratch) {
   switch (a.type) {
-    case ScalarType::float32: return backward_typed<float>(a, first, last, scratch);
-    case ScalarType::bfloat16: return backward_typed<bfloat16>(a, first, last, scratch);
-    case ScalarType::float16: return backward_typed<float16>(a, first, last, scratch);
+    case ScalarType::float32: return backward_typed<float>(a, begin, end, scratch);
+    case ScalarType::bfloat16: return backward_typed<bfloat16>(a, begin, end, scratch);
+    case ScalarType::float16: return backward_typed<float16>(a, begin, end, scratch);
   }
 }
 

@@ -1,6 +1,6 @@
-// Keeps the library running on older systems than the one that compiles it: here is the code that it
-// would otherwise need from glibc 2.32 and from GCC 9's libstdc++. cmake/exports.map keeps all of it
-// to the library. torch 2.11 needs glibc 2.28, where neither is.
+// Keeps the library running on older systems than the one that compiles it: here is the code that
+// it would otherwise need from glibc 2.32 and from GCC 9's libstdc++. cmake/exports.map keeps all
+// of it to the library. torch 2.11 needs glibc 2.28, where neither is.
 #include <sstream>
 
 #if defined(__GLIBCXX__)

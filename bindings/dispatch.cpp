@@ -65,10 +65,10 @@ void select_kernels(const Kernels& kernels) {
 
 }  // namespace vstar
 
-// The part that Python calls through ctypes: the library has no Python in it.
+// Python calls these through ctypes: the library has no Python in it.
 extern "C" {
 
-// The names of the executable instruction sets, best first; nullptr past the last.
+// Returns the names of the executable instruction sets, best first; nullptr past the last.
 __attribute__((visibility("default"))) const char* vstar_kernels_isa(int index) {
   const vstar::Kernels* const* list = vstar::executable_kernels();
   for (int i = 0; list[i]; ++i) {

@@ -1,17 +1,17 @@
-// Which instruction set's kernels run.
+// Chooses the instruction set whose kernels run.
 #pragma once
 
 #include "types.h"
 
 namespace vstar {
 
-// The kernels that this processor can execute, best first; ends with nullptr.
+// Returns the kernels that this processor can execute, best first; the list ends with nullptr.
 const Kernels* const* executable_kernels();
 
-// By name among the executable ones; nullptr if there is none.
+// Returns the executable kernels of this name; nullptr if there are none.
 const Kernels* find_kernels(const char* name);
 
-// The best executable ones unless select_kernels() chose others.
+// Returns the kernels in use: the best executable ones unless select_kernels() chose others.
 const Kernels& selected_kernels();
 void select_kernels(const Kernels& kernels);
 

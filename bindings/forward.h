@@ -1,39 +1,39 @@
 // The row-panel algorithm of temporal attention regularization, once for every instruction set.
 //
-// A translation unit includes one simd_*.h, defines VSTAR_ISA as its namespace, then includes this.
+// A translation unit defines VSTAR_ISA as its namespace, includes one simd_*.h, then includes this.
 //
-// weights.h computes a panel's weights; then, with the queries still along the lanes,
+// attention_weights.h computes a panel's weights; then, with the queries still along the lanes,
 //
 //     out_i = sum_j weights[j][i] v_j / sum_j weights[j][i]
 //
 // and where the mean map is wanted, the normalised weights are added up over the sequences of one
-// batch element, a row of lanes at a time, and the sums are transposed at the end.
+// batch element, a vector of queries at a time, and the sums are transposed at the end.
 #pragma once
 
-#include "weights.h"
+#include "attention_weights.h"
 
 namespace vstar::VSTAR_ISA {
 
 // K and V up to this size (bytes of one of them in float32) are read once for each panel.
 constexpr int64_t kResidentBytes = 64 << 10;
-constexpr int64_t kGroupLogitBytes = 256 << 10;
+constexpr int64_t kPanelsLogitBytes = 256 << 10;
 
 struct ForwardPlan : PanelPlan {
   int64_t partial;
-  int64_t map_rows, map_sums;  // map_rows queries for each key
+  int64_t map_queries, map_sums;  // map_queries floats for each key
 
   explicit ForwardPlan(const ForwardArgs& a) : PanelPlan(a, panels_at_once(a)) {
-    partial = take(group * kMaxPanelRows * padded_dim);
-    map_rows = round_up(a.rows_per_item, kLanes);
-    map_sums = take(a.wants_map ? round_up(a.frames, kLanes) * map_rows : 0);
+    partial = take(panels * kPanelQueries * padded_dim);
+    map_queries = round_up(a.queries_per_item, kLanes);
+    map_sums = take(a.wants_map ? round_up(a.frames, kLanes) * map_queries : 0);
   }
 
  private:
-  // So many that share one pass over K and V.
+  // Returns how many panels share one pass over K and V.
   static int64_t panels_at_once(const ForwardArgs& a) {
     if (a.frames * a.head_dim * 4 <= kResidentBytes) return 1;
-    const int64_t panels = kGroupLogitBytes / (a.frames * kMaxPanelRows * 4);
-    return panels < 1 ? 1 : min64(kMaxGroup, panels);
+    const int64_t panels = kPanelsLogitBytes / (a.frames * kPanelQueries * 4);
+    return panels < 1 ? 1 : min64(kMaxPanels, panels);
   }
 };
 
@@ -41,6 +41,7 @@ struct ForwardPlan : PanelPlan {
 template <typename T, typename Unit>
 struct Types {};
 
+// Calls body with the types of a call.
 template <typename Body>
 void with_types(const Problem& p, const Body& body) {
   switch (p.type) {
@@ -54,48 +55,53 @@ void with_types(const Problem& p, const Body& body) {
   }
 }
 
+// Computes the output of one sequence.
 template <typename T, typename Unit>
-class Sequence {
+class SequenceForward {
  public:
-  Sequence(const ForwardArgs& args, const ForwardPlan& plan, int64_t index, float* scratch)
+  SequenceForward(const ForwardArgs& args, const ForwardPlan& plan, int64_t sequence,
+                  float* scratch)
       : a_(args),
         plan_(plan),
         partial_(scratch + plan.partial),
-        place_(args, index),
-        weights_(args, plan, place_, scratch),
-        values_(place_.in<T>(args.value, args.value_strides), args.value_strides.frame, args.frames,
+        index_(args, sequence),
+        weights_(args, plan, index_, scratch),
+        values_(index_.in<T>(args.value, args.value_strides), args.value_strides.frame, args.frames,
                 args.head_dim, scratch + plan.values) {}
 
-  void fetch_ahead(int64_t index) {
+  // Fetches the rows of the sequence that comes next while this one is computed.
+  void fetch_ahead(int64_t next_sequence) {
     const int64_t row_bytes = a_.head_dim * static_cast<int64_t>(sizeof(T));
     if (a_.frames * row_bytes > kPrefetchBytes) return;
-    const Place next(a_, index);
+    const SequenceIndex next(a_, next_sequence);
     const RowStream streams[] = {
         next.stream<T>(a_.query, a_.query_strides), next.stream<T>(a_.key, a_.key_strides),
         next.stream<T>(a_.value, a_.value_strides), next.stream<T>(a_.out, a_.out_strides)};
-    const int64_t panels = (a_.frames + kMaxPanelRows - 1) / kMaxPanelRows;
-    const int64_t logits_steps = (a_.frames + kKeyRows - 1) / kKeyRows;
-    ahead_ = Prefetcher(streams, a_.frames, row_bytes,
-                        panels * (logits_steps + column_tiles(a_.head_dim)));
+    const int64_t panels = divide_up(a_.frames, kPanelQueries);
+    const int64_t logits_steps = divide_up(a_.frames, kLogitsKeys);
+    prefetcher_ = Prefetcher(streams, a_.frames, row_bytes,
+                             panels * (logits_steps + column_tiles(a_.head_dim)));
   }
 
-  // The output rows [row, end). With `map_sums` their weights are added to those, which begin with
-  // `row`.
-  void compute(int64_t row, int64_t end, float* map_sums) {
-    const MapMax map_max = weights_.map_max(ahead_);
-    Panel panels[kMaxGroup];
-    while (row < end) {
-      const int count = weights_.panels(row, end, panels);
-      weights_.compute_logits(panels, count, ahead_);
+  // Computes the outputs of queries [query_begin, query_end). Where `map_sums` is not null, their
+  // weights are added to those sums, the first of which are query_begin's.
+  void compute(int64_t query_begin, int64_t query_end, float* map_sums) {
+    const MapMax map_max = weights_.map_max(prefetcher_);
+    Panel panels[kMaxPanels];
+    while (query_begin < query_end) {
+      const int count = weights_.lay_out(query_begin, query_end, panels);
+      weights_.compute_logits(panels, count, prefetcher_);
       for (int p = 0; p < count; ++p) {
         const Panel& panel = panels[p];
         weights_.exponentiate_logits(panel, map_max);
         if (map_sums) {
-          const auto add = panel.vectors == 1 ? add_to_sums<1> : add_to_sums<2>;
-          add(a_.frames, panel.inverse_sum, panel.logits, plan_.map_rows, plan_.map_rows, map_sums);
-          map_sums += panel.count;
+          with_vectors(panel.vectors, [&](auto vectors) {
+            add_to_sums<vectors>(a_.frames, panel.inverse_sum, panel.logits, plan_.map_queries,
+                                 plan_.map_queries, map_sums);
+          });
+          map_sums += panel.query_count;
         }
-        row += panel.count;
+        query_begin += panel.query_count;
       }
       compute_out(panels, count);
     }
@@ -103,17 +109,18 @@ class Sequence {
 
  private:
   void compute_out(const Panel* panels, int count) {
-    T* out = place_.in(static_cast<T*>(a_.out), a_.out_strides);
+    T* out = index_.in(static_cast<T*>(a_.out), a_.out_strides);
     for (int64_t j = 0; j < a_.frames; j += kKeyBlock) {
       for (int p = 0; p < count; ++p) {
         const Panel& panel = panels[p];
-        const Target<T> target = {out + panel.row * a_.out_strides.frame,
-                                  a_.out_strides.frame,
-                                  partial_ + p * kMaxPanelRows * plan_.padded_dim,
-                                  plan_.padded_dim,
-                                  panel.inverse_sum,
-                                  1};
-        product_over_keys(panel, panel.logits, values_, j, a_.frames, a_.head_dim, target, ahead_);
+        const ProductOut<T> panel_out = {out + panel.query_begin * a_.out_strides.frame,
+                                         a_.out_strides.frame,
+                                         partial_ + p * kPanelQueries * plan_.padded_dim,
+                                         plan_.padded_dim,
+                                         panel.inverse_sum,
+                                         1};
+        product_over_keys(panel, panel.logits, values_, j, a_.frames, a_.head_dim, panel_out,
+                          prefetcher_);
       }
     }
   }
@@ -121,43 +128,45 @@ class Sequence {
   const ForwardArgs& a_;
   const ForwardPlan& plan_;
   float* partial_;
-  Place place_;
-  Weights<T, Unit> weights_;
-  Rows<float> values_;
-  Prefetcher ahead_;
+  SequenceIndex index_;
+  AttentionWeights<T, Unit> weights_;
+  UnitRows<float> values_;
+  Prefetcher prefetcher_;
 };
 
 template <typename T, typename Unit>
-void forward_typed(Types<T, Unit>, const ForwardArgs& a, int64_t first, int64_t last,
+void forward_typed(Types<T, Unit>, const ForwardArgs& a, int64_t begin, int64_t end,
                    float* scratch) {
   const ForwardPlan plan(a);
-  const int64_t items_per_sequence = (a.frames + a.rows_per_item - 1) / a.rows_per_item;
-  while (first < last) {
-    const int64_t index = first / items_per_sequence;
-    const int64_t item = first % items_per_sequence;
-    const int64_t items = min64(items_per_sequence - item, last - first);
-    first += items;
-    Sequence<T, Unit> sequence(a, plan, index, scratch);
-    if (first < last) sequence.fetch_ahead(index + 1);
-    sequence.compute(item * a.rows_per_item, min64((item + items) * a.rows_per_item, a.frames),
-                     nullptr);
+  const int64_t items_per_sequence = divide_up(a.frames, a.queries_per_item);
+  while (begin < end) {
+    const int64_t index = begin / items_per_sequence;
+    const int64_t item = begin % items_per_sequence;
+    const int64_t items = min64(items_per_sequence - item, end - begin);
+    begin += items;
+    SequenceForward<T, Unit> sequence(a, plan, index, scratch);
+    if (begin < end) sequence.fetch_ahead(index + 1);
+    sequence.compute(item * a.queries_per_item,
+                     min64((item + items) * a.queries_per_item, a.frames), nullptr);
   }
 }
 
-// The part's rows of map: the sums' transpose, divided by the number of sequences.
-inline void write_map(const ForwardArgs& a, const MapPart& part, const float* sums, int64_t rows) {
+// Writes a slice of the mean map: the sums' transpose, divided by the number of sequences.
+inline void write_map(const ForwardArgs& a, const MapSlice& slice, const float* sums,
+                      int64_t map_queries) {
   const Vec factor = broadcast(1.0f / static_cast<float>(a.space * a.heads));
-  for (int64_t row = part.first_row; row < part.last_row; row += kLanes, sums += kLanes) {
-    const int count = static_cast<int>(min64(kLanes, part.last_row - row));
+  for (int64_t query = slice.query_begin; query < slice.query_end;
+       query += kLanes, sums += kLanes) {
+    const int queries = static_cast<int>(min64(kLanes, slice.query_end - query));
     for (int64_t key = 0; key < a.frames; key += kLanes) {
       const int keys = static_cast<int>(min64(kLanes, a.frames - key));
       Vec block[kLanes];
-      for (int j = 0; j < kLanes; ++j) block[j] = load(sums + (key + j) * rows);
+      for (int j = 0; j < kLanes; ++j) block[j] = load(sums + (key + j) * map_queries);
       transpose(block);
-      for (int i = 0; i < count; ++i) {
-        float* cell = part.map + (row + i) * a.frames + key;
+      for (int i = 0; i < queries; ++i) {
+        float* cell = slice.map + (query + i) * a.frames + key;
         Vec mean = mul(block[i], factor);
-        if (part.add) mean = add(mean, load_partial(cell, keys));
+        if (slice.accumulate) mean = add(mean, load_partial(cell, keys));
         store_partial(cell, mean, keys);
       }
     }
@@ -165,25 +174,26 @@ inline void write_map(const ForwardArgs& a, const MapPart& part, const float* su
 }
 
 template <typename T, typename Unit>
-void forward_map_typed(Types<T, Unit>, const ForwardArgs& a, const MapPart& part, float* scratch) {
+void forward_map_typed(Types<T, Unit>, const ForwardArgs& a, const MapSlice& slice,
+                       float* scratch) {
   const ForwardPlan plan(a);
   float* sums = scratch + plan.map_sums;
-  for (int64_t i = 0; i < a.frames * plan.map_rows; i += kLanes) store(sums + i, zero());
-  for (int64_t index = part.first_sequence; index < part.last_sequence; ++index) {
-    Sequence<T, Unit> sequence(a, plan, index, scratch);
-    // Often the next part is this thread's too.
+  for (int64_t i = 0; i < a.frames * plan.map_queries; i += kLanes) store(sums + i, zero());
+  for (int64_t index = slice.sequence_begin; index < slice.sequence_end; ++index) {
+    SequenceForward<T, Unit> sequence(a, plan, index, scratch);
+    // Often the next slice is this thread's too.
     if (index + 1 < a.batch * a.space * a.heads) sequence.fetch_ahead(index + 1);
-    sequence.compute(part.first_row, part.last_row, sums);
+    sequence.compute(slice.query_begin, slice.query_end, sums);
   }
-  write_map(a, part, sums, plan.map_rows);
+  write_map(a, slice, sums, plan.map_queries);
 }
 
-inline void forward(const ForwardArgs& a, int64_t first, int64_t last, float* scratch) {
-  with_types(a, [&](auto types) { forward_typed(types, a, first, last, scratch); });
+inline void forward(const ForwardArgs& a, int64_t begin, int64_t end, float* scratch) {
+  with_types(a, [&](auto types) { forward_typed(types, a, begin, end, scratch); });
 }
 
-inline void forward_map(const ForwardArgs& a, const MapPart& part, float* scratch) {
-  with_types(a, [&](auto types) { forward_map_typed(types, a, part, scratch); });
+inline void forward_map(const ForwardArgs& a, const MapSlice& slice, float* scratch) {
+  with_types(a, [&](auto types) { forward_map_typed(types, a, slice, scratch); });
 }
 
 inline int64_t forward_scratch(const ForwardArgs& a) { return ForwardPlan(a).size; }

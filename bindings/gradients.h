@@ -1,29 +1,14 @@
-// The pieces of a panel's gradient that the forward does not have (backward.h puts them together).
+// The stages of a panel's gradient that the forward does not have; backward.h puts them together.
 #pragma once
 
 #include "microkernels.h"
 
 namespace vstar::VSTAR_ISA {
 
-// As pack_rows, of rows that are not contiguous.
-template <typename T>
-VSTAR_STAGE void gather_rows(const T* rows, int64_t stride, int64_t dim_stride, int64_t count,
-                             int64_t head_dim, float* packed) {
-  for (int64_t r = 0; r < count; ++r, packed += head_dim) {
-    const T* row = rows + r * stride;
-    // All of a row is one number in the gradient of a sum.
-    const int64_t read = dim_stride == 0 ? 1 : head_dim;
-    for (int64_t d = 0; d < read; ++d) {
-      store_partial(packed + d, load_partial(row + d * dim_stride, 1), 1);
-    }
-    for (int64_t d = read; d < head_dim; ++d) packed[d] = packed[0];
-  }
-}
-
-// The first key whose logit is the row's maximum, as a float, which holds it exactly.
+// Finds the first key whose logit is the query's maximum, as a float, which holds it exactly.
 template <int VECTORS>
-VSTAR_STAGE void first_maxima(int64_t keys, const float* logits, const float* row_max,
-                              float* first) {
+VSTAR_STAGE void row_argmax(int64_t keys, const float* logits, const float* row_max,
+                            float* argmax) {
   for (int c = 0; c < VECTORS; ++c) {
     const Vec m = load(row_max + c * kLanes);
     Vec found = zero();  // for NaN, which equals nothing
@@ -31,11 +16,11 @@ VSTAR_STAGE void first_maxima(int64_t keys, const float* logits, const float* ro
       const Vec logit = load(logits + (j * VECTORS + c) * kLanes);
       found = select_equal(logit, m, broadcast(static_cast<float>(j)), found);
     }
-    store(first + c * kLanes, found);
+    store(argmax + c * kLanes, found);
   }
 }
 
-// a += factor * b
+// Adds factor * b to a.
 template <int VECTORS>
 VSTAR_STAGE void add_cells(int64_t keys, float factor, const float* b, float* a) {
   for (int64_t i = 0; i < keys * VECTORS * kLanes; i += kLanes) {
@@ -43,25 +28,25 @@ VSTAR_STAGE void add_cells(int64_t keys, float factor, const float* b, float* a)
   }
 }
 
-// sum[i] = sum over keys of term(cell, key, vector), in blocks of keys.
+// Sets sum[i] to a sum over the keys, in blocks of them; term(sum, key, vector) adds one key to it.
 template <int VECTORS, typename Term>
 [[gnu::always_inline]] inline void sum_over_keys(int64_t keys, float* sum, const Term& term) {
   Vec total[VECTORS];
   for (int c = 0; c < VECTORS; ++c) total[c] = zero();
   for (int64_t start = 0; start < keys; start += kKeyBlock) {
     const int64_t end = min64(start + kKeyBlock, keys);
-    Vec part[VECTORS];
-    for (int c = 0; c < VECTORS; ++c) part[c] = zero();
+    Vec block_sum[VECTORS];
+    for (int c = 0; c < VECTORS; ++c) block_sum[c] = zero();
     for (int64_t j = start; j < end; ++j) {
-      for (int c = 0; c < VECTORS; ++c) part[c] = term(part[c], j, c);
+      for (int c = 0; c < VECTORS; ++c) block_sum[c] = term(block_sum[c], j, c);
     }
-    for (int c = 0; c < VECTORS; ++c) total[c] = add(total[c], part[c]);
+    for (int c = 0; c < VECTORS; ++c) total[c] = add(total[c], block_sum[c]);
   }
   for (int c = 0; c < VECTORS; ++c) store(sum + c * kLanes, total[c]);
 }
 
-// From weights up to one over their sum and the gradient to the normalised ones: normalises the
-// weights and turns the gradient into the logits',
+// Takes weights up to one over their sum, and the gradient to the normalised ones. Normalises the
+// weights, and turns the gradient into that to the logits,
 //
 //     grads[j][i] = weights[j][i] * (grads[j][i] - sum_k weights[k][i] grads[k][i])
 template <int VECTORS>
@@ -86,15 +71,16 @@ VSTAR_STAGE void softmax_gradient(int64_t keys, const float* inverse_sum, float*
   }
 }
 
-// sum[i] = sum_j grads[j][i] * bias(j, i), the gradient to strength * stat; `count` as in add_bias.
+// Sets sum[i] = sum_j grads[j][i] * delta(j, i), the gradient to strength * stat. Of the lanes,
+// `query_count` hold queries, as in add_bias.
 template <int VECTORS>
-VSTAR_STAGE void sum_bias(const float* bias, int64_t key_stride, int64_t keys, int count,
-                          const float* grads, float* sum) {
-  sum_over_keys<VECTORS>(keys, sum, [&](Vec part, int64_t j, int c) VSTAR_INLINE {
-    const float* row = bias + j * key_stride + c * kLanes;
-    const int lanes = count - c * kLanes;
-    const Vec delta = lanes >= kLanes ? load(row) : load_partial(row, lanes);
-    return fma(load(grads + (j * VECTORS + c) * kLanes), delta, part);
+VSTAR_STAGE void dot_delta(const float* delta, int64_t key_stride, int64_t keys, int query_count,
+                           const float* grads, float* sum) {
+  sum_over_keys<VECTORS>(keys, sum, [&](Vec so_far, int64_t j, int c) VSTAR_INLINE {
+    const float* entries = delta + j * key_stride + c * kLanes;
+    const int lanes = query_count - c * kLanes;
+    const Vec d = lanes >= kLanes ? load(entries) : load_partial(entries, lanes);
+    return fma(load(grads + (j * VECTORS + c) * kLanes), d, so_far);
   });
 }
 

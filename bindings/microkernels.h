@@ -1,16 +1,12 @@
-// The pieces of a panel's computation (forward.h and backward.h put them together): packing,
-// logits, bias, exponentials, products with rows. Queries lie along the lanes throughout.
+// The stages of a panel's computation, which attention_weights.h, forward.h and backward.h put
+// together: logits, bias, exponentials, products with rows. Queries lie along the lanes throughout.
 #pragma once
 
+#include "loops.h"
 #include "types.h"
-
-#define VSTAR_INLINE __attribute__((always_inline))
-// A function of its own for profilers (benchmarks/breakdown.py), long enough that the call is free.
-#define VSTAR_STAGE __attribute__((noinline))
 
 namespace vstar::VSTAR_ISA {
 
-constexpr int kMaxVectors = 2;  // vectors of queries in a panel
 // Sums over keys are taken in blocks of this many and then added up: a long running sum would lose
 // a bit of the result for every fourfold of its length. A block's rows of V also stay in the cache.
 constexpr int64_t kKeyBlock = 128;
@@ -19,33 +15,7 @@ constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.693147180559945309417f;
 constexpr float kInfinity = __builtin_inff();
 
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t round_up(int64_t x, int64_t multiple) {
-  return (x + multiple - 1) / multiple * multiple;
-}
-
-// body(Index<0>{}), ..., body(Index<COUNT - 1>{}): a loop whose indices are constants before the
-// optimizer looks, without which GCC leaves arrays of accumulators in memory.
-template <int I>
-struct Index {
-  constexpr operator int() const { return I; }
-};
-template <int COUNT, typename Body>
-[[gnu::always_inline]] inline void unrolled(const Body& body) {
-  if constexpr (COUNT > 0) {
-    unrolled<COUNT - 1>(body);
-    body(Index<COUNT - 1>{});
-  }
-}
-// The same over a ROWS x COLUMNS tile: body(row, column).
-template <int ROWS, int COLUMNS, typename Body>
-[[gnu::always_inline]] inline void unrolled(const Body& body) {
-  unrolled<ROWS * COLUMNS>([&](auto i) VSTAR_INLINE {
-    body(Index<i / COLUMNS>{}, Index<i % COLUMNS>{});
-  });
-}
-
-// 2^x for x <= 0, to float32 rounding; zero below 2^-126, NaN for NaN.
+// Returns 2^x for x <= 0, to float32 rounding; zero below 2^-126, NaN for NaN.
 inline Vec exp2_nonpositive(Vec x) {
   x = max(broadcast(-127.0f), x);
   const Vec whole = round(x);
@@ -62,122 +32,82 @@ inline Vec exp2_nonpositive(Vec x) {
   return scale_by_power(p, whole);
 }
 
-// QK' is computed in *units* of head_dim: floats, or where the processor multiplies them pairs of
-// bfloat16, which lie in memory as they are needed. The unused pointers choose by the unit's type.
+// Returns a * b + c in the unit (packing.h) that the unused pointer's type tells.
 inline Vec multiply_add(const float*, Vec a, Vec b, Vec c) { return fma(a, b, c); }
 #if defined(VSTAR_BFLOAT16_PAIRS)
 inline Vec multiply_add(const Pair*, Vec a, Vec b, Vec c) { return dot(a, b, c); }
 #endif
 
-// packed[d][lane] = unit d of row `lane`, zero in the lanes from `count` on. Rows are read as
-// Source: their own type, or Pair.
-template <typename Source, typename T>
-VSTAR_STAGE void pack_queries(const T* rows, int64_t stride, int count, int lanes, int64_t units,
-                              float* packed) {
-  for (int lane = 0; lane < lanes; lane += kLanes) {
-    for (int64_t d = 0; d < units; d += kLanes) {
-      const int columns = static_cast<int>(min64(kLanes, units - d));
-      Vec block[kLanes];
-      for (int r = 0; r < kLanes; ++r) {
-        const Source* row = reinterpret_cast<const Source*>(rows + (lane + r) * stride) + d;
-        if (lane + r >= count) {
-          block[r] = zero();
-        } else if (columns == kLanes) {
-          block[r] = load(row);
-        } else {
-          block[r] = load_partial(row, columns);
-        }
-      }
-      transpose(block);
-      for (int c = 0; c < columns; ++c) store(packed + (d + c) * lanes + lane, block[c]);
-    }
-  }
-}
-
-// A dense copy of rows, in units: of 16-bit rows that are widened, or of rows that lie too far apart
-// for the caches. Rows are read as Source, as above.
-template <typename Source, typename T>
-VSTAR_STAGE void pack_rows(const T* rows, int64_t stride, int64_t count, int64_t units,
-                           float* packed) {
-  for (int64_t r = 0; r < count; ++r, packed += units) {
-    const Source* row = reinterpret_cast<const Source*>(rows + r * stride);
-    int64_t d = 0;
-    for (; d + kLanes <= units; d += kLanes) store(packed + d, load(row + d));
-    if (d < units) {
-      const int rest = static_cast<int>(units - d);
-      store_partial(packed + d, load_partial(row + d, rest), rest);
-    }
-  }
-}
-
-// The logits of ROWS keys against a panel of VECTORS vectors of queries; raises its maxima. They
-// are scaled last: products that are equal stay so, whatever their terms, and it is the first of
-// equal logits that takes the gradient through the maximum.
-template <int ROWS, int VECTORS, typename Unit>
+// Computes the logits of KEYS keys against a panel of VECTORS vectors of queries, and raises its
+// maxima. Logits are scaled last: products that are equal stay so, whatever their terms, and it is
+// the first of equal logits that takes the gradient through the maximum.
+template <int KEYS, int VECTORS, typename Unit>
 inline void logits_tile(const Unit* keys, int64_t key_stride, const float* queries, int64_t units,
                         float scale, float* logits, Vec (&row_max)[VECTORS]) {
   constexpr int lanes = VECTORS * kLanes;
-  Vec sum[ROWS][VECTORS];
-  unrolled<ROWS, VECTORS>([&](auto r, auto c) VSTAR_INLINE { sum[r][c] = zero(); });
+  Vec sum[KEYS][VECTORS];
+  unrolled<KEYS, VECTORS>([&](auto k, auto c) VSTAR_INLINE { sum[k][c] = zero(); });
   for (int64_t d = 0; d < units; ++d) {
     Vec q[VECTORS];
     unrolled<VECTORS>([&](auto c) VSTAR_INLINE { q[c] = load(queries + d * lanes + c * kLanes); });
-    unrolled<ROWS>([&](auto r) VSTAR_INLINE {
-      const Vec k = broadcast(keys + r * key_stride + d);
+    unrolled<KEYS>([&](auto k) VSTAR_INLINE {
+      const Vec key = broadcast(keys + k * key_stride + d);
       unrolled<VECTORS>(
-          [&](auto c) VSTAR_INLINE { sum[r][c] = multiply_add(keys, k, q[c], sum[r][c]); });
+          [&](auto c) VSTAR_INLINE { sum[k][c] = multiply_add(keys, key, q[c], sum[k][c]); });
     });
   }
   const Vec factor = broadcast(scale);
-  unrolled<ROWS, VECTORS>([&](auto r, auto c) VSTAR_INLINE {
-    const Vec logit = mul(sum[r][c], factor);
+  unrolled<KEYS, VECTORS>([&](auto k, auto c) VSTAR_INLINE {
+    const Vec logit = mul(sum[k][c], factor);
     row_max[c] = max(row_max[c], logit);
-    store(logits + r * lanes + c * kLanes, logit);
+    store(logits + k * lanes + c * kLanes, logit);
   });
 }
 
-// logits_tile for a number of keys below kKeyRows, known only at run time.
-template <int VECTORS, int ROWS = kKeyRows - 1, typename Unit>
-inline void logits_tail(int rows, const Unit* keys, int64_t key_stride, const float* queries,
+// Does as logits_tile for a number of keys below kLogitsKeys that is known only at run time.
+template <int VECTORS, int KEYS = kLogitsKeys - 1, typename Unit>
+inline void logits_rest(int count, const Unit* keys, int64_t key_stride, const float* queries,
                         int64_t units, float scale, float* logits, Vec (&row_max)[VECTORS]) {
-  if constexpr (ROWS > 0) {
-    if (rows == ROWS) {
-      logits_tile<ROWS>(keys, key_stride, queries, units, scale, logits, row_max);
+  if constexpr (KEYS > 0) {
+    if (count == KEYS) {
+      logits_tile<KEYS>(keys, key_stride, queries, units, scale, logits, row_max);
     } else {
-      logits_tail<VECTORS, ROWS - 1>(rows, keys, key_stride, queries, units, scale, logits,
+      logits_rest<VECTORS, KEYS - 1>(count, keys, key_stride, queries, units, scale, logits,
                                      row_max);
     }
   }
 }
 
+// Does as logits_tile for `count` keys, at most kLogitsKeys.
 template <int VECTORS, typename Unit>
-VSTAR_STAGE void logits_rows(const Unit* keys, int64_t key_stride, int rows, const float* queries,
-                             int64_t units, float scale, float* logits, float* row_max) {
+VSTAR_STAGE void logits_of_keys(const Unit* keys, int64_t key_stride, int count,
+                                const float* queries, int64_t units, float scale, float* logits,
+                                float* row_max) {
   Vec m[VECTORS];
   for (int c = 0; c < VECTORS; ++c) m[c] = load(row_max + c * kLanes);
-  if (rows == kKeyRows) {
-    logits_tile<kKeyRows>(keys, key_stride, queries, units, scale, logits, m);
+  if (count == kLogitsKeys) {
+    logits_tile<kLogitsKeys>(keys, key_stride, queries, units, scale, logits, m);
   } else {
-    logits_tail<VECTORS>(rows, keys, key_stride, queries, units, scale, logits, m);
+    logits_rest<VECTORS>(count, keys, key_stride, queries, units, scale, logits, m);
   }
   for (int c = 0; c < VECTORS; ++c) store(row_max + c * kLanes, m[c]);
 }
 
-// Adds weight[i] * bias(j, i) to the logits; `row_max` becomes the new maxima. `count` of the lanes
-// hold queries: the table may end behind the last of them.
+// Adds the bias, weight[i] * delta(j, i), to the logits; `row_max` becomes the new maxima. Of the
+// lanes, `query_count` hold queries: the table may end behind the last of them.
 template <int VECTORS>
-VSTAR_STAGE void add_bias(const float* bias, int64_t key_stride, int64_t keys, int count,
+VSTAR_STAGE void add_bias(const float* delta, int64_t key_stride, int64_t keys, int query_count,
                           const float* weight, float* logits, float* row_max) {
   Vec m[VECTORS];
   for (int c = 0; c < VECTORS; ++c) m[c] = broadcast(-kInfinity);
   for (int c = 0; c < VECTORS; ++c) {
-    const int lanes = count - c * kLanes;
+    const int lanes = query_count - c * kLanes;
     const Vec w = load(weight + c * kLanes);
     for (int64_t j = 0; j < keys; ++j) {
-      const float* row = bias + j * key_stride + c * kLanes;
+      const float* entries = delta + j * key_stride + c * kLanes;
       float* cell = logits + (j * VECTORS + c) * kLanes;
-      const Vec delta = lanes >= kLanes ? load(row) : load_partial(row, lanes);
-      const Vec x = fma(w, delta, load(cell));
+      const Vec d = lanes >= kLanes ? load(entries) : load_partial(entries, lanes);
+      const Vec x = fma(w, d, load(cell));
       m[c] = max(m[c], x);
       store(cell, x);
     }
@@ -185,7 +115,7 @@ VSTAR_STAGE void add_bias(const float* bias, int64_t key_stride, int64_t keys, i
   for (int c = 0; c < VECTORS; ++c) store(row_max + c * kLanes, m[c]);
 }
 
-// logits = 2^(logits - row_max); `inverse_sum` gets one over each row's sum.
+// Sets logits to 2^(logits - row_max), and `inverse_sum` to one over each query's sum of those.
 template <int VECTORS>
 VSTAR_STAGE void exponentiate(int64_t keys, const float* row_max, float* logits,
                               float* inverse_sum) {
@@ -196,24 +126,24 @@ VSTAR_STAGE void exponentiate(int64_t keys, const float* row_max, float* logits,
   }
   for (int64_t start = 0; start < keys; start += kKeyBlock) {
     const int64_t end = min64(start + kKeyBlock, keys);
-    Vec part[VECTORS];
-    for (int c = 0; c < VECTORS; ++c) part[c] = zero();
+    Vec block_sum[VECTORS];
+    for (int c = 0; c < VECTORS; ++c) block_sum[c] = zero();
     for (int64_t j = start; j < end; ++j) {
       for (int c = 0; c < VECTORS; ++c) {
         float* cell = logits + (j * VECTORS + c) * kLanes;
         const Vec p = exp2_nonpositive(sub(load(cell), m[c]));
-        part[c] = add(part[c], p);
+        block_sum[c] = add(block_sum[c], p);
         store(cell, p);
       }
     }
-    for (int c = 0; c < VECTORS; ++c) sum[c] = add(sum[c], part[c]);
+    for (int c = 0; c < VECTORS; ++c) sum[c] = add(sum[c], block_sum[c]);
   }
   for (int c = 0; c < VECTORS; ++c) {
     store(inverse_sum + c * kLanes, div(broadcast(1.0f), sum[c]));
   }
 }
 
-// sums[j][i] += factor[i] * cells[j][i], with the sums laid out as BiasSums says.
+// Adds factor[i] * cells[j][i] to sums[j][i], which are laid out as DeltaSums says.
 template <int VECTORS>
 VSTAR_STAGE void add_to_sums(int64_t keys, const float* factor, const float* cells,
                              int64_t block_stride, int64_t key_stride, float* sums) {
@@ -230,10 +160,10 @@ VSTAR_STAGE void add_to_sums(int64_t keys, const float* factor, const float* cel
   }
 }
 
-// Where a product's rows go. They are summed up in blocks: `partial` carries the sums of those
-// before, in whole tiles, and the last one writes `out`, row r times scale[r * scale_stride].
+// Where a product's rows go. They are summed up in blocks: `partial` carries the sums of the blocks
+// so far, in whole tiles, and the last block writes `out`, row r times scale[r * scale_stride].
 template <typename T>
-struct Target {
+struct ProductOut {
   T* out;
   int64_t stride;
   float* partial;
@@ -241,10 +171,10 @@ struct Target {
   const float* scale;
   int64_t scale_stride;
   int64_t rows = 0;
-  bool first = true, last = true;  // block
+  bool is_first_block = true, is_last_block = true;
 
-  Target from(int64_t row, int64_t column) const {
-    Target tile = *this;
+  ProductOut tile_at(int64_t row, int64_t column) const {
+    ProductOut tile = *this;
     tile.out += row * stride + column;
     tile.partial += row * partial_stride + column;
     tile.scale += row * scale_stride;
@@ -253,33 +183,35 @@ struct Target {
   }
 };
 
-// What a product sums over. Over keys its rows are the panel's queries: out_i = sum_j w[j][i] x_j.
-// Over the panel's queries they are the keys: out_j = sum_i w[j][i] x_i.
+// What a product of a panel's cells and rows x sums over. Over keys, its results are the panel's
+// queries: out_i = sum_j cells[j][i] x_j. Over the panel's queries they are the keys:
+// out_j = sum_i cells[j][i] x_i.
 enum class Over { keys, queries };
 
-// kQueryRows rows of a product over `count` rows x, in COLUMNS vectors of head_dim; with PARTIAL
-// the last of them has `tail` lanes.
+// Computes kProductRows results of a product over `count` rows x, in COLUMNS vectors of head_dim;
+// with PARTIAL the last of them has `tail` lanes.
 template <Over OVER, int COLUMNS, bool PARTIAL, typename T>
-VSTAR_STAGE void product_tile(const float* weights, int64_t lanes, const float* x,
-                              int64_t x_stride, int64_t count, int tail, const Target<T>& tile) {
-  Vec sum[kQueryRows][COLUMNS];
-  unrolled<kQueryRows, COLUMNS>([&](auto r, auto c) VSTAR_INLINE { sum[r][c] = zero(); });
+VSTAR_STAGE void product_tile(const float* cells, int64_t lanes, const float* x,
+                              int64_t x_stride, int64_t count, int tail,
+                              const ProductOut<T>& tile) {
+  Vec sum[kProductRows][COLUMNS];
+  unrolled<kProductRows, COLUMNS>([&](auto r, auto c) VSTAR_INLINE { sum[r][c] = zero(); });
   for (int64_t n = 0; n < count; ++n) {
     Vec v[COLUMNS];
     unrolled<COLUMNS>([&](auto c) VSTAR_INLINE {
       const float* p = x + n * x_stride + c * kLanes;
       v[c] = PARTIAL && c == COLUMNS - 1 ? load_partial(p, tail) : load(p);
     });
-    unrolled<kQueryRows>([&](auto r) VSTAR_INLINE {
-      const Vec w = broadcast(weights + (OVER == Over::keys ? n * lanes + r : r * lanes + n));
+    unrolled<kProductRows>([&](auto r) VSTAR_INLINE {
+      const Vec w = broadcast(cells + (OVER == Over::keys ? n * lanes + r : r * lanes + n));
       unrolled<COLUMNS>([&](auto c) VSTAR_INLINE { sum[r][c] = fma(w, v[c], sum[r][c]); });
     });
   }
-  unrolled<kQueryRows, COLUMNS>([&](auto r, auto c) VSTAR_INLINE {
+  unrolled<kProductRows, COLUMNS>([&](auto r, auto c) VSTAR_INLINE {
     Vec y = sum[r][c];
     float* partial = tile.partial + r * tile.partial_stride + c * kLanes;
-    if (!tile.first) y = add(y, load(partial));
-    if (!tile.last) {
+    if (!tile.is_first_block) y = add(y, load(partial));
+    if (!tile.is_last_block) {
       store(partial, y);
     } else if (r < tile.rows) {
       y = mul(y, broadcast(tile.scale + r * tile.scale_stride));
@@ -293,33 +225,33 @@ VSTAR_STAGE void product_tile(const float* weights, int64_t lanes, const float* 
   });
 }
 
-template <Over OVER, typename T, int COLUMNS = kMaxColumns>
-void product_columns(int columns, const float* weights, int64_t lanes, const float* x,
-                     int64_t x_stride, int64_t count, int tail, const Target<T>& tile) {
+// Does as product_tile for numbers of columns and of the last one's lanes known only at run time.
+template <Over OVER, typename T, int COLUMNS = kProductVectors>
+void product_columns(int columns, const float* cells, int64_t lanes, const float* x,
+                     int64_t x_stride, int64_t count, int tail, const ProductOut<T>& tile) {
   if constexpr (COLUMNS > 0) {
     if (columns != COLUMNS) {
-      product_columns<OVER, T, COLUMNS - 1>(columns, weights, lanes, x, x_stride, count, tail,
-                                            tile);
+      product_columns<OVER, T, COLUMNS - 1>(columns, cells, lanes, x, x_stride, count, tail, tile);
     } else if (tail == 0) {
-      product_tile<OVER, COLUMNS, false>(weights, lanes, x, x_stride, count, tail, tile);
+      product_tile<OVER, COLUMNS, false>(cells, lanes, x, x_stride, count, tail, tile);
     } else {
-      product_tile<OVER, COLUMNS, true>(weights, lanes, x, x_stride, count, tail, tile);
+      product_tile<OVER, COLUMNS, true>(cells, lanes, x, x_stride, count, tail, tile);
     }
   }
 }
 
-// In how many tiles product() takes head_dim.
+// Returns in how many tiles product() takes head_dim.
 inline int column_tiles(int64_t head_dim) {
-  const int vectors = static_cast<int>((head_dim + kLanes - 1) / kLanes);
-  return (vectors + kMaxColumns - 1) / kMaxColumns;
+  const int vectors = static_cast<int>(divide_up(head_dim, kLanes));
+  return static_cast<int>(divide_up(vectors, kProductVectors));
 }
 
-// All rows of a product, or with `last` unset their sums so far. Calls before_tiles() for each
-// column of tiles. Of weights and partial sums, whole tiles of rows are touched.
+// Computes a product, or before its last block the sums so far. Calls before_tiles() for each
+// column of tiles. Of cells and partial sums, whole tiles of rows are touched.
 template <Over OVER, typename T, typename BeforeTiles>
-void product(const float* weights, int lanes, const float* x, int64_t x_stride, int64_t count,
-             int64_t head_dim, const Target<T>& out, const BeforeTiles& before_tiles) {
-  const int vectors = static_cast<int>((head_dim + kLanes - 1) / kLanes);
+void product(const float* cells, int lanes, const float* x, int64_t x_stride, int64_t count,
+             int64_t head_dim, const ProductOut<T>& out, const BeforeTiles& before_tiles) {
+  const int vectors = static_cast<int>(divide_up(head_dim, kLanes));
   const int tiles = column_tiles(head_dim);
   const int tail = static_cast<int>(head_dim % kLanes);
   for (int t = 0, column = 0; t < tiles; ++t) {
@@ -327,9 +259,9 @@ void product(const float* weights, int lanes, const float* x, int64_t x_stride, 
     const int d = column * kLanes;
     column += columns;
     before_tiles();
-    for (int64_t r = 0; r < out.rows; r += kQueryRows) {
-      product_columns<OVER>(columns, weights + (OVER == Over::keys ? r : r * lanes), lanes, x + d,
-                            x_stride, count, t == tiles - 1 ? tail : 0, out.from(r, d));
+    for (int64_t r = 0; r < out.rows; r += kProductRows) {
+      product_columns<OVER>(columns, cells + (OVER == Over::keys ? r : r * lanes), lanes, x + d,
+                            x_stride, count, t == tiles - 1 ? tail : 0, out.tile_at(r, d));
     }
   }
 }

@@ -1,26 +1,20 @@
 // Registers the CPU kernels with PyTorch, through its stable C++ ABI. The schemas are Python's
-// (vstar_kernels/attention/schemas.py); so are the arguments' checks that users see. Those here only keep a direct
-// call of the operator inside its tensors.
+// (vstar_kernels/attention/native.py); so are the arguments' checks that users see. Those here only
+// keep a direct call of an operator inside its tensors.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <pthread.h>
-
-#include <algorithm>
-#include <memory>
-#include <new>
 #include <optional>
 
-#include "dispatch.h"
-#include "groups.h"
+#include "schedule.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// (batch, [space,] frames, heads, head_dim): the position of each in a tensor without `space` too.
+// Where the dimensions of (batch, [space,] frames, heads, head_dim) are, with or without `space`.
 struct Layout {
   bool has_space;
   int64_t frame, head;
@@ -42,7 +36,7 @@ vstar::ScalarType scalar_type(const Tensor& t) {
   }
 }
 
-// Of the last dimension; 1 where it means nothing.
+// Returns the last dimension's stride; 1 where it means nothing.
 int64_t dim_stride(const Tensor& t) {
   return t.size(t.dim() - 1) == 1 ? 1 : t.stride(t.dim() - 1);
 }
@@ -66,6 +60,11 @@ void check_like(const Tensor& t, const Tensor& query, const char* name) {
   STD_TORCH_CHECK(dim_stride(t) == 1, name, " must be contiguous in head_dim");
 }
 
+void check_float(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_cpu(), name,
+                  " must be a float32 tensor on the CPU");
+}
+
 void check_contiguous(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_cpu() && t.is_contiguous(), name,
                   " must be a contiguous float32 tensor");
@@ -80,60 +79,72 @@ void check_map(const Tensor& map, const Tensor& query, const Layout& layout, con
 }
 
 void check_stat(const Tensor& stat, const Tensor& query, const char* name) {
-  STD_TORCH_CHECK(stat.scalar_type() == ScalarType::Float && stat.is_cpu() &&
-                      has_shape(stat, query, query.dim() - 1),
-                  name, " must be float32, of query's shape without head_dim");
+  check_float(stat, name);
+  STD_TORCH_CHECK(has_shape(stat, query, query.dim() - 1), name,
+                  " must be of query's shape without head_dim");
 }
 
-// Toeplitz tables are (1 or heads, 2L - 1) over i - j, dense biases (1 or heads, N, N) over (j, i),
-// with i the query's frame and j the key's: the kernels take queries along their lanes.
-void set_bias(vstar::Problem& problem, const Tensor& bias) {
-  check_contiguous(bias, "bias");
-  const int64_t heads = bias.size(0), columns = bias.size(bias.dim() - 1);
-  STD_TORCH_CHECK(heads == 1 || heads == problem.heads, "bias must have 1 or ", problem.heads,
-                  " heads, got ", heads);
-  problem.bias = bias.const_data_ptr<float>();
-  if (bias.dim() == 2) {
-    STD_TORCH_CHECK(columns % 2 == 1 && columns >= 2 * problem.frames - 1,
-                    "the table must be odd in length and reach all frames");
-    problem.bias += columns / 2;
-    problem.bias_key_stride = -1;
-    problem.bias_head_stride = columns;
+// Returns Δ as delta.h describes its forms. Its gradient has the same shape.
+vstar::UserDelta user_delta(const Tensor& delta, vstar::Form form, const vstar::Problem& problem) {
+  check_float(delta, "delta");
+  const bool is_table = form != vstar::Form::dense;
+  const int64_t dims = delta.dim(), own_dims = is_table ? 1 : 2;
+  STD_TORCH_CHECK(dims == own_dims || dims == own_dims + 1, "delta must be ",
+                  is_table ? "a table, of 1 or 2" : "a matrix, of 2 or 3",
+                  " dimensions, got ", dims);
+  vstar::UserDelta result = {};
+  result.form = form;
+  result.data = delta.const_data_ptr<float>();
+  result.heads = dims == own_dims ? 1 : delta.size(0);
+  result.length = delta.size(dims - 1);
+  result.head_stride = dims == own_dims ? 0 : delta.stride(0);
+  result.row_stride = is_table ? 0 : delta.stride(dims - 2);
+  result.stride = delta.stride(dims - 1);
+  STD_TORCH_CHECK(result.heads == 1 || result.heads == problem.heads, "delta must have 1 or ",
+                  problem.heads, " heads, got ", result.heads);
+  if (!is_table) {
+    STD_TORCH_CHECK(result.length == problem.frames && delta.size(dims - 2) == problem.frames,
+                    "a dense delta must be (frames, frames) or (heads, frames, frames)");
+  } else if (form == vstar::Form::symmetric) {
+    STD_TORCH_CHECK(result.length >= problem.frames, "the table must reach all frames");
   } else {
-    STD_TORCH_CHECK(
-        bias.dim() == 3 && columns == problem.frames && bias.size(1) == problem.frames,
-        "a dense bias must be (heads, frames, frames)");
-    problem.bias_key_stride = columns;
-    problem.bias_head_stride = columns * columns;
+    STD_TORCH_CHECK(result.length % 2 == 1 && result.length >= 2 * problem.frames - 1,
+                    "the table must be odd in length and reach all frames");
   }
-  if (heads == 1) problem.bias_head_stride = 0;
+  return result;
 }
 
-// What both operators are asked, in their order of arguments.
-struct Question {
+// The arguments that both operators take, in their order.
+struct Arguments {
   const Tensor& query;
   const Tensor& key;
   const Tensor& value;
-  const std::optional<Tensor>& bias;
-  const std::optional<Tensor>& stat_values;
-  double scale, strength;
+  const std::optional<Tensor>& delta;
+  const std::optional<Tensor>& stat_tensor;
+  int64_t form;
+  double strength;
   int64_t stat;
   bool clamp_negative;
+  double scale;
 
   Layout check() const {
     STD_TORCH_CHECK(query.dim() == 4 || query.dim() == 5, "query must be 4-D or 5-D");
     check_like(query, query, "query");
     check_like(key, query, "key");
     check_like(value, query, "value");
+    STD_TORCH_CHECK(form >= 0 && form <= 4, "form must be 0 to 4, got ", form);
+    STD_TORCH_CHECK((static_cast<vstar::Form>(form) != vstar::Form::none) == delta.has_value(),
+                    "form 1 to 4 goes with delta");
     STD_TORCH_CHECK(stat >= 0 && stat <= 3, "stat must be 0 to 3, got ", stat);
     STD_TORCH_CHECK((static_cast<vstar::Stat>(stat) == vstar::Stat::tensor) ==
-                        stat_values.has_value(),
-                    "stat 3 goes with stat_values");
-    if (stat_values) check_stat(*stat_values, query, "stat_values");
+                        stat_tensor.has_value(),
+                    "stat 3 goes with stat_tensor");
+    if (stat_tensor) check_stat(*stat_tensor, query, "stat_tensor");
     return Layout(query.dim());
   }
 
-  void set(vstar::Problem& problem, const Layout& layout) const {
+  // Sets all of the problem but Δ, and returns Δ.
+  vstar::UserDelta set(vstar::Problem& problem, const Layout& layout) const {
     problem.type = scalar_type(query);
     problem.batch = query.size(0);
     problem.space = layout.space_size(query);
@@ -150,171 +161,72 @@ struct Question {
     problem.strength = static_cast<float>(strength);
     problem.stat = static_cast<vstar::Stat>(stat);
     problem.clamp_negative = clamp_negative;
-    if (bias) set_bias(problem, *bias);
-    if (stat_values) {
-      problem.stat_values = stat_values->const_data_ptr<float>();
-      problem.stat_strides = layout.strides(*stat_values);
+    if (stat_tensor) {
+      problem.stat_tensor = stat_tensor->const_data_ptr<float>();
+      problem.stat_strides = layout.strides(*stat_tensor);
     }
+    if (!delta) return {};
+    return user_delta(*delta, static_cast<vstar::Form>(form), problem);
   }
 };
 
-int64_t sequences(const vstar::Problem& p) { return p.batch * p.space * p.heads; }
-// Of one product of N x N x D, over all sequences.
-double product_operations(const vstar::Problem& p) {
-  return 2.0 * sequences(p) * p.frames * p.frames * p.head_dim;
-}
-bool is_empty(const vstar::Problem& p) {
-  return sequences(p) == 0 || p.frames == 0 || p.head_dim == 0;
-}
-
-// Rows that a thread takes at once. Sequences are shared out whole while there are enough of them.
-int64_t rows_per_item(int64_t sequences, int64_t frames) {
-  constexpr int64_t kRows = 64;  // a multiple of every instruction set's panel
-  const int64_t wanted = 8 * static_cast<int64_t>(torch::stable::get_num_threads());
-  if (sequences >= wanted) return frames;
-  const int64_t items = (wanted + sequences - 1) / sequences;
-  const int64_t rows = (frames + items - 1) / items;
-  return std::min(frames, (rows + kRows - 1) / kRows * kRows);
-}
-
-// OpenMP keeps a thread's team of helpers with that thread. A fork copies the thread that calls it
-// but not the team, for which GNU's runtime would then wait for ever, as it does under torch's own
-// operators: such a thread computes alone.
-thread_local bool has_team = false, lost_team = false;
-[[maybe_unused]] const int watching_forks =
-    pthread_atfork(nullptr, nullptr, [] { lost_team = lost_team || has_team; });
-
-template <typename Body>
-void parallel_for(int64_t items, int64_t grain, const Body& body) {
-  if (lost_team) return body(int64_t{0}, items);
-  has_team = has_team || (items > grain && torch::stable::get_num_threads() > 1);
-  torch::stable::parallel_for(0, items, grain, body);
-}
-
-struct FreeScratch {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
-};
-
-// A thread is worth waking for a million operations, some 10 microseconds.
-int64_t items_per_thread(double operations_of_item) {
-  return std::max<int64_t>(1, static_cast<int64_t>(1e6 / operations_of_item));
-}
-
-using Floats = std::unique_ptr<float[], FreeScratch>;
-
-Floats allocate(int64_t floats) {
-  return Floats(static_cast<float*>(
-      ::operator new[](static_cast<size_t>(floats) * sizeof(float), std::align_val_t(64))));
-}
-
-// body(task, scratch) for all tasks, in any number of threads, each with a scratch of its own.
-template <typename Body>
-void for_each_task(int64_t tasks, double operations, int64_t scratch_floats, const Body& body) {
-  const int64_t grain = items_per_thread(operations / static_cast<double>(tasks));
-  parallel_for(tasks, grain, [&](int64_t first, int64_t last) {
-    const Floats scratch = allocate(scratch_floats);
-    for (int64_t task = first; task < last; ++task) body(task, scratch.get());
-  });
-}
-
-void forward(vstar::ForwardArgs& args) {
-  const vstar::Kernels& kernels = vstar::selected_kernels();
-  args.rows_per_item = rows_per_item(sequences(args), args.frames);
-  const int64_t items = (args.frames + args.rows_per_item - 1) / args.rows_per_item;
-  const int64_t grain = items_per_thread(4.0 * args.rows_per_item * args.frames * args.head_dim);
-  const int64_t scratch_floats = kernels.forward_scratch(args);
-  parallel_for(sequences(args) * items, grain, [&](int64_t first, int64_t last) {
-    const Floats scratch = allocate(scratch_floats);
-    kernels.forward(args, first, last, scratch.get());
-  });
-}
-
-void forward_with_map(vstar::ForwardArgs& args, float* map) {
-  const vstar::Kernels& kernels = vstar::selected_kernels();
-  const vstar::MapTasks tasks(args);
-  const Floats partials = allocate(tasks.partial_floats());
-  for_each_task(tasks.count(), 2 * product_operations(args), kernels.forward_scratch(args),
-                [&](int64_t task, float* scratch) {
-                  tasks.run(kernels, task, map, partials.get(), scratch);
-                });
-  tasks.finish(partials.get(), map);
+vstar::Threads threads() {
+  return {torch::stable::get_num_threads(),
+          [](int64_t items, int64_t grain, const vstar::RangeBody& body) {
+            torch::stable::parallel_for(0, items, grain, body);
+          }};
 }
 
 void cpu_forward(Tensor out, std::optional<Tensor> map, Tensor query, Tensor key, Tensor value,
-                 std::optional<Tensor> bias, std::optional<Tensor> stat_values, double scale,
-                 double strength, int64_t stat, bool clamp_negative) {
-  const Question question = {query, key,      value, bias,          stat_values,
-                             scale, strength, stat,  clamp_negative};
-  const Layout layout = question.check();
+                 std::optional<Tensor> delta, std::optional<Tensor> stat_tensor, int64_t form,
+                 double strength, int64_t stat, bool clamp_negative, double scale) {
+  const Arguments arguments = {query, key,      value, delta,          stat_tensor,
+                               form,  strength, stat,  clamp_negative, scale};
+  const Layout layout = arguments.check();
   check_like(out, query, "out");
   if (map) check_map(*map, query, layout, "map");
   vstar::ForwardArgs args = {};
-  question.set(args, layout);
-  if (is_empty(args)) {
+  const vstar::UserDelta user_delta = arguments.set(args, layout);
+  if (vstar::is_empty(args)) {
     if (map) torch::stable::fill_(*map, __builtin_nan(""));  // the mean of nothing
     return;
   }
   args.out = out.mutable_data_ptr();
   args.out_strides = layout.strides(out);
-  if (map) {
-    forward_with_map(args, map->mutable_data_ptr<float>());
-  } else {
-    forward(args);
-  }
-}
-
-void backward(const vstar::BackwardArgs& args) {
-  const vstar::Kernels& kernels = vstar::selected_kernels();
-  const int64_t grain = items_per_thread(5 * product_operations(args) / sequences(args));
-  const int64_t scratch_floats = kernels.backward_scratch(args);
-  parallel_for(sequences(args), grain, [&](int64_t first, int64_t last) {
-    const Floats scratch = allocate(scratch_floats);
-    kernels.backward(args, first, last, scratch.get());
-  });
-}
-
-void backward_with_bias(const vstar::BackwardArgs& args, const Tensor& grad_bias) {
-  const vstar::Kernels& kernels = vstar::selected_kernels();
-  const vstar::BiasTasks tasks(kernels, args, grad_bias.size(0),
-                               grad_bias.size(grad_bias.dim() - 1));
-  const Floats partials = allocate(tasks.partial_floats());
-  for_each_task(tasks.count(), 5 * product_operations(args),
-                tasks.scratch_floats() + kernels.backward_scratch(args),
-                [&](int64_t task, float* scratch) { tasks.run(task, partials.get(), scratch); });
-  tasks.finish(partials.get(), grad_bias.mutable_data_ptr<float>());
+  vstar::run_forward(args, user_delta, map ? map->mutable_data_ptr<float>() : nullptr, threads());
 }
 
 void cpu_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value,
-                  std::optional<Tensor> grad_bias, std::optional<Tensor> grad_stat,
+                  std::optional<Tensor> grad_delta, std::optional<Tensor> grad_stat,
                   Tensor grad_out, std::optional<Tensor> grad_map, Tensor query, Tensor key,
-                  Tensor value, std::optional<Tensor> bias, std::optional<Tensor> stat_values,
-                  double scale, double strength, int64_t stat, bool clamp_negative,
-                  bool detach_stat) {
-  const Question question = {query, key,      value, bias,          stat_values,
-                             scale, strength, stat,  clamp_negative};
-  const Layout layout = question.check();
+                  Tensor value, std::optional<Tensor> delta, std::optional<Tensor> stat_tensor,
+                  int64_t form, double strength, int64_t stat, bool clamp_negative,
+                  bool detach_stat, double scale) {
+  const Arguments arguments = {query, key,      value, delta,          stat_tensor,
+                               form,  strength, stat,  clamp_negative, scale};
+  const Layout layout = arguments.check();
   check_like(grad_query, query, "grad_query");
   check_like(grad_key, query, "grad_key");
   check_like(grad_value, query, "grad_value");
   check_like_but_strides(grad_out, query, "grad_out");
   if (grad_map) check_map(*grad_map, query, layout, "grad_map");
-  if (grad_bias) {
-    check_contiguous(*grad_bias, "grad_bias");
-    STD_TORCH_CHECK(bias && grad_bias->dim() == bias->dim() &&
-                        has_shape(*grad_bias, *bias, bias->dim()),
-                    "grad_bias must have bias's shape");
+  if (grad_delta) {
+    check_contiguous(*grad_delta, "grad_delta");
+    STD_TORCH_CHECK(delta && has_shape(*grad_delta, *delta, delta->dim()),
+                    "grad_delta must have delta's shape");
   }
   if (grad_stat) {
-    STD_TORCH_CHECK(stat_values.has_value(), "grad_stat goes with stat_values");
+    STD_TORCH_CHECK(stat_tensor.has_value(), "grad_stat goes with stat_tensor");
     check_stat(*grad_stat, query, "grad_stat");
   }
 
   vstar::BackwardArgs args = {};
-  question.set(args, layout);
+  const vstar::UserDelta user_delta = arguments.set(args, layout);
   // The kernels write the gradients that there are.
-  if (grad_bias && is_empty(args)) torch::stable::zero_(*grad_bias);
-  if (grad_stat && (!bias || detach_stat || is_empty(args))) torch::stable::zero_(*grad_stat);
-  if (is_empty(args)) return;
+  const bool is_empty = vstar::is_empty(args);
+  if (grad_stat && (!delta || detach_stat || is_empty)) torch::stable::zero_(*grad_stat);
+  if (grad_delta && is_empty) torch::stable::zero_(*grad_delta);
+  if (is_empty) return;
 
   args.detach_stat = detach_stat;
   args.grad_out = grad_out.const_data_ptr();
@@ -331,11 +243,8 @@ void cpu_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value,
     args.grad_stat = grad_stat->mutable_data_ptr<float>();
     args.grad_stat_strides = layout.strides(*grad_stat);
   }
-  if (grad_bias) {
-    backward_with_bias(args, *grad_bias);
-  } else {
-    backward(args);
-  }
+  vstar::run_backward(args, user_delta,
+                      grad_delta ? grad_delta->mutable_data_ptr<float>() : nullptr, threads());
 }
 
 }  // namespace

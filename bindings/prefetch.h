@@ -2,12 +2,15 @@
 //
 // A sequence's rows lie a whole frame apart, so the hardware's stream prefetchers do not see them
 // coming, and a burst of software prefetches overflows the miss buffers and is dropped. Spread over
-// the microkernel calls of the present sequence they arrive.
+// the microkernels' calls of the present sequence they arrive.
 #pragma once
 
 #include "types.h"
 
 namespace vstar::VSTAR_ISA {
+
+// The next sequence is fetched ahead when one of its tensors' rows take no more than this.
+constexpr int64_t kPrefetchBytes = 64 << 10;
 
 // One tensor's rows of a sequence; the stride is in bytes.
 struct RowStream {
@@ -17,7 +20,7 @@ struct RowStream {
 
 class Prefetcher {
  public:
-  // Nothing to fetch.
+  // A prefetcher with nothing to fetch.
   Prefetcher() = default;
 
   // Fetches `frames` rows of `row_bytes` of each stream, in about `steps` steps.

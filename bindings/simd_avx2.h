@@ -8,9 +8,9 @@
 namespace vstar::VSTAR_ISA {
 
 constexpr int kLanes = 8;
-constexpr int kKeyRows = 6;    // 6 keys x 2 vectors of queries: 12 accumulators
-constexpr int kQueryRows = 4;  // 4 queries x 3 vectors of head_dim: 12 accumulators
-constexpr int kMaxColumns = 3;
+constexpr int kLogitsKeys = 6;   // 6 keys x 2 vectors of queries: 12 accumulators
+constexpr int kProductRows = 4;  // 4 rows x 3 vectors of head_dim: 12 accumulators
+constexpr int kProductVectors = 3;
 
 struct Vec {
   __m256 v;
@@ -24,9 +24,9 @@ inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-// b where either is NaN, as the instruction does.
+// Returns the larger; b where either is NaN, as the instruction does.
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
-// x in the lanes where a == b, else y.
+// Returns x in the lanes where a == b, y in the others.
 inline Vec select_equal(Vec a, Vec b, Vec x, Vec y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ))};
 }
@@ -47,7 +47,7 @@ inline Vec widen(const bfloat16*, __m128i bits) {
 }
 inline Vec widen(const float16*, __m128i bits) { return {_mm256_cvtph_ps(bits)}; }
 
-// Round to nearest even; a NaN stays a (quiet) NaN.
+// Rounds to nearest even; a NaN stays a (quiet) NaN.
 inline __m128i narrow(const bfloat16*, Vec x) {
   const __m256i bits = _mm256_castps_si256(x.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -87,7 +87,7 @@ inline void store_partial(T* p, Vec x, int n) {
 inline Vec round(Vec x) {
   return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-// x * 2^n for integral n in [-127, 127]; n = -127 gives zero for x in [0.5, 2).
+// Returns x * 2^n for integral n in [-127, 127]; n = -127 gives zero for x in [0.5, 2).
 inline Vec scale_by_power(Vec x, Vec n) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
   const __m256i scaled = _mm256_add_epi32(_mm256_castps_si256(x.v), exponent);

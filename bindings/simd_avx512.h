@@ -9,9 +9,9 @@
 namespace vstar::VSTAR_ISA {
 
 constexpr int kLanes = 16;
-constexpr int kKeyRows = 8;    // 8 keys x 2 vectors of queries: 16 accumulators
-constexpr int kQueryRows = 8;  // 8 queries x 3 vectors of head_dim: 24 accumulators
-constexpr int kMaxColumns = 3;
+constexpr int kLogitsKeys = 8;   // 8 keys x 2 vectors of queries: 16 accumulators
+constexpr int kProductRows = 8;  // 8 rows x 3 vectors of head_dim: 24 accumulators
+constexpr int kProductVectors = 3;
 
 struct Vec {
   __m512 v;
@@ -25,9 +25,9 @@ inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-// b where either is NaN, as the instruction does.
+// Returns the larger; b where either is NaN, as the instruction does.
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
-// x in the lanes where a == b, else y.
+// Returns x in the lanes where a == b, y in the others.
 inline Vec select_equal(Vec a, Vec b, Vec x, Vec y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ), y.v, x.v)};
 }
@@ -48,7 +48,7 @@ inline Vec widen(const bfloat16*, __m256i bits) {
 }
 inline Vec widen(const float16*, __m256i bits) { return {_mm512_cvtph_ps(bits)}; }
 
-// Round to nearest even; a NaN stays a (quiet) NaN.
+// Rounds to nearest even; a NaN stays a (quiet) NaN.
 inline __m256i narrow(const bfloat16*, Vec x) {
   const __m512i bits = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -83,7 +83,7 @@ inline void store_partial(T* p, Vec x, int n) {
 inline Vec round(Vec x) {
   return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-// x * 2^n for integral n in [-127, 127]; n = -127 gives zero for x in [0.5, 2).
+// Returns x * 2^n for integral n in [-127, 127]; n = -127 gives zero for x in [0.5, 2).
 inline Vec scale_by_power(Vec x, Vec n) {
   const __m512i exponent = _mm512_slli_epi32(_mm512_cvtps_epi32(n.v), 23);
   const __m512i scaled = _mm512_add_epi32(_mm512_castps_si512(x.v), exponent);
@@ -131,7 +131,7 @@ inline Vec load(const Pair* p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load_partial(const Pair* p, int n) {
   return {_mm512_maskz_loadu_ps(first_lanes(n), p)};
 }
-// c + a.low b.low + a.high b.high in each lane, summed in float32.
+// Returns c + a.low b.low + a.high b.high in each lane, summed in float32.
 inline Vec dot(Vec a, Vec b, Vec c) {
   return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
 }

@@ -8,9 +8,9 @@
 namespace vstar::VSTAR_ISA {
 
 constexpr int kLanes = 4;
-constexpr int kKeyRows = 8;    // 8 keys x 2 vectors of queries: 16 accumulators
-constexpr int kQueryRows = 8;  // 8 queries x 3 vectors of head_dim: 24 accumulators
-constexpr int kMaxColumns = 3;
+constexpr int kLogitsKeys = 8;   // 8 keys x 2 vectors of queries: 16 accumulators
+constexpr int kProductRows = 8;  // 8 rows x 3 vectors of head_dim: 24 accumulators
+constexpr int kProductVectors = 3;
 
 struct Vec {
   float32x4_t v;
@@ -24,9 +24,9 @@ inline Vec sub(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
 inline Vec div(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
-// NaN where either is, unlike x86; the kernel is content with both.
+// Returns the larger; NaN where either is, unlike x86. The kernels are content with both.
 inline Vec max(Vec a, Vec b) { return {vmaxq_f32(a.v, b.v)}; }
-// x in the lanes where a == b, else y.
+// Returns x in the lanes where a == b, y in the others.
 inline Vec select_equal(Vec a, Vec b, Vec x, Vec y) {
   return {vbslq_f32(vceqq_f32(a.v, b.v), x.v, y.v)};
 }
@@ -51,7 +51,7 @@ inline Vec widen(const float16*, uint16x4_t bits) {
   return {vcvt_f32_f16(vreinterpret_f16_u16(bits))};
 }
 
-// Round to nearest even; a NaN stays a (quiet) NaN.
+// Rounds to nearest even; a NaN stays a (quiet) NaN.
 inline uint16x4_t narrow(const bfloat16*, Vec x) {
   const uint32x4_t bits = vreinterpretq_u32_f32(x.v);
   const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
@@ -85,7 +85,7 @@ inline void store_partial(T* p, Vec x, int n) {
 }
 
 inline Vec round(Vec x) { return {vrndnq_f32(x.v)}; }
-// x * 2^n for integral n in [-127, 127]; n = -127 gives zero for x in [0.5, 2).
+// Returns x * 2^n for integral n in [-127, 127]; n = -127 gives zero for x in [0.5, 2).
 inline Vec scale_by_power(Vec x, Vec n) {
   const int32x4_t exponent = vshlq_n_s32(vcvtq_s32_f32(n.v), 23);
   const int32x4_t scaled = vaddq_s32(vreinterpretq_s32_f32(x.v), exponent);

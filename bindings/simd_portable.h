@@ -7,9 +7,9 @@
 namespace vstar::VSTAR_ISA {
 
 constexpr int kLanes = 4;
-constexpr int kKeyRows = 4;
-constexpr int kQueryRows = 4;
-constexpr int kMaxColumns = 2;
+constexpr int kLogitsKeys = 4;
+constexpr int kProductRows = 4;
+constexpr int kProductVectors = 2;
 
 typedef float Float4 __attribute__((vector_size(16)));
 typedef int32_t Int4 __attribute__((vector_size(16)));
@@ -27,9 +27,9 @@ inline Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec div(Vec a, Vec b) { return {a.v / b.v}; }
 // Fused only where the target has it: the file is compiled with -ffp-contract=fast.
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
-// b where either is NaN, as the x86 instruction does.
+// Returns the larger; b where either is NaN, as the x86 instruction does.
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
-// x in the lanes where a == b, else y.
+// Returns x in the lanes where a == b, y in the others.
 inline Vec select_equal(Vec a, Vec b, Vec x, Vec y) {
   return {a.v == b.v ? x.v : y.v};
 }
@@ -115,12 +115,12 @@ inline Vec load(const float* p) {
 }
 inline void store(float* p, Vec x) { __builtin_memcpy(p, &x.v, sizeof x.v); }
 
-// To the nearest integer, |x| < 2^22: adding 1.5 * 2^23 leaves no bits for the fraction.
+// Rounds to the nearest integer, for |x| < 2^22: adding 1.5 * 2^23 leaves no bits for the fraction.
 inline Vec round(Vec x) {
   const Float4 magic = broadcast(12582912.0f).v;
   return {(x.v + magic) - magic};
 }
-// x * 2^n for integral n in [-127, 127]; n = -127 gives zero for x in [0.5, 2).
+// Returns x * 2^n for integral n in [-127, 127]; n = -127 gives zero for x in [0.5, 2).
 inline Vec scale_by_power(Vec x, Vec n) {
   // A NaN in n is in x too; it must not reach the integer conversion.
   const Float4 finite = n.v == n.v ? n.v : zero().v;

@@ -53,7 +53,9 @@ for isa in library.isas:
         assert error < 1e-5 + 4 * torch.finfo(dtype).eps, f"{isa}, {dtype}: error {error}"
 # An exception on its way from the library's C++ through torch's into Python.
 try:
-    torch.ops.vstar_kernels.cpu_forward(q, None, q, k.double(), v, None, None, 1.0, 1.0, 0, False)
+    torch.ops.vstar_kernels.cpu_forward(
+        q, None, q, k.double(), v, None, None, 0, 0.0, 0, False, 1.0
+    )
 except RuntimeError as error:
     assert "key must have query's type" in str(error), error
 else:
@@ -64,7 +66,7 @@ print(f"Python {version}, torch {torch.__version__}: computes with {', '.join(li
 
 
 class WheelError(Exception):
-    """What is wrong with the wheel."""
+    """Something is wrong with the wheel; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,13 @@ class Imports:
     versions: frozenset[str]
 
     def newest(self, name: str) -> tuple[int, ...]:
-        """The newest version of ``GLIBC``, ``GLIBCXX`` or ``CXXABI`` that is needed."""
+        """Returns the newest version of ``GLIBC``, ``GLIBCXX`` or ``CXXABI`` that is needed."""
         found = [v.removeprefix(name + "_") for v in self.versions if v.startswith(name + "_")]
         return max((tuple(map(int, v.split("."))) for v in found), default=(0,))
 
 
 def check_files(wheel: zipfile.ZipFile, version: str) -> None:
-    """The package, its metadata, and the library among them."""
+    """Checks that the wheel holds the package with the library, its metadata, and nothing else."""
     names = [name for name in wheel.namelist() if not name.endswith("/")]
     allowed = ("vstar_kernels/", f"vstar_kernels-{version}.dist-info/")
     strangers = [name for name in names if not name.startswith(allowed)]
@@ -98,7 +100,7 @@ def check_files(wheel: zipfile.ZipFile, version: str) -> None:
 
 
 def check_tag(tag: str, imports: Imports) -> None:
-    """``py3-none-manylinux_2_N_ARCH``, and no newer glibc than that is needed."""
+    """Checks the tag, ``py3-none-manylinux_2_N_ARCH``, and that no newer glibc is needed."""
     match = re.fullmatch(r"py3-none-(?:\w+\.)*manylinux_(\d+)_(\d+)_\w+", tag)
     if match is None:
         raise WheelError(f"its tag is {tag}, not py3-none-manylinux_…: did auditwheel repair it?")
@@ -108,18 +110,18 @@ def check_tag(tag: str, imports: Imports) -> None:
 
 
 def some(names: Iterable[str]) -> str:
-    """The first few of ``names``."""
+    """Returns the first few of ``names``."""
     first, *rest = sorted(names)
     return ", ".join([first, *rest[:4]]) + (f" and {len(rest) - 4} more" if len(rest) > 4 else "")
 
 
 def dotted(version: tuple[int, ...]) -> str:
-    """2.28."""
+    """Returns the version as one writes it: 2.28."""
     return ".".join(map(str, version))
 
 
 def check_library(path: Path, called: set[str]) -> Imports:
-    """The library's needs and offers; returns the former."""
+    """Checks what the library needs and what it offers; returns the former."""
     if paths := re.findall(rb"\0(/[\w.+~/ -]+\.(?:h|hpp|cpp|cc))\0", path.read_bytes()):
         first = paths[0].decode()
         raise WheelError(f"the library names files of the build machine, such as {first}")
@@ -156,7 +158,7 @@ def check_library(path: Path, called: set[str]) -> Imports:
 
 
 def check_known(torch: frozenset[str]) -> list[str]:
-    """That others have verified torch's functions; returns in which versions."""
+    """Checks that torch's functions were verified; returns the versions they are in."""
     lines = SYMBOLS.read_text().splitlines()
     known = {line for line in lines if line and not line.startswith("#")}
     if new := torch - known:
@@ -168,7 +170,7 @@ def check_known(torch: frozenset[str]) -> list[str]:
 
 
 def check_torch(torch: frozenset[str], library: Path) -> str:
-    """Look torch's functions up in a ``libtorch_cpu.so``; returns the torch's version."""
+    """Looks torch's functions up in a ``libtorch_cpu.so``; returns the torch's version."""
     with library.open("rb") as file:
         defined = ELFFile(file).get_section_by_name(".gnu.hash")
         if missing := [name for name in torch if defined.get_symbol(name) is None]:
@@ -180,7 +182,7 @@ def check_torch(torch: frozenset[str], library: Path) -> str:
 
 
 def record(torch: frozenset[str], versions: list[str]) -> None:
-    """Write the list anew; only what all of ``versions`` were seen to provide belongs in it."""
+    """Writes the list anew; only what all of ``versions`` were seen to provide belongs in it."""
     head = [
         "# The functions of libtorch_cpu.so that the CPU kernels' library calls, found in each of",
         *(f"# torch {version}" for version in versions),
@@ -190,7 +192,7 @@ def record(torch: frozenset[str], versions: list[str]) -> None:
 
 
 def check_use(wheel: Path, python: str, tests: bool) -> None:
-    """Install the wheel beside ``python``'s torch, away from the source tree, and compute."""
+    """Installs the wheel beside ``python``'s torch, away from the source tree, and computes."""
     if (found := shutil.which(python)) is None:
         raise WheelError(f"there is no Python at {python} to use it with")
     python = os.path.abspath(found)
@@ -221,7 +223,7 @@ def check_use(wheel: Path, python: str, tests: bool) -> None:
 
 
 def main() -> int:
-    """Check one wheel; returns the exit status."""
+    """Checks one wheel; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("wheel", type=Path)
     parser.add_argument("--python", action="append", help="a Python with torch (default: this)")
@@ -249,7 +251,7 @@ def main() -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """All of it, in the order of what it costs."""
+    """Makes all checks, in the order of what they cost."""
     _, version, tag = args.wheel.stem.split("-", 2)
     with zipfile.ZipFile(args.wheel) as wheel, tempfile.TemporaryDirectory() as folder:
         check_files(wheel, version)

@@ -25,8 +25,8 @@ class Guarded {
   }
   Guarded(const Guarded&) = delete;
 
-  // A block that ends where the guard page begins, or begins where the other one ends. On its open
-  // side lies NaN (of any type), which in_place() checks.
+  // Returns a block that ends where the guard page begins, or begins where the other one ends. On
+  // its open side lies NaN (of any type), which in_place() checks.
   void* block(size_t bytes, bool flush_end) {
     if (bytes > size_) {
       std::printf("a block of %zu bytes, room for %zu\n", bytes, size_);
@@ -40,7 +40,7 @@ class Guarded {
     return block_;
   }
 
-  // Whether nobody wrote on the open side.
+  // Returns whether nobody wrote on the open side.
   bool in_place() const {
     for (size_t i = 0; i < margin_size_; ++i) {
       if (margin_[i] != '\xff') return false;

@@ -1,18 +1,17 @@
-// Nothing is read or written outside the tensors, the bias, the statistic and the scratch: each is
+// Nothing is read or written outside the tensors, Δ, the statistic and the scratch: each is
 // a heap block of its exact size (for AddressSanitizer), then ends at an inaccessible page, then
 // begins after one. The three runs agree in every bit.
 #include <csignal>
 #include <cstdint>
 #include <deque>
-#include <memory>
-#include <vector>
 
+#include "call.h"
 #include "check.h"
-#include "group_calls.h"
 #include "guarded.h"
 
 namespace {
 
+using vstar::Form;
 using vstar::ScalarType;
 using vstar::Stat;
 
@@ -32,35 +31,30 @@ void on_crash(int) {
 class Bounds {
  public:
   Bounds() {
-    for (int i = 0; i < 14; ++i) blocks_.emplace_back(size_t{1} << 22);
+    for (int i = 0; i < 16; ++i) blocks_.emplace_back(size_t{1} << 22);
   }
 
   void expect(const vstar::Kernels& kernels, const Shape& shape) {
     std::snprintf(current, sizeof current, "%s %s", kernels.name, shape.name().c_str());
-    expect_same<Call>(kernels, shape, [&](Call& call) {
-      kernels.forward(call.args(), 0, call.items(), call.scratch());
-    });
-    expect_same<MapCall>(kernels, shape, [](MapCall& call) { call.run_all(); });
-    expect_same<BackwardCall>(kernels, shape, [](BackwardCall& call) { call.run_all(); });
+    expect_same<ForwardCall>(kernels, shape);
+    expect_same<MapCall>(kernels, shape);
+    expect_same<BackwardCall>(kernels, shape);
   }
 
  private:
-  template <typename AnyCall, typename Run>
-  void expect_same(const vstar::Kernels& kernels, const Shape& shape, const Run& run) {
-    std::vector<std::unique_ptr<char[]>> heap;
-    AnyCall plain(shape, kernels, [&](size_t bytes) {
-      heap.emplace_back(new char[bytes]);
-      return heap.back().get();
-    });
-    run(plain);
+  template <typename Call>
+  void expect_same(const vstar::Kernels& kernels, const Shape& shape) {
+    Heap heap;
+    Call plain(shape, kernels, heap.allocate());
+    plain.run_all();
     CHECK(plain.complete(), "%s", current);
     for (const bool flush_end : {true, false}) {
       size_t used = 0;
-      AnyCall call(shape, kernels, [&](size_t bytes) {
+      Call call(shape, kernels, [&](size_t bytes) {
         return blocks_.at(used++).block(bytes, flush_end);
       });
-      run(call);
-      CHECK(call.out() == plain.out(), "%s: other bits between guard pages", current);
+      call.run_all();
+      CHECK(call.results() == plain.results(), "%s: other bits between guard pages", current);
       for (size_t i = 0; i < used; ++i) {
         CHECK(blocks_[i].in_place(), "%s: block %zu was written beside", current, i);
       }
@@ -70,14 +64,16 @@ class Bounds {
   std::deque<Guarded> blocks_;
 };
 
-// The forms of the bias: Toeplitz or dense, for all heads or each; and none.
-void biases(Bounds& bounds, const vstar::Kernels& kernels, Shape shape) {
-  for (int form = 0; form < 4; ++form) {
-    shape.dense = form & 1;
-    shape.per_head = form & 2;
-    bounds.expect(kernels, shape);
+// Checks all forms of Δ, for all heads and for each.
+void all_forms(Bounds& bounds, const vstar::Kernels& kernels, Shape shape) {
+  for (const auto form : {Form::gaussian, Form::symmetric, Form::signed_table, Form::dense}) {
+    shape.form = form;
+    for (const bool per_head : {false, true}) {
+      shape.per_head = per_head;
+      bounds.expect(kernels, shape);
+    }
   }
-  shape.regularized = false;
+  shape.form = Form::none;
   bounds.expect(kernels, shape);
 }
 
@@ -85,15 +81,16 @@ void test(const vstar::Kernels& kernels) {
   static Bounds bounds;
   constexpr Stat kStats[] = {Stat::none, Stat::row_max, Stat::map_max, Stat::tensor};
   for (const auto type : {ScalarType::float32, ScalarType::bfloat16, ScalarType::float16}) {
-    // Every remainder of frames against panels and key rows, with an odd head_dim.
+    // Every remainder of frames against panels and keys, with an odd head_dim.
     for (int64_t frames = 1; frames <= 70; ++frames) {
       Shape shape = {.batch = 1, .frames = frames, .head_dim = 1 + 2 * (frames % 23), .type = type};
       shape.stat = kStats[frames % 4];
       shape.heads_first = frames % 3 == 0;
       shape.gap = frames % 5 == 0 ? 3 : 0;
       shape.map_gradient = frames % 2 == 0;
+      shape.extra = frames % 6 == 0 ? 2 : 0;
       shape.grad_out_dim_stride = frames % 7 == 0 ? 3 : 1;
-      biases(bounds, kernels, shape);
+      all_forms(bounds, kernels, shape);
     }
     // Every remainder of head_dim against vectors and tiles; few and many (packed) keys.
     for (int64_t head_dim = 1; head_dim <= 70; ++head_dim) {
@@ -110,7 +107,8 @@ void test(const vstar::Kernels& kernels) {
         Shape shape = {.batch = 1, .frames = frames, .head_dim = head_dim, .type = type};
         shape.stat = Stat::tensor;
         bounds.expect(kernels, shape);
-        shape.dense = shape.per_head = shape.heads_first = true;
+        shape.form = Form::dense;
+        shape.per_head = shape.heads_first = true;
         bounds.expect(kernels, shape);
       }
     }

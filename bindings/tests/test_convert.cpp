@@ -9,7 +9,7 @@
 
 namespace {
 
-// out = 1 * value for sequences of one frame, so every bit pattern must come back.
+// Checks out = 1 * value for sequences of one frame: every bit pattern must come back.
 void round_trip(const vstar::Kernels& kernels, vstar::ScalarType type) {
   constexpr int64_t kDim = 65536 / 64 + 3;  // 64 sequences; a partial vector at each one's end
   constexpr int64_t kSequences = 64;
@@ -18,7 +18,7 @@ void round_trip(const vstar::Kernels& kernels, vstar::ScalarType type) {
   vstar::ForwardArgs a = {};
   a.type = type;
   a.batch = kSequences;
-  a.space = a.frames = a.heads = a.rows_per_item = 1;
+  a.space = a.frames = a.heads = a.queries_per_item = 1;
   a.head_dim = kDim;
   a.query = a.key = zeros.data();
   a.value = value.data();
@@ -39,7 +39,8 @@ void round_trip(const vstar::Kernels& kernels, vstar::ScalarType type) {
   }
 }
 
-// Two frames with equal logits: the mean of two neighbours lies half way and rounds to even.
+// Checks two frames with equal logits: the mean of two neighbours lies half way, and rounds to
+// even.
 void round_to_even(const vstar::Kernels& kernels, vstar::ScalarType type) {
   const uint16_t one = type == vstar::ScalarType::bfloat16 ? 0x3f80 : 0x3c00;
   constexpr int64_t kDim = 37;
@@ -51,7 +52,7 @@ void round_to_even(const vstar::Kernels& kernels, vstar::ScalarType type) {
   vstar::ForwardArgs a = {};
   a.type = type;
   a.batch = a.space = a.heads = 1;
-  a.frames = a.rows_per_item = 2;
+  a.frames = a.queries_per_item = 2;
   a.head_dim = kDim;
   a.query = a.key = zeros.data();
   a.value = value.data();

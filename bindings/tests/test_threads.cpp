@@ -1,30 +1,31 @@
 // Several threads in one call: its items shared out, the inputs and the output shared, a scratch
-// each. The bits are one thread's; ThreadSanitizer sees no race, here and where the instruction set
-// is chosen while others compute.
+// each, by hand and by the schedule. The bits are one thread's; ThreadSanitizer sees no race, here
+// and where the instruction set is chosen while others compute.
 #include <algorithm>
 #include <atomic>
-#include <deque>
-#include <memory>
 #include <thread>
 #include <vector>
 
+#include "call.h"
 #include "check.h"
-#include "group_calls.h"
+#include "dispatch.h"
+#include "schedule.h"
 
 namespace {
 
+using vstar::Form;
 using vstar::ScalarType;
 
 constexpr int kThreads = 4;
 
-// Joins them all; body(thread).
+// Calls body(thread) in so many threads at the same time, and joins them all.
 template <typename Body>
 void in_threads(const Body& body) {
   std::atomic<int> waiting{kThreads};
   std::vector<std::thread> threads;
   for (int t = 0; t < kThreads; ++t) {
     threads.emplace_back([&, t] {
-      // Together: a thread starts in the time that another one takes for its whole share.
+      // Together: a thread starts in the time that another one takes for all of its work.
       --waiting;
       while (waiting > 0) std::this_thread::yield();
       body(t);
@@ -57,22 +58,19 @@ void choose_together() {
   CHECK(wrong == 0, "%d wrong choices", wrong.load());
 }
 
-void share(const vstar::Kernels& kernels, const Shape& shape, int64_t rows_per_item,
-           int repeats) {
-  std::deque<std::unique_ptr<char[]>> heap;
-  const auto allocate = [&](size_t bytes) {
-    heap.emplace_back(new char[bytes]);
-    return heap.back().get();
-  };
-  Call call(shape, kernels, allocate);
-  call.args().rows_per_item = rows_per_item;
+// Checks that items cut among threads give one thread's bits.
+void expect_same_items(const vstar::Kernels& kernels, const Shape& shape,
+                       int64_t queries_per_item, int repeats) {
+  Heap heap;
+  ForwardCall call(shape, kernels, heap.allocate());
+  call.args().queries_per_item = queries_per_item;
   const int64_t items = call.items();
   kernels.forward(call.args(), 0, items, call.scratch());
-  const std::string expected = call.out();
+  const std::string expected = call.results();
   CHECK(call.complete(), "%s %s", kernels.name, shape.name().c_str());
 
   std::vector<std::vector<float>> scratch(kThreads);
-  for (auto& own : scratch) own.resize(call.scratch_bytes() / 4);
+  for (auto& floats : scratch) floats.resize(call.scratch_bytes() / 4);
   for (int repeat = 0; repeat < repeats; ++repeat) {
     call.poison();
     // The borders move, so that every item is now and then a thread's first or last.
@@ -84,24 +82,22 @@ void share(const vstar::Kernels& kernels, const Shape& shape, int64_t rows_per_i
       std::memset(scratch[t].data(), 0xff, call.scratch_bytes());
       kernels.forward(call.args(), cuts[t], cuts[t + 1], scratch[t].data());
     });
-    CHECK(call.out() == expected, "%s %s: other bits in threads, repeat %d", kernels.name,
+    CHECK(call.results() == expected, "%s %s: other bits in threads, repeat %d", kernels.name,
           shape.name().c_str(), repeat);
   }
 }
 
-// Tasks in any order on any thread, whose sums are added up at the end.
-template <typename AnyCall>
-void share_tasks(const vstar::Kernels& kernels, const Shape& shape, int repeats) {
-  std::deque<std::unique_ptr<char[]>> heap;
-  AnyCall call(shape, kernels, [&](size_t bytes) {
-    heap.emplace_back(new char[bytes]);
-    return heap.back().get();
-  });
+// Checks that tasks in any order on any thread, whose sums are added up at the end, give one
+// thread's bits.
+template <typename Call>
+void expect_same_tasks(const vstar::Kernels& kernels, const Shape& shape, int repeats) {
+  Heap heap;
+  Call call(shape, kernels, heap.allocate());
   call.run_all();
-  const std::string expected = call.out();
+  const std::string expected = call.results();
   CHECK(call.complete(), "%s %s", kernels.name, shape.name().c_str());
   std::vector<std::vector<float>> scratch(kThreads);
-  for (auto& own : scratch) own.resize(call.scratch_bytes() / 4);
+  for (auto& floats : scratch) floats.resize(call.scratch_bytes() / 4);
   for (int repeat = 0; repeat < repeats; ++repeat) {
     call.poison();
     std::atomic<int64_t> next{0};
@@ -112,39 +108,91 @@ void share_tasks(const vstar::Kernels& kernels, const Shape& shape, int repeats)
       }
     });
     call.finish();
-    CHECK(call.out() == expected, "%s %s: other bits in threads, repeat %d", kernels.name,
+    CHECK(call.results() == expected, "%s %s: other bits in threads, repeat %d", kernels.name,
           shape.name().c_str(), repeat);
   }
+}
+
+// Cuts the items into ranges of the grain or a little more, in as many threads.
+void parallel_for(int64_t items, int64_t grain, const vstar::RangeBody& body) {
+  const int64_t ranges = std::max<int64_t>(1, std::min<int64_t>(kThreads, items / grain));
+  in_threads([&](int64_t t) {
+    if (t < ranges) body(items * t / ranges, items * (t + 1) / ranges);
+  });
+}
+
+// Checks that whole calls through the schedule give one thread's bits.
+void expect_same_calls(const vstar::Kernels& kernels, const Shape& shape) {
+  const vstar::Threads threads = {kThreads, parallel_for};
+  const auto expect_same = [&](auto& call, const char* name, const auto& run) {
+    call.run_all();
+    const std::string expected = call.results();
+    call.poison();
+    run();
+    CHECK(call.complete() && call.results() == expected,
+          "%s %s %s: other bits through the schedule", kernels.name, name, shape.name().c_str());
+  };
+  Heap heap;
+  vstar::select_kernels(kernels);
+  ForwardCall forward(shape, kernels, heap.allocate());
+  expect_same(forward, "forward", [&] {
+    vstar::run_forward(forward.args(), forward.delta(), nullptr, threads);
+  });
+  MapCall map(shape, kernels, heap.allocate());
+  expect_same(map, "map", [&] {
+    vstar::run_forward(map.args(), map.delta(), map.map(), threads);
+  });
+  BackwardCall backward(shape, kernels, heap.allocate());
+  expect_same(backward, "backward", [&] {
+    vstar::run_backward(backward.args(), backward.delta(), backward.grad_delta(), threads);
+  });
 }
 
 void test_tasks(const vstar::Kernels& kernels, ScalarType type) {
   Shape shape = {.batch = 3, .space = 2, .frames = 7, .heads = 3, .head_dim = 13, .type = type};
   shape.map_gradient = true;
-  for (const bool dense : {false, true}) {
-    shape.dense = dense;
-    share_tasks<MapCall>(kernels, shape, 30);
-    share_tasks<BackwardCall>(kernels, shape, 30);
+  for (const auto form : {Form::signed_table, Form::dense}) {
+    shape.form = form;
+    expect_same_tasks<MapCall>(kernels, shape, 30);
+    expect_same_tasks<BackwardCall>(kernels, shape, 30);
   }
-  shape.bias_gradient = false;
+  shape.delta_gradient = false;
   shape.stat = vstar::Stat::tensor;
-  share_tasks<BackwardCall>(kernels, shape, 30);
-  // A map's rows in chunks, its sequences in groups.
-  share_tasks<MapCall>(kernels, {.batch = 1, .frames = 300, .heads = 2, .type = type}, 10);
+  expect_same_tasks<BackwardCall>(kernels, shape, 30);
+  // A map's queries in chunks, its sequences in groups.
+  expect_same_tasks<MapCall>(kernels, {.batch = 1, .frames = 300, .heads = 2, .type = type}, 10);
+}
+
+void test_calls(const vstar::Kernels& kernels, ScalarType type) {
+  for (const auto form :
+       {Form::none, Form::gaussian, Form::symmetric, Form::signed_table, Form::dense}) {
+    for (const int64_t frames : {7, 33, 300}) {
+      Shape shape = {.space = 5, .frames = frames, .head_dim = 13, .type = type, .form = form};
+      shape.per_head = frames == 33;
+      shape.delta_gradient = frames != 300;
+      expect_same_calls(kernels, shape);
+    }
+  }
 }
 
 void test(const vstar::Kernels& kernels) {
   for (const auto type : {ScalarType::float32, ScalarType::bfloat16, ScalarType::float16}) {
     // Odd rows without a gap: two threads write next to each other in one cache line.
-    share(kernels, {.batch = 3, .frames = 7, .heads = 3, .head_dim = 13, .type = type}, 7, 100);
+    expect_same_items(kernels, {.batch = 3, .frames = 7, .heads = 3, .head_dim = 13, .type = type},
+                      7, 100);
     // Items within a sequence, as a few long ones are shared out.
     Shape longer = {.batch = 1, .frames = 200, .heads = 2, .head_dim = 21, .type = type};
-    share(kernels, longer, 64, 30);
-    longer.heads_first = longer.dense = true;
+    expect_same_items(kernels, longer, 64, 30);
+    longer.heads_first = true;
+    longer.form = Form::dense;
     longer.stat = vstar::Stat::map_max;
-    share(kernels, longer, 64, 10);
+    expect_same_items(kernels, longer, 64, 10);
     test_tasks(kernels, type);
+    test_calls(kernels, type);
     // While the next sequence's rows are fetched ahead, its thread writes them.
-    share(kernels, {.batch = 16, .frames = 16, .heads = 2, .head_dim = 40, .type = type}, 16, 30);
+    expect_same_items(kernels,
+                      {.batch = 16, .frames = 16, .heads = 2, .head_dim = 40, .type = type}, 16,
+                      30);
   }
 }
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import vstar_kernels as vk
 from vstar_kernels import testing
-from vstar_kernels.attention.schemas import STAT_NUMBERS, STAT_TENSOR
+from vstar_kernels.attention.bias import Bias
+from vstar_kernels.attention.native import FORM_NUMBERS, STAT_NUMBERS
 
 
 class Call:
@@ -20,7 +21,7 @@ class Call:
         self,
         *shape,
         dtype=torch.float32,
-        form="table",
+        form="signed",
         heads=1,
         stat="row_max",
         strength=0.7,
@@ -41,51 +42,64 @@ class Call:
             sequences = math.prod(shape[1:-3]) * shape[-2]
             sizes = (shape[0], self.frames, self.frames)
             self.grad_map = sequences * torch.randn(sizes, generator=generator)
-        self.bias = None
-        if form == "table":
-            self.bias = torch.rand(heads, 2 * self.frames + 3, generator=generator)
-        elif form == "dense":
-            self.bias = torch.rand(heads, self.frames, self.frames, generator=generator)
-        self.stat, self.stat_values = stat, None
+        self.form, self.delta = form, None
+        if form != "none":
+            reach = self.frames + 2  # a table may reach further than the call
+            shapes = {
+                "symmetric": (reach,),
+                "signed": (2 * reach - 1,),
+                "dense": (self.frames, self.frames),
+            }
+            self.delta = torch.rand(heads, *shapes[form], generator=generator)
+        self.stat, self.stat_tensor = stat, None
         if stat == "tensor":  # of an odd layout, with both signs
             reverse = torch.randn(shape[:-1][::-1], generator=generator)
-            self.stat_values = reverse.permute(*reversed(range(reverse.ndim)))
+            self.stat_tensor = reverse.permute(*reversed(range(reverse.ndim)))
         self.strength, self.scale, self.clamp, self.detach = strength, scale, clamp, detach
 
-    def gradients(self) -> dict[str, Tensor]:
-        """The kernel's. They start as NaN, so that an element left unwritten shows."""
-        named = {"query": self.query, "key": self.key, "value": self.value}
-        grads = {name: torch.full_like(x, math.nan) for name, x in named.items()}
-        for name, x in (("bias", self.bias), ("stat", self.stat_values)):
-            if x is not None:
-                grads[name] = torch.full_like(x, math.nan)
-        torch.ops.vstar_kernels.cpu_backward(
-            *(grads.get(name) for name in ("query", "key", "value", "bias", "stat")),
-            self.grad_out,
-            self.grad_map,
-            *self.arguments(),
-            self.detach,
+    def inputs(self) -> tuple:
+        """What both operators take first, from query to clamp_negative."""
+        return (
+            *(self.query, self.key, self.value, self.delta, self.stat_tensor),
+            *(FORM_NUMBERS[self.form], self.strength, STAT_NUMBERS[self.stat], self.clamp),
         )
-        return grads
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """The kernel's output and map."""
+    def forward_arguments(self, with_map: bool = True) -> tuple:
+        """The forward operator's, with an output and a map of NaN to write."""
         out = torch.full_like(self.query, math.nan)
         mean_map = torch.full((self.query.shape[0], self.frames, self.frames), math.nan)
-        torch.ops.vstar_kernels.cpu_forward(out, mean_map, *self.arguments())
-        return out, mean_map
+        return out, mean_map if with_map else None, *self.inputs(), self.scale
+
+    def backward_arguments(self) -> tuple:
+        """The backward operator's, the first five of which are gradients of NaN to write."""
+        tensors = (self.query, self.key, self.value, self.delta, self.stat_tensor)
+        grads = (None if x is None else torch.full_like(x, math.nan) for x in tensors)
+        return *grads, self.grad_out, self.grad_map, *self.inputs(), self.detach, self.scale
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The kernel's gradients, in which an element left unwritten is NaN."""
+        arguments = self.backward_arguments()
+        torch.ops.vstar_kernels.cpu_backward(*arguments)
+        named = zip(("query", "key", "value", "delta", "stat"), arguments, strict=False)
+        return {name: grad for name, grad in named if grad is not None}
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The kernel's output and map, in which an element left unwritten is NaN."""
+        arguments = self.forward_arguments()
+        torch.ops.vstar_kernels.cpu_forward(*arguments)
+        return arguments[:2]
 
     def autograd(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """The reference's gradients by autograd, each tensor of the call changed first."""
         named = {"query": self.query, "key": self.key, "value": self.value}
-        named |= {"bias": self.bias, "stat": self.stat_values}
+        named |= {"delta": self.delta, "stat": self.stat_tensor}
         leaves = {
             name: change(x.detach()).requires_grad_() for name, x in named.items() if x is not None
         }
         stat = leaves["stat"].float() if "stat" in leaves else self.stat
         out, mean_map = vk.reference.tar_attention(
             *(leaves[name] for name in ("query", "key", "value")),
-            self.bias_object(leaves.get("bias"), stat),
+            self.bias_object(leaves.get("delta"), stat),
             scale=self.scale,
             return_map=True,
         )
@@ -97,15 +111,9 @@ class Call:
         )
         return dict(zip(leaves, results, strict=True))
 
-    def arguments(self):
-        number = STAT_TENSOR if self.stat == "tensor" else STAT_NUMBERS[self.stat]
-        return (
-            *(self.query, self.key, self.value, self.bias, self.stat_values),
-            *(self.scale, self.strength, number, self.clamp),
-        )
-
-    def bias_object(self, bias: Tensor | None, stat: str | Tensor) -> vk.attention.bias.Bias | None:
-        if bias is None:
+    def bias_object(self, delta: Tensor | None, stat: str | Tensor) -> Bias | None:
+        """The call's bias, with these entries of Δ and this statistic."""
+        if delta is None:
             return None
         options = {
             "strength": self.strength,
@@ -113,10 +121,10 @@ class Call:
             "clamp_negative": self.clamp,
             "detach_stat": self.detach,
         }
-        bias = bias if bias.shape[0] > 1 else bias[0]
-        if self.bias.ndim == 2:
-            return vk.ToeplitzBias(bias.flip(-1), signed=True, **options)
-        return vk.DenseBias(bias.mT, **options)
+        delta = delta if delta.shape[0] > 1 else delta[0]
+        if self.form == "dense":
+            return vk.DenseBias(delta, **options)
+        return vk.ToeplitzBias(delta, signed=self.form == "signed", **options)
 
 
 def assert_gradients(call: Call) -> None:
@@ -128,8 +136,8 @@ def assert_map(call: Call) -> None:
     """The kernel's mean map is as exact as :func:`testing.assert_map` asks."""
     leaves = [x.double() for x in (call.query, call.key, call.value)]
     bias = call.bias_object(
-        None if call.bias is None else call.bias.double(),
-        call.stat if call.stat_values is None else call.stat_values,
+        None if call.delta is None else call.delta.double(),
+        call.stat if call.stat_tensor is None else call.stat_tensor,
     )
     _, expected = testing.oracle(*leaves, bias, scale=call.scale, return_map=True)
     testing.assert_map(call.forward()[1], expected, frames=call.frames)

@@ -39,7 +39,7 @@ def test_head_dims(head_dim, dtype):
     assert_gradients(Call(2, 19, 3, head_dim, dtype=dtype, form="dense"))
 
 
-@pytest.mark.parametrize("form", ["table", "dense"])
+@pytest.mark.parametrize("form", ["signed", "dense"])
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("stat", STATS)
 @pytest.mark.parametrize("clamp", [False, True])
@@ -60,6 +60,13 @@ def test_options(form, heads, stat, clamp, detach, frames):
     assert_map(call)
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("frames", [1, 13, 70])
+def test_symmetric_tables(heads, frames):
+    """Both halves of the gradient over j − i are added up in the table over |j − i|."""
+    assert_gradients(Call(2, 3, frames, 4, 24, form="symmetric", heads=heads))
+
+
 def test_without_a_bias():
     assert_gradients(Call(2, 37, 3, 24, form="none", stat="none"))
 
@@ -72,7 +79,7 @@ def test_clamped_statistics(stat):
     call.key = -call.key.abs()
     call.query[1, ::2] = 0.0  # statistics of exactly zero
     if stat == "tensor":
-        call.stat_values[0], call.stat_values[1, ::2] = -1.0, 0.0
+        call.stat_tensor[0], call.stat_tensor[1, ::2] = -1.0, 0.0
     assert_gradients(call)
     if stat == "tensor":
         stat_grad = call.gradients()["stat"]
@@ -143,7 +150,7 @@ def test_containment(frames):
         for which in ("query", "key", "value"):
             assert torch.equal(grads[which][~touched], expected[which][~touched])
         assert grads["query"][1, 4, 2].isnan().all()
-        assert grads["bias"].isnan().any()
+        assert grads["delta"].isnan().any()
         if name != "grad_out":
             _, mean_map = call.forward()
             assert mean_map[0].isfinite().all()
@@ -153,7 +160,7 @@ def test_containment(frames):
 def test_bits_do_not_depend_on_threads():
     before = torch.get_num_threads()
     for shape in [(1, 2, 300, 2, 40), (3, 50, 33, 3, 40), (97, 16, 5, 8)]:
-        for form in ("table", "dense"):
+        for form in ("signed", "dense"):
             call = Call(*shape, form=form)
             try:
                 results = []
@@ -176,9 +183,9 @@ def test_bits_repeat():
 def test_the_map_does_not_change_the_output():
     for frames in (9, 40, 300):
         call = Call(2, 3, frames, 2, 20)
-        plain = torch.empty_like(call.query)
-        torch.ops.vstar_kernels.cpu_forward(plain, None, *call.arguments())
-        assert torch.equal(call.forward()[0], plain)
+        arguments = call.forward_arguments(with_map=False)
+        torch.ops.vstar_kernels.cpu_forward(*arguments)
+        assert torch.equal(call.forward()[0], arguments[0])
 
 
 def test_bits_do_not_depend_on_neighbours():
@@ -190,9 +197,9 @@ def test_bits_do_not_depend_on_neighbours():
             part = Call(1, 37, 1, 40, with_map=False)
             for name in ("query", "key", "value", "grad_out"):
                 setattr(part, name, getattr(whole, name)[one])
-            part.bias = whole.bias
+            part.delta = whole.delta
             for name, x in part.gradients().items():
-                assert name == "bias" or torch.equal(x, grads[name][one])
+                assert name == "delta" or torch.equal(x, grads[name][one])
 
 
 def test_long_sums_of_the_bias():
@@ -202,7 +209,7 @@ def test_long_sums_of_the_bias():
 
 def test_inputs_are_not_written():
     call = Call(2, 40, 3, 24, stat="tensor")
-    names = ("query", "key", "value", "grad_out", "grad_map", "bias", "stat_values")
+    names = ("query", "key", "value", "grad_out", "grad_map", "delta", "stat_tensor")
     copies = {name: getattr(call, name).clone() for name in names}
     call.gradients()
     assert all(torch.equal(getattr(call, name), copy) for name, copy in copies.items())
@@ -212,7 +219,7 @@ def test_inputs_are_not_written():
 def test_empty(shape):
     call = Call(*shape, stat="tensor")
     grads = call.gradients()
-    assert not grads["bias"].any()
+    assert not grads["delta"].any()
     assert grads["query"].shape == shape
     _, mean_map = call.forward()
     assert mean_map.isnan().all()  # the mean of nothing
@@ -222,19 +229,11 @@ def test_empty(shape):
 @pytest.mark.parametrize("stat", ["row_max", "tensor"])
 def test_opcheck(stat, test_utils):
     call = Call(2, 6, 3, 8, stat=stat)
-    grads = [torch.empty_like(x) for x in (call.query, call.key, call.value, call.bias)]
-    grad_stat = None if call.stat_values is None else torch.empty_like(call.stat_values)
-    torch.library.opcheck(
-        torch.ops.vstar_kernels.cpu_backward,
-        (*grads, grad_stat, call.grad_out, call.grad_map, *call.arguments(), False),
-        test_utils=test_utils,
-    )
-    mean_map = torch.empty(2, 6, 6)
-    torch.library.opcheck(
-        torch.ops.vstar_kernels.cpu_forward,
-        (torch.empty_like(call.query), mean_map, *call.arguments()),
-        test_utils=test_utils,
-    )
+    for operator, arguments in (
+        (torch.ops.vstar_kernels.cpu_backward, call.backward_arguments()),
+        (torch.ops.vstar_kernels.cpu_forward, call.forward_arguments()),
+    ):
+        torch.library.opcheck(operator, arguments, test_utils=test_utils)
 
 
 @pytest.mark.parametrize(
@@ -249,12 +248,9 @@ def test_opcheck(stat, test_utils):
 )
 def test_direct_calls_cannot_leave_their_tensors(name, value, message):
     call = Call(2, 6, 3, 8)
-    grads = [torch.empty_like(x) for x in (call.query, call.key, call.value, call.bias)]
     setattr(call, name, value)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.vstar_kernels.cpu_backward(
-            *grads, None, call.grad_out, call.grad_map, *call.arguments(), False
-        )
+        torch.ops.vstar_kernels.cpu_backward(*call.backward_arguments())
 
 
 @pytest.mark.parametrize(
@@ -263,20 +259,16 @@ def test_direct_calls_cannot_leave_their_tensors(name, value, message):
         (0, torch.rand(2, 6, 3, 9), "grad_query must have query's shape"),
         (1, torch.rand(2, 6, 8, 3).mT, "grad_key must be contiguous in head_dim"),
         (2, torch.rand(2, 6, 3, 8).half(), "grad_value must have query's type"),
-        (3, torch.rand(1, 13), "grad_bias must have bias's shape"),
-        (3, torch.rand(1, 15).double(), "grad_bias must be a contiguous float32"),
-        (4, torch.rand(2, 6, 3), "grad_stat goes with stat_values"),
+        (3, torch.rand(1, 13), "grad_delta must have delta's shape"),
+        (3, torch.rand(1, 15).double(), "grad_delta must be a contiguous float32"),
+        (4, torch.rand(2, 6, 3), "grad_stat goes with stat_tensor"),
     ],
 )
 def test_gradients_must_fit(index, value, message):
-    call = Call(2, 6, 3, 8)
-    grads = [torch.empty_like(x) for x in (call.query, call.key, call.value, call.bias)]
-    grads = [*grads, None]
-    grads[index] = value
+    arguments = list(Call(2, 6, 3, 8).backward_arguments())
+    arguments[index] = value
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.vstar_kernels.cpu_backward(
-            *grads, call.grad_out, call.grad_map, *call.arguments(), False
-        )
+        torch.ops.vstar_kernels.cpu_backward(*arguments)
 
 
 @given(
@@ -286,7 +278,7 @@ def test_gradients_must_fit(index, value, message):
     heads=st.integers(1, 4),
     head_dim=st.integers(1, 130),
     dtype=st.sampled_from(DTYPES),
-    form=st.sampled_from(["table", "dense", "none"]),
+    form=st.sampled_from(["signed", "symmetric", "dense", "none"]),
     stat=st.sampled_from(STATS),
     strength=st.floats(-1, 2, width=32),
     clamp=st.booleans(),

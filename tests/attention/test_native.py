@@ -4,9 +4,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from tests.attention.cpu_call import Call
 from tests.helpers import ROOT, run_python
 from vstar_kernels.attention import native
+from vstar_kernels.attention.native import FORM_NUMBERS, STAT_NUMBERS
+
+forward = torch.ops.vstar_kernels.cpu_forward
 
 
 def test_the_environment_forces_an_instruction_set(isa):
@@ -65,3 +70,55 @@ def test_build_without_a_compiler(tmp_path, mode, status, message):
     assert re.search(message, build.stderr, re.DOTALL)
     record = tmp_path / "lib" / "vstar_kernels" / "lib" / "build.json"
     assert record.exists() == (status == 0)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"form": "none", "stat": "none"},
+        {"form": "symmetric"},
+        {"form": "dense", "heads": 3},
+        {"stat": "tensor"},
+    ],
+)
+@pytest.mark.parametrize("with_map", [False, True])
+def test_opcheck(options, with_map):
+    arguments = Call(2, 6, 3, 8, **options).forward_arguments(with_map)
+    torch.library.opcheck(forward, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+SYMMETRIC, DENSE = FORM_NUMBERS["symmetric"], FORM_NUMBERS["dense"]
+TENSOR = STAT_NUMBERS["tensor"]
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": torch.rand(6, 3, 8)}, "query must be 4-D or 5-D"),
+        ({"key": torch.rand(2, 6, 3, 9)}, "key must have query's shape"),
+        ({"value": torch.rand(2, 6, 3, 8).half()}, "value must have query's type"),
+        ({"out": torch.rand(2, 6, 8, 3).mT}, "out must be contiguous in head_dim"),
+        ({"delta": torch.rand(1, 9)}, "must be odd in length and reach all frames"),
+        ({"delta": torch.rand(1, 12)}, "must be odd in length and reach all frames"),
+        ({"delta": torch.rand(5), "form": SYMMETRIC}, "must reach all frames"),
+        ({"delta": torch.rand(2, 11)}, "1 or 3 heads, got 2"),
+        ({"delta": torch.rand(3, 5, 5), "form": DENSE}, "dense delta must be"),
+        ({"delta": torch.rand(3, 6, 6)}, "a table, of 1 or 2 dimensions, got 3"),
+        ({"delta": torch.rand(36), "form": DENSE}, "a matrix, of 2 or 3 dimensions, got 1"),
+        ({"delta": torch.rand(1, 11).double()}, "delta must be a float32 tensor"),
+        ({"delta": None}, "form 1 to 4 goes with delta"),
+        ({"form": 0}, "form 1 to 4 goes with delta"),
+        ({"form": 5}, "form must be 0 to 4, got 5"),
+        ({"stat": 4}, "stat must be 0 to 3, got 4"),
+        ({"stat": TENSOR}, "goes with stat_tensor"),
+        ({"stat": TENSOR, "stat_tensor": torch.rand(2, 5, 3)}, "without head_dim"),
+    ],
+)
+def test_direct_calls_cannot_leave_their_tensors(changes, message):
+    names = [argument.name for argument in forward.default._schema.arguments]
+    named = dict(zip(names, Call(2, 6, 3, 8).forward_arguments(), strict=True))
+    with pytest.raises(RuntimeError, match=message):
+        forward(*{**named, **changes}.values())

@@ -14,6 +14,7 @@ import vstar_kernels as vk
 from tests.fuzz.call import Call, assert_results
 from tests.fuzz.guarded import Guarded
 from vstar_kernels.attention import cpu, native
+from vstar_kernels.attention.bias import gaussian_table
 from vstar_kernels.attention.call import empty_like
 from vstar_kernels.testing import assert_exact
 
@@ -157,11 +158,10 @@ class Runner:
             copies.append(x.clone(memory_format=torch.contiguous_format))
         bias = self._bias(case, generator)
         native.load().select_isa(case.isa)
-        table = cpu._kernel_bias
 
-        def guarded_table(call) -> Tensor | None:
-            made = table(call)
-            return None if made is None else self._guarded["table"].copy(made, case.bias_flush_end)
+        def guarded_gaussian(sigma: float, frames: int) -> Tensor:
+            table = gaussian_table(sigma, frames)
+            return self._guarded["table"].copy(table, case.bias_flush_end)
 
         results = iter(RESULTS)  # in the order in which they are allocated
 
@@ -176,7 +176,7 @@ class Runner:
             grads = [grad_out, *self._grad_map(case, generator)]
         with (
             mock.patch.object(cpu, "empty_like", guarded_output),
-            mock.patch.object(cpu, "_kernel_bias", guarded_table),
+            mock.patch.object(cpu, "gaussian_table", guarded_gaussian),
         ):
             torch.set_num_threads(case.threads)
             call = Call(bias, case.scale, case.map_block, grads)

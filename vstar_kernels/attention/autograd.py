@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vstar_kernels.attention import dispatch
 from vstar_kernels.attention.call import Call, Gradients, Options, Wanted, empty_like
-from vstar_kernels.attention.schemas import LIBRARY
+from vstar_kernels.attention.native import LIBRARY
 
 # A call's tensors, then the fields of Options in their order, and the backend.
 _CALL = (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vstar_kernels.attention import native
-from vstar_kernels.attention.bias import gaussian_table, signed_table, table_gradient
+from vstar_kernels.attention.bias import gaussian_table
 from vstar_kernels.attention.call import (
     Call,
     Forward,
@@ -18,7 +18,6 @@ from vstar_kernels.attention.call import (
     block_sums,
     empty_like,
 )
-from vstar_kernels.attention.schemas import STAT_NUMBERS, STAT_TENSOR
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,9 +53,7 @@ def forward(call: Call, *, save: bool = False) -> Forward:
         mean_map = call.query.new_empty(
             (call.shape[0], call.frames, call.frames), dtype=torch.float32
         )
-    torch.ops.vstar_kernels.cpu_forward(
-        out, mean_map, call.query, call.key, call.value, *_arguments(call)
-    )
+    torch.ops.vstar_kernels.cpu_forward(out, mean_map, *_inputs(call), call.options.scale)
     if mean_map is not None:
         mean_map = block_sums(mean_map, call.options.map_block)
     return Forward(out, mean_map)
@@ -71,68 +68,49 @@ def backward(
     wanted: Wanted,
 ) -> Gradients:
     """Computes the gradients; everything is computed anew, in one pass over the sequences."""
-    arguments = _arguments(call)
-    grad_query, grad_key, grad_value = map(empty_like, (call.query, call.key, call.value))
-    grad_bias = torch.empty_like(arguments[0]) if wanted.delta else None
-    grad_stat = torch.empty_like(call.stat) if wanted.stat and call.stat is not None else None
+    inputs = _inputs(call)
+    delta, stat = inputs[3], call.stat
+    grad_query, grad_key, grad_value = map(empty_like, inputs[:3])
+    contiguous = torch.contiguous_format
+    grad_delta = torch.empty_like(delta, memory_format=contiguous) if wanted.delta else None
+    grad_stat = torch.empty_like(stat) if wanted.stat and stat is not None else None
     if grad_map is not None:
         grad_map = block_gradient(grad_map, call.options.map_block, call.frames).contiguous()
     torch.ops.vstar_kernels.cpu_backward(
         grad_query,
         grad_key,
         grad_value,
-        grad_bias,
+        grad_delta,
         grad_stat,
         call.query.new_zeros(()).expand_as(call.query) if grad_out is None else grad_out,
         grad_map,
-        call.query,
-        call.key,
-        call.value,
-        *arguments,
+        *inputs,
         call.options.detach_stat,
+        call.options.scale,
     )
-    grad_delta = None if grad_bias is None else _delta_gradient(call, grad_bias)
+    if grad_delta is not None and call.delta is not None:
+        grad_delta = grad_delta.to(call.delta.dtype)
     return Gradients(grad_query, grad_key, grad_value, grad_delta, grad_stat)
 
 
-def _arguments(call: Call) -> tuple[Any, ...]:
-    """Returns what the operators take after the tensors, from ``bias`` to ``clamp_negative``."""
+def _inputs(call: Call) -> tuple[Any, ...]:
+    """Returns what both operators take, from ``query`` to ``clamp_negative``.
+
+    Δ is in float32 and otherwise as its bias holds it: the library converts its layout.
+    """
     options = call.options
-    stat = STAT_NUMBERS[options.stat] if call.stat is None else STAT_TENSOR
+    if options.form == "gaussian":
+        delta: Tensor | None = gaussian_table(options.sigma, call.frames)
+    else:
+        delta = None if call.delta is None else call.delta.float()
     return (
-        _kernel_bias(call),
+        call.query,
+        call.key,
+        call.value,
+        delta,
         call.stat,
-        options.scale,
+        native.FORM_NUMBERS[options.form],
         options.strength,
-        stat,
+        native.STAT_NUMBERS[options.stat],
         options.clamp_negative,
     )
-
-
-def _kernel_bias(call: Call) -> Tensor | None:
-    """Returns Δ with the query's frame along the last dimension, as the kernels read it.
-
-    It is a table over i − j, ``(1 or heads, 2L−1)``, or a transposed matrix,
-    ``(1 or heads, N, N)``.
-    """
-    form = call.options.form
-    if form == "none":
-        return None
-    if form == "gaussian":
-        return gaussian_table(call.options.sigma, call.frames)[None]  # symmetric
-    assert call.delta is not None  # the other forms hold it
-    entries = call.delta.detach().float()
-    if form == "dense":
-        kernel_bias = entries.mT.contiguous()
-    else:
-        kernel_bias = signed_table(form, entries).flip(-1)
-    return kernel_bias if call.delta_per_head else kernel_bias[None]
-
-
-def _delta_gradient(call: Call, kernel_gradient: Tensor) -> Tensor:
-    """Returns the gradient of Δ's entries for one of what :func:`_kernel_bias` makes of them."""
-    assert call.delta is not None  # or nobody could want its gradient
-    gradient = kernel_gradient if call.delta_per_head else kernel_gradient[0]
-    if call.options.form == "dense":
-        return call.delta_gradient(gradient.mT)
-    return table_gradient(call.options.form, call.delta, gradient.flip(-1))

@@ -1,7 +1,9 @@
-"""Finds and loads the C++ library, and says why not.
+"""The C++ library (bindings/): its operators' schemas, finding and loading it, or saying why not.
 
-The library holds no Python: torch loads it and its operators, and ctypes calls the few C functions
-that choose an instruction set.
+The schemas are defined here and the library only implements them, so that nothing is missing or
+defined twice without it. Its operators take their output from the caller: allocating inside costs a
+small call several microseconds. The library holds no Python: torch loads it and its operators, and
+ctypes calls the few C functions that choose an instruction set.
 """
 
 from __future__ import annotations
@@ -18,7 +20,26 @@ from typing import Any
 
 import torch
 
-from vstar_kernels.attention import schemas  # noqa: F401  (they must exist before their implementations)
+LIBRARY = torch.library.Library("vstar_kernels", "DEF")
+
+# Δ comes as the bias objects hold it, and its gradient goes back so: bindings/delta.h.
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? delta, Tensor? stat_tensor, int form, "
+    "float strength, int stat, bool clamp_negative"
+)
+LIBRARY.define(f"cpu_forward(Tensor(a!) out, Tensor(b!)? map, {_INPUTS}, float scale) -> ()")
+LIBRARY.define(
+    "cpu_backward(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, "
+    "Tensor(d!)? grad_delta, Tensor(e!)? grad_stat, Tensor grad_out, Tensor? grad_map, "
+    f"{_INPUTS}, bool detach_stat, float scale) -> ()"
+)
+for _name in ("cpu_forward", "cpu_backward"):
+    # They write what they are given and return nothing.
+    torch.library.register_fake(f"vstar_kernels::{_name}", lambda *arguments: None, lib=LIBRARY)
+
+# The numbers of vstar::Form in bindings/delta.h and of vstar::Stat in bindings/types.h.
+FORM_NUMBERS = {"none": 0, "gaussian": 1, "symmetric": 2, "signed": 3, "dense": 4}
+STAT_NUMBERS = {"none": 0, "row_max": 1, "map_max": 2, "tensor": 3}
 
 DIRECTORY = Path(__file__).parents[1] / "lib"
 ISA_VARIABLE = "VSTAR_KERNELS_CPU_ISA"
@@ -46,7 +67,7 @@ class Native:
         return self.handle.vstar_kernels_selected_isa().decode() if self.handle else None
 
     def select_isa(self, name: str) -> None:
-        """Use another instruction set from the next call on.
+        """Uses another instruction set from the next call on.
 
         Raises:
             ValueError: This processor cannot execute it.
@@ -56,14 +77,14 @@ class Native:
 
 
 def build_record() -> dict[str, Any]:
-    """What the build wrote of itself, ``{"built": bool, "reason": str}``; empty if it never ran."""
+    """Returns what the build wrote, ``{"built": bool, "reason": str}``; empty if it never ran."""
     path = DIRECTORY / "build.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 @functools.cache
 def load() -> Native:
-    """Load the library, once.
+    """Loads the library, once.
 
     Raises:
         ValueError: ``VSTAR_KERNELS_CPU_ISA`` names an instruction set that cannot run here.

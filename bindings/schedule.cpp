@@ -1,0 +1,134 @@
+#include "schedule.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "dispatch.h"
+#include "sums.h"
+
+namespace vstar {
+namespace {
+
+struct FreeFloats {
+  void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+};
+using Floats = std::unique_ptr<float[], FreeFloats>;
+
+// Returns floats that begin with a cache line; null for none.
+Floats allocate(int64_t floats) {
+  if (floats == 0) return nullptr;
+  return Floats(static_cast<float*>(
+      ::operator new[](static_cast<size_t>(floats) * sizeof(float), std::align_val_t(64))));
+}
+
+int64_t sequences(const Problem& p) { return p.batch * p.space * p.heads; }
+
+// Returns the operations of one sequence's product of N x N x D.
+double product_operations(const Problem& p) {
+  return 2.0 * static_cast<double>(p.frames) * static_cast<double>(p.frames) *
+         static_cast<double>(p.head_dim);
+}
+
+// Returns how many queries a thread takes at once. Sequences are shared out whole while there are
+// enough of them.
+int64_t queries_per_item(const Problem& p, int64_t threads) {
+  constexpr int64_t kQueries = 64;  // a multiple of every instruction set's panel
+  const int64_t wanted = 8 * threads;
+  if (sequences(p) >= wanted) return p.frames;
+  const int64_t items = (wanted + sequences(p) - 1) / sequences(p);
+  const int64_t queries = (p.frames + items - 1) / items;
+  return std::min(p.frames, (queries + kQueries - 1) / kQueries * kQueries);
+}
+
+// Returns how many items make a thread worth waking: a million operations, some 10 microseconds.
+int64_t items_per_thread(double operations_of_item) {
+  return std::max<int64_t>(1, static_cast<int64_t>(1e6 / operations_of_item));
+}
+
+// OpenMP keeps a thread's team of helpers with that thread. A fork copies the thread that calls it
+// but not the team, for which GNU's runtime would then wait for ever, as it does under torch's own
+// operators: such a thread computes alone.
+thread_local bool has_team = false, lost_team = false;
+[[maybe_unused]] const int watching_forks =
+    pthread_atfork(nullptr, nullptr, [] { lost_team = lost_team || has_team; });
+
+// Calls body(begin, end, scratch) for ranges of items, each with a scratch of its own.
+template <typename Body>
+void for_each_range(const Threads& threads, int64_t items, double operations_of_item,
+                    int64_t scratch_floats, const Body& body) {
+  const auto with_scratch = [&](int64_t begin, int64_t end) {
+    const Floats scratch = allocate(scratch_floats);
+    body(begin, end, scratch.get());
+  };
+  const int64_t grain = items_per_thread(operations_of_item);
+  if (lost_team) return with_scratch(0, items);
+  has_team = has_team || (items > grain && threads.count > 1);
+  threads.parallel_for(items, grain, std::cref(with_scratch));
+}
+
+// Calls body(task, scratch) for all tasks.
+template <typename Body>
+void for_each_task(const Threads& threads, int64_t tasks, double operations,
+                   int64_t scratch_floats, const Body& body) {
+  for_each_range(threads, tasks, operations / static_cast<double>(tasks), scratch_floats,
+                 [&](int64_t begin, int64_t end, float* scratch) {
+                   for (int64_t task = begin; task < end; ++task) body(task, scratch);
+                 });
+}
+
+}  // namespace
+
+bool is_empty(const Problem& p) {
+  return sequences(p) == 0 || p.frames == 0 || p.head_dim == 0;
+}
+
+void run_forward(ForwardArgs& args, const UserDelta& delta, float* map, const Threads& threads) {
+  const Kernels& kernels = selected_kernels();
+  const Floats layout = allocate(layout_floats(delta, args.frames));
+  lay_out(delta, layout.get(), args);
+  const double operations = 2 * product_operations(args);  // of a sequence
+  if (map) {
+    const MapTasks tasks(args);
+    const Floats group_sums = allocate(tasks.group_floats());
+    for_each_task(threads, tasks.count(), operations * static_cast<double>(sequences(args)),
+                  kernels.forward_scratch(args), [&](int64_t task, float* scratch) {
+                    tasks.run(kernels, task, map, group_sums.get(), scratch);
+                  });
+    tasks.finish(group_sums.get(), map);
+    return;
+  }
+  args.queries_per_item = queries_per_item(args, threads.count);
+  const int64_t items = (args.frames + args.queries_per_item - 1) / args.queries_per_item;
+  for_each_range(threads, sequences(args) * items, operations / static_cast<double>(items),
+                 kernels.forward_scratch(args), [&](int64_t begin, int64_t end, float* scratch) {
+                   kernels.forward(args, begin, end, scratch);
+                 });
+}
+
+void run_backward(BackwardArgs& args, const UserDelta& delta, float* grad_delta,
+                  const Threads& threads) {
+  const Kernels& kernels = selected_kernels();
+  const Floats layout = allocate(layout_floats(delta, args.frames));
+  lay_out(delta, layout.get(), args);
+  const double operations = 5 * product_operations(args);  // of a sequence
+  const int64_t scratch_floats = kernels.backward_scratch(args);
+  if (grad_delta) {
+    const DeltaTasks tasks(kernels, args, delta);
+    const Floats group_sums = allocate(tasks.group_floats());
+    for_each_task(threads, tasks.count(), operations * static_cast<double>(sequences(args)),
+                  tasks.scratch_floats() + scratch_floats, [&](int64_t task, float* scratch) {
+                    tasks.run(task, group_sums.get(), scratch);
+                  });
+    tasks.finish(group_sums.get(), grad_delta);
+    return;
+  }
+  for_each_range(threads, sequences(args), operations, scratch_floats,
+                 [&](int64_t begin, int64_t end, float* scratch) {
+                   kernels.backward(args, begin, end, scratch);
+                 });
+}
+
+}  // namespace vstar

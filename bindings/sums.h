@@ -1,0 +1,61 @@
+// Results that are sums over sequences: the mean map and Δ's gradient.
+//
+// The sequences are cut into groups, by the sizes of the call and not by the number of threads. A
+// group is one thread's, its sums are its own, and in the end the groups are added up in their
+// order: no atomics, and the same bits however many threads there are.
+#pragma once
+
+#include "delta.h"
+#include "types.h"
+
+namespace vstar {
+
+// The mean map. Its tasks are (batch element, group, chunk of queries), and can run in any order,
+// at the same time.
+class MapTasks {
+ public:
+  // Sets what forward_scratch() needs to know.
+  explicit MapTasks(ForwardArgs& args);
+
+  int64_t count() const { return args_.batch * groups_ * chunks_; }
+  // Returns how many floats all groups' sums take: none where a batch element is one group, which
+  // goes straight into the map.
+  int64_t group_floats() const;
+  void run(const Kernels& kernels, int64_t task, float* map, float* group_sums,
+           float* scratch) const;
+  // Writes the map, after all tasks.
+  void finish(const float* group_sums, float* map) const;
+
+ private:
+  int64_t sequences() const { return args_.space * args_.heads; }  // of a batch element
+
+  const ForwardArgs& args_;
+  int64_t groups_, chunks_;
+};
+
+// Δ's gradient, in its user's layout. Its tasks are groups.
+class DeltaTasks {
+ public:
+  DeltaTasks(const Kernels& kernels, const BackwardArgs& args, const UserDelta& delta);
+
+  int64_t count() const { return groups_; }
+  // Returns how many floats all groups' sums take.
+  int64_t group_floats() const { return groups_ * size_; }
+  // Returns how many floats of scratch a thread needs besides backward_scratch().
+  int64_t scratch_floats() const { return size_; }
+  void run(int64_t task, float* group_sums, float* scratch) const;
+  // Writes the gradient, contiguous in its last dimensions, after all tasks.
+  void finish(float* group_sums, float* grad_delta) const;
+
+ private:
+  void add_up_copies(float* sums) const;
+
+  const Kernels& kernels_;
+  const BackwardArgs& args_;
+  UserDelta grad_;    // data unset
+  DeltaSums layout_;  // data unset
+  int64_t origin_;    // of key 0 and query 0
+  int64_t groups_, size_;
+};
+
+}  // namespace vstar
