@@ -266,8 +266,8 @@ def test_a_saved_pipeline_makes_videos(pipeline, tmp_path):
     assert [level["level"] for level in results["maps"]] == [0, 1]
     page = (output / "report.html").read_text()
     assert page.count('<img src="data:image/gif;base64,') == 2
-    for way in ("stock", "vstar_kernels"):
-        with Image.open(output / f"{way}.gif") as video:
+    for name in ("stock", "vstar_kernels"):
+        with Image.open(output / f"{name}.gif") as video:
             assert (video.size, video.n_frames) == ((16, 16), 5)
 
     # A later run without a decoder must not leave these videos beside its own figures.

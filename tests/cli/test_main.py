@@ -73,8 +73,9 @@ def test_help(command, capsys):
     assert "None" not in printed
 
 
-def test_unknown_command(capsys):
+@pytest.mark.parametrize("arguments", [[], ["inof"]])
+def test_unknown_command(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
-        main(["inof"])
+        main(arguments)
     assert exit_.value.code == 2
     assert "info" in capsys.readouterr().err
