@@ -1,9 +1,9 @@
-import subprocess
 import sys
 
 import pytest
 
 import vstar_kernels as vk
+from tests.helpers import run_python
 from vstar_kernels.cli import info
 from vstar_kernels.cli.main import main
 
@@ -60,7 +60,8 @@ except SystemExit as stopped:
     assert stopped.code == 0
 assert not [name for name in {slow} if name in sys.modules]
 """
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", ["info", "demo", "generate"])
