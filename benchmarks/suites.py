@@ -1,6 +1,6 @@
 """The suites: which cases ``python -m benchmarks run`` measures, made from workloads.json.
 
-A new suite is a function that yields its cases, and a line in :data:`SUITES`.
+A new suite is a function that yields its cases, under :func:`suite`.
 """
 
 from __future__ import annotations
@@ -105,58 +105,7 @@ class Selection:
 
 
 Make = Callable[..., Case]
-
-
-def short(selection: Selection, make: Make) -> Iterator[Case]:
-    """Every temporal self-attention of the models' denoising steps, up to 128 frames."""
-    for frames in selection.frames:
-        for use, heads, head_dim in levels(selection):
-            yield make(use.full_batch, frames, heads, head_dim, uses=(use,))
-
-
-def finest(selection: Selection, make: Make) -> Iterator[Case]:
-    """The finest levels of the same models."""
-    for case in short(selection, make):
-        if case.uses[0].level == "0":
-            yield case
-
-
-def long(selection: Selection, make: Make) -> Iterator[Case]:
-    """Few sequences of many frames."""
-    table = WORKLOADS["long"]
-    for frames in selection.long_frames:
-        for head_dim in LONG_HEAD_DIMS:
-            yield make(table["rows"], frames, table["heads"], head_dim)
-
-
-def unet(selection: Selection, make: Make) -> Iterator[Case]:
-    """One evaluation of a whole text-to-video UNet, both samples of classifier-free guidance."""
-    height, width = selection.unet_latents
-    heads = selection.unet_width // UNET_HEAD_DIM
-    for frames in selection.unet_frames:
-        size = (2 * height * width, frames, heads, UNET_HEAD_DIM)
-        yield make(*size, latents=selection.unet_latents)
-
-
-def overhead(selection: Selection, make: Make) -> Iterator[Case]:
-    """One call on next to nothing."""
-    yield make(*TINY)
-
-
-def threads(selection: Selection, make: Make) -> Iterator[Case]:
-    """The same calls on more and more of a CPU's threads."""
-    for frames in (*selection.frames, LONG_THREAD_FRAMES):
-        batch = (selection.elements or CPU_ELEMENTS) // (frames * 5 * 64)
-        for count in selection.thread_counts:
-            yield make(max(1, batch), frames, 5, 64, threads=count)
-
-
-def levels(selection: Selection) -> Iterator[tuple[Use, int, int]]:
-    """Yields each model's temporal self-attentions: where, their heads and head_dim."""
-    for model in selection.models:
-        for level in WORKLOADS["models"][model]["levels"]:
-            use = Use(model, str(level["level"]), level["rows"], level["calls"])
-            yield use, level["heads"], level["head_dim"]
+Cases = Callable[[Selection, Make], Iterator[Case]]
 
 
 @dataclass(frozen=True)
@@ -167,65 +116,94 @@ class Suite:
     ``default_allocator`` is measured under the allocator's default setting too.
     """
 
+    cases: Cases
     operation: str
-    cases: Callable[[Selection, Make], Iterator[Case]]
     title: str
-    about: str
     note: str = ""
     plot: str = ""
     default_allocator: bool = False
 
 
-FINEST = "Time per frame and head, finest levels."
-SUITES = {
-    "short": Suite(
-        "forward",
-        short,
-        "The models' calls",
-        "every temporal self-attention of the models' denoising steps, up to 128 frames",
-        note="One call at each level; which models make it stands in the run's file.",
-        default_allocator=True,
-    ),
-    "long": Suite(
-        "forward",
-        long,
-        "Long sequences",
-        "few sequences of many frames",
-        plot="Time per frame and head, σ = 1.",
-    ),
-    "unet": Suite(
-        "step",
-        unet,
-        "Whole UNet steps",
-        "one evaluation of a whole text-to-video UNet, both samples of classifier-free guidance",
-        note="ModelScope's UNet with random weights, TAR with σ = 1 on every level but the first "
-        "temporal block; batch is its rows at the finest level.",
-    ),
-    "backward": Suite(
-        "backward",
-        finest,
-        "Forward and backward",
-        "forward and gradients of the finest levels",
-        plot=FINEST,
-    ),
-    "maps": Suite(
-        "map",
-        finest,
-        "With the mean map",
-        "forward with the mean map, at the finest levels",
-        plot=FINEST,
-    ),
-    "overhead": Suite(
-        "call",
-        overhead,
-        "Overhead of a call",
-        "one call on next to nothing",
-        note="One call of many, the CPU's part included.",
-    ),
-    "threads": Suite(
-        "forward", threads, "Threads", "the same calls on more and more of a CPU's threads"
-    ),
-}
+SUITES: dict[str, Suite] = {}
+
+
+def suite(operation: str, title: str, **presentation: Any) -> Callable[[Cases], Cases]:
+    """Makes a suite of the function that yields its cases; :class:`Suite` has the fields."""
+
+    def register(cases: Cases) -> Cases:
+        SUITES[cases.__name__] = Suite(cases, operation, title, **presentation)
+        return cases
+
+    return register
+
+
+@suite(
+    "forward",
+    "The models' calls",
+    note="One call at each level; which models make it stands in the run's file.",
+    default_allocator=True,
+)
+def short(selection: Selection, make: Make) -> Iterator[Case]:
+    """Every temporal self-attention of the models' denoising steps, up to 128 frames."""
+    for frames in selection.frames:
+        for model in selection.models:
+            for level in WORKLOADS["models"][model]["levels"]:
+                use = Use(model, str(level["level"]), level["rows"], level["calls"])
+                size = (use.full_batch, frames, level["heads"], level["head_dim"])
+                yield make(*size, uses=(use,))
+
+
+@suite("forward", "Long sequences", plot="Time per frame and head, σ = 1.")
+def long(selection: Selection, make: Make) -> Iterator[Case]:
+    """Few sequences of many frames."""
+    table = WORKLOADS["long"]
+    for frames in selection.long_frames:
+        for head_dim in LONG_HEAD_DIMS:
+            yield make(table["rows"], frames, table["heads"], head_dim)
+
+
+@suite(
+    "step",
+    "Whole UNet steps",
+    note="ModelScope's UNet with random weights, TAR with σ = 1 on every level but the first "
+    "temporal block; batch is its rows at the finest level.",
+)
+def unet(selection: Selection, make: Make) -> Iterator[Case]:
+    """One evaluation of a whole text-to-video UNet, both samples of classifier-free guidance."""
+    height, width = selection.unet_latents
+    heads = selection.unet_width // UNET_HEAD_DIM
+    for frames in selection.unet_frames:
+        size = (2 * height * width, frames, heads, UNET_HEAD_DIM)
+        yield make(*size, latents=selection.unet_latents)
+
+
+@suite("backward", "Forward and backward", plot="Time per frame and head, finest levels.")
+def backward(selection: Selection, make: Make) -> Iterator[Case]:
+    """Forward and gradients of the finest levels."""
+    return (case for case in short(selection, make) if case.uses[0].level == "0")
+
+
+@suite("map", "With the mean map", plot="Time per frame and head, finest levels.")
+def maps(selection: Selection, make: Make) -> Iterator[Case]:
+    """Forward with the mean map, at the finest levels."""
+    return backward(selection, make)
+
+
+@suite("call", "Overhead of a call", note="One call of many, the CPU's part included.")
+def overhead(selection: Selection, make: Make) -> Iterator[Case]:
+    """One call on next to nothing."""
+    yield make(*TINY)
+
+
+@suite("forward", "Threads")
+def threads(selection: Selection, make: Make) -> Iterator[Case]:
+    """The same calls on more and more of a CPU's threads."""
+    for frames in (*selection.frames, LONG_THREAD_FRAMES):
+        batch = (selection.elements or CPU_ELEMENTS) // (frames * 5 * 64)
+        for count in selection.thread_counts:
+            yield make(max(1, batch), frames, 5, 64, threads=count)
+
+
 DEFAULTS: dict[str, Any] = {
     "suites": tuple(SUITES),
     "models": tuple(WORKLOADS["models"]),

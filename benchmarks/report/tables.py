@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import rich.table
 from rich.console import Console
@@ -35,6 +38,19 @@ class Table:
     rows: list[tuple[str, ...]]
     note: str = ""
     words: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        columns: Mapping[str, Callable[[Any], str]],
+        items: Iterable[Any],
+        note: str = "",
+        words: int = 1,
+    ) -> Table:
+        """Returns a table with a row for each item; ``columns`` say what a cell shows of it."""
+        rows = [tuple(cell(item) for cell in columns.values()) for item in items]
+        return cls(title, tuple(columns), rows, note, words)
 
     def for_terminal(self) -> rich.table.Table:
         """Returns the table for rich's console."""
@@ -137,62 +153,48 @@ def overview(run: Run) -> Table:
 
 def models(run: Run) -> Table:
     """Returns the temporal self-attention of one denoising step of each model."""
-    rows = []
-    for step in sorted(figures.steps(run), key=lambda x: (x.dtype, x.model, x.frames)):
-        other = step.fastest_other()
-        rows.append(
-            (
-                step.model,
-                step.dtype,
-                str(step.frames),
-                f"{step.calls}",
-                milliseconds(step.seconds[VSTAR_KERNELS]),
-                times(step.times_as_long(EAGER)),
-                f"{times(step.times_as_long(other))} {title(other)}" if other else "–",
-                times(step.times_as_long(SDPA)),
-                f"÷{step.scale:.3g}" if step.scale > 1 else "all",
-            )
-        )
-    head = (
-        *("model", "type", "N", "calls", "vstar_kernels ms", title(EAGER)),
-        *("fastest other with TAR", title(SDPA), "rows"),
-    )
+    columns = {
+        "model": lambda x: x.model,
+        "type": lambda x: x.dtype,
+        "N": lambda x: str(x.frames),
+        "calls": lambda x: str(x.calls),
+        "vstar_kernels ms": lambda x: milliseconds(x.seconds[VSTAR_KERNELS]),
+        title(EAGER): lambda x: times(x.times_as_long(EAGER)),
+        "fastest other with TAR": lambda x: (
+            f"{times(x.times_as_long(other))} {title(other)}"
+            if (other := x.fastest_other())
+            else "–"
+        ),
+        title(SDPA): lambda x: times(x.times_as_long(SDPA)),
+        "rows": lambda x: f"÷{x.scale:.3g}" if x.scale > 1 else "all",
+    }
     note = (
         f"{RATIO_NOTE} Both samples of classifier-free guidance. Where rows are divided, that many "
         "times fewer were measured at most, and the time multiplied: rows are independent."
     )
-    return Table(MODELS, head, rows, note, words=2)
+    steps = sorted(figures.steps(run), key=lambda x: (x.dtype, x.model, x.frames))
+    return Table.of(MODELS, columns, steps, note, words=2)
 
 
 def cases(run: Run, suite: str) -> Table:
     """Returns a line for each case of a suite."""
     records = figures.kernel_records(run, suite)
-    peers = [
-        peer
-        for peer in dict.fromkeys(x for record in records for x in record.peers)
-        if peer != VSTAR_KERNELS and any(record.median(peer) for record in records)
-    ]
-    with_floor = any(record.floor for record in records)
-    head = (
-        *("batch × N × heads × D", "type", "vstar_kernels ms", "±"),
-        *(("share of the floor", "bound by") if with_floor else ()),
-        *map(title, peers),
-        *("MiB", "eager MiB"),
-    )
-    rows = [
-        (
-            size(record),
-            record.case.dtype,
-            milliseconds(record.median(VSTAR_KERNELS)),
-            f"{record.peers[VSTAR_KERNELS].spread or 0:.1%}",
-            *((percent(record.floor_over_time(VSTAR_KERNELS)), _bound(record)) * with_floor),
-            *(_peer(record, peer) for peer in peers),
-            *(_mebibytes(record, peer) for peer in (VSTAR_KERNELS, EAGER)),
-        )
-        for record in records
-    ]
+    columns = {
+        "batch × N × heads × D": size,
+        "type": lambda x: x.case.dtype,
+        "vstar_kernels ms": lambda x: milliseconds(x.median(VSTAR_KERNELS)),
+        "±": lambda x: f"{x.peers[VSTAR_KERNELS].spread or 0:.1%}",
+    }
+    if any(record.floor for record in records):
+        columns["share of the floor"] = lambda x: percent(x.floor_over_time(VSTAR_KERNELS))
+        columns["bound by"] = _bound
+    for peer in dict.fromkeys(x for record in records for x in record.peers):
+        if peer != VSTAR_KERNELS and any(record.median(peer) for record in records):
+            columns[title(peer)] = functools.partial(_peer, name=peer)
+    columns["MiB"] = functools.partial(_mebibytes, name=VSTAR_KERNELS)
+    columns["eager MiB"] = functools.partial(_mebibytes, name=EAGER)
     note = f"{RATIO_NOTE} MiB: the peak beyond inputs and results. {SUITES[suite].note}".strip()
-    return Table(SUITES[suite].title, head, rows, note, words=2)
+    return Table.of(SUITES[suite].title, columns, records, note, words=2)
 
 
 def _bound(record: Record) -> str:
@@ -297,7 +299,7 @@ def listing(run_plan: results.Plan) -> list[Table]:
     """Returns what a run would measure, and why a peer cannot run here."""
     tasks, dtypes = run_plan.tasks, {x.case.dtype: x.case.torch_dtype for x in run_plan.tasks}
     suites = [
-        (name, str(sum(x.case.suite == name for x in tasks)), suite.about)
+        (name, str(sum(x.case.suite == name for x in tasks)), suite.cases.__doc__)
         for name, suite in SUITES.items()
     ]
     cases = [

@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 
 from benchmarks import run, suites
@@ -5,8 +7,9 @@ from benchmarks.cases import Case, Use
 from benchmarks.results import Plan, Task
 
 USES = (Use("a-model", "0", full_batch=40, calls=10), Use("b-model", "1", full_batch=4, calls=2))
-PEERS = ("vstar_kernels", "eager", "sdpa-bias", "flex", "xformers-bias", "without-map",
-         "strength-0", "sdpa", "flash-attn")  # fmt: skip
+# Without xformers, which takes long to import: test_measure.py has all peers.
+PEERS = ("vstar_kernels", "eager", "sdpa-bias", "flex", "without-map", "strength-0", "sdpa",
+         "flash-attn")  # fmt: skip
 
 
 def small_cases():
@@ -29,6 +32,14 @@ def a_plan(cases, **changes):
     options = {"device": "cpu", "threads": 1, "isa": None, "peers": PEERS, "rounds": 5,
                "seconds": 0.2, "unet_width": 32, "tasks": tasks}  # fmt: skip
     return Plan(**{**options, **changes})
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_garbage_collection():
+    """Measuring collects garbage again and again, and what is imported takes long to go through."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
