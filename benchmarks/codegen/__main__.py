@@ -11,26 +11,18 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import triton
 import tyro
 
 from benchmarks.codegen import cases, report
 from benchmarks.codegen.compile import in_processes
-from vstar_kernels.attention.triton import configs
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(cases.Selection):
     """What to compile, and where the results go."""
 
-    target: tuple[Literal[configs.ARCHITECTURES], ...] = configs.ARCHITECTURES
-    """Architectures to compile for."""
-    kind: tuple[Literal[configs.KINDS], ...] = configs.KINDS
-    """Kinds of products to compile."""
-    width: tuple[Literal[configs.WIDTHS], ...] = configs.WIDTHS
-    """Head sizes of the configurations to compile."""
     subset: tyro.conf.FlagCreatePairsOff[bool] = False
     """Compile only those that `make test` compiles."""
     json: Path | None = None
@@ -45,13 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     todo = [case for entry in cases.entries() for case in cases.shipped(entry)]
     if options.subset:
         todo = cases.subset(todo)
-    todo = [
-        case
-        for case in todo
-        if case.entry.architecture in options.target
-        and case.entry.kind in options.kind
-        and case.entry.width in options.width
-    ]
+    todo = [case for case in todo if options.has(case.entry)]
     results = in_processes(report.examine, todo, options.jobs, unit="kernel")
     text = f"Triton {triton.__version__}, {len(results)} kernels.\n\n{report.tables(results)}"
     print(text)

@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
+from typing import Literal
 
 import torch
 
@@ -38,6 +39,23 @@ class Key:
     def family(self) -> str:
         """The kernels that the configuration is for: "tile" or "stream"."""
         return "stream" if self.frames is None else "tile"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which configurations a command is for."""
+
+    target: tuple[Literal[configs.ARCHITECTURES], ...] = configs.ARCHITECTURES
+    """Architectures."""
+    kind: tuple[Literal[configs.KINDS], ...] = configs.KINDS
+    """Kinds of products."""
+    width: tuple[Literal[configs.WIDTHS], ...] = configs.WIDTHS
+    """Head sizes."""
+
+    def has(self, key: Key) -> bool:
+        """Tells whether a key's configuration is one of them."""
+        wanted = key.kind in self.kind and key.width in self.width
+        return wanted and key.architecture in self.target
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -63,10 +64,11 @@ def tables(results: list[Result]) -> str:
     compiled = (x for x in results if "architecture" in x)
     sections = []
     for name, group in itertools.groupby(compiled, key=lambda x: x["architecture"]):
-        target, members = TARGETS[name], list(group)
-        lines = [cells(x) for x in members if x["variant"] in common]
-        others = sorted({x["variant"] for x in members} - common)
-        short = [in_short(v, [x for x in members if x["variant"] == v]) for v in others]
+        target, variants = TARGETS[name], defaultdict(list)
+        for result in group:
+            variants[None if result["variant"] in common else result["variant"]].append(result)
+        lines = map(full_line, variants.pop(None, []))
+        short = (short_line(variant, variants[variant]) for variant in sorted(variants))
         sections.append(
             f"## {name}\n\nShares of the bandwidth are predicted for {target.gpu}, "
             f"{target.bandwidth / 1e12:.2f} TB/s; none is measured.\n\n"
@@ -75,15 +77,17 @@ def tables(results: list[Result]) -> str:
     return "\n".join(sections)
 
 
-def cells(result: Result) -> list[object]:
+def full_line(result: Result) -> list[object]:
     """Returns a kernel's line in the table of the commonest calls."""
-    config = result["config"]
-    registers = str(result["registers"])
+    config, registers, widths = result["config"], str(result["registers"]), []
     if result["in_lanes"]:
         registers += f" ({result['in_lanes']} scalar in lanes)"
-    blocks = f"{config['rows']} × {config.get('keys')}, {config.get('stages')} stages"
     if "sequences" in config:
         blocks = f"{config['sequences']} of {config['rows']} rows"
+    else:
+        blocks = f"{config['rows']} × {config['keys']}, {config['stages']} stages"
+    for counts in (result["loads"], result["stores"]):  # the narrowest and the widest
+        widths.append("–".join(map(str, sorted({min(counts), max(counts)}))))
     prediction = [""] * 4
     if result["kernel"] == "tile":
         limit = result["limit"] if result["headroom"] < 1 else "memory"
@@ -91,27 +95,20 @@ def cells(result: Result) -> list[object]:
         prediction = [*work, f"{result['share']:.0%}", limit]
     return [
         *(result["kernel"], result["kind"], result["frames"] or "", result["head_dim"]),
-        *(blocks, config["warps"], registers, result["shared"], result["resident"]),
-        *("–".join(map(str, sorted({*extremes(result[x])}))) for x in ("loads", "stores")),
+        *(blocks, config["warps"], registers, result["shared"], result["resident"], *widths),
         *(", ".join(result["matrix"]) or "none", result["instructions"], *prediction),
     ]
 
 
-def in_short(variant: str, results: list[Result]) -> list[object]:
+def short_line(variant: str, results: list[Result]) -> list[object]:
     """Returns a variant's line in the table of the others: the most that its kernels need."""
     most = [max(x[name] for x in results) for name in ("registers", "shared")]
     narrowest = min(min(x["loads"]) for x in results)
     return [variant, len(results), *most, min(x["resident"] for x in results), narrowest]
 
 
-def extremes(widths: dict[int, int]) -> tuple[int, int]:
-    """Returns the narrowest and the widest, in bytes."""
-    return min(widths), max(widths)
-
-
 def table(columns: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
     """Returns a table in Markdown; columns whose names end in a colon are set to the right."""
-    head = " | ".join(name.rstrip(":") for name in columns)
-    rule = "|".join("--:" if name.endswith(":") else "---" for name in columns)
-    body = [f"| {' | '.join(map(str, line))} |" for line in lines]
-    return "\n".join([f"| {head} |", f"|{rule}|", *body])
+    rule = ["--:" if name.endswith(":") else "---" for name in columns]
+    rows = [[name.rstrip(":") for name in columns], rule, *lines]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)

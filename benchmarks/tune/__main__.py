@@ -13,62 +13,50 @@ is for most of them is kept, and the others get their own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import tyro
 
 from benchmarks.codegen import cases
-from benchmarks.codegen.cases import Entry, Key
+from benchmarks.codegen.cases import Key
 from benchmarks.codegen.compile import in_processes
 from benchmarks.tune import choose
-from vstar_kernels.attention.triton import configs
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(cases.Selection):
     """Which configurations to choose, and how."""
 
     predict: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Choose by compiled code, without a GPU."""
+    """Choose by compiled code, for every target, without a GPU."""
     repair: tyro.conf.FlagCreatePairsOff[bool] = False
     """Choose only those that are not fit."""
-    target: tuple[Literal[configs.ARCHITECTURES], ...] = configs.ARCHITECTURES
-    """Architectures, with --predict."""
-    kind: tuple[Literal[configs.KINDS], ...] = configs.KINDS
-    """Kinds of products."""
     kernel: tuple[Literal["tile", "stream"], ...] = ("tile", "stream")
     """Families of kernels."""
-    width: tuple[Literal[configs.WIDTHS], ...] = configs.WIDTHS
-    """Head sizes."""
     direction: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
     """Whether of outputs or of gradients."""
     jobs: int = 1
     """Processes, with --predict."""
 
-    def wants(self, key: Key) -> bool:
+    def has(self, key: Key) -> bool:
         """Tells whether a key's configuration is to be chosen."""
-        return (
-            key.kind in self.kind
-            and key.family in self.kernel
-            and key.width in self.width
-            and ("backward" if key.backward else "forward") in self.direction
-        )
+        direction = "backward" if key.backward else "forward"
+        return super().has(key) and key.family in self.kernel and direction in self.direction
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Rewrites the files of configurations, after each architecture."""
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.tune")
-    function: Callable[[Key], Entry | None] = choose.predicted
-    targets, jobs = options.target, options.jobs
+    function, jobs = choose.predicted, options.jobs
     if not options.predict:
         if not torch.cuda.is_available():
             raise SystemExit("torch finds no GPU to measure; --predict needs none")
-        function, targets, jobs = choose.measured, (cases.this_gpu().architecture,), 1
-    for target in targets:
-        todo = [key for key in choose.keys(target) if options.wants(key)]
+        options = replace(options, target=(cases.this_gpu().architecture,))
+        function, jobs = choose.measured, 1
+    for target in options.target:
+        todo = [key for key in choose.keys(target) if options.has(key)]
         if options.repair:
             shipped = {entry.key: entry for entry in cases.entries()}
             broken = functools.partial(choose.broken, shipped=shipped)

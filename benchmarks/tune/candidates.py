@@ -1,14 +1,15 @@
 """The launch configurations that ``benchmarks.tune`` tries, in order of preference.
 
-Plain data: tiles as (rows, sequences, warps), streams as (rows, keys, warps, stages). What speaks
-for an order: a head's narrower part is 16 wide, and a thread of a program should still have 16
-bytes of it to load; NVIDIA's larger matrix instructions take 64 rows of four warps (128 on sm_100);
-IEEE float32 products keep whole rows of their operands in registers, so their blocks are small.
+Plain data: tiles as (queries, sequences, warps), streams as (queries, keys, warps, stages). What
+speaks for an order: a head's narrower part is 16 wide, and a thread of a program should still have
+16 bytes of it to load; NVIDIA's larger matrix instructions take 64 rows of four warps (128 on
+sm_100); IEEE float32 products keep whole rows of their operands in registers, so their blocks are
+small.
 """
 
 from __future__ import annotations
 
-from benchmarks.codegen.cases import Config, Key
+from benchmarks.codegen.cases import Config, Entry, Key
 from benchmarks.codegen.targets import TARGETS, VECTOR_BYTES
 from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig, split
 
@@ -79,9 +80,9 @@ IEEE_STREAMS = {  # by width: what fits hangs on how its parts unroll
     160: [(16, 16, 4, 1), (16, 16, 8, 1)],
     256: [(16, 32, 8, 1), (16, 16, 8, 1)],
 }
-# For gradients: tiles as (sequences, warps), streams as (rows, keys, warps), in warps of 32. A tile
-# keeps four blocks of a sequence and two maps in registers: without matrix instructions none fits.
-# Blocks are small for so many warps: a thread may have less than a vector to load.
+# For gradients: tiles as (sequences, warps), streams as (queries, keys, warps), in warps of 32. A
+# tile keeps four blocks of a sequence and two maps in registers: without matrix instructions none
+# fits. Blocks are small for so many warps: a thread may have less than a vector to load.
 LEAST_BYTES = 4
 BACKWARD_TILES = {
     ("16-bit", 16): [(4, 4), (2, 2), (2, 1), (1, 1), (1, 2)],
@@ -112,11 +113,13 @@ OUTPUT_REGISTERS = {"sm_80": 96, "sm_90": 128, "sm_100": 128, "gfx942": 128}
 OUTPUT_REGISTERS_WITHOUT_MATRIX = 40
 
 
-def candidates(key: Key) -> list[Config]:
-    """Returns the configurations to try, best first; their ``shared`` is not known yet."""
+def candidates(key: Key) -> list[Entry]:
+    """Returns the entries to try, best first; the ``shared`` of their ``config`` is not known."""
     if key.backward:
-        return backward_tiles(key) if key.frames else backward_streams(key)
-    return tiles(key) if key.frames else streams(key)
+        found = backward_tiles(key) if key.frames else backward_streams(key)
+    else:
+        found = tiles(key) if key.frames else streams(key)
+    return [Entry(**vars(key), config=config) for config in found]
 
 
 def tiles(key: Key) -> list[Config]:
@@ -128,9 +131,9 @@ def tiles(key: Key) -> list[Config]:
     if without_matrix and elements > LARGEST_TILE_WITHOUT_MATRIX:
         return []
     return [
-        TileConfig(rows, sequences, warps, shared=0)
-        for rows, sequences, warps in TILES[key.kind][key.frames]
-        if bytes_to_load(key, rows * sequences, warps) >= VECTOR_BYTES
+        TileConfig(queries, sequences, warps, shared=0)
+        for queries, sequences, warps in TILES[key.kind][key.frames]
+        if bytes_to_load(key, queries * sequences, warps) >= VECTOR_BYTES
     ]
 
 
@@ -143,10 +146,10 @@ def streams(key: Key) -> list[Config]:
         registers = OUTPUT_REGISTERS[key.architecture]
     lanes = TARGETS[key.architecture].lanes
     return [
-        StreamConfig(rows, keys, warps, stages, shared=0)
-        for rows, keys, warps, stages in dict.fromkeys([*preferred, *SMALL_STREAMS])
-        if rows * key.width <= registers * lanes * warps
-        and bytes_to_load(key, min(rows, keys), warps) >= VECTOR_BYTES
+        StreamConfig(queries, keys, warps, stages, shared=0)
+        for queries, keys, warps, stages in dict.fromkeys([*preferred, *SMALL_STREAMS])
+        if queries * key.width <= registers * lanes * warps
+        and bytes_to_load(key, min(queries, keys), warps) >= VECTOR_BYTES
     ]
 
 
@@ -163,9 +166,9 @@ def backward_streams(key: Key) -> list[Config]:
     """Returns those for the gradients of any number of frames."""
     heads = "narrow" if key.width <= 64 else "wide" if key.width <= 128 else "widest"
     return [
-        StreamConfig(rows, keys, warps, stages=1, shared=0)
-        for rows, keys, warps in in_own_warps(key, BACKWARD_STREAMS[key.kind, heads])
-        if bytes_to_load(key, min(rows, keys), warps) >= LEAST_BYTES
+        StreamConfig(queries, keys, warps, stages=1, shared=0)
+        for queries, keys, warps in in_own_warps(key, BACKWARD_STREAMS[key.kind, heads])
+        if bytes_to_load(key, min(queries, keys), warps) >= LEAST_BYTES
     ]
 
 

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
-from typing import Any
 
 from tqdm import tqdm
 
@@ -21,8 +20,9 @@ from vstar_kernels.attention.triton import configs
 from vstar_kernels.attention.triton.configs import TileConfig
 
 ENOUGH = 1.0  # headroom: then the memory is what limits a tile
-# sm_80's entries serve architectures with less shared memory too: 8.6, 8.9 and 12.x.
-SMALLEST_SHARED = {"sm_80": 99 * KIB}
+# The least shared memory of the GPUs that an architecture's entries serve; sm_80's serve 8.6, 8.9
+# and 12.x too.
+LEAST_SHARED = {name: x.shared_program for name, x in TARGETS.items()} | {"sm_80": 99 * KIB}
 
 
 def keys(architecture: str) -> list[Key]:
@@ -32,17 +32,12 @@ def keys(architecture: str) -> list[Key]:
     return list(itertools.starmap(Key, itertools.product(*choices)))
 
 
-def options(key: Key) -> list[Entry]:
-    """Returns the key with each of its candidates."""
-    return [Entry(**vars(key), config=config) for config in candidates(key)]
-
-
 def predicted(key: Key) -> Entry | None:
     """Returns the best of a key's candidates by their compiled code."""
     second_best: Entry | None = None
-    for entry in ranked(options(key)):
+    for entry in ranked(candidates(key)):
         if found := fit(entry):
-            if runs_everywhere(found):
+            if found.config.shared <= LEAST_SHARED[key.architecture]:
                 return found
             second_best = second_best or found
     return combined(key) or second_best
@@ -52,8 +47,9 @@ def measured(key: Key) -> Entry | None:
     """Returns the fastest of a key's fit candidates on this GPU."""
     from benchmarks.tune.timing import seconds
 
-    found = [entry for option in options(key) if (entry := fit(option))]
-    found = [entry for entry in found if runs_everywhere(entry)] or found
+    found = [entry for candidate in candidates(key) if (entry := fit(candidate))]
+    limit = LEAST_SHARED[key.architecture]
+    found = [entry for entry in found if entry.config.shared <= limit] or found
     if key.backward:
         return found[0] if found else combined(key)
     return min(found, key=seconds, default=None)
@@ -101,7 +97,7 @@ def combined(key: Key) -> Entry | None:
     """
     if not key.backward or key.frames is not None:
         return None
-    entries = options(key)
+    entries = candidates(key)
     fits = [fit_kernels(entry) for entry in entries]
     best, needed = max(zip(entries, fits, strict=True), key=lambda pair: len(pair[1]))
     needed, own = dict(needed), {}
@@ -119,7 +115,7 @@ def fit_kernels(entry: Entry) -> dict[str, int]:
     for case in cases.shipped(entry):
         binary = inspect_fit(case)
         needed[case.kernel] = max(needed.get(case.kernel, 0), binary.shared if binary else math.inf)
-    limit = shared_everywhere(entry.architecture)
+    limit = LEAST_SHARED[entry.architecture]
     return {kernel: int(shared) for kernel, shared in needed.items() if shared <= limit}
 
 
@@ -143,52 +139,27 @@ def with_shared(entry: Entry, needed: Mapping[str, int]) -> Entry:
     return replace(entry, config=replace(config, shared=most, own=own))
 
 
-def runs_everywhere(entry: Entry) -> bool:
-    """Tells whether the entry runs on all the GPUs that it serves."""
-    return entry.config.shared <= shared_everywhere(entry.architecture)
-
-
-def shared_everywhere(architecture: str) -> int:
-    """Returns the bytes that a program may take on all the GPUs that an architecture's serve."""
-    return SMALLEST_SHARED.get(architecture, TARGETS[architecture].shared_program)
-
-
 def broken(key: Key, shipped: dict[Key, Entry]) -> bool:
     """Tells whether a key's entry is not fit, or is missing though there are candidates."""
     entry = shipped.get(key)
-    return bool(options(key)) if entry is None else fit(entry) != entry
+    return bool(candidates(key)) if entry is None else fit(entry) != entry
 
 
 def write(chosen: Mapping[Key, Entry | None]) -> None:
     """Replaces the entries of the chosen keys in the files; the others stay."""
     merged = {entry.key: entry for entry in cases.entries()} | chosen
-    entries = sorted((entry for entry in merged.values() if entry), key=order)
+    entries = [entry for name in TARGETS for key in keys(name) if (entry := merged.get(key))]
     for file, backward in ((configs.FILE, False), (configs.BACKWARD_FILE, True)):
         tables = []
         for family in ("tile", "stream"):
-            chosen = (x for x in entries if (x.family, x.backward) == (family, backward))
-            lines = ",\n    ".join(json.dumps(fields(entry)) for entry in chosen)
-            tables.append(f'  "{family}": [\n    {lines}\n  ]')
+            lines = (line(x) for x in entries if (x.family, x.backward) == (family, backward))
+            tables.append(f'  "{family}": [\n    ' + ",\n    ".join(lines) + "\n  ]")
         file.write_text("{\n" + ",\n".join(tables) + "\n}\n")
 
 
-def order(entry: Entry) -> tuple[int, int, int, int]:
-    """Returns what the files' lines are sorted by."""
-    architecture = configs.ARCHITECTURES.index(entry.architecture)
-    return architecture, configs.KINDS.index(entry.kind), entry.frames or 0, entry.width
-
-
-def fields(entry: Entry) -> dict[str, Any]:
-    """Returns a line of the files."""
-    line = asdict(entry.key) | _without_empty(asdict(entry.config))
-    del line["backward"]
-    return {name: value for name, value in line.items() if value is not None}
-
-
-def _without_empty(config: dict[str, Any]) -> dict[str, Any]:
-    """Leaves out what a configuration does not give kernels of their own."""
-    return {
-        name: _without_empty(value) if isinstance(value, dict) else value
-        for name, value in config.items()
-        if value != {}
-    }
+def line(entry: Entry) -> str:
+    """Returns an entry's line in its file, without what does not apply."""
+    fields = asdict(entry, dict_factory=lambda x: {k: v for k, v in x if v not in (None, {})})
+    config = fields.pop("config")
+    del fields["backward"]
+    return json.dumps(fields | config)
