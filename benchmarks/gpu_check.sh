@@ -47,6 +47,7 @@ measure() { # suites and options
 case $stage in
 tests)
     need pytest
+    need hypothesis
     timeout "$limit" "$python" -m pytest -m gpu tests/attention/test_triton_gpu.py \
         tests/benchmarks/test_clock.py -p no:cacheprovider --durations=15 --junitxml="$out/tests.xml" 2>&1 |
         tee "$out/tests.log"
@@ -66,6 +67,7 @@ models)
     ;;
 sanitizer)
     need pytest
+    need hypothesis
     sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
     if [ ! -x "$sanitizer" ]; then
         echo "compute-sanitizer is not installed" | tee "$out/sanitizer.log"
