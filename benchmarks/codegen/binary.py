@@ -2,7 +2,8 @@
 
 NVIDIA's binaries are read with the ``cuobjdump`` and ``nvdisasm`` that come with Triton, AMD's from
 the assembly that Triton keeps. Both name the source line of each instruction, by which the loads of
-queries, keys and values, all in ``pieces.load``, are told from those of tables and statistics.
+queries, keys and values, all in ``primitives.load_heads``, are told from those of tables and
+statistics.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import triton
 
-from vstar_kernels.attention.triton import pieces
+from vstar_kernels.attention.triton import primitives
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 Counts = dict[Any, int]
@@ -52,12 +53,12 @@ class Assembly:
     widths: dict[str, int]  # bytes, by the last word of a load or store that tells
 
     def read(self, text: str) -> Iterator[tuple[str, bool]]:
-        """Yields each instruction's name, and whether it is from ``pieces.load``."""
-        lines, start = inspect.getsourcelines(pieces.load.fn)
+        """Yields each instruction's name, and whether it is from ``primitives.load_heads``."""
+        lines, start = inspect.getsourcelines(primitives.load_heads.fn)
         in_load = False
         for line in text.splitlines():
             if found := self.place.match(line):
-                in_load = found[1] == "pieces.py" and 0 <= int(found[2]) - start < len(lines)
+                in_load = found[1] == "primitives.py" and 0 <= int(found[2]) - start < len(lines)
             elif found := self.instruction.match(line):
                 yield found[1], in_load
 

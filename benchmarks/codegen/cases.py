@@ -14,14 +14,26 @@ from typing import Literal
 import torch
 
 from benchmarks.codegen.targets import TARGETS
-from vstar_kernels.attention.triton import configs, launch, plan, plan_backward
+from vstar_kernels.attention.call import Options
+from vstar_kernels.attention.triton import (
+    configs,
+    maps,
+    plan,
+    stream,
+    stream_backward,
+    tile,
+    tile_backward,
+)
 from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
-from vstar_kernels.attention.triton.facts import STRIDED, Device, Facts
-from vstar_kernels.attention.triton.plan import Launch
+from vstar_kernels.attention.triton.plan import Device, Launch, PlanKey
+from vstar_kernels.attention.triton.stream import StreamPlan
+from vstar_kernels.attention.triton.tile import TilePlan
 
 BATCH, HEADS = 4096, 8
 LONG = 1024  # frames of a call of the stream kernels
-INT32_TENSORS = ("columns",)  # tensors that are neither of the call's type nor float32
+# Of the launches' tensors, those of the call's type; the others are float32, or int32.
+OF_CALL = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
+INT32_TENSORS = ("argmax",)
 Config = TileConfig | StreamConfig
 
 
@@ -83,7 +95,7 @@ class Variant:
     even: bool = True  # frames fill their blocks
     wide: bool = False  # 64-bit offsets
     map: bool = False  # the mean map too, or its gradient
-    grad_values: bool = False  # gradients of Δ's values, backward
+    grad_delta: bool = False  # Δ's gradient too, backward
     half: torch.dtype = torch.bfloat16  # which of the two 16-bit types
 
 
@@ -92,7 +104,7 @@ DENSE = Variant("dense, tensor", "dense", stat="tensor", negative=True, even=Fal
 MAP = replace(DENSE, name="map", map=True)
 GRADIENTS = Variant("gradients", even=False)
 MAP_GRADIENT = Variant("map's gradient", "dense", stat="map_max", even=False, map=True)
-VALUES = replace(MAP_GRADIENT, name="values' gradient", grad_values=True)
+VALUES = replace(MAP_GRADIENT, name="values' gradient", grad_delta=True)
 # What every shipped configuration must be able to run, by (family, backward): the commonest call,
 # and those that take the most registers and shared memory.
 ALWAYS = {
@@ -124,8 +136,8 @@ PAIRS = (
 )
 BACKWARD_PAIRS = (
     Variant("none, gradients", "none", stat="none", negative=True, wide=True, map=True, half=F16),
-    Variant("symmetric, gradients", "symmetric", stat="tensor", clamp=True, grad_values=True),
-    Variant("signed, gradients", "signed", True, "row_max", True, wide=True, grad_values=True),
+    Variant("symmetric, gradients", "symmetric", stat="tensor", clamp=True, grad_delta=True),
+    Variant("signed, gradients", "signed", True, "row_max", True, wide=True, grad_delta=True),
 )
 PAIRED_ARCHITECTURES = ("sm_90", "gfx942")  # one of each vendor
 PAIRED_SIZES = {("16-bit", 16, 64), ("16-bit", None, 48)}  # of kind, frames and width
@@ -155,16 +167,15 @@ class Case:
     @property
     def tensor_types(self) -> list[torch.dtype | None]:
         """The types of the launch's tensors, in its order; None for those that it does not use."""
-        launch = self.launch
-        types: dict[str, torch.dtype | None] = dict.fromkeys(STRIDED, self.dtype)
-        types |= dict.fromkeys(INT32_TENSORS, torch.int32) | dict.fromkeys(launch.unused)
-        return [types.get(name, torch.float32) for name in launch.tensors]
+        types = dict.fromkeys(OF_CALL, self.dtype) | dict.fromkeys(INT32_TENSORS, torch.int32)
+        needed = self.launch.needed._asdict()
+        return [types.get(name, torch.float32) if needed[name] else None for name in needed]
 
     @property
     def config(self) -> Config:
         """The kernel's own configuration where it has one, or else the entry's."""
         config = self.entry.config
-        return config.of(self.kernel) if isinstance(config, StreamConfig) else config
+        return config.of_kernel(self.kernel) if isinstance(config, StreamConfig) else config
 
     @property
     def name(self) -> str:
@@ -195,77 +206,92 @@ def cases(entry: Entry, variant: Variant, head_dim: int | None = None) -> list[C
 
 def launches(entry: Entry, variant: Variant, head_dim: int) -> dict[str, Launch]:
     """Returns the launches of a call by name, those that need the most registers first."""
-    call, config = facts(entry, variant, head_dim), entry.config
-    found: dict[str, Launch | None]
+    key, config = plan_key(entry, variant, head_dim), entry.config
     if isinstance(config, TileConfig):
         if entry.backward:
-            if call.grad_values and not plan_backward.sums_values(call):
-                return {}
-            return {"tile_backward": plan_backward.tile_plan(call, config).gradients}
-        if not call.map_block:
-            return {"tile": plan.tile_launch(call, config)}
-        fits = config.rows == configs.padded_frames(call.shape[-3]) <= plan.LARGEST_MAP_TILE
-        return {"tile": plan.tile_with_map(call, config).forward} if fits else {}
-    if entry.backward:
-        found = dict(vars(plan_backward.stream_plan(call, config)))
-        if call.map_block:  # the forward call's, which takes the gradients' configuration
-            found = {"maps": plan.strips(call, config)[0], **found}
-        return {name: found[name] for name in reversed(found) if found[name] is not None}
-    found = {"stream": plan.stream_launch(call, config, save=call.map_block > 0)}
-    if call.stat == "map_max":
-        found["map_max"] = plan.map_max_launch(call, config)
-    return found
+            backward_tile = tile_backward.plan_tile(key, config)
+            return {"tile_backward": backward_tile.launch} if backward_tile else {}
+        forward_tile = tile.plan_tile(key, config)
+        return {"tile": forward_tile.launch} if forward_tile else {}
+    found: dict[str, Launch | None]
+    if not entry.backward:
+        forward = stream.plan_stream(key, config)
+        found = {"stream": forward.attention, "map_max": forward.map_max}
+    else:
+        backward = stream_backward.plan_stream(key, config)
+        names = ("grad_key", "grad_query", "statistics", "map_max")
+        found = {name: getattr(backward, name) for name in names}
+        if backward.grad_delta is not None:
+            found = {"grad_delta": backward.grad_delta.launch, **found}
+        if key.has_map:  # the forward call's, which takes the gradients' configuration
+            found["maps"] = maps.plan_mean_map(key, config)[0].launch
+    return {name: launch for name, launch in found.items() if launch is not None}
 
 
-def facts(key: Key, variant: Variant, head_dim: int, device: Device | None = None) -> Facts:
+def plan_key(key: Key, variant: Variant, head_dim: int, device: Device | None = None) -> PlanKey:
     """Describes a call on contiguous ``(batch, frames, heads, head_dim)`` tensors."""
     target = TARGETS[key.architecture]
     frames = (key.frames or LONG) - (not variant.even)
     batch = BATCH * 32 * 128 if variant.wide else BATCH * 128 // frames
     strides = (frames * HEADS * head_dim, HEADS * head_dim, head_dim, 1)
-    values = {
-        "gaussian": (0, 0, 0),
-        "none": (0, 0, 0),
-        "symmetric": (0, 0, 1),
-        "signed": (0, frames - 1, 1),
-        "dense": (0, frames, 1),
+    delta_shape: tuple[int, ...] = {
+        "gaussian": (),
+        "none": (),
+        "symmetric": (frames,),
+        "signed": (2 * frames - 1,),
+        "dense": (frames, frames),
     }[variant.form]
+    if variant.per_head:
+        delta_shape = (HEADS, *delta_shape)
     stat_strides = (frames * HEADS, HEADS, 1) if variant.stat == "tensor" else ()
-    return Facts(
+    gradient = strides if key.backward else ()
+    return PlanKey(
         device=device or Device(key.architecture, target.shared_program, target.processors),
         dtype=variant.half if key.kind == "16-bit" else torch.float32,
         ieee=key.kind == "ieee",
         shape=(batch, frames, HEADS, head_dim),
-        strides=(strides,) * (len(STRIDED) if key.backward else 4),
-        scale=(-1 if variant.negative else 1) * head_dim**-0.5,
-        strength=1.0,
-        form=variant.form,
-        sigma=1.0 if variant.form == "gaussian" else 0.0,
-        values_strides=(frames * frames, *values[1:]) if variant.per_head else values,
-        per_head=variant.per_head,
-        stat=variant.stat,
-        stat_strides=stat_strides,
-        clamp=variant.clamp,
-        map_block=int(variant.map),
-        grad_values=variant.grad_values,
-        grad_stat_strides=stat_strides if key.backward else (),
+        options=Options(
+            form=variant.form,
+            sigma=1.0 if variant.form == "gaussian" else 0.0,
+            strength=1.0,
+            stat=variant.stat,
+            clamp_negative=variant.clamp,
+            detach_stat=False,
+            scale=(-1 if variant.negative else 1) * head_dim**-0.5,
+            map_block=int(variant.map),
+        ),
+        query=strides,
+        key=strides,
+        value=strides,
+        out=strides,
+        delta=torch.empty(delta_shape, device="meta").stride(),
+        delta_shape=delta_shape,
+        stat=stat_strides,
+        grad_out=gradient,
+        grad_query=gradient,
+        grad_key=gradient,
+        grad_value=gradient,
+        grad_stat=stat_strides if key.backward else (),
+        wants_delta=variant.grad_delta,
     )
 
 
 def this_gpu() -> Device:
     """Returns the package's description of the first GPU."""
-    return launch._device(torch.device("cuda", 0))
+    return plan._device(torch.device("cuda", 0))
 
 
-def gaussian_launch(entry: Entry, traffic: int) -> tuple[Launch, tuple[int, ...]]:
-    """Returns a Gaussian call on this GPU that moves ``traffic`` bytes, and its tensors' shape."""
-    call = facts(entry, GAUSSIAN, entry.width, this_gpu())
-    _, *sizes = call.shape
-    batch = max(1, traffic // (4 * torch.Size(sizes).numel() * call.dtype.itemsize))
-    call = call._replace(shape=(batch, *sizes))
-    if isinstance(entry.config, TileConfig):
-        return plan.tile_launch(call, entry.config), call.shape
-    return plan.stream_launch(call, entry.config), call.shape
+def gaussian_plan(entry: Entry, traffic: int) -> tuple[TilePlan | StreamPlan, PlanKey]:
+    """Returns the plan of a Gaussian call on this GPU that moves ``traffic`` bytes, and its key."""
+    key = plan_key(entry, GAUSSIAN, entry.width, this_gpu())
+    _, *sizes = key.shape
+    batch = max(1, traffic // (4 * torch.Size(sizes).numel() * key.dtype.itemsize))
+    key = key._replace(shape=(batch, *sizes))
+    if isinstance(entry.config, StreamConfig):
+        return stream.plan_stream(key, entry.config), key
+    made = tile.plan_tile(key, entry.config)
+    assert made is not None  # only the mean map may need another
+    return made, key
 
 
 def shipped(entry: Entry) -> list[Case]:
@@ -308,7 +334,7 @@ def effort(case: Case) -> tuple[bool, float]:
     """Orders cases by how long they take: NVIDIA's disassembler, then each warp's part of a map."""
     config, frames = case.config, case.entry.frames
     keys = config.keys if isinstance(config, StreamConfig) else frames
-    return case.entry.architecture.startswith("sm_"), config.rows * keys / config.warps
+    return case.entry.architecture.startswith("sm_"), config.queries * keys / config.warps
 
 
 def shows(case: Case) -> set[tuple[object, ...]]:

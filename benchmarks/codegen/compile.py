@@ -31,7 +31,8 @@ def compile_case(case: Case) -> Any:
     kernel, backend = launch.kernel, make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     tensors = [dtype and MockTensor(dtype) for dtype in case.tensor_types]
-    bound, specialization, options = bind(*tensors, *launch.arguments, **launch.constants)
+    arguments = (launch.needed._make(tensors), *launch.arguments)
+    bound, specialization, options = bind(*arguments, **launch.constants)
     options, signature, constants, attributes = kernel._pack_args(
         backend, options, bound, specialization, options
     )

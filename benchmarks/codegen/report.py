@@ -83,9 +83,9 @@ def full_line(result: Result) -> list[object]:
     if result["in_lanes"]:
         registers += f" ({result['in_lanes']} scalar in lanes)"
     if "sequences" in config:
-        blocks = f"{config['sequences']} of {config['rows']} rows"
+        blocks = f"{config['sequences']} of {config['queries']} queries"
     else:
-        blocks = f"{config['rows']} × {config['keys']}, {config['stages']} stages"
+        blocks = f"{config['queries']} × {config['keys']}, {config['stages']} stages"
     for counts in (result["loads"], result["stores"]):  # the narrowest and the widest
         widths.append("–".join(map(str, sorted({min(counts), max(counts)}))))
     prediction = [""] * 4

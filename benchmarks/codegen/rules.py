@@ -21,7 +21,7 @@ def faults(case: Case, binary: Binary, target: Target) -> list[str]:
             f"takes {binary.shared} bytes of shared memory, {case.entry.architecture} has {limit}"
         )
     constants = case.launch.constants
-    aligned = min(VECTOR_BYTES, constants["UNIT"] * case.dtype.itemsize)
+    aligned = min(VECTOR_BYTES, constants["HEAD"].UNIT * case.dtype.itemsize)
     if case.entry.backward:
         aligned = min(aligned, _bytes_of_a_thread(case, target))
     if not binary.loads:
@@ -39,9 +39,9 @@ def _bytes_of_a_thread(case: Case, target: Target) -> int:
     Only gradients may have less than a vector: it takes many warps to hold their small blocks.
     """
     constants = case.launch.constants
-    width = min(filter(None, (constants["MAIN"], constants["REST"])))
+    width = min(filter(None, (constants["HEAD"].MAIN, constants["HEAD"].REST)))
     if "FRAMES" in constants:
         height = constants["FRAMES"] * constants["SEQUENCES"]
     else:
-        height = min(constants["ROWS"], constants["KEYS"])
+        height = min(constants["QUERIES"], constants["KEYS"])
     return height * width * case.dtype.itemsize // (constants["num_warps"] * target.lanes)

@@ -100,13 +100,13 @@ def combined(key: Key) -> Entry | None:
     entries = candidates(key)
     fits = [fit_kernels(entry) for entry in entries]
     best, needed = max(zip(entries, fits, strict=True), key=lambda pair: len(pair[1]))
-    needed, own = dict(needed), {}
+    needed, overrides = dict(needed), {}
     for kernel in sorted({case.kernel for case in cases.shipped(best)} - needed.keys()):
         n = next((n for n, kernels in enumerate(fits) if kernel in kernels), None)
         if n is None:
             return None
-        own[kernel], needed[kernel] = entries[n].config, fits[n][kernel]
-    return with_shared(replace(best, config=replace(best.config, own=own)), needed)
+        overrides[kernel], needed[kernel] = entries[n].config, fits[n][kernel]
+    return with_shared(replace(best, config=replace(best.config, overrides=overrides)), needed)
 
 
 def fit_kernels(entry: Entry) -> dict[str, int]:
@@ -134,9 +134,11 @@ def with_shared(entry: Entry, needed: Mapping[str, int]) -> Entry:
     config = entry.config
     if isinstance(config, TileConfig):
         return replace(entry, config=replace(config, shared=max(needed.values())))
-    most = max(shared for kernel, shared in needed.items() if kernel not in config.own)
-    own = {kernel: replace(x, shared=needed[kernel]) for kernel, x in config.own.items()}
-    return replace(entry, config=replace(config, shared=most, own=own))
+    most = max(shared for kernel, shared in needed.items() if kernel not in config.overrides)
+    overrides = {
+        kernel: replace(x, shared=needed[kernel]) for kernel, x in config.overrides.items()
+    }
+    return replace(entry, config=replace(config, shared=most, overrides=overrides))
 
 
 def broken(key: Key, shipped: dict[Key, Entry]) -> bool:

@@ -12,6 +12,7 @@ from benchmarks.check import Oracle
 from benchmarks.clock import GpuClock, TimedCall, time_in_turn
 from benchmarks.codegen import cases
 from benchmarks.codegen.cases import Entry
+from vstar_kernels.attention.call import Call
 from vstar_kernels.testing import largest_error, oracle
 
 TRAFFIC = 512 * 2**20  # bytes of one call
@@ -22,17 +23,16 @@ TF32_ERROR = 2e-2
 
 def seconds(entry: Entry) -> float:
     """Returns the median time of a Gaussian call with this configuration, checked first."""
-    launch, shape = cases.gaussian_launch(entry, TRAFFIC)
-    dtype = torch.bfloat16 if entry.kind == "16-bit" else torch.float32
+    plan, plan_key = cases.gaussian_plan(entry, TRAFFIC)
     clock = GpuClock()
     inputs = [
-        tuple(torch.randn(3, *shape, device="cuda").to(dtype).unbind())
+        tuple(torch.randn(3, *plan_key.shape, device="cuda").to(plan_key.dtype).unbind())
         for _ in range(clock.sets(TRAFFIC))
     ]
     out = torch.full_like(inputs[0][0], float("nan"))
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> None:
-        launch({"q": query, "k": key, "v": value, "out": out})
+        plan.run(Call(query, key, value, None, None, plan_key.options), out)
 
     run(*inputs[0])
     check(out, inputs[0], entry.kind)

@@ -24,17 +24,14 @@ if backend.unavailable():
 
 from vstar_kernels.attention.triton import (
     configs,
-    launch,
     maps,
-    pieces,
     plan,
-    plan_backward,
+    primitives,
     stream,
     stream_backward,
     tile,
     tile_backward,
 )
-from vstar_kernels.attention.triton import facts as facts_module
 from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
 
 DEVICE = "cpu" if backend.interpreted() else "cuda"
@@ -61,8 +58,8 @@ def poisoned(allocate):
 def fresh_plans():
     """Some tests replace configurations, which plans remember."""
     yield
-    plan.make.cache_clear()
-    plan_backward.make.cache_clear()
+    backend._forward_plan.cache_clear()
+    backend._backward_plan.cache_clear()
 
 
 def tar(query, key, value, bias=None, **options):
@@ -129,7 +126,7 @@ OPTIONS = {
 @pytest.mark.parametrize("case", pairwise(OPTIONS), ids=lambda c: f"{c['frames']}-{c['bias']}")
 def test_options(case, monkeypatch):
     if case["int64"]:
-        monkeypatch.setattr(facts_module, "INT32_MAX", -1)
+        monkeypatch.setattr(plan, "INT32_MAX", -1)
     frames, heads = case["frames"], 3
     shape = (2, 2, frames, heads) if case["five"] else (3, frames, heads)
     q, k, v = (case["layout"](x) for x in inputs(*shape, case["head_dim"], dtype=case["dtype"]))
@@ -146,16 +143,16 @@ def test_options(case, monkeypatch):
 # ---- configurations: how a problem is cut must not matter ----
 
 TILES = [
-    TileConfig(rows=16, sequences=1, warps=1, shared=0),
-    TileConfig(rows=16, sequences=4, warps=4, shared=0),
-    TileConfig(rows=32, sequences=1, warps=2, shared=0),
-    TileConfig(rows=32, sequences=2, warps=2, shared=0),
-    TileConfig(rows=64, sequences=1, warps=4, shared=0),
+    TileConfig(queries=16, sequences=1, warps=1, shared=0),
+    TileConfig(queries=16, sequences=4, warps=4, shared=0),
+    TileConfig(queries=32, sequences=1, warps=2, shared=0),
+    TileConfig(queries=32, sequences=2, warps=2, shared=0),
+    TileConfig(queries=64, sequences=1, warps=4, shared=0),
 ]
 STREAMS = [
-    StreamConfig(rows=16, keys=32, warps=1, stages=1, shared=0),
-    StreamConfig(rows=64, keys=16, warps=4, stages=2, shared=0),
-    StreamConfig(rows=32, keys=64, warps=4, stages=3, shared=0),
+    StreamConfig(queries=16, keys=32, warps=1, stages=1, shared=0),
+    StreamConfig(queries=64, keys=16, warps=4, stages=2, shared=0),
+    StreamConfig(queries=32, keys=64, warps=4, stages=3, shared=0),
 ]
 
 
@@ -165,7 +162,7 @@ STREAMS = [
 def test_tiles(config, form, stat, monkeypatch):
     """Blocks of rows, several sequences at a time and their remainder, a persistent grid."""
     monkeypatch.setattr(configs, "tile", lambda *args: config)
-    frames = config.rows if config.sequences > 1 else 64
+    frames = config.queries if config.sequences > 1 else 64
     for n in (frames, frames - 5):
         q, k, v = inputs(3, n, 3, 40)
         check(q, k, v, BIASES[form](n, 3, stat=stat))
@@ -185,7 +182,7 @@ def test_streams(config, form, stat, monkeypatch):
 @pytest.mark.parametrize("sigma", [0.0, 0.4, 1.0, 8.0, 50.0, 1e6])
 def test_window(sigma, monkeypatch):
     """Windows that end within, at and beyond blocks of keys and the sequence."""
-    small = StreamConfig(rows=32, keys=16, warps=4, stages=1, shared=0)
+    small = StreamConfig(queries=32, keys=16, warps=4, stages=1, shared=0)
     monkeypatch.setattr(configs, "tile", lambda *args: None)
     monkeypatch.setattr(configs, "stream", lambda *args: small)
     q, k, v = inputs(1, 150, 1, 16)
@@ -208,7 +205,7 @@ GRADIENT_OPTIONS = {
     "map_block": [0, 1, 4],
     "streamed": [False, True],
 }
-SMALL = StreamConfig(rows=32, keys=16, warps=4, stages=1, shared=0)
+SMALL = StreamConfig(queries=32, keys=16, warps=4, stages=1, shared=0)
 
 
 @pytest.fixture
@@ -298,16 +295,16 @@ def test_gradients(case, request):
 
 @pytest.mark.parametrize("head_dim", [100, 128, 200])
 def test_gradients_of_large_heads_by_kernels_with_their_own_blocks(monkeypatch, streamed, head_dim):
-    own = {
-        name: StreamConfig(rows, keys, warps=4, stages=1, shared=0)
-        for name, rows, keys in (
+    overrides = {
+        name: StreamConfig(queries, keys, warps=4, stages=1, shared=0)
+        for name, queries, keys in (
             ("statistics", 16, 32),
-            ("columns", 32, 64),
-            ("grad_values", 64, 16),
+            ("grad_key", 32, 64),
+            ("grad_delta", 64, 16),
             ("maps", 64, 32),
         )
     }
-    mixed = StreamConfig(rows=16, keys=16, warps=4, stages=1, shared=0, own=own)
+    mixed = StreamConfig(queries=16, keys=16, warps=4, stages=1, shared=0, overrides=overrides)
     monkeypatch.setattr(configs, "stream_backward", lambda *args: mixed)
     tensors, weights = inputs(2, 50, 1, head_dim), [torch.randn(2, 50, 1, head_dim)]
     weights.append(torch.randn(2, 50, 50))
@@ -344,7 +341,7 @@ def test_maps_and_gradients_are_the_same_every_time(frames):
 @pytest.mark.skipif(not backend.interpreted(), reason="on a GPU no line can be watched")
 def test_every_line_of_the_kernels_runs(monkeypatch):
     """No statement is left to chance; a new one needs a case here and among the options."""
-    modules = (maps, pieces, stream, stream_backward, tile, tile_backward)
+    modules = (maps, primitives, stream, stream_backward, tile, tile_backward)
     statements = {line for module in modules for line in _kernel_statements(module)}
     files = {module.__file__ for module in modules}
     executed = set()
@@ -365,8 +362,8 @@ def test_every_line_of_the_kernels_runs(monkeypatch):
         (33, "dense by head", "tensor"),
         (33, "toeplitz", "none"),
     ]
-    packed = TileConfig(rows=16, sequences=2, warps=1, shared=0)
-    blocks = StreamConfig(rows=16, keys=16, warps=1, stages=1, shared=0)
+    packed = TileConfig(queries=16, sequences=2, warps=1, shared=0)
+    blocks = StreamConfig(queries=16, keys=16, warps=1, stages=1, shared=0)
     for direction in ("", "_backward"):
         monkeypatch.setattr(configs, f"tile{direction}", lambda *a: packed if a[2] <= 16 else None)
         monkeypatch.setattr(configs, f"stream{direction}", lambda *args: blocks)
@@ -504,23 +501,34 @@ def test_a_long_map_is_asked_for_in_blocks(monkeypatch):
 def test_a_launch_without_a_tensor_that_it_writes_is_an_error():
     """It is not given another in its place: the kernel would overwrite the caller's data."""
     query, key, value = (x.to(DEVICE) for x in inputs(1, 16, 1, 16, dtype=torch.bfloat16))
-    made = plan.make(facts(tuple(query.shape), query.dtype))
+    made = backend._forward_plan(plan_key(tuple(query.shape), query.dtype))
     before = query.clone()
-    with pytest.raises(ValueError, match="tile_kernel needs out"):
-        made.forward({"q": query, "k": key, "v": value})
+    tensors = tile.Tensors(query, key, value, out=None, delta=None, stat=None, map_sums=None)
+    with pytest.raises(ValueError, match="tile_kernel needs out, none is given"):
+        made.launch(tensors)
     assert torch.equal(query, before)
+    tensors = tensors._replace(out=torch.empty_like(query), stat=query)
+    with pytest.raises(ValueError, match="tile_kernel leaves alone stat, it is given"):
+        made.launch(tensors)
 
 
 # ---- plans ----
 
 
-def facts(shape, dtype=torch.bfloat16, strides=None, **changes):
+def plan_key(shape, dtype=torch.bfloat16, strides=None, **changes):
     tensor = torch.empty(shape, dtype=dtype, device="meta")
     call = make_call(tensor, tensor, tensor, None, 1.0, 0)
-    on_device = launch._device(torch.device(DEVICE))
-    with mock.patch.object(launch, "_device", return_value=on_device):
-        made = launch.facts(call, (tensor.stride(),) * 4, ())
-    return made._replace(strides=strides or made.strides, **changes)
+    on_device = plan._device(torch.device(DEVICE))
+    with mock.patch.object(plan, "_device", return_value=on_device):
+        made = plan.forward_key(call, tensor)
+    if strides:
+        made = made._replace(query=strides, key=strides, value=strides, out=strides)
+    return made._replace(**changes)
+
+
+def head_constants(key):
+    """Of the one launch of a tile."""
+    return backend._forward_plan(key).launch.constants["HEAD"]
 
 
 def test_offsets_are_64_bits_where_the_tensors_need_them():
@@ -528,8 +536,8 @@ def test_offsets_are_64_bits_where_the_tensors_need_them():
     row = frames * heads * head_dim
     largest = 2**31 // row  # sequences of exactly 2³¹ − 1 elements and fewer fit
     for batch, expected in ((largest, "int32"), (largest + 1, "int64")):
-        constants = plan.make(facts((batch, frames, heads, head_dim))).forward.constants
-        assert str(constants["OFFSET"]) == expected
+        constants = head_constants(plan_key((batch, frames, heads, head_dim)))
+        assert str(constants.OFFSET) == expected
 
 
 @pytest.mark.parametrize(
@@ -543,30 +551,30 @@ def test_offsets_are_64_bits_where_the_tensors_need_them():
     ],
 )
 def test_units_tell_the_alignment_of_rows(shape, dtype, unit):
-    assert plan.make(facts(shape, dtype)).forward.constants["UNIT"] == unit
+    attention = stream.make_plan(plan_key(shape, dtype)).attention
+    assert unit == attention.constants["HEAD"].UNIT
 
 
 def test_strides_of_single_elements_do_not_spoil_the_alignment():
     strides = (7, 3 * 64, 64, 1)
-    made = plan.make(facts((1, 16, 3, 64), strides=(strides,) * 4))
-    assert made.forward.constants["UNIT"] == 8
+    assert head_constants(plan_key((1, 16, 3, 64), strides=strides)).UNIT == 8
 
 
 def test_as_many_programs_as_there_are_sequences(monkeypatch):
     """The one grid dimension has no 65,535 limit."""
-    one = TileConfig(rows=16, sequences=1, warps=1, shared=0)
+    one = TileConfig(queries=16, sequences=1, warps=1, shared=0)
     monkeypatch.setattr(configs, "tile", lambda *args: one)
-    assert plan.make(facts((65537, 16, 2, 64))).forward.programs == 131074
+    assert backend._forward_plan(plan_key((65537, 16, 2, 64))).launch.programs == 131074
 
 
 def test_a_tile_too_large_for_the_gpu_is_streamed(monkeypatch):
-    made = facts((1, 64, 1, 64))
-    config = TileConfig(rows=64, sequences=1, warps=4, shared=100_000)
+    made = plan_key((1, 64, 1, 64))
+    config = TileConfig(queries=64, sequences=1, warps=4, shared=100_000)
     monkeypatch.setattr(configs, "tile", lambda *args: config)
-    small = plan.make(made._replace(device=made.device._replace(shared=99_999)))
-    large = plan.make(made._replace(device=made.device._replace(shared=100_000)))
-    assert small.forward.kernel is stream.stream_kernel
-    assert large.forward.kernel is tile.tile_kernel
+    small = backend._forward_plan(made._replace(device=made.device._replace(shared=99_999)))
+    large = backend._forward_plan(made._replace(device=made.device._replace(shared=100_000)))
+    assert small.attention.kernel is stream.stream_kernel
+    assert large.launch.kernel is tile.tile_kernel
 
 
 def test_tf32_follows_torch():
@@ -574,18 +582,19 @@ def test_tf32_follows_torch():
     try:
         for precision, expected in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
             torch.set_float32_matmul_precision(precision)
-            made = facts((1, 16, 1, 64), torch.float32)
-            assert plan.make(made).forward.constants["PRECISION"] == expected
+            made = stream.make_plan(plan_key((1, 16, 1, 64), torch.float32))
+            assert expected == made.attention.constants["HEAD"].PRECISION
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 def test_every_sweep_over_the_map_has_its_own_grid():
-    own = {"columns": StreamConfig(rows=16, keys=64, warps=2, stages=1, shared=0)}
-    config = StreamConfig(rows=32, keys=16, warps=4, stages=1, shared=0, own=own)
-    made = plan_backward.stream_plan(facts((1, 128, 3, 64)), config)
-    assert (made.statistics.programs, made.rows.programs, made.columns.programs) == (12, 12, 6)
-    sizes = [made.columns.constants[name] for name in ("ROWS", "KEYS", "num_warps")]
+    overrides = {"grad_key": StreamConfig(queries=16, keys=64, warps=2, stages=1, shared=0)}
+    config = StreamConfig(queries=32, keys=16, warps=4, stages=1, shared=0, overrides=overrides)
+    made = stream_backward.plan_stream(plan_key((1, 128, 3, 64)), config)
+    sweeps = (made.statistics, made.grad_query, made.grad_key)
+    assert [sweep.programs for sweep in sweeps] == [12, 12, 6]
+    sizes = [made.grad_key.constants[name] for name in ("QUERIES", "KEYS", "num_warps")]
     assert sizes == [16, 64, 2]
 
 
@@ -603,11 +612,15 @@ def test_every_sweep_over_the_map_has_its_own_grid():
 def test_large_heads_are_halved_where_products_have_no_matrix_instructions(
     architecture, dtype, head_dim, parts
 ):
-    made = facts((1, 600, 1, head_dim), dtype)
-    made = made._replace(device=made.device._replace(architecture=architecture), map_block=1)
-    launches = [plan.make(made).maps[0], *vars(plan_backward.make(made)).values()]
-    found = {(x.constants["MAIN"], x.constants["REST"]) for x in launches if x is not None}
-    assert found == {parts}
+    made = plan_key((1, 600, 1, head_dim), dtype)
+    options = made.options._replace(map_block=1)
+    device = made.device._replace(architecture=architecture)
+    made = made._replace(device=device, options=options)
+    backward = stream_backward.make_plan(made)
+    launches = [stream.make_plan(made).maps[0].launch]
+    launches += [backward.statistics, backward.grad_query, backward.grad_key]
+    constants = [launch.constants["HEAD"] for launch in launches]
+    assert {(x.MAIN, x.REST) for x in constants} == {parts}
 
 
 @pytest.mark.parametrize("head_dim", range(1, 257))

@@ -149,15 +149,16 @@ def test_more_than_2_to_the_31_elements(frames):
 @pytest.mark.parametrize("frames", [16, 64, 128, 300])
 @pytest.mark.parametrize("stat", ["row_max", "map_max"])
 def test_64_bit_offsets_give_the_same_bits(frames, stat, monkeypatch):
-    from vstar_kernels.attention.triton import facts, plan
+    from vstar_kernels.attention import triton as backend
+    from vstar_kernels.attention.triton import plan
 
     bias = vk.GaussianBias(1.0, stat=stat)
     tensors = made_on_gpu(64, frames, 5, 72)
     expected = run(*tensors, bias=bias)
-    monkeypatch.setattr(facts, "INT32_MAX", 0)
-    plan.make.cache_clear()
+    monkeypatch.setattr(plan, "INT32_MAX", 0)
+    backend._forward_plan.cache_clear()
     out = run(*tensors, bias=bias)
-    plan.make.cache_clear()
+    backend._forward_plan.cache_clear()
     assert torch.equal(out, expected)
 
 

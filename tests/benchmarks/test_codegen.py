@@ -18,18 +18,18 @@ from benchmarks.codegen import binary, cases, model, report, rules
 from benchmarks.codegen.cases import Entry
 from benchmarks.codegen.targets import TARGETS
 from benchmarks.tune import choose
-from vstar_kernels.attention.triton import configs, pieces, plan_backward
+from vstar_kernels.attention.triton import configs, primitives, stream_backward
 from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
 
-LOAD_LINE = inspect.getsourcelines(pieces.load.fn)[1] + 3
-OTHER_LINE = inspect.getsourcelines(pieces.regularization.fn)[1] + 3
+LOAD_LINE = inspect.getsourcelines(primitives.load_heads.fn)[1] + 3
+OTHER_LINE = inspect.getsourcelines(primitives.delta_block.fn)[1] + 3
 
 USAGE = " Function k:\n  REG:40 STACK:{stack} SHARED:0 LOCAL:0 CONSTANT[0]:712 TEXTURE:0\n"
 SASS = """\
 .text.k:
-	//## File "/somewhere/pieces.py", line {load_line}
+	//## File "/somewhere/primitives.py", line {load_line}
         /*0010*/              @!P1 {load} R4, desc[UR4][R2.64] ;
-	//## File "/somewhere/pieces.py", line {other_line} inlined at "/somewhere/tile.py", line 9
+	//## File "/somewhere/primitives.py", line {other_line} inlined at "/somewhere/tile.py", line 9
         /*0020*/                   LDG.E R5, desc[UR4][R2.64] ;
         /*0030*/                   {matrix} R24, gdesc[UR8].tnspB, R24, gsb0 ;
         /*0040*/                   STG.E.64 desc[UR4][R2.64], R4 ;
@@ -37,9 +37,9 @@ SASS = """\
 """
 GCN = """\
 k:
-	.loc	3 {load_line} 19                         ; pieces.py:{load_line}:19 @[ tile.py:61:61 ]
+	.loc	3 {load_line} 19                         ; primitives.py:{load_line}:19 @[ tile.py:6:6 ]
 	{load} v[2:5], v15, s[24:27], 0 offen
-	.loc	3 {other_line} 19                         ; pieces.py:{other_line}:19
+	.loc	3 {other_line} 19                         ; primitives.py:{other_line}:19
 	global_load_ushort v2, v1, s[2:3]
 	{matrix} a[0:15], v[2:3], v[4:5], a[0:15]
 	buffer_store_dwordx2 v[2:3], v15, s[24:27], 0 offen
@@ -201,15 +201,15 @@ def test_every_size_has_a_stream_configuration_and_none_has_two():
 
 def own_configs(entry):
     """Those of single kernels."""
-    return entry.config.own.values() if isinstance(entry.config, StreamConfig) else ()
+    return entry.config.overrides.values() if isinstance(entry.config, StreamConfig) else ()
 
 
 def test_only_gradients_have_configurations_of_single_kernels():
-    kernels = {field.name for field in fields(plan_backward.StreamPlan)} | {"maps"}
+    kernels = {field.name for field in fields(stream_backward.StreamBackwardPlan)} | {"maps"}
     for entry in cases.entries():
         if own_configs(entry):
             assert entry.backward, entry
-            assert entry.config.own.keys() < kernels, entry
+            assert entry.config.overrides.keys() < kernels, entry
 
 
 def test_configurations_are_of_sizes_that_the_kernels_take():
@@ -219,12 +219,12 @@ def test_configurations_are_of_sizes_that_the_kernels_take():
         numbers = vars(config).copy()
         shared = numbers.pop("shared")
         assert 0 < shared <= TARGETS[entry.architecture].shared_program, entry
-        assert config.rows >= 16, entry
-        for name in {"rows", "keys", "sequences", "warps"} & set(numbers):
+        assert config.queries >= 16, entry
+        for name in {"queries", "keys", "sequences", "warps"} & set(numbers):
             assert numbers[name].bit_count() == 1, entry
         if isinstance(config, TileConfig):
-            assert entry.frames % config.rows == 0, entry
-            assert config.rows == entry.frames or not entry.backward, entry
+            assert entry.frames % config.queries == 0, entry
+            assert config.queries == entry.frames or not entry.backward, entry
         else:
             assert config.stages >= 1, entry
             assert config.keys >= 16, entry
@@ -272,16 +272,17 @@ def test_a_variant_is_what_its_name_says():
     backward = (*cases.ALWAYS["tile", True], *cases.BACKWARD_PAIRS)
     for variant, entry_of in (forward | dict.fromkeys(backward, gradients)).items():
         constants = cases.cases(entry_of, variant)[0].launch.constants
-        assert constants["FORM"] == variant.form
+        head, bias = constants["HEAD"], constants["BIAS"]
+        assert variant.form == bias.FORM
         assert constants["STAT"] == variant.stat
-        assert constants["CLAMP"] == variant.clamp
-        assert constants["PER_HEAD"] == variant.per_head
-        assert constants["NEGATIVE"] == variant.negative
-        assert constants["EVEN"] == variant.even
-        assert (constants["OFFSET"].name == "int64") == variant.wide
-        assert constants["UNIT"] == 8
+        assert variant.clamp == bias.CLAMP
+        assert variant.per_head == bias.PER_HEAD
+        assert variant.negative == head.NEGATIVE
+        assert variant.even == head.EVEN
+        assert (head.OFFSET.name == "int64") == variant.wide
+        assert head.UNIT == 8
         assert constants["GRAD_MAP" if entry_of.backward else "MAP"] == variant.map
-        assert constants.get("GRAD_VALUES", False) == variant.grad_values
+        assert constants.get("GRAD_DELTA", False) == variant.grad_delta
 
 
 def test_the_map_and_the_gradients_have_kernels_of_their_own():
@@ -293,13 +294,16 @@ def test_the_map_and_the_gradients_have_kernels_of_their_own():
     assert names(stream, cases.GAUSSIAN) == {"stream"}
     assert names(stream, cases.MAP) == {"stream"}
     stream = replace(stream, backward=True)
-    assert names(stream, cases.GRADIENTS) == {"statistics", "rows", "columns"}
-    assert names(stream, cases.VALUES) >= {"grad_values", "map_max", "columns", "maps"}
-    own = {"rows": StreamConfig(32, 32, 2, 1, shared=0)}
-    stream = replace(stream, config=replace(config, own=own))
+    assert names(stream, cases.GRADIENTS) == {"statistics", "grad_query", "grad_key"}
+    assert names(stream, cases.VALUES) >= {"grad_delta", "map_max", "grad_key", "maps"}
+    own = {"grad_query": StreamConfig(32, 32, 2, 1, shared=0)}
+    stream = replace(stream, config=replace(config, overrides=own))
     found = {case.kernel: case for case in cases.cases(stream, cases.GRADIENTS)}
-    assert (found["rows"].config, found["columns"].config) == (own["rows"], stream.config)
-    assert found["rows"].launch.constants["num_warps"] == 2
+    assert (found["grad_query"].config, found["grad_key"].config) == (
+        own["grad_query"],
+        stream.config,
+    )
+    assert found["grad_query"].launch.constants["num_warps"] == 2
     tile = Entry("sm_90", "16-bit", 64, 64, config=TileConfig(32, 1, 4, shared=0))
     assert names(tile, cases.MAP) == set()  # the plan has the stream kernel for it
     tile = replace(tile, config=TileConfig(64, 1, 8, shared=0), backward=True)
@@ -335,7 +339,7 @@ def test_a_representative_subset_compiles_without_fault(architecture, tmp_path):
     codegen.main(["--subset", "--target", architecture, "--json", str(path)])
     kernels = json.loads(path.read_text())["kernels"]
     names = {"tile", "stream", "map_max", "maps"}
-    names |= {"tile_backward", "statistics", "rows", "columns", "grad_values"}
+    names |= {"tile_backward", "statistics", "grad_query", "grad_key", "grad_delta"}
     assert {x["kernel"] for x in kernels} == names
     assert {x["kind"] for x in kernels} == set(configs.KINDS)
     chosen = (x for x in cases.subset(every_case()) if x.entry.architecture == architecture)

@@ -40,7 +40,7 @@ def test_the_tuner_prefers_headroom_and_skips_what_is_unfit(monkeypatch):
     rooms = dict(zip(sizes, (None, 0.5, 0.9, 1.1), strict=True))
 
     def size(entry):
-        return entry.config.rows, entry.config.sequences, entry.config.warps
+        return entry.config.queries, entry.config.sequences, entry.config.warps
 
     unfit = set()
     monkeypatch.setattr(choose, "headroom", lambda entry: rooms[size(entry)])
@@ -61,14 +61,26 @@ def test_the_tuner_gives_a_kernel_that_no_fit_candidate_serves_its_own(monkeypat
     large = 120 * 1024  # too much for some GPUs that the rows serve
     shared = {
         wide: {
-            "grad_values": 4096,
+            "grad_delta": 4096,
             "maps": 4096,
             "statistics": 4096,
-            "columns": large,
-            "rows": large,
+            "grad_key": large,
+            "grad_query": large,
         },
-        small: {"grad_values": None, "maps": 64, "statistics": 64, "columns": 512, "rows": 256},
-        other: {"grad_values": 2048, "maps": None, "statistics": None, "columns": None, "rows": 1},
+        small: {
+            "grad_delta": None,
+            "maps": 64,
+            "statistics": 64,
+            "grad_key": 512,
+            "grad_query": 256,
+        },
+        other: {
+            "grad_delta": 2048,
+            "maps": None,
+            "statistics": None,
+            "grad_key": None,
+            "grad_query": 1,
+        },
     }
 
     def inspect_fit(case):
@@ -76,10 +88,10 @@ def test_the_tuner_gives_a_kernel_that_no_fit_candidate_serves_its_own(monkeypat
         return taken and Binary(40, 0, taken, 5, {16: 1}, {}, {}, {})
 
     monkeypatch.setattr(choose, "inspect_fit", inspect_fit)
-    own = {"grad_values": replace(wide, shared=4096)}
-    assert choose.predicted(key).config == replace(small, shared=512, own=own)
+    own = {"grad_delta": replace(wide, shared=4096)}
+    assert choose.predicted(key).config == replace(small, shared=512, overrides=own)
     shared[wide] = shared[other]
-    shared[other]["grad_values"] = None
+    shared[other]["grad_delta"] = None
     assert choose.predicted(key) is None
     assert choose.combined(replace(key, backward=False)) is None
 

@@ -6,34 +6,43 @@ kernels on CPU tensors, slowly, for tests. Nothing here imports triton before it
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
-import importlib
 import importlib.util
 import math
 import os
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vstar_kernels.attention.call import Call, Forward, Gradients, Wanted
+from vstar_kernels.attention.call import Call, Forward, Gradients, Wanted, empty_like
+from vstar_kernels.attention.triton import plan
+from vstar_kernels.attention.triton.plan import PlanKey
+
+if TYPE_CHECKING:
+    from vstar_kernels.attention.triton.stream import StreamPlan
+    from vstar_kernels.attention.triton.stream_backward import StreamBackwardPlan
+    from vstar_kernels.attention.triton.tile import TilePlan
+    from vstar_kernels.attention.triton.tile_backward import TileBackwardPlan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 MAX_MAP_FRAMES = 4096  # 64 MiB for each batch element
-MAX_ROWS = 2**31 - 1  # no grid has more programs than the problem has rows
+MAX_ROWS = 2**31 - 1  # no grid has more programs than a call has such rows
 OLDEST_GPU = (8, 0)  # the compute capability from which on there is bfloat16
 
 
 @functools.cache
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
+    """Returns whether Triton's interpreter runs the kernels, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
 def unavailable() -> list[str]:
-    """Why no kernel can run here."""
+    """Returns why no kernel can run here."""
     if importlib.util.find_spec("triton") is None:
         return ["triton is not installed (torch's GPU builds bring it; else pip install triton)"]
     if not interpreted() and not torch.cuda.is_available():
@@ -70,8 +79,15 @@ def why_not(call: Call) -> list[str]:
 
 
 def forward(call: Call, *, save: bool = False) -> Forward:
-    """Computes the output and, where it is wanted, the mean map; saves nothing."""
-    return _module("launch").run(call)
+    """Computes the output and, where it is wanted, the mean map."""
+    out = empty_like(call.query)
+    if not out.numel():
+        blocks = call.map_shape if call.options.map_block else None
+        return Forward(out, None if blocks is None else plan.new(out, *blocks).zero_())
+    call = _with_delta_here(call)
+    key = plan.forward_key(call, out)
+    with _on(call.device):
+        return _forward_plan(key).run(call, out)
 
 
 def backward(
@@ -82,8 +98,59 @@ def backward(
     grad_map: Tensor | None,
     wanted: Wanted,
 ) -> Gradients:
-    """Computes the gradients; everything is computed anew but the output."""
-    return _module("launch_backward").run(call, out, grad_out, grad_map, wanted)
+    """Computes the gradients."""
+    gradients = Gradients(*map(empty_like, (call.query, call.key, call.value)))
+    if not out.numel():
+        grad_delta = (
+            torch.zeros_like(call.delta) if wanted.delta and call.delta is not None else None
+        )
+        grad_stat = torch.empty_like(call.stat) if wanted.stat and call.stat is not None else None
+        return gradients._replace(delta=grad_delta, stat=grad_stat)
+    if call.stat is not None and not call.options.detach_stat:
+        gradients = gradients._replace(stat=torch.empty_like(call.stat))
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    elif grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    if grad_map is not None:
+        grad_map = grad_map.contiguous()
+    call = _with_delta_here(call)
+    key = plan.backward_key(call, out, grad_out, grad_map, gradients, wanted)
+    with _on(call.device):
+        made = _backward_plan(key)
+        grad_matrix = made.run(call, out, saved, grad_out, grad_map, gradients)
+    if grad_matrix is not None:
+        matrix = grad_matrix if call.delta_per_head else grad_matrix[0]
+        gradients = gradients._replace(delta=call.delta_gradient(matrix))
+    return gradients if wanted.stat else gradients._replace(stat=None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward_plan(key: PlanKey) -> TilePlan | StreamPlan:
+    from vstar_kernels.attention.triton import stream, tile
+
+    return tile.make_plan(key) or stream.make_plan(key)
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward_plan(key: PlanKey) -> TileBackwardPlan | StreamBackwardPlan:
+    from vstar_kernels.attention.triton import stream_backward, tile_backward
+
+    return tile_backward.make_plan(key) or stream_backward.make_plan(key)
+
+
+def _with_delta_here(call: Call) -> Call:
+    """Returns the call with Δ's entries on its device."""
+    if call.delta is None or call.delta.device == call.device:
+        return call
+    return dataclasses.replace(call, delta=call.delta.to(call.device))
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which Triton launches on the device."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def _too_old(device: torch.device) -> list[str]:
@@ -93,9 +160,3 @@ def _too_old(device: torch.device) -> list[str]:
     if capability >= OLDEST_GPU:
         return []
     return [f"needs compute capability {OLDEST_GPU}, {device} has {capability}"]
-
-
-@functools.cache
-def _module(name: str) -> ModuleType:
-    """One of this package's, all of which import triton."""
-    return importlib.import_module(f"vstar_kernels.attention.triton.{name}")

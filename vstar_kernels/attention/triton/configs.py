@@ -26,7 +26,7 @@ WIDTHS = (16, 32, 48, 64, 80, 96, 128, 160, 256)
 class TileConfig:
     """How :mod:`tile` covers a problem; ``shared`` is the memory it takes, in bytes."""
 
-    rows: int
+    queries: int
     sequences: int
     warps: int
     shared: int
@@ -36,31 +36,33 @@ class TileConfig:
 class StreamConfig:
     """How :mod:`stream` covers a problem; ``shared`` is the memory it takes, in bytes.
 
-    Some of the gradients' kernels may have their ``own`` configurations, where no single one fits
-    the registers of all: by the names of ``plan_backward.StreamPlan``, "maps" for those of
-    ``plan.Plan``.
+    Some of the gradients' kernels may have configurations of their own in ``overrides``, where no
+    single one fits the registers of all. Their names are those of
+    ``stream_backward.StreamBackwardPlan``, and "maps" for the mean map's.
     """
 
-    rows: int
+    queries: int
     keys: int
     warps: int
     stages: int
     shared: int
-    own: Mapping[str, StreamConfig] = field(default_factory=dict, hash=False)
+    overrides: Mapping[str, StreamConfig] = field(default_factory=dict, hash=False)
 
-    def of(self, kernel: str) -> StreamConfig:
-        """One kernel's own configuration, or else this one."""
-        return self.own.get(kernel, self)
+    def of_kernel(self, kernel: str) -> StreamConfig:
+        """Returns a kernel's override, or else this configuration."""
+        return self.overrides.get(kernel, self)
 
 
-def stream_config(own: Mapping[str, dict[str, Any]] | None = None, **sizes: int) -> StreamConfig:
-    """A configuration from the fields of its line."""
-    parts = {kernel: StreamConfig(**config) for kernel, config in (own or {}).items()}
-    return StreamConfig(**sizes, own=parts)
+def stream_config(
+    overrides: Mapping[str, dict[str, Any]] | None = None, **sizes: int
+) -> StreamConfig:
+    """Returns the configuration that a line of the file describes."""
+    made = {kernel: StreamConfig(**config) for kernel, config in (overrides or {}).items()}
+    return StreamConfig(**sizes, overrides=made)
 
 
 def split(head_dim: int) -> tuple[int, int]:
-    """A head's two parts, powers of two of at least 16 (what matrix instructions take) or no rest.
+    """Returns a head's two parts, powers of two of at least 16, as matrix instructions take, or 0.
 
     >>> split(64), split(40), split(72), split(160), split(56)
     ((64, 0), (32, 16), (64, 16), (128, 32), (64, 0))
@@ -73,34 +75,34 @@ def split(head_dim: int) -> tuple[int, int]:
 
 
 def padded_frames(frames: int) -> int:
-    """The size of the tile that holds so many frames, if one does."""
+    """Returns the size of the tile that holds so many frames, if one does."""
     return next((size for size in TILE_FRAMES if size >= frames), frames)
 
 
 def tile(architecture: str, kind: str, frames: int, head_dim: int) -> TileConfig | None:
-    """The configuration for so many frames; None where no tile holds them."""
+    """Returns the configuration for so many frames; None where no tile holds them."""
     key = (architecture, kind, padded_frames(frames), width(head_dim))
     return _table(FILE, "tile", TileConfig).get(key)
 
 
 def stream(architecture: str, kind: str, head_dim: int) -> StreamConfig:
-    """The configuration for any number of frames."""
+    """Returns the configuration for any number of frames."""
     return _table(FILE, "stream", stream_config)[architecture, kind, None, width(head_dim)]
 
 
 def tile_backward(architecture: str, kind: str, frames: int, head_dim: int) -> TileConfig | None:
-    """The configuration of the gradients for so many frames; None where no tile holds them."""
+    """Returns the gradients' configuration for so many frames; None where no tile holds them."""
     key = (architecture, kind, padded_frames(frames), width(head_dim))
     return _table(BACKWARD_FILE, "tile", TileConfig).get(key)
 
 
 def stream_backward(architecture: str, kind: str, head_dim: int) -> StreamConfig:
-    """The configuration of the gradients for any number of frames."""
+    """Returns the gradients' configuration for any number of frames."""
     return _table(BACKWARD_FILE, "stream", stream_config)[architecture, kind, None, width(head_dim)]
 
 
 def width(head_dim: int) -> int:
-    """Which of ``WIDTHS`` serves a head size."""
+    """Returns which of ``WIDTHS`` serves a head size."""
     return next(size for size in WIDTHS if size >= sum(split(head_dim)))
 
 

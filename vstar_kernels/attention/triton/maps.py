@@ -1,113 +1,280 @@
 """Sums over sequences of N×N maps: the mean map of long sequences, and the gradient of a Δ.
 
-Every program owns a piece of the sum and goes through all sequences that contribute to it, in one
-order, so that nothing is ever added up between programs. Where the pieces are fewer than a GPU
-needs, the sequences are dealt to several ``chunks``, whose sums the caller adds.
+Every program owns a block of the sum and goes through all sequences that contribute to it, in one
+order, so that nothing is ever added up between programs. Where the blocks are fewer than a GPU
+needs, the sequences are dealt to several ``chunks``, whose sums are added afterwards.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from vstar_kernels.attention.triton.pieces import (
+from vstar_kernels.attention.call import Call, block_sums
+from vstar_kernels.attention.triton import configs, plan
+from vstar_kernels.attention.triton.configs import StreamConfig
+from vstar_kernels.attention.triton.plan import PROGRAMS_PER_PROCESSOR, Launch, PlanKey, Strides
+from vstar_kernels.attention.triton.primitives import (
     LOG2E,
-    along,
-    first,
-    load,
+    Sizes,
+    delta_block,
+    inner_products,
+    load_heads,
     locate,
     logits,
     map_gradient,
-    product,
-    regularization,
+    offsets,
+    probabilities,
     regularized,
-    transposed,
 )
 
-STRIDES = [f"{name}_strides" for name in ("q", "k", "v", "grad_out", "values", "map")]
+STRIP = 512  # query frames of the mean map that are summed at a time, where it is summed by blocks
+
+
+class Tensors(NamedTuple):
+    """What the kernel reads and writes, and of each whether it does."""
+
+    q: Any  # (batch, [space,] frames, heads, head_dim), like k, v and grad_out
+    k: Any
+    v: Any
+    grad_out: Any
+    delta: Any  # Δ's table or matrix
+    grad_map: Any  # (batch, blocks, blocks)
+    lse: Any  # (sequences, frames), like row_stat and row_dot
+    row_stat: Any
+    row_dot: Any
+    sums: Any  # (groups, chunks, strip, frames)
+
+
+class TensorStrides(NamedTuple):
+    """The strides of these tensors, as :mod:`primitives` takes them."""
+
+    q: Strides
+    k: Strides
+    v: Strides
+    grad_out: Strides
+    delta: Strides
+    grad_map: Strides
 
 
 @triton.jit(
     do_not_specialize=[
-        *STRIDES, "heads", "frames", "map_block", "first_row", "rows", "count", "stride", "step",
-        "chunks",
+        "heads", "frames", "map_block", "strip_start", "strip", "count", "group_step",
+        "sequence_step", "chunks",
     ],
     do_not_specialize_on_alignment=["space"],
 )  # fmt: skip
 def maps_kernel(
-    q, k, v, grad_out, values, grad_map, lse, weights, inner, sums,
-    q_strides, k_strides, v_strides, grad_out_strides, values_strides, map_strides,
-    space, heads, frames, map_block, first_row, rows, count, stride, step, chunks,
-    scale, strength, rate, share,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
-    FORM: tl.constexpr, PER_HEAD: tl.constexpr, CLAMP: tl.constexpr,
+    t, strides, space, heads, frames, map_block, strip_start, strip, count, group_step,
+    sequence_step, chunks, numbers,
+    HEAD: tl.constexpr, BIAS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     OF_DELTA: tl.constexpr, GRAD_MAP: tl.constexpr,
-    EVEN: tl.constexpr, UNIT: tl.constexpr, OFFSET: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``sums``, ``(groups, chunks, rows, frames)``: of A′, or ``OF_DELTA``, of dΔ.
+    """Sums A′, or ``OF_DELTA``, dΔ, for the ``strip`` query frames from ``strip_start`` on.
 
-    The rows are first_row … first_row + rows − 1. Group g sums over its ``count`` sequences
-    g · stride + n · step.
+    Group g sums over its ``count`` sequences g · group_step + n · sequence_step.
     """
-    row_blocks = tl.cdiv(rows, ROWS)
+    sizes = Sizes(space, heads, frames)
+    query_blocks = tl.cdiv(strip, QUERIES)
     key_blocks = tl.cdiv(frames, KEYS)
-    program = tl.program_id(0)
-    key_start = program % key_blocks * KEYS
-    program = program // key_blocks
-    row_start = program % row_blocks * ROWS
-    program = program // row_blocks
-    chunk = program % chunks
-    group = program // chunks
-    i = first_row + row_start + tl.arange(0, ROWS)
+    i_program = tl.program_id(0)
+    key_start = i_program % key_blocks * KEYS
+    i_program = i_program // key_blocks
+    query_start = i_program % query_blocks * QUERIES
+    i_program = i_program // query_blocks
+    i_chunk = i_program % chunks
+    i_group = i_program // chunks
+    i = strip_start + query_start + tl.arange(0, QUERIES)
     j = key_start + tl.arange(0, KEYS)
-    i_inside = i < frames
-    j_inside = j < frames
+    m_i = i < frames
+    m_j = j < frames
 
-    total = tl.zeros((ROWS, KEYS), tl.float32)
-    for n in tl.range(chunk, count, chunks, num_stages=1):
-        sequence = group * stride + n * step
-        batch, place, head = locate(sequence, space, heads)
-        q_rows = first(q_strides, batch, place, head, UNIT, OFFSET)
-        q_rows += along(q_strides, i, UNIT, OFFSET)
-        k_rows = first(k_strides, batch, place, head, UNIT, OFFSET)
-        k_rows += along(k_strides, j, UNIT, OFFSET)
-        q_main, q_rest = load(q, q_rows, i_inside, HEAD_DIM, MAIN, REST)
-        k_main, k_rest = load(k, k_rows, j_inside, HEAD_DIM, MAIN, REST)
-        s = logits(q_main, q_rest, k_main, k_rest, j, frames, REST, EVEN, NEGATIVE, PRECISION)
-        saved = sequence.to(tl.int64) * frames + i
-        weight = tl.full((ROWS,), 0.0, tl.float32)
-        if FORM != "none":
-            weight = tl.load(weights + saved, mask=i_inside, other=0.0)
-            delta_head = head if PER_HEAD else 0
-            delta = regularization(
-                values, values_strides, rate, delta_head, i, j, frames, FORM, EVEN
+    b_sum = tl.zeros((QUERIES, KEYS), tl.float32)
+    for n in tl.range(i_chunk, count, chunks, num_stages=1):
+        i_sequence = i_group * group_step + n * sequence_step
+        place = locate(i_sequence, sizes)
+        o_q = offsets(strides.q, place, i, HEAD)
+        o_k = offsets(strides.k, place, j, HEAD)
+        b_q = load_heads(t.q, o_q, m_i, HEAD)  # (QUERIES, D)
+        b_k = load_heads(t.k, o_k, m_j, HEAD)  # (KEYS, D)
+        b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
+        o_row = i_sequence.to(tl.int64) * frames + i
+        b_stat = tl.full((QUERIES,), 0.0, tl.float32)
+        if BIAS.FORM != "none":
+            b_stat = tl.load(t.row_stat + o_row, mask=m_i, other=0.0)  # (QUERIES,)
+            b_delta = delta_block(
+                t.delta, strides.delta, place.head, i, j, frames, numbers.falloff, HEAD, BIAS
             )
-            s = regularized(s, weight, strength, delta, CLAMP)
-        row_lse = tl.load(lse + saved, mask=i_inside, other=0.0)
-        p = tl.exp2(s * scale - tl.expand_dims(row_lse, 1))
+            b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
+        b_lse = tl.load(t.lse + o_row, mask=m_i, other=0.0)  # (QUERIES,)
+        b_p = probabilities(b_s, b_lse, numbers.exp2_scale)  # (QUERIES, KEYS)
         if OF_DELTA:
-            g_rows = first(grad_out_strides, batch, place, head, UNIT, OFFSET)
-            g_rows += along(grad_out_strides, i, UNIT, OFFSET)
-            v_rows = first(v_strides, batch, place, head, UNIT, OFFSET)
-            v_rows += along(v_strides, j, UNIT, OFFSET)
-            g_main, g_rest = load(grad_out, g_rows, i_inside, HEAD_DIM, MAIN, REST)
-            v_main, v_rest = load(v, v_rows, j_inside, HEAD_DIM, MAIN, REST)
-            d_p = product(g_main, transposed(v_main), PRECISION)
-            if REST:
-                d_p += product(g_rest, transposed(v_rest), PRECISION)
+            o_do = offsets(strides.grad_out, place, i, HEAD)
+            o_v = offsets(strides.v, place, j, HEAD)
+            b_do = load_heads(t.grad_out, o_do, m_i, HEAD)  # (QUERIES, D)
+            b_v = load_heads(t.v, o_v, m_j, HEAD)  # (KEYS, D)
+            b_dp = inner_products(b_do, b_v, HEAD)  # (QUERIES, KEYS)
             if GRAD_MAP:
-                d_p += share * map_gradient(grad_map, map_strides, batch, i, j, frames, map_block)
-            row_inner = tl.load(inner + saved, mask=i_inside, other=0.0)
-            if CLAMP:
-                weight = tl.maximum(weight, 0.0)
-            d_s = p * (d_p - tl.expand_dims(row_inner, 1))
-            total += d_s * tl.expand_dims(weight * (strength * scale / LOG2E), 1)
+                b_dp += numbers.map_weight * map_gradient(
+                    t.grad_map, strides.grad_map, place.batch, i, j, frames, map_block
+                )
+            b_dot = tl.load(t.row_dot + o_row, mask=m_i, other=0.0)  # (QUERIES,)
+            if BIAS.CLAMP:
+                b_stat = tl.maximum(b_stat, 0.0)
+            b_ds = b_p * (b_dp - tl.expand_dims(b_dot, 1))
+            factor = numbers.strength * numbers.exp2_scale / LOG2E
+            b_sum += b_ds * tl.expand_dims(b_stat * factor, 1)
         else:
-            total += p
+            b_sum += b_p
 
-    row = row_start + tl.arange(0, ROWS)
-    offsets = (group * chunks + chunk).to(tl.int64) * rows * frames
-    offsets = offsets + tl.expand_dims(row.to(tl.int64), 1) * frames + j
-    tl.store(sums + offsets, total, mask=tl.expand_dims((row < rows) & i_inside, 1) & j_inside)
+    i_row = query_start + tl.arange(0, QUERIES)  # within the strip
+    o_sum = (i_group * chunks + i_chunk).to(tl.int64) * strip * frames
+    o_sum = o_sum + tl.expand_dims(i_row.to(tl.int64), 1) * frames + j
+    tl.store(t.sums + o_sum, b_sum, mask=tl.expand_dims((i_row < strip) & m_i, 1) & m_j)
+
+
+@dataclass(frozen=True)
+class MapSums:
+    """One launch, which leaves sums of the shape ``(groups, chunks, strip, frames)``."""
+
+    launch: Launch
+    shape: tuple[int, int, int, int]
+
+    def run(
+        self,
+        call: Call,
+        lse: Tensor,
+        row_stat: Tensor | None,
+        row_dot: Tensor | None = None,
+        grad_out: Tensor | None = None,
+        grad_map: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the sums, ``(groups, strip, frames)``; dΔ takes the last three tensors too."""
+        sums = plan.new(lse, *self.shape)
+        self.launch(
+            Tensors(
+                q=call.query,
+                k=call.key,
+                v=None if grad_out is None else call.value,
+                grad_out=grad_out,
+                delta=call.delta,
+                grad_map=grad_map,
+                lse=lse,
+                row_stat=row_stat,
+                row_dot=row_dot,
+                sums=sums,
+            )
+        )
+        return sums.sum(1)
+
+
+def mean_map(strips: tuple[MapSums, ...], call: Call, lse: Tensor, stat: Tensor | None) -> Tensor:
+    """Returns the mean map, or its sums over blocks of frames, strip by strip."""
+    weight, block = plan.map_weight(call), call.options.map_block
+    sums = [block_sums(strip.run(call, lse, stat) * weight, block) for strip in strips]
+    return torch.cat(sums, dim=1)
+
+
+def plan_mean_map(key: PlanKey, config: StreamConfig | None = None) -> tuple[MapSums, ...]:
+    """Returns the launches for the mean map, in strips, so that block sums never need all of it.
+
+    ``config`` need not be the one in the table, which is that of the gradients.
+    """
+    config = config or configs.stream_backward(key.device.architecture, key.kind, key.head_dim)
+    block = key.options.map_block
+    strip = key.frames if block == 1 else block * max(1, STRIP // block)
+    return tuple(
+        _plan_sums(
+            key,
+            config.of_kernel("maps"),
+            groups=key.shape[0],
+            strip_start=start,
+            strip=min(strip, key.frames - start),
+            count=key.space * key.heads,
+            group_step=key.space * key.heads,
+            sequence_step=1,
+            of_delta=False,
+        )
+        for start in range(0, key.frames, strip)
+    )
+
+
+def plan_grad_delta(key: PlanKey, config: StreamConfig) -> MapSums:
+    """Returns the launch for dΔ, one sum for each Δ that there is."""
+    return _plan_sums(
+        key,
+        config.of_kernel("grad_delta"),
+        groups=key.matrices,
+        strip_start=0,
+        strip=key.frames,
+        count=key.sequences // key.matrices,
+        group_step=1,
+        sequence_step=key.matrices,
+        of_delta=True,
+    )
+
+
+def _plan_sums(
+    key: PlanKey,
+    config: StreamConfig,
+    *,
+    groups: int,
+    strip_start: int,
+    strip: int,
+    count: int,
+    group_step: int,
+    sequence_step: int,
+    of_delta: bool,
+) -> MapSums:
+    """Returns a launch over ``count`` sequences of each group, in as many chunks as a GPU needs."""
+    blocks = groups * -(-strip // config.queries) * -(-key.frames // config.keys)
+    chunks = min(count, -(-key.device.processors * PROGRAMS_PER_PROCESSOR // blocks))
+    launch = Launch(
+        maps_kernel,
+        blocks * chunks,
+        Tensors(
+            q=True,
+            k=True,
+            v=of_delta,
+            grad_out=of_delta,
+            delta=key.reads_delta,
+            grad_map=of_delta and key.has_map,
+            lse=True,
+            row_stat=key.has_bias,
+            row_dot=of_delta,
+            sums=True,
+        ),
+        (
+            TensorStrides(
+                q=plan.row_strides(key, key.query),
+                k=plan.row_strides(key, key.key),
+                v=plan.row_strides(key, key.value),
+                grad_out=plan.row_strides(key, key.grad_out),
+                delta=plan.delta_strides(key),
+                grad_map=plan.map_strides(key),
+            ),
+            key.space,
+            key.heads,
+            key.frames,
+            max(key.options.map_block, 1),
+            strip_start,
+            strip,
+            count,
+            group_step,
+            sequence_step,
+            chunks,
+            plan.numbers(key),
+        ),
+        {
+            **plan.block_constants(key, config, plan.halves(key)),
+            "BIAS": plan.bias(key),
+            "OF_DELTA": of_delta,
+            "GRAD_MAP": key.has_map,
+        },
+    )
+    return MapSums(launch, (groups, chunks, strip, key.frames))

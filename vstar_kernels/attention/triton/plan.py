@@ -1,273 +1,403 @@
-"""What to launch for a call, forward: kernels, their grids, and every argument but the tensors."""
+"""What every family's kernels are planned from, what they are told, and how one is launched."""
 
 from __future__ import annotations
 
 import functools
+import math
+import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from vstar_kernels.attention.call import Call, Gradients, Options, Wanted
 from vstar_kernels.attention.triton import configs
-from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
-from vstar_kernels.attention.triton.facts import (
-    Facts,
-    arguments,
-    constants,
-    five,
-    kind,
-    sequences,
-)
-from vstar_kernels.attention.triton.maps import maps_kernel
-from vstar_kernels.attention.triton.stream import map_max_kernel, stream_kernel
-from vstar_kernels.attention.triton.tile import tile_kernel
+from vstar_kernels.attention.triton.configs import StreamConfig
 
+LOG2E = math.log2(math.e)
+NEGLIGIBLE = 2.0**-26  # of a statistic, in units of itself: below float32's resolution
+VECTOR_BYTES = 16  # the widest load of one thread
+INT32_MAX = 2**31 - 1
 # Of grids whose programs go through many sequences; more than are resident at a time.
 PROGRAMS_PER_PROCESSOR = 8
-LARGEST_MAP_TILE = 64  # frames: beyond, the map's sum does not fit the registers beside the rest
-MAP_STRIP = 512  # rows of the map that are summed at a time, where it is summed over blocks
+
+Strides = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One kernel with its grid. Called with tensors by name, of which it takes its own.
+class Device(NamedTuple):
+    """What matters of a GPU: ``shared`` bytes of memory for one program, ``processors``."""
 
-    The kernel gets None for the ``unused`` ones, which its constants make it leave alone, so that
-    it does not compile if it touches one of them after all. Every other tensor must be there.
+    architecture: str
+    shared: int
+    processors: int
+
+
+class PlanKey(NamedTuple):
+    """All that the plan of a call depends on, by which it is found again.
+
+    Backward, ``options.map_block`` is 0 where the map has no gradient.
     """
 
-    kernel: Any
-    programs: int
-    tensors: tuple[str, ...]
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
-    unused: frozenset[str]
+    device: Device
+    dtype: torch.dtype
+    ieee: bool  # float32 products in float32, not in TF32
+    shape: tuple[int, ...]  # of the query
+    options: Options
+    query: Strides
+    key: Strides
+    value: Strides
+    out: Strides
+    delta: Strides = ()
+    delta_shape: tuple[int, ...] = ()
+    stat: Strides = ()
+    # Backward only:
+    grad_out: Strides = ()
+    grad_query: Strides = ()
+    grad_key: Strides = ()
+    grad_value: Strides = ()
+    grad_stat: Strides = ()
+    wants_delta: bool = False
 
-    def __call__(self, tensors: dict[str, Tensor]) -> None:
-        if missing := [x for x in self.tensors if x not in self.unused and tensors.get(x) is None]:
-            raise ValueError(f"{self.kernel.__name__} needs {', '.join(missing)}, given none")
-        named = (None if name in self.unused else tensors[name] for name in self.tensors)
-        self.kernel[(self.programs,)](*named, *self.arguments, **self.constants)
+    @property
+    def shape_5d(self) -> tuple[int, ...]:
+        """The shape with a space, which is 1 in the 4-D layout."""
+        return self.shape if len(self.shape) == 5 else (self.shape[0], 1, *self.shape[1:])
+
+    @property
+    def frames(self) -> int:
+        """N, how many frames attend to each other."""
+        return self.shape[-3]
+
+    @property
+    def heads(self) -> int:
+        """H, how many heads there are."""
+        return self.shape[-2]
+
+    @property
+    def head_dim(self) -> int:
+        """D, the size of a head."""
+        return self.shape[-1]
+
+    @property
+    def space(self) -> int:
+        """S, how many positions there are."""
+        return self.shape_5d[1]
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences there are: batch · space · heads."""
+        return math.prod(self.shape[:-3]) * self.heads
+
+    @property
+    def kind(self) -> str:
+        """How products are computed, one of ``configs.KINDS``."""
+        if self.dtype != torch.float32:
+            return "16-bit"
+        return "ieee" if self.ieee else "tf32"
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether anything is added to the logits."""
+        return self.options.form != "none"
+
+    @property
+    def reads_delta(self) -> bool:
+        """Whether Δ is read from a table or matrix."""
+        return self.options.form not in ("none", "gaussian")
+
+    @property
+    def per_head(self) -> bool:
+        """Whether every head has its own Δ."""
+        return len(self.delta_shape) == (3 if self.options.form == "dense" else 2)
+
+    @property
+    def matrices(self) -> int:
+        """How many different Δ there are: one, or one for each head."""
+        return self.heads if self.per_head else 1
+
+    @property
+    def has_map(self) -> bool:
+        """Whether the mean map is wanted, or backward, has a gradient."""
+        return self.options.map_block > 0
+
+    @property
+    def given_stat(self) -> bool:
+        """Whether the statistic is a tensor of the call."""
+        return self.options.stat == "tensor"
+
+    @property
+    def through_stat(self) -> bool:
+        """Whether logits or a given statistic have a gradient through Δ's factor."""
+        return self.has_bias and self.options.stat != "none" and not self.options.detach_stat
+
+    @property
+    def through_maximum(self) -> bool:
+        """Whether logits have a gradient through the maximum that is Δ's factor."""
+        return self.through_stat and not self.given_stat
 
 
-def launch(
-    kernel: Any, programs: int, facts: Facts, *, unused: dict[str, bool], **more: Any
-) -> Launch:
-    """A kernel's launch, whose parameters are found by their names: ``more`` and from the facts.
-
-    ``unused`` says of tensors that are not always needed whether the constants make the kernel
-    leave them alone; Δ's values are found unused here.
-    """
-    constant = {**constants(facts), **more}
-    argument = {**arguments(facts), **more}
-    parameters = [name for name in kernel.arg_names if not name.isupper()]
-    unused = {"values": facts.form in ("none", "gaussian")} | unused
-    return Launch(
-        kernel,
-        programs,
-        tuple(name for name in parameters if name not in argument),
-        tuple(argument[name] for name in parameters if name in argument),
-        {
-            name: value
-            for name, value in constant.items()
-            if name == "num_warps" or (name.isupper() and name in kernel.arg_names)
-        },
-        frozenset(name for name, condition in unused.items() if condition),
+def forward_key(call: Call, out: Tensor) -> PlanKey:
+    """Returns the key of a forward pass."""
+    return PlanKey(
+        device=_device(call.device),
+        dtype=call.dtype,
+        ieee=torch.get_float32_matmul_precision() == "highest",
+        shape=tuple(call.shape),
+        options=call.options,
+        query=call.query.stride(),
+        key=call.key.stride(),
+        value=call.value.stride(),
+        out=out.stride(),
+        delta=() if call.delta is None else call.delta.stride(),
+        delta_shape=() if call.delta is None else tuple(call.delta.shape),
+        stat=() if call.stat is None else call.stat.stride(),
     )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A call's launches. ``map_max``, if any, comes first and leaves one number a program.
-
-    Where the mean map is wanted, ``forward`` leaves sums of A′ of the shape ``map_sums``, or else
-    saves what the launches in ``maps`` need to compute them, one for each strip of rows.
-    """
-
-    forward: Launch
-    map_max: Launch | None = None
-    map_sums: tuple[int, ...] = ()
-    maps: tuple[MapsLaunch, ...] = ()
-
-
-@dataclass(frozen=True)
-class MapsLaunch(Launch):
-    """A launch that leaves sums of maps, ``(groups, chunks, rows, frames)``, in "sums"."""
-
-    shape: tuple[int, int, int, int] = (0, 0, 0, 0)
-
-
-@functools.lru_cache(maxsize=4096)
-def make(facts: Facts) -> Plan:
-    """The plan of a call."""
-    architecture, frames, head_dim = facts.device.architecture, facts.shape[-3], facts.shape[-1]
-    tile = configs.tile(architecture, kind(facts), frames, head_dim)
-    if tile is not None and tile.shared <= facts.device.shared:
-        if not facts.map_block:
-            return Plan(tile_launch(facts, tile))
-        if tile.rows == configs.padded_frames(frames) <= LARGEST_MAP_TILE:
-            return tile_with_map(facts, tile)
-    stream = configs.stream(architecture, kind(facts), head_dim)
-    map_max = map_max_launch(facts, stream) if facts.stat == "map_max" else None
-    maps: tuple[MapsLaunch, ...] = ()
-    if facts.map_block:
-        maps = strips(facts, configs.stream_backward(architecture, kind(facts), head_dim))
-    return Plan(stream_launch(facts, stream, save=bool(maps)), map_max, maps=maps)
-
-
-def tile_launch(facts: Facts, config: TileConfig) -> Launch:
-    """The tile kernel with a configuration, which need not be the one in the table."""
-    padded = configs.padded_frames(facts.shape[-3])
-    programs = -(-sequences(facts) // config.sequences)
-    # A table that all heads share stays in registers where it is small; a Gaussian is computed
-    # anew in less time than it would take from the others.
-    keep = facts.form in ("symmetric", "signed", "dense") and not facts.per_head
-    keep = keep and config.rows == padded <= 64
-    if keep:
-        programs = min(programs, facts.device.processors * PROGRAMS_PER_PROCESSOR)
-    return launch(
-        tile_kernel,
-        programs,
-        facts,
-        unused={"stat": facts.stat != "tensor", "map_sums": True},
-        chunks=1,
-        FRAMES=padded,
-        ROWS=config.rows,
-        SEQUENCES=config.sequences,
-        PERSISTENT=keep,
-        MAP=False,
-        EVEN=facts.shape[-3] == padded,
-        num_warps=config.warps,
+def backward_key(
+    call: Call,
+    out: Tensor,
+    grad_out: Tensor,
+    grad_map: Tensor | None,
+    gradients: Gradients,
+    wanted: Wanted,
+) -> PlanKey:
+    """Returns the key of a backward pass, which fills these ``gradients``."""
+    options = call.options
+    return forward_key(call, out)._replace(
+        options=options if grad_map is not None else options._replace(map_block=0),
+        grad_out=grad_out.stride(),
+        grad_query=gradients.query.stride(),
+        grad_key=gradients.key.stride(),
+        grad_value=gradients.value.stride(),
+        grad_stat=() if gradients.stat is None else gradients.stat.stride(),
+        wants_delta=wanted.delta,
     )
 
 
-def tile_with_map(facts: Facts, config: TileConfig) -> Plan:
-    """The tile kernel, whose programs keep the sum of their sequences' maps.
+class Head(NamedTuple):
+    """The constants of every kernel: a head's size, and how tensors of them are read."""
 
-    ``config`` need not be the one in the table; its rows hold the whole map.
-    """
-    batch, space, frames, heads, _ = five(facts.shape)
-    padded = configs.padded_frames(frames)
-    tiles = -(-space * heads // config.sequences)
-    chunks = min(tiles, -(-facts.device.processors * PROGRAMS_PER_PROCESSOR // batch))
-    forward = launch(
-        tile_kernel,
-        batch * chunks,
-        facts,
-        unused={"stat": facts.stat != "tensor"},
-        chunks=chunks,
-        FRAMES=padded,
-        ROWS=config.rows,
-        SEQUENCES=config.sequences,
-        PERSISTENT=False,
-        MAP=True,
-        EVEN=frames == padded,
-        num_warps=config.warps,
+    HEAD_DIM: int
+    MAIN: int
+    REST: int  # 0: there is none
+    UNIT: int
+    OFFSET: Any  # tl.int32, or tl.int64 where the tensors are large
+    EVEN: bool  # the frames fill their blocks
+    NEGATIVE: bool  # the scale is below zero
+    PRECISION: str  # of float32 products
+
+
+class Bias(NamedTuple):
+    """The constants of kernels that add strength · statᵢ · Δᵢⱼ to the logits."""
+
+    FORM: str
+    PER_HEAD: bool
+    CLAMP: bool
+
+
+class Numbers(NamedTuple):
+    """What a call's options come to; none of it is compiled in."""
+
+    exp2_scale: float  # |scale| · log₂e, which turns the product qᵀk into a logarithm to base 2
+    scale: float
+    strength: float
+    falloff: float  # √(log₂e / 2) / σ, of a Gaussian Δ
+    map_weight: float  # 1 / (space · heads), of one map in the mean map
+
+
+def head(key: PlanKey, *, block: int, parts: tuple[int, int] | None = None) -> Head:
+    """Returns the constants for frames in blocks of so many, and parts unlike the usual ones."""
+    import triton.language as tl
+
+    main, rest = parts or configs.split(key.head_dim)
+    return Head(
+        HEAD_DIM=key.head_dim,
+        MAIN=main,
+        REST=rest,
+        UNIT=_unit(key),
+        OFFSET=tl.int64 if _largest_offset(key) > INT32_MAX else tl.int32,
+        EVEN=key.frames % block == 0,
+        NEGATIVE=key.options.scale < 0,
+        PRECISION="tf32" if key.kind == "tf32" else "ieee",
     )
-    return Plan(forward, map_sums=(batch, chunks, padded, padded))
 
 
-def stream_launch(facts: Facts, config: StreamConfig, *, save: bool = False) -> Launch:
-    """The stream kernel with a configuration, which need not be the one in the table."""
-    return launch(
-        stream_kernel,
-        sequences(facts) * -(-facts.shape[-3] // config.rows),
-        facts,
-        unused={
-            "stat": facts.form == "none" or facts.stat in ("none", "row_max"),
-            "lse": not save,
-            "weights": not save or facts.form == "none",
-        },
-        SAVE=save,
-        STAGES=config.stages,
-        **blocks(facts, config),
-    )
-
-
-def map_max_launch(facts: Facts, config: StreamConfig, **more: Any) -> Launch:
-    """The maxima that a stream kernel of the same configuration needs with "map_max"."""
-    programs = sequences(facts) * -(-facts.shape[-3] // config.rows)
-    constants = {"STAGES": config.stages, **blocks(facts, config), **more}
-    return launch(map_max_kernel, programs, facts, unused={}, **constants)
-
-
-def blocks(facts: Facts, config: StreamConfig) -> dict[str, Any]:
-    """The constants of kernels that go through the map by blocks."""
-    return {
-        "ROWS": config.rows,
-        "KEYS": config.keys,
-        "EVEN": facts.shape[-3] % max(config.rows, config.keys) == 0,
-        "num_warps": config.warps,
-    }
-
-
-def parts(facts: Facts) -> dict[str, int]:
-    """A large head's parts, for kernels of gradients and maps; empty: those of ``configs.split``.
+def halves(key: PlanKey) -> tuple[int, int] | None:
+    """Returns a large head's parts for kernels of gradients and maps, or None for the usual ones.
 
     Without matrix instructions a thread multiplies whole rows of a part. Those of a whole head stay
     in registers from one block of the map to the next and leave too few; halves are read again.
     """
-    main, rest = configs.split(facts.shape[-1])
-    nvidia = facts.device.architecture.startswith("sm_")
-    if nvidia and kind(facts) == "ieee" and main >= 128 and not rest:
-        return {"MAIN": main // 2, "REST": main // 2}
-    return {}
+    main, rest = configs.split(key.head_dim)
+    nvidia = key.device.architecture.startswith("sm_")
+    if nvidia and key.kind == "ieee" and main >= 128 and not rest:
+        return main // 2, main // 2
+    return None
 
 
-def strips(facts: Facts, config: StreamConfig) -> tuple[MapsLaunch, ...]:
-    """The mean map in strips of rows, so that block sums never need all of it.
+def block_constants(
+    key: PlanKey, config: StreamConfig, parts: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Returns the constants of kernels that go through the map by blocks."""
+    return {
+        "HEAD": head(key, block=max(config.queries, config.keys), parts=parts),
+        "QUERIES": config.queries,
+        "KEYS": config.keys,
+        "num_warps": config.warps,
+    }
 
-    ``config`` need not be the one in the table, which is that of the gradients.
+
+def bias(key: PlanKey) -> Bias:
+    """Returns the constants of Δ."""
+    return Bias(key.options.form, key.per_head, key.options.clamp_negative)
+
+
+def numbers(key: PlanKey) -> Numbers:
+    """Returns the numbers of a call."""
+    # A scale of zero makes all logits zero; so does a negligible one, by which they can be divided.
+    scale = max(abs(key.options.scale), 1e-30)
+    return Numbers(
+        exp2_scale=scale * LOG2E,
+        scale=math.copysign(scale, key.options.scale),
+        strength=float(key.options.strength),
+        # A negligible σ likewise leaves as little of Δ beside the diagonal as σ = 0.
+        falloff=math.sqrt(LOG2E / 2) / max(key.options.sigma, 1e-6),
+        map_weight=1.0 / (key.space * key.heads),
+    )
+
+
+def row_strides(key: PlanKey, strides: Strides) -> Strides:
+    """Returns a tensor's strides of (batch, space, frames, heads), in units."""
+    return tuple(stride // _unit(key) for stride in _strides_4d(strides, key))
+
+
+def stat_strides(key: PlanKey, strides: Strides) -> Strides:
+    """Returns a statistic's strides of (batch, space, frames, heads), in elements."""
+    return _strides_4d(strides, key)
+
+
+def delta_strides(key: PlanKey) -> Strides:
+    """Returns Δ's strides as :func:`primitives.delta_block` takes them.
+
+    They are those of heads, query frames and key frames; a table has the place of its distance 0
+    instead of the second.
     """
-    batch, space, frames, heads, _ = five(facts.shape)
-    block, config = facts.map_block, config.of("maps")
-    strip = frames if block == 1 else block * max(1, MAP_STRIP // block)
-    return tuple(
-        maps_launch(
-            facts,
-            config,
-            groups=batch,
-            count=space * heads,
-            stride=space * heads,
-            step=1,
-            first_row=first_row,
-            rows=min(strip, frames - first_row),
-            OF_DELTA=False,
-            **parts(facts),
+    if not key.reads_delta:
+        return (0, 0, 0)
+    of_heads = key.delta[0] if key.per_head else 0
+    if key.options.form == "dense":
+        return (of_heads, *key.delta[-2:])
+    zero = key.delta_shape[-1] // 2 if key.options.form == "signed" else 0
+    return (of_heads, zero, key.delta[-1])
+
+
+def map_strides(key: PlanKey) -> Strides:
+    """Returns the strides of the mean map's gradient, which is contiguous."""
+    blocks = -(-key.frames // max(key.options.map_block, 1))
+    return (blocks * blocks, blocks, 1)
+
+
+def window(key: PlanKey) -> int:
+    """Returns the distance in frames beyond which strength · Δ is negligible."""
+    if key.options.form != "gaussian":
+        return key.frames
+    reach = math.sqrt(2 * math.log(max(abs(key.options.strength), 1.0) / NEGLIGIBLE))
+    return math.ceil(min(key.options.sigma * reach, key.frames))
+
+
+def _unit(key: PlanKey) -> int:
+    """Returns the largest number of a vector's elements that divides every stride."""
+    longest = VECTOR_BYTES // key.dtype.itemsize
+    return math.gcd(longest, *(s for x in _tensors(key) for s in _strides_4d(x, key)))
+
+
+def _largest_offset(key: PlanKey) -> int:
+    """Returns the offset of the last head of the tensor that reaches furthest, and one beyond."""
+    sizes = key.shape_5d
+    reaches = (
+        sum(
+            (size - 1) * stride for size, stride in zip(sizes[:4], _strides_4d(x, key), strict=True)
         )
-        for first_row in range(0, frames, strip)
+        for x in (*_tensors(key), key.stat, key.grad_stat)
+    )
+    return max(reaches) + sizes[-1]
+
+
+def _tensors(key: PlanKey) -> tuple[Strides, ...]:
+    """Returns the strides of all tensors of query's shape."""
+    forward = (key.query, key.key, key.value, key.out)
+    return (*forward, key.grad_out, key.grad_query, key.grad_key, key.grad_value)
+
+
+def _strides_4d(strides: Strides, key: PlanKey) -> Strides:
+    """Returns strides of (batch, space, frames, heads); 0 for sizes of 1, where any would do."""
+    if not strides:
+        return (0, 0, 0, 0)
+    if len(key.shape) == 4:
+        strides = (strides[0], 0, *strides[1:])
+    return tuple(
+        stride if size > 1 else 0
+        for stride, size in zip(strides[:4], key.shape_5d[:4], strict=True)
     )
 
 
-def maps_launch(
-    facts: Facts,
-    config: StreamConfig,
-    *,
-    groups: int,
-    count: int,
-    rows: int,
-    OF_DELTA: bool,
-    **more: Any,
-) -> MapsLaunch:
-    """Sums over ``count`` sequences of each group, in as many chunks as the GPU needs programs."""
-    pieces = groups * -(-rows // config.rows) * -(-facts.shape[-3] // config.keys)
-    chunks = min(count, -(-facts.device.processors * PROGRAMS_PER_PROCESSOR // pieces))
-    made = launch(
-        maps_kernel,
-        pieces * chunks,
-        facts,
-        unused={
-            "v": not OF_DELTA,
-            "grad_out": not OF_DELTA,
-            "inner": not OF_DELTA,
-            "grad_map": not OF_DELTA or not facts.map_block,
-            "weights": facts.form == "none",
-        },
-        OF_DELTA=OF_DELTA,
-        count=count,
-        rows=rows,
-        chunks=chunks,
-        **more,
-        **blocks(facts, config),
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with its grid and all of its arguments but the tensors.
+
+    ``needed`` is a tuple of the kernel's tensors, which says of each whether the kernel touches it.
+    The others have to be None: then a kernel that touches one of them after all does not compile.
+    """
+
+    kernel: Any
+    programs: int
+    needed: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+    def __call__(self, tensors: Any) -> None:
+        """Launches the kernel on a tuple of tensors of the type of ``needed``.
+
+        Raises:
+            ValueError: A tensor that the kernel needs is None, or one that it leaves alone is not.
+        """
+        for name, tensor, needed in zip(self.needed._fields, tensors, self.needed, strict=True):
+            if (tensor is None) == needed:
+                fault = "needs" if needed else "leaves alone"
+                given = "none is" if needed else "it is"
+                raise ValueError(f"{self.kernel.__name__} {fault} {name}, {given} given")
+        self.kernel[(self.programs,)](tensors, *self.arguments, **self.constants)
+
+
+def map_weight(call: Call) -> float:
+    """Returns 1 / (space · heads), the weight of one map in the mean map."""
+    return call.shape[0] * call.frames * call.head_dim / call.query.numel()
+
+
+def new(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns a tensor for a kernel to fill."""
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+@functools.cache
+def _device(device: torch.device) -> Device:
+    if device.type == "cpu":  # interpreted: any architecture's configuration does
+        return Device("sm_80", shared=sys.maxsize, processors=1)
+    from triton.runtime import driver
+
+    properties = driver.active.utils.get_device_properties(device.index)
+    return Device(
+        _architecture(device), properties["max_shared_mem"], properties["multiprocessor_count"]
     )
-    return MapsLaunch(**vars(made), shape=(groups, chunks, rows, facts.shape[-3]))
+
+
+def _architecture(device: torch.device) -> str:
+    """Returns the one of ``configs.ARCHITECTURES`` whose configurations suit a GPU."""
+    if torch.version.hip:
+        return "gfx942"
+    generation = torch.cuda.get_device_capability(device)[0]
+    if generation in (9, 10):
+        return f"sm_{generation}0"
+    return "sm_80"  # 12.x, consumer Blackwell, has the memory and the matrix instructions of 8.x

@@ -13,172 +13,293 @@ window of W keys.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from vstar_kernels.attention.triton.pieces import (
+from vstar_kernels.attention.call import Call, Forward
+from vstar_kernels.attention.triton import configs, maps, plan
+from vstar_kernels.attention.triton.configs import StreamConfig
+from vstar_kernels.attention.triton.maps import MapSums
+from vstar_kernels.attention.triton.plan import Launch, PlanKey, Strides
+from vstar_kernels.attention.triton.primitives import (
     LOG2E,
-    STRIDES,
-    along,
-    block_logits,
+    Sizes,
+    add_weighted_sums,
     blocks_in_window,
+    delta_block,
     exponentials,
-    first,
-    load,
+    frame_offsets,
+    load_heads,
     locate,
-    product,
-    regularization,
+    logits,
+    offsets,
     regularized,
-    store,
+    sequence_offset,
+    statistic_offsets,
+    store_heads,
+    times,
+    zero_heads,
 )
+
+
+class Tensors(NamedTuple):
+    """What the kernel reads and writes, and of each whether it does."""
+
+    q: Any  # (batch, [space,] frames, heads, head_dim), like k, v and out
+    k: Any
+    v: Any
+    out: Any
+    delta: Any  # Δ's table or matrix
+    stat: Any  # (batch, [space,] frames, heads), or of "map_max", (sequences, blocks of queries)
+    lse: Any  # (sequences, frames), like row_stat
+    row_stat: Any
+
+
+class TensorStrides(NamedTuple):
+    """The strides of these tensors, as :mod:`primitives` takes them."""
+
+    q: Strides
+    k: Strides
+    v: Strides
+    out: Strides
+    delta: Strides
+    stat: Strides
 
 
 @triton.jit(
-    do_not_specialize=[*STRIDES, "heads", "frames", "window"],
-    do_not_specialize_on_alignment=["space"],
+    do_not_specialize=["heads", "frames", "window"], do_not_specialize_on_alignment=["space"]
 )
 def stream_kernel(
-    q, k, v, out, values, stat, lse, weights,
-    q_strides, k_strides, v_strides, out_strides, values_strides, stat_strides,
-    space, heads, frames, scale, strength, rate, window,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    FORM: tl.constexpr, PER_HEAD: tl.constexpr, STAT: tl.constexpr, CLAMP: tl.constexpr,
-    EVEN: tl.constexpr, UNIT: tl.constexpr, OFFSET: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
+    t, strides, space, heads, frames, numbers, window,
+    HEAD: tl.constexpr, BIAS: tl.constexpr, STAT: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """``ROWS`` queries of one sequence against all keys, ``KEYS`` at a time.
+    """``QUERIES`` queries of one sequence against all keys, ``KEYS`` at a time.
 
     Δᵢⱼ counts as zero for |j − i| > ``window``. With ``STAT`` "map_max", ``stat`` holds the maxima
-    that :func:`map_max_kernel` left, ``(sequences, blocks of queries)``. ``SAVE`` writes for each
-    row the binary logarithm of the sum of its exponentials, and the weight of Δ, ``(sequences,
-    frames)``.
+    that :func:`map_max_kernel` left. ``SAVE`` writes for each row the binary logarithm of the sum
+    of its exponentials, and Δ's factor before it is clamped.
     """
-    blocks = tl.cdiv(frames, ROWS)
-    sequence = tl.program_id(0) // blocks
-    start = tl.program_id(0) % blocks * ROWS
-    batch, place, head = locate(sequence, space, heads)
-    i = start + tl.arange(0, ROWS)
-    inside = i < frames
-    q_rows = first(q_strides, batch, place, head, UNIT, OFFSET) + along(q_strides, i, UNIT, OFFSET)
-    q_main, q_rest = load(q, q_rows, inside, HEAD_DIM, MAIN, REST)
-    k += first(k_strides, batch, place, head, UNIT, OFFSET)
-    v += first(v_strides, batch, place, head, UNIT, OFFSET)
+    sizes = Sizes(space, heads, frames)
+    query_blocks = tl.cdiv(frames, QUERIES)
+    i_sequence = tl.program_id(0) // query_blocks
+    start = tl.program_id(0) % query_blocks * QUERIES
+    place = locate(i_sequence, sizes)
+    i = start + tl.arange(0, QUERIES)
+    m_i = i < frames
+    b_q = load_heads(t.q, offsets(strides.q, place, i, HEAD), m_i, HEAD)  # (QUERIES, D)
+    p_k = t.k + sequence_offset(strides.k, place, HEAD)
+    p_v = t.v + sequence_offset(strides.v, place, HEAD)
 
     # Blocks near … far − 1 of keys meet the window.
     key_blocks = tl.cdiv(frames, KEYS)
     near = 0
     far = 0
-    if FORM != "none":
-        near, far = blocks_in_window(start, ROWS, KEYS, window, frames)
+    if BIAS.FORM != "none":
+        near, far = blocks_in_window(start, QUERIES, KEYS, window, frames)
 
-    row_max = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    o_main = tl.zeros((ROWS, MAIN), tl.float32)
-    o_rest = tl.zeros((ROWS, REST if REST else MAIN), tl.float32)
+    b_max = tl.full((QUERIES,), float("-inf"), tl.float32)
+    b_total = tl.zeros((QUERIES,), tl.float32)
+    b_o = zero_heads(QUERIES, HEAD)
     for n in tl.range(0, key_blocks - (far - near), num_stages=STAGES):
         j = tl.where(n < near, n, n + (far - near)) * KEYS + tl.arange(0, KEYS)
-        s = block_logits(
-            q_main, q_rest, k, along(k_strides, j, UNIT, OFFSET), j, frames,
-            HEAD_DIM, MAIN, REST, EVEN, NEGATIVE, PRECISION,
-        )  # fmt: skip
-        v_rows = along(v_strides, j, UNIT, OFFSET)
-        row_max, total, o_main, o_rest = _accumulate(
-            s, v, v_rows, j, frames, scale, row_max, total, o_main, o_rest,
-            HEAD_DIM, MAIN, REST, PRECISION,
-        )  # fmt: skip
+        b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)  # (KEYS, D)
+        b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
+        o_v = frame_offsets(strides.v, j, HEAD)
+        b_max, b_total, b_o = accumulate(
+            b_max, b_total, b_o, b_s, p_v, o_v, j < frames, numbers, HEAD
+        )
 
-    if FORM != "none":
-        weight = LOG2E / scale
+    if BIAS.FORM != "none":
+        b_stat = LOG2E / numbers.exp2_scale
         if STAT == "row_max":
-            weight = row_max
+            b_stat = b_max
             for n in tl.range(near, far, num_stages=STAGES):
                 j = n * KEYS + tl.arange(0, KEYS)
-                s = block_logits(
-                    q_main, q_rest, k, along(k_strides, j, UNIT, OFFSET), j, frames,
-                    HEAD_DIM, MAIN, REST, EVEN, NEGATIVE, PRECISION,
-                )  # fmt: skip
-                weight = tl.maximum(weight, tl.max(s, 1))
+                b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)
+                b_stat = tl.maximum(b_stat, tl.max(logits(b_q, b_k, j, frames, HEAD), 1))
         elif STAT == "map_max":
-            weight = float("-inf")
-            for n in range(blocks):
-                weight = tl.maximum(weight, tl.load(stat + sequence.to(tl.int64) * blocks + n))
+            b_stat = float("-inf")
+            for n in range(query_blocks):
+                p_stat = t.stat + i_sequence.to(tl.int64) * query_blocks + n
+                b_stat = tl.maximum(b_stat, tl.load(p_stat))
         elif STAT == "tensor":
-            stat_rows = first(stat_strides, batch, place, head, 1, OFFSET)
-            stat_rows += along(stat_strides, i, 1, OFFSET)
-            weight = tl.load(stat + stat_rows, mask=inside, other=0.0) * (LOG2E / scale)
+            o_stat = statistic_offsets(strides.stat, place, i, HEAD)
+            b_stat = tl.load(t.stat + o_stat, mask=m_i, other=0.0) * (LOG2E / numbers.exp2_scale)
 
-        delta_head = head if PER_HEAD else 0
         for n in tl.range(near, far, num_stages=STAGES):
             j = n * KEYS + tl.arange(0, KEYS)
-            s = block_logits(
-                q_main, q_rest, k, along(k_strides, j, UNIT, OFFSET), j, frames,
-                HEAD_DIM, MAIN, REST, EVEN, NEGATIVE, PRECISION,
-            )  # fmt: skip
-            delta = regularization(
-                values, values_strides, rate, delta_head, i, j, frames, FORM, EVEN
+            b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)  # (KEYS, D)
+            b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
+            b_delta = delta_block(
+                t.delta, strides.delta, place.head, i, j, frames, numbers.falloff, HEAD, BIAS
             )
-            s = regularized(s, weight, strength, delta, CLAMP)
-            v_rows = along(v_strides, j, UNIT, OFFSET)
-            row_max, total, o_main, o_rest = _accumulate(
-                s, v, v_rows, j, frames, scale, row_max, total, o_main, o_rest,
-                HEAD_DIM, MAIN, REST, PRECISION,
-            )  # fmt: skip
+            b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
+            o_v = frame_offsets(strides.v, j, HEAD)
+            b_max, b_total, b_o = accumulate(
+                b_max, b_total, b_o, b_s, p_v, o_v, j < frames, numbers, HEAD
+            )
 
     if SAVE:
-        saved = sequence.to(tl.int64) * frames + i
-        tl.store(lse + saved, row_max * scale + tl.log2(total), mask=inside)
-        if FORM != "none":
-            tl.store(weights + saved, tl.zeros((ROWS,), tl.float32) + weight, mask=inside)
-    inverse = tl.expand_dims(1.0 / total, 1)
-    out += first(out_strides, batch, place, head, UNIT, OFFSET)
-    out_rows = along(out_strides, i, UNIT, OFFSET)
-    store(out, out_rows, inside, o_main * inverse, o_rest * inverse, HEAD_DIM, MAIN, REST)
+        o_row = i_sequence.to(tl.int64) * frames + i
+        tl.store(t.lse + o_row, b_max * numbers.exp2_scale + tl.log2(b_total), mask=m_i)
+        if BIAS.FORM != "none":
+            tl.store(t.row_stat + o_row, tl.zeros((QUERIES,), tl.float32) + b_stat, mask=m_i)
+    b_inverse = tl.expand_dims(1.0 / b_total, 1)  # (QUERIES, 1)
+    p_out = t.out + sequence_offset(strides.out, place, HEAD)
+    o_out = frame_offsets(strides.out, i, HEAD)
+    store_heads(p_out, o_out, m_i, times(b_o, b_inverse), HEAD)
 
 
 @triton.jit
-def _accumulate(
-    s, v, rows, j, frames, scale, row_max, total, o_main, o_rest,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The online softmax (Milakov and Gimelshein, 2018): adds the keys of ``s`` to the sums."""
-    new_max = tl.maximum(row_max, tl.max(s, 1))
-    shrink = tl.exp2((row_max - new_max) * scale)
-    p = exponentials(s, new_max, scale)
-    total = total * shrink + tl.sum(p, 1)
-    v_main, v_rest = load(v, rows, j < frames, HEAD_DIM, MAIN, REST)
-    p = p.to(v_main.dtype)
-    o_main = o_main * tl.expand_dims(shrink, 1) + product(p, v_main, PRECISION)
-    if REST:
-        o_rest = o_rest * tl.expand_dims(shrink, 1) + product(p, v_rest, PRECISION)
-    return new_max, total, o_main, o_rest
+def accumulate(b_max, b_total, b_o, b_s, p_v, o_v, m_j, numbers, HEAD: tl.constexpr):
+    """Adds a block of keys to the online softmax (Milakov and Gimelshein, 2018).
+
+    Returns the new row maxima and sums of exponentials, ``(QUERIES,)``, and sums of values,
+    ``(QUERIES, D)``.
+    """
+    b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+    b_shrink = tl.exp2((b_max - b_new_max) * numbers.exp2_scale)
+    b_p = exponentials(b_s, b_new_max, numbers.exp2_scale)  # (QUERIES, KEYS)
+    b_total = b_total * b_shrink + tl.sum(b_p, 1)
+    b_v = load_heads(p_v, o_v, m_j, HEAD)  # (KEYS, D)
+    b_o = times(b_o, tl.expand_dims(b_shrink, 1))
+    return b_new_max, b_total, add_weighted_sums(b_o, b_p.to(b_v[0].dtype), b_v, HEAD)
 
 
-@triton.jit(
-    do_not_specialize=["q_strides", "k_strides", "heads", "frames"],
-    do_not_specialize_on_alignment=["space"],
-)
+class MapMaxTensors(NamedTuple):
+    """What :func:`map_max_kernel` reads and writes, and of each whether it does."""
+
+    q: Any  # (batch, [space,] frames, heads, head_dim), like k
+    k: Any
+    maxima: Any  # (sequences, blocks of queries)
+
+
+class MapMaxStrides(NamedTuple):
+    """The strides of these tensors, as :mod:`primitives` takes them."""
+
+    q: Strides
+    k: Strides
+
+
+@triton.jit(do_not_specialize=["heads", "frames"], do_not_specialize_on_alignment=["space"])
 def map_max_kernel(
-    q, k, maxima, q_strides, k_strides, space, heads, frames,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    EVEN: tl.constexpr, UNIT: tl.constexpr, OFFSET: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
+    t, strides, space, heads, frames,
+    HEAD: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The largest logit of each block of ``ROWS`` queries: 2·B·S·H·N²·D operations."""
-    blocks = tl.cdiv(frames, ROWS)
-    batch, place, head = locate(tl.program_id(0) // blocks, space, heads)
-    i = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    q_rows = first(q_strides, batch, place, head, UNIT, OFFSET) + along(q_strides, i, UNIT, OFFSET)
-    q_main, q_rest = load(q, q_rows, i < frames, HEAD_DIM, MAIN, REST)
-    k += first(k_strides, batch, place, head, UNIT, OFFSET)
-    row_max = tl.full((ROWS,), float("-inf"), tl.float32)
+    """The largest logit of each block of ``QUERIES`` queries: 2·B·S·H·N²·D operations."""
+    query_blocks = tl.cdiv(frames, QUERIES)
+    place = locate(tl.program_id(0) // query_blocks, Sizes(space, heads, frames))
+    i = tl.program_id(0) % query_blocks * QUERIES + tl.arange(0, QUERIES)
+    b_q = load_heads(t.q, offsets(strides.q, place, i, HEAD), i < frames, HEAD)  # (QUERIES, D)
+    p_k = t.k + sequence_offset(strides.k, place, HEAD)
+    b_max = tl.full((QUERIES,), float("-inf"), tl.float32)
     for n in tl.range(0, tl.cdiv(frames, KEYS), num_stages=STAGES):
         j = n * KEYS + tl.arange(0, KEYS)
-        s = block_logits(
-            q_main, q_rest, k, along(k_strides, j, UNIT, OFFSET), j, frames,
-            HEAD_DIM, MAIN, REST, EVEN, NEGATIVE, PRECISION,
-        )  # fmt: skip
-        row_max = tl.maximum(row_max, tl.max(s, 1))
-    row_max = tl.where(i < frames, row_max, float("-inf"))
-    tl.store(maxima + tl.program_id(0).to(tl.int64), tl.max(row_max, 0))
+        b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)  # (KEYS, D)
+        b_max = tl.maximum(b_max, tl.max(logits(b_q, b_k, j, frames, HEAD), 1))
+    b_max = tl.where(i < frames, b_max, float("-inf"))
+    tl.store(t.maxima + tl.program_id(0).to(tl.int64), tl.max(b_max, 0))
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """The launches: ``map_max``, if any, comes first, and the ``maps`` of the mean map last."""
+
+    attention: Launch
+    map_max: Launch | None
+    maps: tuple[MapSums, ...]
+    saved: (
+        tuple[int, int] | None
+    )  # (sequences, frames), where the attention saves its rows' numbers
+
+    def run(self, call: Call, out: Tensor) -> Forward:
+        """Fills ``out``."""
+        stat, lse, row_stat = call.stat, None, None
+        if self.map_max is not None:
+            stat = plan.new(out, self.map_max.programs)
+            self.map_max(MapMaxTensors(call.query, call.key, stat))
+        if self.saved is not None:
+            lse = plan.new(out, *self.saved)
+            row_stat = plan.new(out, *self.saved) if self.attention.needed.row_stat else None
+        self.attention(
+            Tensors(call.query, call.key, call.value, out, call.delta, stat, lse, row_stat)
+        )
+        if lse is None or not self.maps:
+            return Forward(out, None, ())
+        return Forward(out, maps.mean_map(self.maps, call, lse, row_stat), ())
+
+
+def make_plan(key: PlanKey) -> StreamPlan:
+    """Returns the plan of a call."""
+    config = configs.stream(key.device.architecture, key.kind, key.head_dim)
+    return plan_stream(key, config)
+
+
+def plan_stream(key: PlanKey, config: StreamConfig) -> StreamPlan:
+    """Returns the plan with a configuration, which need not be the one in the table."""
+    save = key.has_map
+    attention = Launch(
+        stream_kernel,
+        key.sequences * -(-key.frames // config.queries),
+        Tensors(
+            q=True,
+            k=True,
+            v=True,
+            out=True,
+            delta=key.reads_delta,
+            stat=key.options.stat in ("map_max", "tensor"),
+            lse=save,
+            row_stat=save and key.has_bias,
+        ),
+        (
+            TensorStrides(
+                q=plan.row_strides(key, key.query),
+                k=plan.row_strides(key, key.key),
+                v=plan.row_strides(key, key.value),
+                out=plan.row_strides(key, key.out),
+                delta=plan.delta_strides(key),
+                stat=plan.stat_strides(key, key.stat),
+            ),
+            key.space,
+            key.heads,
+            key.frames,
+            plan.numbers(key),
+            plan.window(key),
+        ),
+        {
+            **plan.block_constants(key, config),
+            "BIAS": plan.bias(key),
+            "STAT": key.options.stat,
+            "STAGES": config.stages,
+            "SAVE": save,
+        },
+    )
+    return StreamPlan(
+        attention,
+        plan_map_max(key, config) if key.options.stat == "map_max" else None,
+        maps.plan_mean_map(key) if key.has_map else (),
+        (key.sequences, key.frames) if save else None,
+    )
+
+
+def plan_map_max(
+    key: PlanKey, config: StreamConfig, parts: tuple[int, int] | None = None
+) -> Launch:
+    """Returns the launch for the maxima that the attention needs, of blocks of the same size."""
+    return Launch(
+        map_max_kernel,
+        key.sequences * -(-key.frames // config.queries),
+        MapMaxTensors(q=True, k=True, maxima=True),
+        (
+            MapMaxStrides(plan.row_strides(key, key.query), plan.row_strides(key, key.key)),
+            key.space,
+            key.heads,
+            key.frames,
+        ),
+        {**plan.block_constants(key, config, parts), "STAGES": config.stages},
+    )

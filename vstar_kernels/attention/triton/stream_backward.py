@@ -1,348 +1,541 @@
 """The gradients of more frames than :mod:`tile_backward` holds, in three sweeps over the map.
 
-- :func:`statistics_kernel`: what each row needs: the logarithm of its sum of exponentials, the
-  weight of its Δ, the key that is its maximum, and rowsum(dP ∘ P).
-- :func:`rows_kernel`: dQ and the weight's gradient, row by row.
-- :func:`columns_kernel`: dK and dV, key by key.
+- :func:`statistics_kernel`: what each row needs: the logarithm of its sum of exponentials, Δ's
+  factor, the key that is its maximum, and rowsum(dP ∘ P).
+- :func:`grad_query_kernel`: dQ and the gradient of Δ's factor, by blocks of queries.
+- :func:`grad_key_kernel`: dK and dV, by blocks of keys.
 
-Nothing is added up between programs. The formulas are those of ``attention/reference_backward.py``;
-products of N×N×D: 1, 3 and 4, with one more in the first two where the mean map has a gradient.
+Nothing is added up between programs. The formulas are those of ``attention/reference.py``; products
+of N×N×D: 1, 3 and 4, with one more in the first two where the mean map has a gradient.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from vstar_kernels.attention.triton.pieces import (
+from vstar_kernels.attention.call import Call, Gradients
+from vstar_kernels.attention.triton import configs, maps, plan, stream
+from vstar_kernels.attention.triton.configs import StreamConfig
+from vstar_kernels.attention.triton.maps import MapSums
+from vstar_kernels.attention.triton.plan import Launch, PlanKey, Strides
+from vstar_kernels.attention.triton.primitives import (
     LOG2E,
-    along,
-    block_logits,
+    Sizes,
+    add_weighted_sums,
     blocks_in_window,
+    delta_block,
     exponentials,
-    first,
-    load,
+    frame_offsets,
+    inner_products,
+    load_heads,
     locate,
     logits,
     map_gradient,
-    product,
-    regularization,
+    offsets,
+    probabilities,
     regularized,
-    store,
+    sequence_offset,
+    statistic_offsets,
+    store_heads,
+    times,
     transposed,
+    zero_heads,
 )
 
-STRIDES = [
-    f"{name}_strides"
-    for name in (
-        "q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v",
-        "values", "stat", "grad_stat", "map",
-    )
-]  # fmt: skip
+
+class Tensors(NamedTuple):
+    """What the three sweeps read and write, and of each whether a sweep does."""
+
+    q: Any  # (batch, [space,] frames, heads, head_dim), like all up to grad_v
+    k: Any
+    v: Any
+    out: Any
+    grad_out: Any
+    grad_q: Any
+    grad_k: Any
+    grad_v: Any
+    delta: Any  # Δ's table or matrix
+    stat: Any  # (batch, [space,] frames, heads), or of "map_max", (sequences,)
+    grad_stat: Any  # (batch, [space,] frames, heads)
+    grad_map: Any  # (batch, blocks, blocks)
+    lse: Any  # (sequences, frames), like all below: the logarithm to base 2 of the sum exp φ′
+    row_stat: Any  # Δ's factor in units of the product qᵀk, before it is clamped
+    argmax: Any  # the key frame whose logit is the row's largest
+    row_dot: Any  # rowsum(dP ∘ P)
+    d_row_stat: Any  # the gradient of row_stat, over |scale|
+
+
+class TensorStrides(NamedTuple):
+    """The strides of these tensors, as :mod:`primitives` takes them; () of those not touched."""
+
+    q: Strides
+    k: Strides
+    v: Strides
+    out: Strides
+    grad_out: Strides
+    grad_q: Strides
+    grad_k: Strides
+    grad_v: Strides
+    delta: Strides
+    stat: Strides
+    grad_stat: Strides
+    grad_map: Strides
 
 
 @triton.jit(
-    do_not_specialize=[*STRIDES, "heads", "frames", "window", "map_block"],
+    do_not_specialize=["heads", "frames", "window", "map_block"],
     do_not_specialize_on_alignment=["space"],
 )
 def statistics_kernel(
-    q, k, out, grad_out, values, stat, grad_map, lse, weights, columns, inner,
-    q_strides, k_strides, out_strides, grad_out_strides, values_strides, stat_strides, map_strides,
-    space, heads, frames, map_block, scale, strength, rate, window, share,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
-    FORM: tl.constexpr, PER_HEAD: tl.constexpr, STAT: tl.constexpr, CLAMP: tl.constexpr,
-    GRAD_MAP: tl.constexpr, EVEN: tl.constexpr, UNIT: tl.constexpr, OFFSET: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
+    t, strides, space, heads, frames, map_block, numbers, window,
+    HEAD: tl.constexpr, BIAS: tl.constexpr, STAT: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, GRAD_MAP: tl.constexpr,
 ):  # fmt: skip
-    """Of ``ROWS`` queries; the results are ``(sequences, frames)``.
+    """What ``QUERIES`` rows need: ``lse``, ``row_stat``, ``argmax`` and ``row_dot``.
 
-    ``weights`` are in units of the product qᵀk, before they are clamped. With ``STAT`` "map_max",
-    ``weights`` and ``columns`` come out as those of "row_max", and ``stat`` holds the map's.
+    With ``STAT`` "map_max", ``row_stat`` and ``argmax`` come out as those of "row_max".
     """
-    blocks = tl.cdiv(frames, ROWS)
-    sequence = tl.program_id(0) // blocks
-    start = tl.program_id(0) % blocks * ROWS
-    batch, place, head = locate(sequence, space, heads)
-    i = start + tl.arange(0, ROWS)
-    inside = i < frames
-    q_rows = first(q_strides, batch, place, head, UNIT, OFFSET) + along(q_strides, i, UNIT, OFFSET)
-    q_main, q_rest = load(q, q_rows, inside, HEAD_DIM, MAIN, REST)
-    k += first(k_strides, batch, place, head, UNIT, OFFSET)
+    sizes = Sizes(space, heads, frames)
+    query_blocks = tl.cdiv(frames, QUERIES)
+    i_sequence = tl.program_id(0) // query_blocks
+    start = tl.program_id(0) % query_blocks * QUERIES
+    place = locate(i_sequence, sizes)
+    i = start + tl.arange(0, QUERIES)
+    m_i = i < frames
+    o_row = i_sequence.to(tl.int64) * frames + i
+    b_q = load_heads(t.q, offsets(strides.q, place, i, HEAD), m_i, HEAD)  # (QUERIES, D)
+    p_k = t.k + sequence_offset(strides.k, place, HEAD)
 
-    best = tl.full((ROWS,), float("-inf"), tl.float32)
-    column = tl.zeros((ROWS,), tl.int32)
-    row_max = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    b_best = tl.full((QUERIES,), float("-inf"), tl.float32)
+    b_argmax = tl.zeros((QUERIES,), tl.int32)
+    b_max = tl.full((QUERIES,), float("-inf"), tl.float32)
+    b_total = tl.zeros((QUERIES,), tl.float32)
     near = 0
     far = 0
-    if FORM != "none":
-        near, far = blocks_in_window(start, ROWS, KEYS, window, frames)
+    if BIAS.FORM != "none":
+        near, far = blocks_in_window(start, QUERIES, KEYS, window, frames)
     for n in tl.range(0, tl.cdiv(frames, KEYS), num_stages=1):
         j = n * KEYS + tl.arange(0, KEYS)
-        k_rows = along(k_strides, j, UNIT, OFFSET)
-        s = block_logits(
-            q_main, q_rest, k, k_rows, j, frames, HEAD_DIM, MAIN, REST, EVEN, NEGATIVE, PRECISION
-        )
-        block_max, block_column = tl.max(s, 1, return_indices=True)
-        column = tl.where(block_max > best, block_column + n * KEYS, column)
-        best = tl.maximum(best, block_max)
+        b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)  # (KEYS, D)
+        b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
+        b_block_max, b_block_argmax = tl.max(b_s, 1, return_indices=True)
+        b_argmax = tl.where(b_block_max > b_best, b_block_argmax + n * KEYS, b_argmax)
+        b_best = tl.maximum(b_best, b_block_max)
         if (n < near) | (n >= far):
-            row_max, total = _add(s, row_max, total, scale)
+            b_max, b_total = add_exponentials(b_max, b_total, b_s, numbers)
 
-    saved = sequence.to(tl.int64) * frames + i
-    if FORM != "none":
-        weight = best
+    if BIAS.FORM != "none":
+        b_stat = b_best
         if STAT == "none":
-            weight = tl.zeros((ROWS,), tl.float32) + LOG2E / scale
+            b_stat = tl.zeros((QUERIES,), tl.float32) + LOG2E / numbers.exp2_scale
         elif STAT == "tensor":
-            stat_rows = first(stat_strides, batch, place, head, 1, OFFSET)
-            stat_rows += along(stat_strides, i, 1, OFFSET)
-            weight = tl.load(stat + stat_rows, mask=inside, other=0.0) * (LOG2E / scale)
-        tl.store(weights + saved, weight, mask=inside)
-        tl.store(columns + saved, column, mask=inside)
+            o_stat = statistic_offsets(strides.stat, place, i, HEAD)
+            b_stat = tl.load(t.stat + o_stat, mask=m_i, other=0.0) * (LOG2E / numbers.exp2_scale)
+        tl.store(t.row_stat + o_row, b_stat, mask=m_i)
+        tl.store(t.argmax + o_row, b_argmax, mask=m_i)
         if STAT == "map_max":
-            weight = tl.zeros((ROWS,), tl.float32) + tl.load(stat + sequence)
-        delta_head = head if PER_HEAD else 0
+            b_stat = tl.zeros((QUERIES,), tl.float32) + tl.load(t.stat + i_sequence)
         for n in tl.range(near, far, num_stages=1):
             j = n * KEYS + tl.arange(0, KEYS)
-            k_rows = along(k_strides, j, UNIT, OFFSET)
-            s = block_logits(
-                q_main, q_rest, k, k_rows, j, frames,
-                HEAD_DIM, MAIN, REST, EVEN, NEGATIVE, PRECISION,
-            )  # fmt: skip
-            delta = regularization(
-                values, values_strides, rate, delta_head, i, j, frames, FORM, EVEN
+            b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)  # (KEYS, D)
+            b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
+            b_delta = delta_block(
+                t.delta, strides.delta, place.head, i, j, frames, numbers.falloff, HEAD, BIAS
             )
-            s = regularized(s, weight, strength, delta, CLAMP)
-            row_max, total = _add(s, row_max, total, scale)
-    row_lse = row_max * scale + tl.log2(total)
-    tl.store(lse + saved, row_lse, mask=inside)
+            b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
+            b_max, b_total = add_exponentials(b_max, b_total, b_s, numbers)
+    b_lse = b_max * numbers.exp2_scale + tl.log2(b_total)  # (QUERIES,)
+    tl.store(t.lse + o_row, b_lse, mask=m_i)
 
-    rows = first(out_strides, batch, place, head, UNIT, OFFSET)
-    rows += along(out_strides, i, UNIT, OFFSET)
-    o_main, o_rest = load(out, rows, inside, HEAD_DIM, MAIN, REST)
-    rows = first(grad_out_strides, batch, place, head, UNIT, OFFSET)
-    rows += along(grad_out_strides, i, UNIT, OFFSET)
-    g_main, g_rest = load(grad_out, rows, inside, HEAD_DIM, MAIN, REST)
-    row_inner = tl.sum(o_main.to(tl.float32) * g_main.to(tl.float32), 1)
-    if REST:
-        row_inner += tl.sum(o_rest.to(tl.float32) * g_rest.to(tl.float32), 1)
+    b_o = load_heads(t.out, offsets(strides.out, place, i, HEAD), m_i, HEAD)  # (QUERIES, D)
+    b_do = load_heads(t.grad_out, offsets(strides.grad_out, place, i, HEAD), m_i, HEAD)
+    b_dot = tl.sum(b_o[0].to(tl.float32) * b_do[0].to(tl.float32), 1)  # (QUERIES,)
+    if HEAD.REST:
+        b_dot += tl.sum(b_o[1].to(tl.float32) * b_do[1].to(tl.float32), 1)
     if GRAD_MAP:
         for n in tl.range(0, tl.cdiv(frames, KEYS), num_stages=1):
             j = n * KEYS + tl.arange(0, KEYS)
-            k_rows = along(k_strides, j, UNIT, OFFSET)
-            s = block_logits(
-                q_main, q_rest, k, k_rows, j, frames,
-                HEAD_DIM, MAIN, REST, EVEN, NEGATIVE, PRECISION,
-            )  # fmt: skip
-            if FORM != "none":
-                delta = regularization(
-                    values, values_strides, rate, delta_head, i, j, frames, FORM, EVEN
+            b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)  # (KEYS, D)
+            b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
+            if BIAS.FORM != "none":
+                b_delta = delta_block(
+                    t.delta, strides.delta, place.head, i, j, frames, numbers.falloff, HEAD, BIAS
                 )
-                s = regularized(s, weight, strength, delta, CLAMP)
-            p = tl.exp2(s * scale - tl.expand_dims(row_lse, 1))
-            row_inner += share * tl.sum(
-                p * map_gradient(grad_map, map_strides, batch, i, j, frames, map_block), 1
+                b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
+            b_p = probabilities(b_s, b_lse, numbers.exp2_scale)  # (QUERIES, KEYS)
+            b_dot += numbers.map_weight * tl.sum(
+                b_p
+                * map_gradient(t.grad_map, strides.grad_map, place.batch, i, j, frames, map_block),
+                1,
             )
-    tl.store(inner + saved, row_inner, mask=inside)
+    tl.store(t.row_dot + o_row, b_dot, mask=m_i)
 
 
 @triton.jit
-def _add(s, row_max, total, scale):
-    """Adds logits to the sum of exponentials and its maximum."""
-    new_max = tl.maximum(row_max, tl.max(s, 1))
-    total = total * tl.exp2((row_max - new_max) * scale)
-    return new_max, total + tl.sum(exponentials(s, new_max, scale), 1)
+def add_exponentials(b_max, b_total, b_s, numbers):
+    """Returns row maxima and sums of exponentials, ``(QUERIES,)``, with logits added to them."""
+    b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+    b_total = b_total * tl.exp2((b_max - b_new_max) * numbers.exp2_scale)
+    return b_new_max, b_total + tl.sum(exponentials(b_s, b_new_max, numbers.exp2_scale), 1)
 
 
 @triton.jit(
-    do_not_specialize=[*STRIDES, "heads", "frames", "window", "map_block"],
+    do_not_specialize=["heads", "frames", "window", "map_block"],
     do_not_specialize_on_alignment=["space"],
 )
-def rows_kernel(
-    q, k, v, grad_out, grad_q, grad_stat, values, grad_map, lse, weights, columns, inner, d_weights,
-    q_strides, k_strides, v_strides, grad_out_strides, grad_q_strides, grad_stat_strides,
-    values_strides, map_strides,
-    space, heads, frames, map_block, scale, signed_scale, strength, rate, window, share,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
-    FORM: tl.constexpr, PER_HEAD: tl.constexpr, STAT: tl.constexpr, CLAMP: tl.constexpr,
-    DETACH: tl.constexpr, GRAD_MAP: tl.constexpr,
-    EVEN: tl.constexpr, UNIT: tl.constexpr, OFFSET: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
+def grad_query_kernel(
+    t, strides, space, heads, frames, map_block, numbers, window,
+    HEAD: tl.constexpr, BIAS: tl.constexpr, STAT: tl.constexpr, DETACH: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, GRAD_MAP: tl.constexpr,
 ):  # fmt: skip
-    """dQ of ``ROWS`` queries, and the gradient of their weights in ``d_weights``.
+    """dQ of ``QUERIES`` queries, and the gradient of Δ's factor in their rows.
 
     With ``STAT`` "row_max" what comes through the maximum is in dQ; with "map_max" it is left to
     the caller, who knows the whole map.
     """
-    blocks = tl.cdiv(frames, ROWS)
-    sequence = tl.program_id(0) // blocks
-    start = tl.program_id(0) % blocks * ROWS
-    batch, place, head = locate(sequence, space, heads)
-    i = start + tl.arange(0, ROWS)
-    inside = i < frames
-    q_rows = first(q_strides, batch, place, head, UNIT, OFFSET) + along(q_strides, i, UNIT, OFFSET)
-    q_main, q_rest = load(q, q_rows, inside, HEAD_DIM, MAIN, REST)
-    rows = first(grad_out_strides, batch, place, head, UNIT, OFFSET)
-    rows += along(grad_out_strides, i, UNIT, OFFSET)
-    g_main, g_rest = load(grad_out, rows, inside, HEAD_DIM, MAIN, REST)
-    k += first(k_strides, batch, place, head, UNIT, OFFSET)
-    v += first(v_strides, batch, place, head, UNIT, OFFSET)
-    saved = sequence.to(tl.int64) * frames + i
-    row_lse = tl.load(lse + saved, mask=inside, other=0.0)
-    row_inner = tl.load(inner + saved, mask=inside, other=0.0)
+    sizes = Sizes(space, heads, frames)
+    query_blocks = tl.cdiv(frames, QUERIES)
+    i_sequence = tl.program_id(0) // query_blocks
+    start = tl.program_id(0) % query_blocks * QUERIES
+    place = locate(i_sequence, sizes)
+    i = start + tl.arange(0, QUERIES)
+    m_i = i < frames
+    b_q = load_heads(t.q, offsets(strides.q, place, i, HEAD), m_i, HEAD)  # (QUERIES, D)
+    b_do = load_heads(t.grad_out, offsets(strides.grad_out, place, i, HEAD), m_i, HEAD)
+    p_k = t.k + sequence_offset(strides.k, place, HEAD)
+    p_v = t.v + sequence_offset(strides.v, place, HEAD)
+    o_row = i_sequence.to(tl.int64) * frames + i
+    b_lse = tl.load(t.lse + o_row, mask=m_i, other=0.0)  # (QUERIES,)
+    b_dot = tl.load(t.row_dot + o_row, mask=m_i, other=0.0)  # (QUERIES,)
     near = 0
     far = 0
-    weight = row_lse
-    if FORM != "none":
-        weight = tl.load(weights + saved, mask=inside, other=0.0)
-        near, far = blocks_in_window(start, ROWS, KEYS, window, frames)
-    delta_head = head if PER_HEAD else 0
+    b_stat = b_lse
+    if BIAS.FORM != "none":
+        b_stat = tl.load(t.row_stat + o_row, mask=m_i, other=0.0)  # (QUERIES,)
+        near, far = blocks_in_window(start, QUERIES, KEYS, window, frames)
 
-    d_weight = tl.zeros((ROWS,), tl.float32)
-    d_main = tl.zeros((ROWS, MAIN), tl.float32)
-    d_rest = tl.zeros((ROWS, REST if REST else MAIN), tl.float32)
+    b_d_stat = tl.zeros((QUERIES,), tl.float32)
+    b_dq = zero_heads(QUERIES, HEAD)
     for n in tl.range(0, tl.cdiv(frames, KEYS), num_stages=1):
         j = n * KEYS + tl.arange(0, KEYS)
-        k_main, k_rest = load(
-            k, along(k_strides, j, UNIT, OFFSET), j < frames, HEAD_DIM, MAIN, REST
-        )
-        v_main, v_rest = load(
-            v, along(v_strides, j, UNIT, OFFSET), j < frames, HEAD_DIM, MAIN, REST
-        )
-        s = logits(q_main, q_rest, k_main, k_rest, j, frames, REST, EVEN, NEGATIVE, PRECISION)
-        if FORM != "none":
+        b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)  # (KEYS, D)
+        b_v = load_heads(p_v, frame_offsets(strides.v, j, HEAD), j < frames, HEAD)  # (KEYS, D)
+        b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
+        if BIAS.FORM != "none":
             if (n >= near) & (n < far):
-                delta = regularization(
-                    values, values_strides, rate, delta_head, i, j, frames, FORM, EVEN
+                b_delta = delta_block(
+                    t.delta, strides.delta, place.head, i, j, frames, numbers.falloff, HEAD, BIAS
                 )
-                s = regularized(s, weight, strength, delta, CLAMP)
-        p = tl.exp2(s * scale - tl.expand_dims(row_lse, 1))
-        d_p = product(g_main, transposed(v_main), PRECISION)
-        if REST:
-            d_p += product(g_rest, transposed(v_rest), PRECISION)
+                b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
+        b_p = probabilities(b_s, b_lse, numbers.exp2_scale)  # (QUERIES, KEYS)
+        b_dp = inner_products(b_do, b_v, HEAD)  # (QUERIES, KEYS)
         if GRAD_MAP:
-            d_p += share * map_gradient(grad_map, map_strides, batch, i, j, frames, map_block)
-        d_s = p * (d_p - tl.expand_dims(row_inner, 1))
-        if FORM != "none":
+            b_dp += numbers.map_weight * map_gradient(
+                t.grad_map, strides.grad_map, place.batch, i, j, frames, map_block
+            )
+        b_ds = b_p * (b_dp - tl.expand_dims(b_dot, 1))  # (QUERIES, KEYS)
+        if BIAS.FORM != "none":
             if (n >= near) & (n < far):
-                delta = regularization(
-                    values, values_strides, rate, delta_head, i, j, frames, FORM, EVEN
+                b_delta = delta_block(
+                    t.delta, strides.delta, place.head, i, j, frames, numbers.falloff, HEAD, BIAS
                 )
-                d_weight += tl.sum(d_s * delta, 1)
-        d_s = d_s.to(k_main.dtype)
-        d_main += product(d_s, k_main, PRECISION)
-        if REST:
-            d_rest += product(d_s, k_rest, PRECISION)
+                b_d_stat += tl.sum(b_ds * b_delta, 1)
+        b_dq = add_weighted_sums(b_dq, b_ds.to(b_k[0].dtype), b_k, HEAD)  # (QUERIES, D)
 
-    if FORM != "none" and STAT != "none" and not DETACH:
-        d_weight *= strength
-        if CLAMP and STAT != "map_max":
-            d_weight = tl.where(weight >= 0.0, d_weight, 0.0)
+    if BIAS.FORM != "none" and STAT != "none" and not DETACH:
+        b_d_stat *= numbers.strength
+        if BIAS.CLAMP and STAT != "map_max":
+            b_d_stat = tl.where(b_stat >= 0.0, b_d_stat, 0.0)
         if STAT == "tensor":
-            rows = first(grad_stat_strides, batch, place, head, 1, OFFSET)
-            rows += along(grad_stat_strides, i, 1, OFFSET)
-            tl.store(grad_stat + rows, d_weight, mask=inside)
+            o_d_stat = statistic_offsets(strides.grad_stat, place, i, HEAD)
+            tl.store(t.grad_stat + o_d_stat, b_d_stat, mask=m_i)
         else:
-            tl.store(d_weights + saved, d_weight, mask=inside)
+            tl.store(t.d_row_stat + o_row, b_d_stat, mask=m_i)
         if STAT == "row_max":
-            column = tl.load(columns + saved, mask=inside, other=0)
-            rows = along(k_strides, column, UNIT, OFFSET)
-            k_main, k_rest = load(k, rows, inside, HEAD_DIM, MAIN, REST)
-            d_main += tl.expand_dims(d_weight, 1) * k_main.to(tl.float32)
-            if REST:
-                d_rest += tl.expand_dims(d_weight, 1) * k_rest.to(tl.float32)
-    rows = first(grad_q_strides, batch, place, head, UNIT, OFFSET)
-    rows += along(grad_q_strides, i, UNIT, OFFSET)
-    store(grad_q, rows, inside, d_main * signed_scale, d_rest * signed_scale, HEAD_DIM, MAIN, REST)
+            b_argmax = tl.load(t.argmax + o_row, mask=m_i, other=0)  # (QUERIES,)
+            b_k = load_heads(p_k, frame_offsets(strides.k, b_argmax, HEAD), m_i, HEAD)
+            b_dq = add_times(b_dq, b_k, tl.expand_dims(b_d_stat, 1))
+    o_dq = offsets(strides.grad_q, place, i, HEAD)
+    store_heads(t.grad_q, o_dq, m_i, times(b_dq, numbers.scale), HEAD)
+
+
+@triton.jit
+def add_times(b_sum, b_x, factor):
+    """Returns the sum with a block of heads times one number for each frame added to it."""
+    return b_sum[0] + factor * b_x[0].to(tl.float32), b_sum[1] + factor * b_x[1].to(tl.float32)
 
 
 @triton.jit(
-    do_not_specialize=[*STRIDES, "heads", "frames", "window", "map_block"],
+    do_not_specialize=["heads", "frames", "window", "map_block"],
     do_not_specialize_on_alignment=["space"],
 )
-def columns_kernel(
-    q, k, v, grad_out, grad_k, grad_v, values, grad_map, lse, weights, columns, inner, d_weights,
-    q_strides, k_strides, v_strides, grad_out_strides, grad_k_strides, grad_v_strides,
-    values_strides, map_strides,
-    space, heads, frames, map_block, scale, signed_scale, strength, rate, window, share,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
-    FORM: tl.constexpr, PER_HEAD: tl.constexpr, STAT: tl.constexpr, CLAMP: tl.constexpr,
-    DETACH: tl.constexpr, GRAD_MAP: tl.constexpr,
-    EVEN: tl.constexpr, UNIT: tl.constexpr, OFFSET: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
+def grad_key_kernel(
+    t, strides, space, heads, frames, map_block, numbers, window,
+    HEAD: tl.constexpr, BIAS: tl.constexpr, STAT: tl.constexpr, DETACH: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, GRAD_MAP: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of ``KEYS`` keys, from all queries, ``ROWS`` at a time.
+    """dK and dV of ``KEYS`` keys, from all queries, ``QUERIES`` at a time.
 
-    ``columns`` and ``d_weights`` say which logit is a row's statistic and what comes through it.
+    ``argmax`` and ``d_row_stat`` say which logit is a row's statistic and what comes through it.
     """
-    blocks = tl.cdiv(frames, KEYS)
-    sequence = tl.program_id(0) // blocks
-    start = tl.program_id(0) % blocks * KEYS
-    batch, place, head = locate(sequence, space, heads)
+    sizes = Sizes(space, heads, frames)
+    key_blocks = tl.cdiv(frames, KEYS)
+    i_sequence = tl.program_id(0) // key_blocks
+    start = tl.program_id(0) % key_blocks * KEYS
+    place = locate(i_sequence, sizes)
     j = start + tl.arange(0, KEYS)
-    inside = j < frames
-    k_rows = first(k_strides, batch, place, head, UNIT, OFFSET) + along(k_strides, j, UNIT, OFFSET)
-    v_rows = first(v_strides, batch, place, head, UNIT, OFFSET) + along(v_strides, j, UNIT, OFFSET)
-    k_main, k_rest = load(k, k_rows, inside, HEAD_DIM, MAIN, REST)
-    v_main, v_rest = load(v, v_rows, inside, HEAD_DIM, MAIN, REST)
-    q += first(q_strides, batch, place, head, UNIT, OFFSET)
-    grad_out += first(grad_out_strides, batch, place, head, UNIT, OFFSET)
+    m_j = j < frames
+    o_k = offsets(strides.k, place, j, HEAD)
+    o_v = offsets(strides.v, place, j, HEAD)
+    b_k = load_heads(t.k, o_k, m_j, HEAD)  # (KEYS, D)
+    b_v = load_heads(t.v, o_v, m_j, HEAD)  # (KEYS, D)
+    p_q = t.q + sequence_offset(strides.q, place, HEAD)
+    p_do = t.grad_out + sequence_offset(strides.grad_out, place, HEAD)
     near = 0
     far = 0
-    if FORM != "none":
-        near, far = blocks_in_window(start, KEYS, ROWS, window, frames)
-    delta_head = head if PER_HEAD else 0
+    if BIAS.FORM != "none":
+        near, far = blocks_in_window(start, KEYS, QUERIES, window, frames)
 
-    dk_main = tl.zeros((KEYS, MAIN), tl.float32)
-    dk_rest = tl.zeros((KEYS, REST if REST else MAIN), tl.float32)
-    dv_main = tl.zeros((KEYS, MAIN), tl.float32)
-    dv_rest = tl.zeros((KEYS, REST if REST else MAIN), tl.float32)
-    for n in tl.range(0, tl.cdiv(frames, ROWS), num_stages=1):
-        i = n * ROWS + tl.arange(0, ROWS)
-        rows = i < frames
-        q_main, q_rest = load(q, along(q_strides, i, UNIT, OFFSET), rows, HEAD_DIM, MAIN, REST)
-        g_main, g_rest = load(
-            grad_out, along(grad_out_strides, i, UNIT, OFFSET), rows, HEAD_DIM, MAIN, REST
-        )
-        saved = sequence.to(tl.int64) * frames + i
-        row_lse = tl.load(lse + saved, mask=rows, other=0.0)
-        row_inner = tl.load(inner + saved, mask=rows, other=0.0)
-        s = logits(q_main, q_rest, k_main, k_rest, j, frames, REST, EVEN, NEGATIVE, PRECISION)
-        if FORM != "none":
+    b_dk = zero_heads(KEYS, HEAD)
+    b_dv = zero_heads(KEYS, HEAD)
+    for n in tl.range(0, tl.cdiv(frames, QUERIES), num_stages=1):
+        i = n * QUERIES + tl.arange(0, QUERIES)
+        m_i = i < frames
+        b_q = load_heads(p_q, frame_offsets(strides.q, i, HEAD), m_i, HEAD)  # (QUERIES, D)
+        b_do = load_heads(p_do, frame_offsets(strides.grad_out, i, HEAD), m_i, HEAD)
+        o_row = i_sequence.to(tl.int64) * frames + i
+        b_lse = tl.load(t.lse + o_row, mask=m_i, other=0.0)  # (QUERIES,)
+        b_dot = tl.load(t.row_dot + o_row, mask=m_i, other=0.0)  # (QUERIES,)
+        b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
+        if BIAS.FORM != "none":
             if (n >= near) & (n < far):
-                weight = tl.load(weights + saved, mask=rows, other=0.0)
-                delta = regularization(
-                    values, values_strides, rate, delta_head, i, j, frames, FORM, EVEN
+                b_stat = tl.load(t.row_stat + o_row, mask=m_i, other=0.0)  # (QUERIES,)
+                b_delta = delta_block(
+                    t.delta, strides.delta, place.head, i, j, frames, numbers.falloff, HEAD, BIAS
                 )
-                s = regularized(s, weight, strength, delta, CLAMP)
-        p = tl.exp2(s * scale - tl.expand_dims(row_lse, 1))
-        p_transposed = transposed(p.to(q_main.dtype))
-        dv_main += product(p_transposed, g_main, PRECISION)
-        d_p = product(g_main, transposed(v_main), PRECISION)
-        if REST:
-            dv_rest += product(p_transposed, g_rest, PRECISION)
-            d_p += product(g_rest, transposed(v_rest), PRECISION)
+                b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
+        b_p = probabilities(b_s, b_lse, numbers.exp2_scale)  # (QUERIES, KEYS)
+        b_dv = add_weighted_sums(b_dv, transposed(b_p.to(b_q[0].dtype)), b_do, HEAD)  # (KEYS, D)
+        b_dp = inner_products(b_do, b_v, HEAD)  # (QUERIES, KEYS)
         if GRAD_MAP:
-            d_p += share * map_gradient(grad_map, map_strides, batch, i, j, frames, map_block)
-        d_s = p * (d_p - tl.expand_dims(row_inner, 1))
-        if FORM != "none" and (STAT == "row_max" or STAT == "map_max") and not DETACH:
-            column = tl.load(columns + saved, mask=rows, other=-1)
-            d_weight = tl.load(d_weights + saved, mask=rows, other=0.0)
-            d_s += tl.where(j == tl.expand_dims(column, 1), tl.expand_dims(d_weight, 1), 0.0)
-        d_s = transposed(d_s.to(q_main.dtype))
-        dk_main += product(d_s, q_main, PRECISION)
-        if REST:
-            dk_rest += product(d_s, q_rest, PRECISION)
+            b_dp += numbers.map_weight * map_gradient(
+                t.grad_map, strides.grad_map, place.batch, i, j, frames, map_block
+            )
+        b_ds = b_p * (b_dp - tl.expand_dims(b_dot, 1))  # (QUERIES, KEYS)
+        if BIAS.FORM != "none" and (STAT == "row_max" or STAT == "map_max") and not DETACH:
+            b_argmax = tl.load(t.argmax + o_row, mask=m_i, other=-1)  # (QUERIES,)
+            b_d_stat = tl.load(t.d_row_stat + o_row, mask=m_i, other=0.0)  # (QUERIES,)
+            m_maximum = j == tl.expand_dims(b_argmax, 1)
+            b_ds += tl.where(m_maximum, tl.expand_dims(b_d_stat, 1), 0.0)
+        b_dk = add_weighted_sums(b_dk, transposed(b_ds.to(b_q[0].dtype)), b_q, HEAD)  # (KEYS, D)
 
-    rows = first(grad_k_strides, batch, place, head, UNIT, OFFSET)
-    rows += along(grad_k_strides, j, UNIT, OFFSET)
-    store(
-        grad_k, rows, inside, dk_main * signed_scale, dk_rest * signed_scale, HEAD_DIM, MAIN, REST
+    o_dk = offsets(strides.grad_k, place, j, HEAD)
+    store_heads(t.grad_k, o_dk, m_j, times(b_dk, numbers.scale), HEAD)
+    store_heads(t.grad_v, offsets(strides.grad_v, place, j, HEAD), m_j, b_dv, HEAD)
+
+
+@dataclass(frozen=True)
+class StreamBackwardPlan:
+    """Three sweeps; before them one for the maps' maxima, after them one for Δ's gradient."""
+
+    map_max: Launch | None
+    statistics: Launch
+    grad_query: Launch
+    grad_key: Launch
+    grad_delta: MapSums | None
+    through_map_max: bool
+
+    def run(
+        self,
+        call: Call,
+        out: Tensor,
+        saved: tuple[Tensor, ...],
+        grad_out: Tensor,
+        grad_map: Tensor | None,
+        gradients: Gradients,
+    ) -> Tensor | None:
+        """Fills the gradients and returns dΔ, ``(matrices, frames, frames)``, if it is wanted."""
+        rows = (call.query.numel() // (call.frames * call.head_dim), call.frames)
+        every = Tensors(
+            q=call.query,
+            k=call.key,
+            v=call.value,
+            out=out,
+            grad_out=grad_out,
+            grad_q=gradients.query,
+            grad_k=gradients.key,
+            grad_v=gradients.value,
+            delta=call.delta,
+            stat=call.stat,
+            grad_stat=gradients.stat,
+            grad_map=grad_map,
+            lse=plan.new(out, *rows),
+            row_stat=plan.new(out, *rows),
+            argmax=plan.new(out, *rows, dtype=torch.int32),
+            row_dot=plan.new(out, *rows),
+            d_row_stat=plan.new(out, *rows),
+        )
+        if self.map_max is not None:
+            maxima = plan.new(out, self.map_max.programs)
+            self.map_max(stream.MapMaxTensors(call.query, call.key, maxima))
+            every = every._replace(stat=maxima.view(rows[0], -1).amax(1))
+        self.statistics(_needed(every, self.statistics))
+        row_max = every.row_stat
+        if self.map_max is not None:
+            every = every._replace(row_stat=every.stat.repeat_interleave(call.frames))
+        self.grad_query(_needed(every, self.grad_query))
+        if self.through_map_max:
+            d_row_stat = _through_map_max(call, gradients.query, every, row_max)
+            every = every._replace(d_row_stat=d_row_stat)
+        self.grad_key(_needed(every, self.grad_key))
+        if self.grad_delta is None:
+            return None
+        return self.grad_delta.run(
+            call, every.lse, every.row_stat, every.row_dot, grad_out, grad_map
+        )
+
+
+def _needed(every: Tensors, launch: Launch) -> Tensors:
+    """Returns the tensors that a launch takes."""
+    pairs = zip(every, launch.needed, strict=True)
+    return Tensors(*(tensor if needed else None for tensor, needed in pairs))
+
+
+def _through_map_max(call: Call, grad_query: Tensor, t: Tensors, row_max: Tensor) -> Tensor:
+    """Adds to dQ what comes through the maps' maxima, and returns the rows' share, for dK.
+
+    All of a map's gradient of Δ's factor goes to the one logit that is its maximum.
+    """
+    i = row_max.argmax(1, keepdim=True)  # the first of equal ones
+    total = t.d_row_stat.sum(1, keepdim=True)
+    if call.options.clamp_negative:
+        total = torch.where(row_max.amax(1, keepdim=True) >= 0, total, 0.0)
+    j = t.argmax.gather(1, i)[:, 0].long()
+    grad_query, key = (x if x.ndim == 5 else x.unsqueeze(1) for x in (grad_query, call.key))
+    sequence = torch.arange(i.shape[0], device=i.device)
+    place, head = sequence // call.heads, sequence % call.heads
+    batch, space = place // key.shape[1], place % key.shape[1]
+    change = call.options.scale * total * key[batch, space, j, head].float()
+    grad_query[batch, space, i[:, 0], head] += change.to(grad_query.dtype)
+    return torch.zeros_like(row_max).scatter_(1, i, total)
+
+
+def make_plan(key: PlanKey) -> StreamBackwardPlan:
+    """Returns the plan of a backward pass."""
+    config = configs.stream_backward(key.device.architecture, key.kind, key.head_dim)
+    return plan_stream(key, config)
+
+
+def plan_stream(key: PlanKey, config: StreamConfig) -> StreamBackwardPlan:
+    """Returns the plan with a configuration, which need not be the one in the table."""
+    nothing = Tensors(*(False,) * len(Tensors._fields))
+    common = nothing._replace(
+        q=True,
+        k=True,
+        grad_out=True,
+        delta=key.reads_delta,
+        grad_map=key.has_map,
+        lse=True,
+        row_stat=key.has_bias,
+        row_dot=True,
     )
-    rows = first(grad_v_strides, batch, place, head, UNIT, OFFSET)
-    rows += along(grad_v_strides, j, UNIT, OFFSET)
-    store(grad_v, rows, inside, dv_main, dv_rest, HEAD_DIM, MAIN, REST)
+    map_max = None
+    if key.options.stat == "map_max":
+        map_max = stream.plan_map_max(key, config.of_kernel("map_max"), plan.halves(key))
+    return StreamBackwardPlan(
+        map_max,
+        _plan_sweep(
+            key,
+            statistics_kernel,
+            config.of_kernel("statistics"),
+            common._replace(
+                out=True,
+                stat=key.options.stat in ("map_max", "tensor"),
+                argmax=key.has_bias,
+            ),
+            {},
+        ),
+        _plan_sweep(
+            key,
+            grad_query_kernel,
+            config.of_kernel("grad_query"),
+            common._replace(
+                v=True,
+                grad_q=True,
+                grad_stat=key.given_stat and key.through_stat,
+                argmax=key.options.stat == "row_max" and key.through_stat,
+                d_row_stat=key.through_maximum,
+            ),
+            {"DETACH": key.options.detach_stat},
+        ),
+        _plan_sweep(
+            key,
+            grad_key_kernel,
+            config.of_kernel("grad_key"),
+            common._replace(
+                v=True,
+                grad_k=True,
+                grad_v=True,
+                argmax=key.through_maximum,
+                d_row_stat=key.through_maximum,
+            ),
+            {"DETACH": key.options.detach_stat},
+            by_keys=True,
+        ),
+        maps.plan_grad_delta(key, config) if key.wants_delta else None,
+        key.options.stat == "map_max" and key.through_stat,
+    )
+
+
+def _plan_sweep(
+    key: PlanKey,
+    kernel: Any,
+    config: StreamConfig,
+    needed: Tensors,
+    constants: dict[str, Any],
+    *,
+    by_keys: bool = False,
+) -> Launch:
+    """Returns the launch of one sweep, with a program for each block of queries or keys."""
+    strides = TensorStrides(
+        q=plan.row_strides(key, key.query),
+        k=plan.row_strides(key, key.key),
+        v=plan.row_strides(key, key.value),
+        out=plan.row_strides(key, key.out),
+        grad_out=plan.row_strides(key, key.grad_out),
+        grad_q=plan.row_strides(key, key.grad_query),
+        grad_k=plan.row_strides(key, key.grad_key),
+        grad_v=plan.row_strides(key, key.grad_value),
+        delta=plan.delta_strides(key),
+        stat=plan.stat_strides(key, key.stat),
+        grad_stat=plan.stat_strides(key, key.grad_stat),
+        grad_map=plan.map_strides(key),
+    )
+    pairs = ((getattr(needed, name), x) for name, x in strides._asdict().items())
+    return Launch(
+        kernel,
+        key.sequences * -(-key.frames // (config.keys if by_keys else config.queries)),
+        needed,
+        (
+            TensorStrides(*(x if is_needed else () for is_needed, x in pairs)),
+            key.space,
+            key.heads,
+            key.frames,
+            max(key.options.map_block, 1),
+            plan.numbers(key),
+            plan.window(key),
+        ),
+        {
+            **plan.block_constants(key, config, plan.halves(key)),
+            "BIAS": plan.bias(key),
+            "STAT": key.options.stat,
+            "GRAD_MAP": key.has_map,
+            **constants,
+        },
+    )

@@ -6,158 +6,257 @@ once. Its floor is that traffic: 4 · B·S·N·H·D elements over the memory's b
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from vstar_kernels.attention.triton.pieces import (
+from vstar_kernels.attention.call import Call, Forward, block_sums
+from vstar_kernels.attention.triton import configs, plan
+from vstar_kernels.attention.triton.configs import TileConfig
+from vstar_kernels.attention.triton.plan import PROGRAMS_PER_PROCESSOR, Launch, PlanKey, Strides
+from vstar_kernels.attention.triton.primitives import (
     LOG2E,
-    STRIDES,
-    along,
+    Sizes,
+    delta_block,
     exponentials,
-    first,
-    load,
+    frame_offsets,
+    load_heads,
     locate,
     logits,
-    product,
-    regularization,
+    offsets,
     regularized,
-    store,
+    sequence_offset,
+    statistic_offsets,
+    store_heads,
+    times,
+    weighted_sums,
 )
+
+LARGEST_MAP_TILE = 64  # frames: beyond, the map's sum does not fit the registers beside the rest
+
+
+class Tensors(NamedTuple):
+    """What the kernel reads and writes, and of each whether it does."""
+
+    q: Any  # (batch, [space,] frames, heads, head_dim), like k, v and out
+    k: Any
+    v: Any
+    out: Any
+    delta: Any  # Δ's table or matrix
+    stat: Any  # (batch, [space,] frames, heads)
+    map_sums: Any  # (batch, chunks, FRAMES, FRAMES)
+
+
+class TensorStrides(NamedTuple):
+    """The strides of these tensors, as :mod:`primitives` takes them."""
+
+    q: Strides
+    k: Strides
+    v: Strides
+    out: Strides
+    delta: Strides
+    stat: Strides
 
 
 @triton.jit(
-    do_not_specialize=[*STRIDES, "sequences", "heads", "frames", "chunks"],
+    do_not_specialize=["sequences", "heads", "frames", "chunks"],
     do_not_specialize_on_alignment=["space"],
 )
 def tile_kernel(
-    q, k, v, out, values, stat, map_sums,
-    q_strides, k_strides, v_strides, out_strides, values_strides, stat_strides,
-    sequences, space, heads, frames, chunks, scale, strength, rate,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    FRAMES: tl.constexpr, ROWS: tl.constexpr, SEQUENCES: tl.constexpr,
+    t, strides, sequences, space, heads, frames, chunks, numbers,
+    HEAD: tl.constexpr, BIAS: tl.constexpr, STAT: tl.constexpr,
+    FRAMES: tl.constexpr, QUERIES: tl.constexpr, SEQUENCES: tl.constexpr,
     PERSISTENT: tl.constexpr, MAP: tl.constexpr,
-    FORM: tl.constexpr, PER_HEAD: tl.constexpr, STAT: tl.constexpr, CLAMP: tl.constexpr,
-    EVEN: tl.constexpr, UNIT: tl.constexpr, OFFSET: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``SEQUENCES`` sequences at a time, each padded to ``FRAMES``, in blocks of ``ROWS`` queries.
+    """``SEQUENCES`` sequences at a time, each padded to ``FRAMES``, ``QUERIES`` queries at a time.
 
     A ``PERSISTENT`` program goes on to further tiles and keeps Δ for them, which then must be the
     same for all heads. With ``MAP``, ``chunks`` programs share a batch element, and each leaves the
-    sum of its sequences' A′ in ``map_sums``, ``(batch, chunks, FRAMES, FRAMES)``; ROWS is FRAMES.
-    Tensors that FORM, STAT or MAP do not need may be any.
+    sum of its sequences' A′ in ``map_sums``; QUERIES is FRAMES.
     """
+    sizes = Sizes(space, heads, frames)
     if MAP:
         per_batch = space * heads
-        batch_first = tl.program_id(0) // chunks * per_batch
-        total = tl.zeros((FRAMES, FRAMES), tl.float32)
+        i_first = tl.program_id(0) // chunks * per_batch
+        b_sum = tl.zeros((FRAMES, FRAMES), tl.float32)
         if SEQUENCES > 1:
-            total = tl.zeros((SEQUENCES, FRAMES, FRAMES), tl.float32)
+            b_sum = tl.zeros((SEQUENCES, FRAMES, FRAMES), tl.float32)
         tiles = tl.cdiv(per_batch, SEQUENCES)
-        for tile in tl.range(tl.program_id(0) % chunks, tiles, chunks, num_stages=1):
-            total += _tile(
-                batch_first + tile * SEQUENCES, batch_first + per_batch, 0.0,
-                q, k, v, out, values, stat,
-                q_strides, k_strides, v_strides, out_strides, values_strides, stat_strides,
-                space, heads, frames, scale, strength, rate,
-                HEAD_DIM, MAIN, REST, FRAMES, ROWS, SEQUENCES, False,
-                FORM, PER_HEAD, STAT, CLAMP, EVEN, UNIT, OFFSET, NEGATIVE, PRECISION,
+        for i_tile in tl.range(tl.program_id(0) % chunks, tiles, chunks, num_stages=1):
+            b_sum += attend(
+                i_first + i_tile * SEQUENCES, i_first + per_batch, None, t, strides, sizes, numbers,
+                HEAD, BIAS, STAT, FRAMES, QUERIES, SEQUENCES,
             )  # fmt: skip
         if SEQUENCES > 1:
-            total = tl.sum(total, 0)
+            b_sum = tl.sum(b_sum, 0)
         i = tl.expand_dims(tl.arange(0, FRAMES), 1)
-        place = tl.program_id(0).to(tl.int64) * FRAMES * FRAMES
-        tl.store(map_sums + place + i * FRAMES + tl.arange(0, FRAMES), total)
+        o_sum = tl.program_id(0).to(tl.int64) * FRAMES * FRAMES
+        tl.store(t.map_sums + o_sum + i * FRAMES + tl.arange(0, FRAMES), b_sum)
     elif PERSISTENT:
         j = tl.arange(0, FRAMES)
-        delta = regularization(values, values_strides, rate, 0, j, j, frames, FORM, EVEN)
+        b_delta = delta_block(t.delta, strides.delta, 0, j, j, frames, numbers.falloff, HEAD, BIAS)
         tiles = tl.cdiv(sequences, SEQUENCES)
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1):
-            _tile(
-                tile * SEQUENCES, sequences, delta, q, k, v, out, values, stat,
-                q_strides, k_strides, v_strides, out_strides, values_strides, stat_strides,
-                space, heads, frames, scale, strength, rate,
-                HEAD_DIM, MAIN, REST, FRAMES, ROWS, SEQUENCES, True,
-                FORM, PER_HEAD, STAT, CLAMP, EVEN, UNIT, OFFSET, NEGATIVE, PRECISION,
+        for i_tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1):
+            attend(
+                i_tile * SEQUENCES, sequences, b_delta, t, strides, sizes, numbers,
+                HEAD, BIAS, STAT, FRAMES, QUERIES, SEQUENCES,
             )  # fmt: skip
     else:
-        _tile(
-            tl.program_id(0) * SEQUENCES, sequences, 0.0, q, k, v, out, values, stat,
-            q_strides, k_strides, v_strides, out_strides, values_strides, stat_strides,
-            space, heads, frames, scale, strength, rate,
-            HEAD_DIM, MAIN, REST, FRAMES, ROWS, SEQUENCES, False,
-            FORM, PER_HEAD, STAT, CLAMP, EVEN, UNIT, OFFSET, NEGATIVE, PRECISION,
+        attend(
+            tl.program_id(0) * SEQUENCES, sequences, None, t, strides, sizes, numbers,
+            HEAD, BIAS, STAT, FRAMES, QUERIES, SEQUENCES,
         )  # fmt: skip
 
 
 @triton.jit
-def _tile(
-    first_sequence, sequences, delta, q, k, v, out, values, stat,
-    q_strides, k_strides, v_strides, out_strides, values_strides, stat_strides,
-    space, heads, frames, scale, strength, rate,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    FRAMES: tl.constexpr, ROWS: tl.constexpr, SEQUENCES: tl.constexpr, DELTA_GIVEN: tl.constexpr,
-    FORM: tl.constexpr, PER_HEAD: tl.constexpr, STAT: tl.constexpr, CLAMP: tl.constexpr,
-    EVEN: tl.constexpr, UNIT: tl.constexpr, OFFSET: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
+def attend(
+    i_first, i_end, b_delta, t, strides, sizes, numbers,
+    HEAD: tl.constexpr, BIAS: tl.constexpr, STAT: tl.constexpr,
+    FRAMES: tl.constexpr, QUERIES: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
-    """Stores the outputs of ``SEQUENCES`` sequences, those below ``sequences``; returns A′."""
-    sequence = first_sequence
+    """Stores the outputs of sequences ``i_first`` …, those before ``i_end``, and returns A′.
+
+    ``b_delta`` is Δ, ``(FRAMES, FRAMES)``, or None where it is not known yet. All blocks have a
+    dimension for the sequences first if there are several.
+    """
+    i_sequence = i_first
     if SEQUENCES > 1:
-        sequence = tl.expand_dims(first_sequence + tl.arange(0, SEQUENCES), 1)
-    batch, place, head = locate(sequence, space, heads)
+        i_sequence = tl.expand_dims(i_first + tl.arange(0, SEQUENCES), 1)  # (SEQUENCES, 1)
+    place = locate(i_sequence, sizes)
     j = tl.arange(0, FRAMES)
-    key_inside = (sequence < sequences) & (j < frames)  # (FRAMES,) or (SEQUENCES, FRAMES)
-    q_first = first(q_strides, batch, place, head, UNIT, OFFSET)
-    k_rows = first(k_strides, batch, place, head, UNIT, OFFSET) + along(k_strides, j, UNIT, OFFSET)
-    v_rows = first(v_strides, batch, place, head, UNIT, OFFSET) + along(v_strides, j, UNIT, OFFSET)
-    out_first = first(out_strides, batch, place, head, UNIT, OFFSET)
-    k_main, k_rest = load(k, k_rows, key_inside, HEAD_DIM, MAIN, REST)
+    m_j = (i_sequence < i_end) & (j < sizes.frames)  # (FRAMES,) or (SEQUENCES, FRAMES)
+    o_q = sequence_offset(strides.q, place, HEAD)
+    o_k = offsets(strides.k, place, j, HEAD)
+    o_v = offsets(strides.v, place, j, HEAD)
+    o_out = sequence_offset(strides.out, place, HEAD)
+    b_k = load_heads(t.k, o_k, m_j, HEAD)  # (FRAMES, D)
 
-    weight = LOG2E / scale
+    b_stat = LOG2E / numbers.exp2_scale
     if STAT == "map_max":
-        weight = float("-inf")
-        for start in tl.static_range(0, FRAMES, ROWS):
-            i = start + tl.arange(0, ROWS)
-            inside = (sequence < sequences) & (i < frames)
-            q_rows = q_first + along(q_strides, i, UNIT, OFFSET)
-            q_main, q_rest = load(q, q_rows, inside, HEAD_DIM, MAIN, REST)
-            s = logits(q_main, q_rest, k_main, k_rest, j, frames, REST, EVEN, NEGATIVE, PRECISION)
-            row_max = tl.where(i < frames, tl.max(s, -1), float("-inf"))
-            weight = tl.maximum(weight, tl.max(row_max, -1))
+        b_stat = float("-inf")
+        for start in tl.static_range(0, FRAMES, QUERIES):
+            i = start + tl.arange(0, QUERIES)
+            m_i = (i_sequence < i_end) & (i < sizes.frames)
+            b_q = load_heads(t.q, o_q + frame_offsets(strides.q, i, HEAD), m_i, HEAD)
+            b_s = logits(b_q, b_k, j, sizes.frames, HEAD)  # (QUERIES, FRAMES)
+            b_max = tl.where(i < sizes.frames, tl.max(b_s, -1), float("-inf"))  # (QUERIES,)
+            b_stat = tl.maximum(b_stat, tl.max(b_max, -1))
         if SEQUENCES > 1:
-            weight = tl.expand_dims(weight, 1)
+            b_stat = tl.expand_dims(b_stat, 1)  # (SEQUENCES, 1)
 
-    v_main, v_rest = load(v, v_rows, key_inside, HEAD_DIM, MAIN, REST)
-    for start in tl.static_range(0, FRAMES, ROWS):
-        i = start + tl.arange(0, ROWS)
-        inside = (sequence < sequences) & (i < frames)
-        q_rows = q_first + along(q_strides, i, UNIT, OFFSET)
-        q_main, q_rest = load(q, q_rows, inside, HEAD_DIM, MAIN, REST)
-        s = logits(q_main, q_rest, k_main, k_rest, j, frames, REST, EVEN, NEGATIVE, PRECISION)
+    b_v = load_heads(t.v, o_v, m_j, HEAD)  # (FRAMES, D)
+    for start in tl.static_range(0, FRAMES, QUERIES):
+        i = start + tl.arange(0, QUERIES)
+        m_i = (i_sequence < i_end) & (i < sizes.frames)
+        b_q = load_heads(t.q, o_q + frame_offsets(strides.q, i, HEAD), m_i, HEAD)  # (QUERIES, D)
+        b_s = logits(b_q, b_k, j, sizes.frames, HEAD)  # (QUERIES, FRAMES)
         if STAT == "row_max":
-            weight = tl.max(s, -1)
+            b_stat = tl.max(b_s, -1)  # (QUERIES,)
         elif STAT == "tensor":
-            stat_rows = first(stat_strides, batch, place, head, 1, OFFSET)
-            stat_rows += along(stat_strides, i, 1, OFFSET)
-            weight = tl.load(stat + stat_rows, mask=inside, other=0.0) * (LOG2E / scale)
-        if FORM != "none":
-            if not DELTA_GIVEN:
-                delta_head = 0
-                if PER_HEAD:
-                    delta_head = tl.expand_dims(head, -1) if SEQUENCES > 1 else head
-                delta = regularization(
-                    values, values_strides, rate, delta_head, i, j, frames, FORM, EVEN
-                )
-            s = regularized(s, weight, strength, delta, CLAMP)
-        p = exponentials(s, tl.max(s, -1), scale)
-        inverse = tl.expand_dims(1.0 / tl.sum(p, -1), -1)
-        rounded = p.to(v_main.dtype)
-        o_main = product(rounded, v_main, PRECISION) * inverse
-        o_rest = o_main
-        if REST:
-            o_rest = product(rounded, v_rest, PRECISION) * inverse
-        out_rows = out_first + along(out_strides, i, UNIT, OFFSET)
-        store(out, out_rows, inside, o_main, o_rest, HEAD_DIM, MAIN, REST)
+            o_stat = statistic_offsets(strides.stat, place, i, HEAD)
+            b_stat = tl.load(t.stat + o_stat, mask=m_i, other=0.0) * (LOG2E / numbers.exp2_scale)
+        if BIAS.FORM != "none":
+            if b_delta is None:
+                b_delta_i = delta_block(
+                    t.delta, strides.delta, place.head, i, j, sizes.frames, numbers.falloff,
+                    HEAD, BIAS,
+                )  # fmt: skip
+            else:
+                b_delta_i = b_delta
+            b_s = regularized(b_s, b_stat, b_delta_i, numbers.strength, BIAS)
+        b_p = exponentials(b_s, tl.max(b_s, -1), numbers.exp2_scale)  # (QUERIES, FRAMES)
+        b_inverse = tl.expand_dims(1.0 / tl.sum(b_p, -1), -1)  # (QUERIES, 1)
+        b_o = times(weighted_sums(b_p.to(b_v[0].dtype), b_v, HEAD), b_inverse)  # (QUERIES, D)
+        store_heads(t.out, o_out + frame_offsets(strides.out, i, HEAD), m_i, b_o, HEAD)
     # The last block's, which is all where the caller wants it; nothing of what is padded.
-    return tl.where(tl.expand_dims(inside, -1), p * inverse, 0.0)
+    return tl.where(tl.expand_dims(m_i, -1), b_p * b_inverse, 0.0)
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """One launch; where the mean map is wanted, it leaves sums of maps, of shape ``map_sums``."""
+
+    launch: Launch
+    map_sums: tuple[int, ...] = ()
+
+    def run(self, call: Call, out: Tensor) -> Forward:
+        """Fills ``out``. Nothing is saved: see :mod:`tile_backward`."""
+        sums = plan.new(out, *self.map_sums) if self.map_sums else None
+        self.launch(Tensors(call.query, call.key, call.value, out, call.delta, call.stat, sums))
+        if sums is None:
+            return Forward(out, None, ())
+        mean = sums.sum(1)[:, : call.frames, : call.frames] * plan.map_weight(call)
+        return Forward(out, block_sums(mean, call.options.map_block), ())
+
+
+def make_plan(key: PlanKey) -> TilePlan | None:
+    """Returns the plan of a call, or None where no tile holds it."""
+    config = configs.tile(key.device.architecture, key.kind, key.frames, key.head_dim)
+    if config is None or config.shared > key.device.shared:
+        return None
+    return plan_tile(key, config)
+
+
+def plan_tile(key: PlanKey, config: TileConfig) -> TilePlan | None:
+    """Returns the plan with a configuration, which need not be the one in the table.
+
+    None if it has no registers for the mean map that is wanted.
+    """
+    padded = configs.padded_frames(key.frames)
+    if key.has_map and not config.queries == padded <= LARGEST_MAP_TILE:
+        return None
+    programs, chunks, persistent = -(-key.sequences // config.sequences), 1, False
+    map_sums: tuple[int, ...] = ()
+    if key.has_map:
+        batch, tiles = key.shape[0], -(-key.space * key.heads // config.sequences)
+        chunks = min(tiles, -(-key.device.processors * PROGRAMS_PER_PROCESSOR // batch))
+        programs, map_sums = batch * chunks, (batch, chunks, padded, padded)
+    elif key.reads_delta and not key.per_head and config.queries == padded <= 64:
+        # A table that all heads share stays in registers where it is small; a Gaussian is computed
+        # anew in less time than it would take from the others.
+        persistent = True
+        programs = min(programs, key.device.processors * PROGRAMS_PER_PROCESSOR)
+    launch = Launch(
+        tile_kernel,
+        programs,
+        Tensors(
+            q=True,
+            k=True,
+            v=True,
+            out=True,
+            delta=key.reads_delta,
+            stat=key.given_stat,
+            map_sums=key.has_map,
+        ),
+        (
+            TensorStrides(
+                q=plan.row_strides(key, key.query),
+                k=plan.row_strides(key, key.key),
+                v=plan.row_strides(key, key.value),
+                out=plan.row_strides(key, key.out),
+                delta=plan.delta_strides(key),
+                stat=plan.stat_strides(key, key.stat),
+            ),
+            key.sequences,
+            key.space,
+            key.heads,
+            key.frames,
+            chunks,
+            plan.numbers(key),
+        ),
+        {
+            "HEAD": plan.head(key, block=padded),
+            "BIAS": plan.bias(key),
+            "STAT": key.options.stat,
+            "FRAMES": padded,
+            "QUERIES": config.queries,
+            "SEQUENCES": config.sequences,
+            "PERSISTENT": persistent,
+            "MAP": key.has_map,
+            "num_warps": config.warps,
+        },
+    )
+    return TilePlan(launch, map_sums)

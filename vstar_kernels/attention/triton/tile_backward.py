@@ -1,197 +1,318 @@
 """The gradients of up to 128 frames: as in :mod:`tile`, the whole map stays on chip.
 
 Everything is computed anew from the inputs; nothing but them is read. The floor is 7 tensors of
-B·S·N·H·D elements over the memory's bandwidth, four read and three written. The formulas are those
-of ``attention/reference_backward.py``.
+B·S·N·H·D elements over the memory's bandwidth, four read and three written: the row statistics that
+a forward pass could save would add to that traffic, and spare only operations for which the memory
+leaves time. The formulas are those of ``attention/reference_backward.py``.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from vstar_kernels.attention.triton.pieces import (
+from vstar_kernels.attention.call import Call, Gradients
+from vstar_kernels.attention.triton import configs, plan
+from vstar_kernels.attention.triton.configs import TileConfig
+from vstar_kernels.attention.triton.plan import PROGRAMS_PER_PROCESSOR, Launch, PlanKey, Strides
+from vstar_kernels.attention.triton.primitives import (
     LOG2E,
-    along,
+    Sizes,
+    delta_block,
     exponentials,
-    first,
-    load,
+    inner_products,
+    load_heads,
     locate,
     logits,
     map_gradient,
-    product,
-    regularization,
+    offsets,
     regularized,
-    store,
+    statistic_offsets,
+    store_heads,
+    times,
     transposed,
+    weighted_sums,
 )
 
-STRIDES = [
-    f"{name}_strides"
-    for name in (
-        "q", "k", "v", "grad_out", "grad_q", "grad_k", "grad_v",
-        "values", "stat", "grad_stat", "map",
-    )
-]  # fmt: skip
+# Frames, and those by the head's width, up to which the sum of dΔ fits the registers beside a tile.
+LARGEST_DELTA_TILE = 32
+LARGEST_DELTA_TILE_ELEMENTS = 32 * 128
+
+
+class Tensors(NamedTuple):
+    """What the kernel reads and writes, and of each whether it does."""
+
+    q: Any  # (batch, [space,] frames, heads, head_dim), like all up to grad_v
+    k: Any
+    v: Any
+    grad_out: Any
+    grad_q: Any
+    grad_k: Any
+    grad_v: Any
+    delta: Any  # Δ's table or matrix
+    stat: Any  # (batch, [space,] frames, heads)
+    grad_stat: Any  # likewise
+    grad_map: Any  # (batch, blocks, blocks)
+    delta_sums: Any  # (programs, FRAMES, FRAMES)
+
+
+class TensorStrides(NamedTuple):
+    """The strides of these tensors, as :mod:`primitives` takes them."""
+
+    q: Strides
+    k: Strides
+    v: Strides
+    grad_out: Strides
+    grad_q: Strides
+    grad_k: Strides
+    grad_v: Strides
+    delta: Strides
+    stat: Strides
+    grad_stat: Strides
+    grad_map: Strides
 
 
 @triton.jit(
-    do_not_specialize=[*STRIDES, "sequences", "heads", "frames", "step", "map_block"],
+    do_not_specialize=["sequences", "heads", "frames", "matrices", "map_block"],
     do_not_specialize_on_alignment=["space"],
 )
 def tile_backward_kernel(
-    q, k, v, grad_out, grad_q, grad_k, grad_v, values, stat, grad_values, grad_stat, grad_map,
-    q_strides, k_strides, v_strides, grad_out_strides, grad_q_strides, grad_k_strides,
-    grad_v_strides, values_strides, stat_strides, grad_stat_strides, map_strides,
-    sequences, space, heads, frames, step, map_block, scale, signed_scale, strength, rate, share,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    t, strides, sequences, space, heads, frames, matrices, map_block, numbers,
+    HEAD: tl.constexpr, BIAS: tl.constexpr, STAT: tl.constexpr, DETACH: tl.constexpr,
     FRAMES: tl.constexpr, SEQUENCES: tl.constexpr,
-    FORM: tl.constexpr, PER_HEAD: tl.constexpr, STAT: tl.constexpr, CLAMP: tl.constexpr,
-    DETACH: tl.constexpr, GRAD_VALUES: tl.constexpr, GRAD_MAP: tl.constexpr,
-    EVEN: tl.constexpr, UNIT: tl.constexpr, OFFSET: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
+    GRAD_DELTA: tl.constexpr, GRAD_MAP: tl.constexpr,
 ):  # fmt: skip
     """``SEQUENCES`` sequences at a time, each padded to ``FRAMES``.
 
-    With ``GRAD_VALUES``, a program goes through all sequences ``program % step``, ``+ step``, … of
-    its share and leaves the sum of dΔ over them in ``grad_values``, ``(programs, FRAMES, FRAMES)``;
-    ``step`` is 1, or the number of heads where each has its own Δ.
+    With ``GRAD_DELTA``, the programs share out the sequences of each of the ``matrices`` Δ, one or
+    one for each head, take them one at a time, and leave the sums of dΔ over them in
+    ``delta_sums``.
     """
-    if GRAD_VALUES:
-        group = tl.program_id(0) % step
-        chunk = tl.program_id(0) // step
-        chunks = tl.num_programs(0) // step
-        d_delta = tl.zeros((FRAMES, FRAMES), tl.float32)
-        for n in tl.range(chunk, sequences // step, chunks, num_stages=1):
-            d_delta += _gradients(
-                n * step + group, q, k, v, grad_out, grad_q, grad_k, grad_v, values, stat,
-                grad_stat, grad_map, q_strides, k_strides, v_strides, grad_out_strides,
-                grad_q_strides, grad_k_strides, grad_v_strides, values_strides, stat_strides,
-                grad_stat_strides, map_strides, sequences, space, heads, frames, map_block,
-                scale, signed_scale, strength, rate, share, HEAD_DIM, MAIN, REST, FRAMES, 1,
-                FORM, PER_HEAD, STAT, CLAMP, DETACH, GRAD_MAP, EVEN, UNIT, OFFSET, NEGATIVE,
-                PRECISION,
+    sizes = Sizes(space, heads, frames)
+    if GRAD_DELTA:
+        i_matrix = tl.program_id(0) % matrices
+        i_chunk = tl.program_id(0) // matrices
+        chunks = tl.num_programs(0) // matrices
+        b_sum = tl.zeros((FRAMES, FRAMES), tl.float32)
+        for n in tl.range(i_chunk, sequences // matrices, chunks, num_stages=1):
+            b_sum += gradients(
+                n * matrices + i_matrix, sequences, t, strides, sizes, map_block, numbers,
+                HEAD, BIAS, STAT, DETACH, FRAMES, 1, GRAD_MAP,
             )  # fmt: skip
         i = tl.expand_dims(tl.arange(0, FRAMES), 1)
         j = tl.arange(0, FRAMES)
-        place = tl.program_id(0).to(tl.int64) * FRAMES * FRAMES
-        tl.store(grad_values + place + i * FRAMES + j, d_delta)
+        o_sum = tl.program_id(0).to(tl.int64) * FRAMES * FRAMES
+        tl.store(t.delta_sums + o_sum + i * FRAMES + j, b_sum)
     else:
-        _gradients(
-            tl.program_id(0), q, k, v, grad_out, grad_q, grad_k, grad_v, values, stat,
-            grad_stat, grad_map, q_strides, k_strides, v_strides, grad_out_strides,
-            grad_q_strides, grad_k_strides, grad_v_strides, values_strides, stat_strides,
-            grad_stat_strides, map_strides, sequences, space, heads, frames, map_block,
-            scale, signed_scale, strength, rate, share, HEAD_DIM, MAIN, REST, FRAMES, SEQUENCES,
-            FORM, PER_HEAD, STAT, CLAMP, DETACH, GRAD_MAP, EVEN, UNIT, OFFSET, NEGATIVE,
-            PRECISION,
+        gradients(
+            tl.program_id(0) * SEQUENCES, sequences, t, strides, sizes, map_block, numbers,
+            HEAD, BIAS, STAT, DETACH, FRAMES, SEQUENCES, GRAD_MAP,
         )  # fmt: skip
 
 
 @triton.jit
-def _gradients(
-    tile, q, k, v, grad_out, grad_q, grad_k, grad_v, values, stat, grad_stat, grad_map,
-    q_strides, k_strides, v_strides, grad_out_strides, grad_q_strides, grad_k_strides,
-    grad_v_strides, values_strides, stat_strides, grad_stat_strides, map_strides,
-    sequences, space, heads, frames, map_block, scale, signed_scale, strength, rate, share,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    FRAMES: tl.constexpr, SEQUENCES: tl.constexpr,
-    FORM: tl.constexpr, PER_HEAD: tl.constexpr, STAT: tl.constexpr, CLAMP: tl.constexpr,
-    DETACH: tl.constexpr, GRAD_MAP: tl.constexpr,
-    EVEN: tl.constexpr, UNIT: tl.constexpr, OFFSET: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
+def gradients(
+    i_first, sequences, t, strides, sizes, map_block, numbers,
+    HEAD: tl.constexpr, BIAS: tl.constexpr, STAT: tl.constexpr, DETACH: tl.constexpr,
+    FRAMES: tl.constexpr, SEQUENCES: tl.constexpr, GRAD_MAP: tl.constexpr,
 ):  # fmt: skip
-    """Stores the gradients of a tile and returns dΔ of its (one) sequence."""
-    sequence = tile
+    """Stores the gradients of sequences ``i_first`` … and returns dΔ of the one, if it is one.
+
+    All blocks have a dimension for the sequences first if there are several.
+    """
+    i_sequence = i_first
     if SEQUENCES > 1:
-        sequence = tl.expand_dims(tile * SEQUENCES + tl.arange(0, SEQUENCES), 1)
-    batch, place, head = locate(sequence, space, heads)
+        i_sequence = tl.expand_dims(i_first + tl.arange(0, SEQUENCES), 1)  # (SEQUENCES, 1)
+    place = locate(i_sequence, sizes)
     i = tl.arange(0, FRAMES)
     j = tl.arange(0, FRAMES)
-    inside = (sequence < sequences) & (i < frames)
-    q_rows = first(q_strides, batch, place, head, UNIT, OFFSET) + along(q_strides, i, UNIT, OFFSET)
-    k_rows = first(k_strides, batch, place, head, UNIT, OFFSET) + along(k_strides, i, UNIT, OFFSET)
-    v_rows = first(v_strides, batch, place, head, UNIT, OFFSET) + along(v_strides, i, UNIT, OFFSET)
-    g_rows = first(grad_out_strides, batch, place, head, UNIT, OFFSET)
-    g_rows += along(grad_out_strides, i, UNIT, OFFSET)
-    q_main, q_rest = load(q, q_rows, inside, HEAD_DIM, MAIN, REST)
-    k_main, k_rest = load(k, k_rows, inside, HEAD_DIM, MAIN, REST)
-    s = logits(q_main, q_rest, k_main, k_rest, j, frames, REST, EVEN, NEGATIVE, PRECISION)
+    m_i = (i_sequence < sequences) & (i < sizes.frames)  # (FRAMES,) or (SEQUENCES, FRAMES)
+    o_q = offsets(strides.q, place, i, HEAD)
+    o_k = offsets(strides.k, place, i, HEAD)
+    o_v = offsets(strides.v, place, i, HEAD)
+    o_do = offsets(strides.grad_out, place, i, HEAD)
+    b_q = load_heads(t.q, o_q, m_i, HEAD)  # (FRAMES, D)
+    b_k = load_heads(t.k, o_k, m_i, HEAD)  # (FRAMES, D)
+    b_s = logits(b_q, b_k, j, sizes.frames, HEAD)  # (FRAMES, FRAMES)
 
-    # The statistic, and the logit that it is: (…, FRAMES, FRAMES), 1 there and 0 elsewhere.
-    weight = tl.full((1,), 1.0, tl.float32) * (LOG2E / scale)
+    # The statistic, and where the logit is that it comes from.
+    b_stat = tl.full((1,), 1.0, tl.float32) * (LOG2E / numbers.exp2_scale)  # (1,)
     if STAT == "row_max" or STAT == "map_max":
-        weight, column = tl.max(s, -1, return_indices=True)
-        chosen = j == tl.expand_dims(column, -1)
+        b_stat, b_argmax = tl.max(b_s, -1, return_indices=True)  # (FRAMES,)
+        m_maximum = j == tl.expand_dims(b_argmax, -1)  # (FRAMES, FRAMES)
         if STAT == "map_max":
-            row_max = tl.where(i < frames, weight, float("-inf"))
-            weight, row = tl.max(row_max, -1, return_indices=True, keep_dims=True)
-            chosen = chosen & tl.expand_dims(i == row, -1)
+            b_max = tl.where(i < sizes.frames, b_stat, float("-inf"))
+            b_stat, i_max = tl.max(b_max, -1, return_indices=True, keep_dims=True)  # (1,)
+            m_maximum = m_maximum & tl.expand_dims(i == i_max, -1)
     elif STAT == "tensor":
-        stat_rows = first(stat_strides, batch, place, head, 1, OFFSET)
-        stat_rows += along(stat_strides, i, 1, OFFSET)
-        weight = tl.load(stat + stat_rows, mask=inside, other=0.0) * (LOG2E / scale)
-    delta = s
-    if FORM != "none":
-        delta_head = 0
-        if PER_HEAD:
-            delta_head = tl.expand_dims(head, -1) if SEQUENCES > 1 else head
-        delta = regularization(values, values_strides, rate, delta_head, i, j, frames, FORM, EVEN)
-        s = regularized(s, weight, strength, delta, CLAMP)
-    p = exponentials(s, tl.max(s, -1), scale)
-    p = p * tl.expand_dims(1.0 / tl.sum(p, -1), -1)
+        o_stat = statistic_offsets(strides.stat, place, i, HEAD)
+        b_stat = tl.load(t.stat + o_stat, mask=m_i, other=0.0) * (LOG2E / numbers.exp2_scale)
+    b_delta = b_s
+    if BIAS.FORM != "none":
+        b_delta = delta_block(
+            t.delta, strides.delta, place.head, i, j, sizes.frames, numbers.falloff, HEAD, BIAS
+        )
+        b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
+    b_p = exponentials(b_s, tl.max(b_s, -1), numbers.exp2_scale)  # (FRAMES, FRAMES)
+    b_p = b_p * tl.expand_dims(1.0 / tl.sum(b_p, -1), -1)
 
-    g_main, g_rest = load(grad_out, g_rows, inside, HEAD_DIM, MAIN, REST)
-    v_main, v_rest = load(v, v_rows, inside, HEAD_DIM, MAIN, REST)
-    d_p = product(g_main, transposed(v_main), PRECISION)
-    if REST:
-        d_p += product(g_rest, transposed(v_rest), PRECISION)
+    b_do = load_heads(t.grad_out, o_do, m_i, HEAD)  # (FRAMES, D)
+    b_v = load_heads(t.v, o_v, m_i, HEAD)  # (FRAMES, D)
+    b_dp = inner_products(b_do, b_v, HEAD)  # (FRAMES, FRAMES)
     if GRAD_MAP:
-        map_batch = tl.expand_dims(batch, -1) if SEQUENCES > 1 else batch
-        d_p += share * map_gradient(grad_map, map_strides, map_batch, i, j, frames, map_block)
-    p_transposed = transposed(p.to(q_main.dtype))
-    rows = first(grad_v_strides, batch, place, head, UNIT, OFFSET)
-    rows += along(grad_v_strides, i, UNIT, OFFSET)
-    d_main = product(p_transposed, g_main, PRECISION)
-    d_rest = d_main
-    if REST:
-        d_rest = product(p_transposed, g_rest, PRECISION)
-    store(grad_v, rows, inside, d_main, d_rest, HEAD_DIM, MAIN, REST)
+        i_batch = tl.expand_dims(place.batch, -1) if SEQUENCES > 1 else place.batch
+        b_dp += numbers.map_weight * map_gradient(
+            t.grad_map, strides.grad_map, i_batch, i, j, sizes.frames, map_block
+        )
+    o_dv = offsets(strides.grad_v, place, i, HEAD)
+    b_dv = weighted_sums(transposed(b_p.to(b_q[0].dtype)), b_do, HEAD)  # (FRAMES, D)
+    store_heads(t.grad_v, o_dv, m_i, b_dv, HEAD)
 
-    d_s = p * (d_p - tl.expand_dims(tl.sum(p * d_p, -1), -1))
-    d_delta = d_s
-    if FORM != "none":
+    b_ds = b_p * (b_dp - tl.expand_dims(tl.sum(b_p * b_dp, -1), -1))  # (FRAMES, FRAMES)
+    b_d_delta = b_ds
+    if BIAS.FORM != "none":
         if STAT != "none" and not DETACH:
-            d_weight = strength * tl.sum(d_s * delta, -1)
+            b_d_stat = numbers.strength * tl.sum(b_ds * b_delta, -1)  # (FRAMES,)
             if STAT == "map_max":
-                d_weight = tl.sum(d_weight, -1, keep_dims=True)
-            if CLAMP:
-                d_weight = tl.where(weight >= 0.0, d_weight, 0.0)
+                b_d_stat = tl.sum(b_d_stat, -1, keep_dims=True)  # (1,)
+            if BIAS.CLAMP:
+                b_d_stat = tl.where(b_stat >= 0.0, b_d_stat, 0.0)
             if STAT == "tensor":
-                rows = first(grad_stat_strides, batch, place, head, 1, OFFSET)
-                rows += along(grad_stat_strides, i, 1, OFFSET)
-                tl.store(grad_stat + rows, d_weight, mask=inside)
+                o_d_stat = statistic_offsets(strides.grad_stat, place, i, HEAD)
+                tl.store(t.grad_stat + o_d_stat, b_d_stat, mask=m_i)
             else:
-                d_s += tl.where(chosen, tl.expand_dims(d_weight, -1), 0.0)
-        if CLAMP:
-            weight = tl.maximum(weight, 0.0)
-        d_delta *= tl.expand_dims(weight * (strength * scale / LOG2E), -1)
+                b_ds += tl.where(m_maximum, tl.expand_dims(b_d_stat, -1), 0.0)
+        if BIAS.CLAMP:
+            b_stat = tl.maximum(b_stat, 0.0)
+        factor = numbers.strength * numbers.exp2_scale / LOG2E
+        b_d_delta *= tl.expand_dims(b_stat * factor, -1)
 
-    d_s_rounded = d_s.to(q_main.dtype)
-    rows = first(grad_q_strides, batch, place, head, UNIT, OFFSET)
-    rows += along(grad_q_strides, i, UNIT, OFFSET)
-    d_main = product(d_s_rounded, k_main, PRECISION) * signed_scale
-    d_rest = d_main
-    if REST:
-        d_rest = product(d_s_rounded, k_rest, PRECISION) * signed_scale
-    store(grad_q, rows, inside, d_main, d_rest, HEAD_DIM, MAIN, REST)
+    b_ds_rounded = b_ds.to(b_q[0].dtype)
+    o_dq = offsets(strides.grad_q, place, i, HEAD)
+    b_dq = times(weighted_sums(b_ds_rounded, b_k, HEAD), numbers.scale)  # (FRAMES, D)
+    store_heads(t.grad_q, o_dq, m_i, b_dq, HEAD)
 
-    d_s_rounded = transposed(d_s_rounded)
-    rows = first(grad_k_strides, batch, place, head, UNIT, OFFSET)
-    rows += along(grad_k_strides, i, UNIT, OFFSET)
-    d_main = product(d_s_rounded, q_main, PRECISION) * signed_scale
-    d_rest = d_main
-    if REST:
-        d_rest = product(d_s_rounded, q_rest, PRECISION) * signed_scale
-    store(grad_k, rows, inside, d_main, d_rest, HEAD_DIM, MAIN, REST)
-    return d_delta
+    o_dk = offsets(strides.grad_k, place, i, HEAD)
+    b_dk = times(weighted_sums(transposed(b_ds_rounded), b_q, HEAD), numbers.scale)  # (FRAMES, D)
+    store_heads(t.grad_k, o_dk, m_i, b_dk, HEAD)
+    return b_d_delta
+
+
+@dataclass(frozen=True)
+class TileBackwardPlan:
+    """One launch; where Δ's gradient is wanted, it leaves sums of the shape ``delta_sums``."""
+
+    launch: Launch
+    delta_sums: tuple[int, ...] = ()
+
+    def run(
+        self,
+        call: Call,
+        out: Tensor,
+        saved: tuple[Tensor, ...],
+        grad_out: Tensor,
+        grad_map: Tensor | None,
+        gradients: Gradients,
+    ) -> Tensor | None:
+        """Fills the gradients and returns dΔ, ``(matrices, frames, frames)``, if it is wanted."""
+        sums = plan.new(out, *self.delta_sums) if self.delta_sums else None
+        self.launch(
+            Tensors(
+                q=call.query,
+                k=call.key,
+                v=call.value,
+                grad_out=grad_out,
+                grad_q=gradients.query,
+                grad_k=gradients.key,
+                grad_v=gradients.value,
+                delta=call.delta,
+                stat=call.stat,
+                grad_stat=gradients.stat,
+                grad_map=grad_map,
+                delta_sums=sums,
+            )
+        )
+        return None if sums is None else sums.sum(0)[..., : call.frames, : call.frames]
+
+
+def make_plan(key: PlanKey) -> TileBackwardPlan | None:
+    """Returns the plan of a backward pass, or None where no tile holds it."""
+    config = configs.tile_backward(key.device.architecture, key.kind, key.frames, key.head_dim)
+    if config is None or config.shared > key.device.shared:
+        return None
+    return plan_tile(key, config)
+
+
+def plan_tile(key: PlanKey, config: TileConfig) -> TileBackwardPlan | None:
+    """Returns the plan with a configuration, which need not be the one in the table.
+
+    None if it has no registers for the sum of dΔ that is wanted.
+    """
+    padded = configs.padded_frames(key.frames)
+    elements = padded * configs.width(key.head_dim)
+    sequences, matrices = config.sequences, key.matrices
+    programs = -(-key.sequences // sequences)
+    delta_sums: tuple[int, ...] = ()
+    if key.wants_delta:
+        if padded > LARGEST_DELTA_TILE or elements > LARGEST_DELTA_TILE_ELEMENTS:
+            return None
+        chunks = -(-key.device.processors * PROGRAMS_PER_PROCESSOR // matrices)
+        chunks = min(chunks, key.sequences // matrices)
+        sequences, programs = 1, chunks * matrices
+        delta_sums = (chunks, matrices, padded, padded)
+    launch = Launch(
+        tile_backward_kernel,
+        programs,
+        Tensors(
+            q=True,
+            k=True,
+            v=True,
+            grad_out=True,
+            grad_q=True,
+            grad_k=True,
+            grad_v=True,
+            delta=key.reads_delta,
+            stat=key.given_stat,
+            grad_stat=key.given_stat and key.through_stat,
+            grad_map=key.has_map,
+            delta_sums=key.wants_delta,
+        ),
+        (
+            TensorStrides(
+                q=plan.row_strides(key, key.query),
+                k=plan.row_strides(key, key.key),
+                v=plan.row_strides(key, key.value),
+                grad_out=plan.row_strides(key, key.grad_out),
+                grad_q=plan.row_strides(key, key.grad_query),
+                grad_k=plan.row_strides(key, key.grad_key),
+                grad_v=plan.row_strides(key, key.grad_value),
+                delta=plan.delta_strides(key),
+                stat=plan.stat_strides(key, key.stat),
+                grad_stat=plan.stat_strides(key, key.grad_stat),
+                grad_map=plan.map_strides(key),
+            ),
+            key.sequences,
+            key.space,
+            key.heads,
+            key.frames,
+            matrices,
+            max(key.options.map_block, 1),
+            plan.numbers(key),
+        ),
+        {
+            "HEAD": plan.head(key, block=padded),
+            "BIAS": plan.bias(key),
+            "STAT": key.options.stat,
+            "DETACH": key.options.detach_stat,
+            "FRAMES": padded,
+            "SEQUENCES": sequences,
+            "GRAD_DELTA": key.wants_delta,
+            "GRAD_MAP": key.has_map,
+            "num_warps": config.warps,
+        },
+    )
+    return TileBackwardPlan(launch, delta_sums)

@@ -1,0 +1,262 @@
+"""What the kernels share: where frames lie, heads in registers, logits and Δ.
+
+Names in the kernels, after flash-linear-attention: ``p_`` is a pointer, ``o_`` are offsets in
+elements, ``m_`` is a mask, ``b_`` a block of numbers in registers, ``i_`` an index. ``i`` and ``j``
+by themselves are the numbers of query frames and key frames, as in Δᵢⱼ. What is compiled in is in
+upper case. Shapes stand after the blocks: ``(I, J)`` is a block of the map, ``(I, D)`` and
+``(J, D)`` are frames of queries and of keys; where a program has several sequences at a time, there
+is a dimension for them before these.
+
+``HEAD``, ``BIAS`` and ``numbers`` are the tuples of :mod:`plan`.
+
+- A block of heads is a pair, ``HEAD.MAIN`` and ``HEAD.REST`` wide, powers of two: 72 as 64 + 16,
+  not as 128. Where there is no rest, the pair holds the main part twice, and one is not used.
+- Strides come in units of ``HEAD.UNIT`` elements, which tells the compiler how frames are aligned.
+- Logits and row statistics stay in units of the product qᵀk; |scale| · log₂e is applied with the
+  exponential.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# The interpreter multiplies bfloat16 as the integers that store it; float32 holds it exactly.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+class Sizes(NamedTuple):
+    """A call's shape. A kernel makes the tuple; as its argument it would be specialized on."""
+
+    space: Any
+    heads: Any
+    frames: Any
+
+
+class Place(NamedTuple):
+    """Where a sequence is; each a number, or ``(sequences, 1)``."""
+
+    batch: Any
+    space: Any
+    head: Any
+
+
+@triton.jit
+def locate(i_sequence, sizes):
+    """Returns the place of a sequence."""
+    i = i_sequence // sizes.heads
+    return Place(i // sizes.space, i % sizes.space, i_sequence % sizes.heads)
+
+
+@triton.jit
+def units_to_sequence(strides, place, HEAD: tl.constexpr):
+    """Returns where a sequence begins, in what strides of (batch, space, frames, heads) are in."""
+    return (
+        place.batch.to(HEAD.OFFSET) * strides[0]
+        + place.space.to(HEAD.OFFSET) * strides[1]
+        + place.head.to(HEAD.OFFSET) * strides[3]
+    )
+
+
+@triton.jit
+def sequence_offset(strides, place, HEAD: tl.constexpr):
+    """Returns the offset of a sequence's first frame; the strides are in units."""
+    return units_to_sequence(strides, place, HEAD) * HEAD.UNIT
+
+
+@triton.jit
+def frame_offsets(strides, i, HEAD: tl.constexpr):
+    """Returns the offsets of frames from their sequence's first one."""
+    return i.to(HEAD.OFFSET) * strides[2] * HEAD.UNIT
+
+
+@triton.jit
+def offsets(strides, place, i, HEAD: tl.constexpr):
+    """Returns the offsets of a sequence's frames."""
+    return sequence_offset(strides, place, HEAD) + frame_offsets(strides, i, HEAD)
+
+
+@triton.jit
+def statistic_offsets(strides, place, i, HEAD: tl.constexpr):
+    """Returns the offsets of frames in a tensor without head_dim, whose strides are in elements."""
+    return units_to_sequence(strides, place, HEAD) + i.to(HEAD.OFFSET) * strides[2]
+
+
+@triton.jit
+def part_offsets(START: tl.constexpr, SIZE: tl.constexpr, o_frames, m_frames, HEAD: tl.constexpr):
+    """Returns offsets and mask of elements START … START + SIZE − 1 of each frame's head."""
+    d = START + tl.arange(0, SIZE)
+    o_part = tl.expand_dims(o_frames, -1) + d
+    m_part = tl.expand_dims(m_frames, -1)
+    if START + SIZE > HEAD.HEAD_DIM:
+        m_part = m_part & (d < HEAD.HEAD_DIM)
+    return o_part, m_part
+
+
+@triton.jit
+def load_heads(p, o_frames, m_frames, HEAD: tl.constexpr):
+    """Loads the head of each frame, ``(frames, D)`` in two parts, zero where it is masked."""
+    o_part, m_part = part_offsets(0, HEAD.MAIN, o_frames, m_frames, HEAD)
+    main = tl.load(p + o_part, mask=m_part, other=0.0)
+    rest = main
+    if HEAD.REST:
+        o_part, m_part = part_offsets(HEAD.MAIN, HEAD.REST, o_frames, m_frames, HEAD)
+        rest = tl.load(p + o_part, mask=m_part, other=0.0)
+    return main, rest
+
+
+@triton.jit
+def store_heads(p, o_frames, m_frames, b, HEAD: tl.constexpr):
+    """Stores what :func:`load_heads` loads, rounded to the pointer's type."""
+    o_part, m_part = part_offsets(0, HEAD.MAIN, o_frames, m_frames, HEAD)
+    tl.store(p + o_part, b[0].to(p.dtype.element_ty), mask=m_part)
+    if HEAD.REST:
+        o_part, m_part = part_offsets(HEAD.MAIN, HEAD.REST, o_frames, m_frames, HEAD)
+        tl.store(p + o_part, b[1].to(p.dtype.element_ty), mask=m_part)
+
+
+@triton.jit
+def zero_heads(FRAMES: tl.constexpr, HEAD: tl.constexpr):
+    """Returns zeros for sums of heads, ``(FRAMES, D)`` in two parts."""
+    MAIN: tl.constexpr = HEAD.MAIN
+    REST: tl.constexpr = HEAD.REST if HEAD.REST else HEAD.MAIN
+    return tl.zeros((FRAMES, MAIN), tl.float32), tl.zeros((FRAMES, REST), tl.float32)
+
+
+@triton.jit
+def transposed(b):
+    """Returns a block with its last two dimensions swapped."""
+    if len(b.shape) == 3:
+        b_t = tl.permute(b, (0, 2, 1))
+    else:
+        b_t = tl.permute(b, (1, 0))
+    return b_t
+
+
+@triton.jit
+def product(b_x, b_y, PRECISION: tl.constexpr):
+    """Returns x @ y in float32."""
+    if INTERPRETED:
+        b_x = b_x.to(tl.float32)
+        b_y = b_y.to(tl.float32)
+    return tl.dot(b_x, b_y, input_precision=PRECISION)
+
+
+@triton.jit
+def inner_products(b_x, b_y, HEAD: tl.constexpr):
+    """Returns x @ yᵀ of two blocks of heads, ``(I, D)`` and ``(J, D)``: ``(I, J)``."""
+    b_s = product(b_x[0], transposed(b_y[0]), HEAD.PRECISION)
+    if HEAD.REST:
+        b_s += product(b_x[1], transposed(b_y[1]), HEAD.PRECISION)
+    return b_s
+
+
+@triton.jit
+def weighted_sums(b_p, b_x, HEAD: tl.constexpr):
+    """Returns p @ x of weights ``(I, J)`` and a block of heads ``(J, D)``: ``(I, D)``."""
+    main = product(b_p, b_x[0], HEAD.PRECISION)
+    rest = main
+    if HEAD.REST:
+        rest = product(b_p, b_x[1], HEAD.PRECISION)
+    return main, rest
+
+
+@triton.jit
+def add_weighted_sums(b_sum, b_p, b_x, HEAD: tl.constexpr):
+    """Returns the sum with p @ x of :func:`weighted_sums` added to it."""
+    main = b_sum[0] + product(b_p, b_x[0], HEAD.PRECISION)
+    rest = b_sum[1]
+    if HEAD.REST:
+        rest = b_sum[1] + product(b_p, b_x[1], HEAD.PRECISION)
+    return main, rest
+
+
+@triton.jit
+def times(b_x, factor):
+    """Returns a block of heads times a number, or times one for each frame, ``(I, 1)``."""
+    return b_x[0] * factor, b_x[1] * factor
+
+
+@triton.jit
+def logits(b_q, b_k, j, frames, HEAD: tl.constexpr):
+    """Returns φ / |scale|, ``(I, J)``, −∞ for key frames ``j`` past the last."""
+    b_s = inner_products(b_q, b_k, HEAD)
+    if HEAD.NEGATIVE:
+        b_s = -b_s
+    if not HEAD.EVEN:
+        b_s = tl.where(j < frames, b_s, float("-inf"))
+    return b_s
+
+
+@triton.jit
+def blocks_in_window(start, SIZE: tl.constexpr, OTHER: tl.constexpr, window, frames):
+    """Returns which blocks of ``OTHER`` frames are within ``window`` of start … start + SIZE − 1.
+
+    They are those from the first number returned up to, and without, the second.
+    """
+    near = tl.maximum(start - window, 0) // OTHER
+    far = tl.minimum(tl.cdiv(start + SIZE + window, OTHER), tl.cdiv(frames, OTHER))
+    return near, far
+
+
+@triton.jit
+def delta_block(
+    p_delta, strides, i_head, i, j, frames, falloff, HEAD: tl.constexpr, BIAS: tl.constexpr
+):
+    """Returns Δᵢⱼ in float32, ``(I, J)``, zero past the last frame.
+
+    ``i_head`` is one number, or one for each of several sequences. A Gaussian is computed;
+    "symmetric" and "signed" read a table over |j − i| and j − i; "dense" reads a matrix.
+    """
+    i = tl.expand_dims(i, -1)
+    if BIAS.FORM == "gaussian":
+        x = (j - i).to(tl.float32) * falloff
+        b_delta = tl.exp2(-(x * x))
+    else:
+        if BIAS.FORM == "dense":
+            o_delta = i * strides[1] + j * strides[2]
+        elif BIAS.FORM == "signed":
+            o_delta = (j - i + strides[1]) * strides[2]
+        else:
+            o_delta = tl.abs(j - i) * strides[2]
+        i_matrix = 0
+        if BIAS.PER_HEAD:
+            i_matrix = tl.expand_dims(i_head, -1) if len(i_head.shape) == 2 else i_head
+        p = p_delta + i_matrix * strides[0] + o_delta
+        if HEAD.EVEN:
+            b_delta = tl.load(p).to(tl.float32)
+        else:
+            b_delta = tl.load(p, mask=(i < frames) & (j < frames), other=0.0).to(tl.float32)
+    return b_delta
+
+
+@triton.jit
+def regularized(b_s, b_stat, b_delta, strength, BIAS: tl.constexpr):
+    """Returns s + strength · stat · Δ; ``b_stat`` is one number or one for each row, as s is."""
+    if BIAS.CLAMP:
+        b_stat = tl.maximum(b_stat, 0.0)
+    return b_s + tl.expand_dims(strength * b_stat, -1) * b_delta
+
+
+@triton.jit
+def exponentials(b_s, b_max, exp2_scale):
+    """Returns exp(φ − its row maximum): one multiply-add and one exponential for each logit."""
+    return tl.exp2(b_s * exp2_scale - tl.expand_dims(b_max * exp2_scale, -1))
+
+
+@triton.jit
+def probabilities(b_s, b_lse, exp2_scale):
+    """Returns A′ ``(I, J)`` of logits and the binary logarithms of their rows' sums."""
+    return tl.exp2(b_s * exp2_scale - tl.expand_dims(b_lse, 1))
+
+
+@triton.jit
+def map_gradient(p_grad_map, strides, i_batch, i, j, frames, map_block):
+    """Returns the mean map's gradient ``(I, J)``; one of its numbers is for a block of frames."""
+    i = tl.expand_dims(i, -1)
+    o_map = i_batch.to(tl.int64) * strides[0]
+    o_map = o_map + (i // map_block) * strides[1] + (j // map_block) * strides[2]
+    return tl.load(p_grad_map + o_map, mask=(i < frames) & (j < frames), other=0.0)
