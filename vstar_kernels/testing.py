@@ -110,12 +110,21 @@ def largest_error(out: Tensor, expected: Tensor) -> float:
 
 
 def assert_exact(
-    out: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Bias | None, **options: Any
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Bias | None,
+    *,
+    equal_terms: int = 0,
+    **options: Any,
 ) -> None:
     """``out`` errs at most twice as much as PyTorch does in float32, rounded to its type, does.
 
     On top come roundings that the two computations need not share, nor be equally unlucky in: a few
-    of the largest value, and what four of each logit's terms do to an element.
+    of the largest value, and what four of each logit's terms do to an element. ``equal_terms`` is
+    how many logits of a row are equal by construction, as where scale = 0: adding n equal weights
+    one by one rounds every time in the same direction, by up to eps / 2 of the sum.
     """
     assert out.shape == query.shape
     assert out.dtype == query.dtype
@@ -124,7 +133,7 @@ def assert_exact(
     if not out.numel():
         return
     size = value.double().abs().max().item()
-    allowed = torch.tensor(2 * largest_error(plain, expected) + 4 * EPS * size)
+    allowed = torch.tensor(2 * largest_error(plain, expected) + (4 + equal_terms) * EPS * size)
     error = (out.double() - expected).abs()
     if (error <= allowed).all():
         return
@@ -209,7 +218,10 @@ NamedTensors = Mapping[str, Tensor]
 
 
 def assert_gradients(
-    found: NamedTensors, compute: Callable[[Callable[[Tensor], Tensor]], NamedTensors]
+    found: NamedTensors,
+    compute: Callable[[Callable[[Tensor], Tensor]], NamedTensors],
+    *,
+    equal_terms: int = 0,
 ) -> float:
     """Gradients err about as little as PyTorch's do, point the right way and have the right length.
 
@@ -242,12 +254,15 @@ def assert_gradients(
     rounded alike. By Cauchy and Schwarz |b| ≤ s √n: in fewer than 36 elements a bias cannot be told
     from luck, and the bound of the norm is all there is.
 
+    ``equal_terms`` as in :func:`assert_exact`: they are added to the 4 eps of both.
+
     Returns:
         The largest relative error ‖e‖ / ‖g‖; of gradients that are zero, ‖e‖.
     """
     plain, exact = compute(lambda x: x), compute(Tensor.double)
     assert found.keys() == exact.keys(), f"{sorted(found)} instead of {sorted(exact)}"
     noise: dict[str, float] = {}  # measured where it is needed
+    shared = (4 + equal_terms) * EPS  # of all elements alike
     worst = 0.0
     for name, g in exact.items():
         g, x = g.double(), found[name].double()
@@ -255,7 +270,7 @@ def assert_gradients(
         assert x.isfinite().all(), f"{name}: not finite"
         e, plain_e = x - g, plain[name].double() - g
         size, error = g.norm().item(), e.norm().item()
-        allowed = 2 * plain_e.norm().item() + 4 * EPS * size
+        allowed = 2 * plain_e.norm().item() + shared * size
         if error > allowed:
             noise = noise or _conditioning(compute, exact)
             allowed += 4 * noise[name]
@@ -270,7 +285,7 @@ def assert_gradients(
         assert 1 - cosine <= (allowed / size) ** 2 + 1e-13, f"{name}: cosine {cosine}"
         slope, plain_slope = (((y * g).sum() / size**2).item() for y in (e, plain_e))
         deviation = (e * g).norm().item() / size**2
-        straight = 2 * abs(plain_slope) + 6 * deviation + 4 * EPS
+        straight = 2 * abs(plain_slope) + 6 * deviation + shared
         assert abs(slope) <= straight, f"{name}: biased by {slope:.3g}, allowed {straight:.3g}"
     return worst
 

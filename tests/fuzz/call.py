@@ -45,6 +45,7 @@ def assert_results(
     gradients: dict[str, Tensor],
     *,
     exact: bool,
+    equal_terms: int,
 ) -> None:
     """The map and the gradients that there are hold testing's bounds, if ``exact`` all of them.
 
@@ -62,4 +63,4 @@ def assert_results(
         return changed(*map(change, inputs), backend="reference")[2]
 
     if gradients and exact:
-        testing.assert_gradients(gradients, compute)
+        testing.assert_gradients(gradients, compute, equal_terms=equal_terms)

@@ -7,6 +7,7 @@ import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
 import vstar_kernels as vk
+from vstar_kernels import testing
 from vstar_kernels.methods.vstar import noise, optimize_objective
 from vstar_kernels.methods.vstar.optimize_objective import MapObjective
 from vstar_kernels.models.front_end import temporal_layers
@@ -73,15 +74,15 @@ def eager_distance(unet, latents, timestep, target, regularized):
     def watch(layer):
         def hook(module, args, kwargs, output):
             x = (args or list(kwargs.values()))[0]
-            q, k = (
-                torch.stack(p(x).double().chunk(module.heads, dim=-1), dim=1)
-                for p in (module.to_q, module.to_k)
+            query, key = (
+                project(x).double().unflatten(-1, (module.heads, -1))
+                for project in (module.to_q, module.to_k)
             )
-            logits = q @ k.mT / math.sqrt(q.shape[-1])
+            bias = None
             if regularized and layer.level == 0:
-                delta = eager.gaussian(SIGMA, FRAMES)
-                logits = logits + STRENGTH * logits.max(-1, keepdim=True).values * delta
-            maps = logits.softmax(-1).unflatten(0, (len(latents), -1)).mean((1, 2))
+                bias = vk.DenseBias(eager.gaussian(SIGMA, FRAMES), strength=STRENGTH)
+            weights = testing.eager_weights(query, key, bias)
+            maps = weights.unflatten(0, (len(latents), -1)).mean((1, 2))
             distances.append((target - maps).square().sum((1, 2)).sqrt().mean())
 
         return hook

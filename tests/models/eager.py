@@ -1,6 +1,6 @@
-"""TAR in float64 and plain PyTorch, put into layers by hand: what ``apply_tar`` is compared with.
+"""The oracle in float64, put into layers by hand: what ``apply_tar`` is compared with.
 
-It shares nothing with the package.
+It shares nothing with the package but :func:`vstar_kernels.testing.eager`; Δ is its own too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+import vstar_kernels as vk
+from vstar_kernels import testing
 
 
 def gaussian(sigma: float, frames: int) -> Tensor:
@@ -23,16 +26,14 @@ def gaussian(sigma: float, frames: int) -> Tensor:
     )
 
 
-def attention(attn: Any, x: Tensor, delta: Tensor | None, strength: float) -> Tensor:
-    """``(rows, frames, channels)``, projections included."""
-    q, k, v = (
-        torch.stack(project(x).double().chunk(attn.heads, dim=-1), dim=1)
+def attention(attn: Any, x: Tensor, delta: Tensor, strength: float) -> Tensor:
+    """Attention over the frames of ``(rows, frames, channels)``, projections included."""
+    query, key, value = (
+        project(x).double().unflatten(-1, (attn.heads, -1))
         for project in (attn.to_q, attn.to_k, attn.to_v)
     )
-    logits = torch.einsum("rhic,rhjc->rhij", q, k) / math.sqrt(q.shape[-1])
-    if delta is not None:
-        logits = logits + strength * logits.max(-1, keepdim=True).values * delta
-    out = torch.cat(list((torch.softmax(logits, -1) @ v).unbind(1)), dim=-1).to(x.dtype)
+    bias = vk.DenseBias(delta, strength=strength)
+    out = testing.eager(query, key, value, bias).flatten(-2).to(x.dtype)
     for layer in attn.to_out:
         out = layer(out)
     return out
