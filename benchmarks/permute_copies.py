@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -29,6 +29,7 @@ import vstar_kernels as vk
 from benchmarks.clock import TimedCall, clock_for, time_in_turn
 from benchmarks.report.tables import Table
 from benchmarks.unet import TEXT_TOKENS, motion, unet3d
+from vstar_kernels.cli.options import parsed, size
 from vstar_kernels.models.hooks import Argument
 
 PIXELS_PER_LATENT = 8
@@ -44,8 +45,8 @@ class Options:
     width: int = 320
     """Channels of the finest level."""
     frames: int = 16
-    size: tuple[int, int] = (320, 512)
-    """Height and width in pixels."""
+    size: Annotated[tuple[int, int], parsed(size(64), "HEIGHTxWIDTH")] = (320, 512)
+    """In pixels."""
     batch: int = 2
     """2 is one video under classifier-free guidance."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

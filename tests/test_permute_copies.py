@@ -29,19 +29,7 @@ def test_the_copies_are_those_of_the_transformer():
 
 def test_the_command_writes_its_figures(tmp_path, capsys):
     path = tmp_path / "copies.json"
-    small = [
-        "--width",
-        "32",
-        "--frames",
-        "3",
-        "--size",
-        "64",
-        "64",
-        "--batch",
-        "1",
-        "--rounds",
-        "1",
-    ]
+    small = ["--width", "32", "--frames", "3", "--size", "64x64", "--batch", "1", "--rounds", "1"]
     permute_copies.main([*small, "--json", str(path)])
     results = json.loads(path.read_text())
     assert results["settings"]["frames"] == 3
