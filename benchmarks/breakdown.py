@@ -1,7 +1,7 @@
 """``python -m benchmarks.breakdown``: where a call of the CPU kernels spends its time.
 
-Samples the stages of the kernel (bindings/microkernels.h) with Linux's ``perf``, which must be
-installed and allowed, on one thread. Prints a Markdown table of each stage's part.
+Samples the stages of the kernel (bindings/microkernels.h and packing.h) with Linux's ``perf``,
+which must be installed and allowed, on one thread. Prints a Markdown table of each stage's part.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def margins() -> str:
 
 
 def everything() -> str:
-    """The docs': every table of every kept run."""
+    """Returns the docs' tables: every one of every kept run."""
     parts = []
     for name in RUNS:
         run = _read(name)
@@ -58,7 +58,7 @@ def everything() -> str:
 
 
 def pictures() -> str:
-    """The docs': some of the first run's plots, for light and dark pages."""
+    """Returns the docs' pictures: some of the first run's plots, for light and dark pages."""
     return "\n\n".join(
         f"**{title}**\n\n"
         f'<picture><source srcset="plots/{name}-dark.svg" media="(prefers-color-scheme: dark)">'
@@ -68,7 +68,7 @@ def pictures() -> str:
 
 
 def draw() -> None:
-    """Write the plots' files."""
+    """Writes the plots' files."""
     PLOTS.mkdir(exist_ok=True)
     for plot in plots.all_plots(_read(RUNS[0])):
         if name := PLOTTED.get(plot.title):
@@ -79,34 +79,31 @@ def draw() -> None:
 def predictions() -> str:
     """Returns what the compiled tiles in bfloat16 are predicted to reach, never measured."""
     report = json.loads(CODEGEN.read_text())
-    head = (
-        *("architecture", "N", "D", "bytes", "operations", "warps", "registers", "shared"),
-        *("programs", "share of the bandwidth", "limit"),
-    )
-    rows = [
-        (
-            row["architecture"],
-            str(row["frames"]),
-            str(row["head_dim"]),
-            f"{row['sequence_bytes']:,}",
-            f"{row['sequence_operations']:,}",
-            str(row["config"]["warps"]),
-            str(row["registers"]),
-            f"{row['shared']:,}",
-            str(row["resident"]),
-            f"{row['share']:.0%}",
-            row["limit"] if row["headroom"] < 1 else "memory",
-        )
+    kernels = [
+        row
         for row in report["kernels"]
         if (row["kernel"], row["kind"], row["variant"]) == ("tile", "16-bit", "gaussian")
         and row["head_dim"] in PREDICTED_HEAD_DIMS
     ]
-    table = Table("", head, rows).markdown().strip()
+    columns = {
+        "architecture": lambda x: x["architecture"],
+        "N": lambda x: str(x["frames"]),
+        "D": lambda x: str(x["head_dim"]),
+        "bytes": lambda x: f"{x['sequence_bytes']:,}",
+        "operations": lambda x: f"{x['sequence_operations']:,}",
+        "warps": lambda x: str(x["config"]["warps"]),
+        "registers": lambda x: str(x["registers"]),
+        "shared": lambda x: f"{x['shared']:,}",
+        "programs": lambda x: str(x["resident"]),
+        "share of the bandwidth": lambda x: f"{x['share']:.0%}",
+        "limit": lambda x: x["limit"] if x["headroom"] < 1 else "memory",
+    }
+    table = Table.of("", columns, kernels).markdown().strip()
     return f"Predicted from Triton {report['triton']}'s code, not measured:\n\n{table}"
 
 
 def replace(path: Path, name: str, text: str) -> None:
-    """Put ``text`` between the marks called ``name``."""
+    """Puts ``text`` between the marks called ``name``."""
     pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
     page, count = re.subn(
         pattern,

@@ -151,7 +151,7 @@ HEADER, RECORD = TypeAdapter(Header), TypeAdapter(Record)
 
 
 def create(path: Path, environment: dict[str, Any], plan: Plan) -> None:
-    """Begin a run's file; an existing one is not touched."""
+    """Begins a run's file; an existing one is not touched."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with path.open("xb") as file:
@@ -161,14 +161,14 @@ def create(path: Path, environment: dict[str, Any], plan: Plan) -> None:
 
 
 def append(path: Path, record: Record) -> None:
-    """Add a case that has ended."""
+    """Adds a case that has ended."""
     line = RECORD.dump_json(record, by_alias=True) + b"\n"
     with path.open("ab") as file:
         file.write(line)
 
 
 def load(path: Path) -> Run:
-    """Read a run. A last line that an interruption left incomplete does not count.
+    """Reads a run. A last line that an interruption left incomplete does not count.
 
     Raises:
         ResultsError: It is not such a file, or one of another schema.
@@ -190,7 +190,7 @@ def load(path: Path) -> Run:
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut off what an interruption left of a line, so that the next begins a new one."""
+    """Cuts off what an interruption left of a line, so that the next begins a new one."""
     content = path.read_bytes()
     end = content.rfind(b"\n") + 1
     if end != len(content):

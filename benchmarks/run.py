@@ -34,14 +34,14 @@ ISAS: dict[str, dict[str, str]] = {
 
 
 def begin(path: Path, plan: Plan) -> Run:
-    """A new file for a run."""
+    """Begins a run's file."""
     _limit(plan)
     results.create(path, environment(plan.device, plan.threads), plan)
     return results.load(path)
 
 
 def resume(path: Path) -> Run:
-    """A run that was interrupted. Raises ResultsError where something else would go on with it."""
+    """Takes up an interrupted run. Raises ResultsError where another environment would go on."""
     run = results.load(path)
     _limit(run.plan)
     now = environment(run.plan.device, run.plan.threads)
@@ -55,7 +55,7 @@ def resume(path: Path) -> Run:
 
 
 def measure(path: Path, seconds: float = math.inf) -> Run:
-    """Measure what a run's file lacks; after ``seconds`` no case begins.
+    """Measures what a run's file lacks; after ``seconds`` no case begins.
 
     A worker that is killed costs the case that it died of.
     """
@@ -77,7 +77,7 @@ def measure(path: Path, seconds: float = math.inf) -> Run:
 
 
 def _limit(plan: Plan) -> None:
-    """Let this process, which describes itself, and its workers use no better instructions."""
+    """Lets this process, which describes itself, and its workers use no better instructions."""
     if plan.isa:
         os.environ.update(ISAS[plan.isa])
 
