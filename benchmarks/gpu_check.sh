@@ -38,15 +38,19 @@ need() { # a module, from the registry's wheels at hand if it is not there
     exit 3
 }
 
-measure() { # suites and options
+need_all() {
     for module in $NEEDED; do need "$module"; done
+}
+
+measure() { # suites and options
+    need_all
     timeout "$limit" "$python" -m benchmarks run --device cuda --output "$out/$stage.jsonl" \
         --stop-after $((limit - 60)) --suites "$@" 2>"$out/$stage.log"
 }
 
 case $stage in
 tests)
-    need pytest
+    need_all
     need hypothesis
     timeout "$limit" "$python" -m pytest -m gpu tests/attention/test_triton_gpu.py \
         tests/benchmarks/test_clock.py -p no:cacheprovider --durations=15 --junitxml="$out/tests.xml" 2>&1 |
