@@ -1,10 +1,11 @@
-import math
+import copy
 import types
 
 import pytest
 import torch
 
 import vstar_kernels as vk
+from vstar_kernels import testing
 from vstar_kernels.attention import dispatch, reference
 from vstar_kernels.models.front_end import temporal_layers
 
@@ -13,7 +14,7 @@ pytest.importorskip("transformers")
 from diffusers.models.attention_processor import AttnProcessor
 
 from examples import tiny
-from tests.models import models
+from tests.models import eager, models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FRAMES, SIDE = 6, 8
@@ -44,20 +45,17 @@ def dense_maps(model, bias, name="UNet3DConditionModel"):
     def watch(layer):
         def hook(module, args, kwargs, output):
             hidden = (args or list(kwargs.values()))[0].double()
-            q, k = (
-                torch.nn.functional.linear(
-                    hidden, p.weight.double(), None if p.bias is None else p.bias.double()
-                )
-                .unflatten(-1, (module.heads, -1))
-                .transpose(1, 2)
-                for p in (module.to_q, module.to_k)
+            exact = copy.deepcopy(module).double()
+            query, key = (
+                project(hidden).unflatten(-1, (module.heads, -1))
+                for project in (exact.to_q, exact.to_k)
             )
-            logits = q @ k.mT / math.sqrt(q.shape[-1])
+            delta = None
             if bias is not None and layer.level == 0:
-                frame = torch.arange(hidden.shape[1])
-                delta = torch.exp(-((frame[:, None] - frame) ** 2) / (2 * bias.sigma**2))
-                logits = logits + bias.strength * logits.amax(-1, keepdim=True) * delta
-            maps[layer.name] = logits.softmax(-1).unflatten(0, (2, -1))
+                matrix = eager.gaussian(bias.sigma, hidden.shape[1])
+                delta = vk.DenseBias(matrix, strength=bias.strength)
+            weights = testing.eager_weights(query, key, delta)
+            maps[layer.name] = weights.unflatten(0, (2, -1))
 
         return hook
 

@@ -1,4 +1,4 @@
-import math
+import copy
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ import vstar_kernels as vk
 pytest.importorskip("diffusers")
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
+from tests.models import eager
 from vstar_kernels.models.attention_processor import TARAttnProcessor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,25 +23,10 @@ def make_attention(**changes):
 
 
 def expected(attn, hidden, sigma, strength):
-    """The module with TAR in float64, one row, head and frame at a time."""
-    q, k, v = (
-        (hidden.double() @ projection.weight.double().T).unflatten(-1, (HEADS, HEAD_DIM))
-        for projection in (attn.to_q, attn.to_k, attn.to_v)
-    )
-    rows, frames = hidden.shape[:2]
-    out = torch.empty_like(q)
-    for row in range(rows):
-        for head in range(HEADS):
-            for i in range(frames):
-                logits = k[row, :, head] @ q[row, i, head] / math.sqrt(HEAD_DIM)
-                delta = torch.tensor(
-                    [math.exp(-((j - i) ** 2) / (2 * sigma**2)) for j in range(frames)],
-                    dtype=torch.float64,
-                )
-                weights = (logits + strength * logits.max() * delta).softmax(0)
-                out[row, i, head] = weights @ v[row, :, head]
-    project = attn.to_out[0]
-    return out.flatten(-2) @ project.weight.double().T + project.bias.double()
+    """The module with TAR in float64."""
+    exact = copy.deepcopy(attn).double()
+    delta = eager.gaussian(sigma, hidden.shape[1])
+    return eager.attention(exact, hidden.double(), delta, strength)
 
 
 @pytest.mark.parametrize("frames", [1, 7, 32])
