@@ -7,8 +7,7 @@ import vstar_kernels as vk
 from tests.helpers import run_python
 from vstar_kernels.analysis.maps import AttentionMap
 from vstar_kernels.analysis.plots import COLOURS, INK
-from vstar_kernels.methods.vstar.optimize import OptimizedNoise
-from vstar_kernels.methods.vstar.optimize_state import NoiseLoss
+from vstar_kernels.methods.vstar.optimize import NoiseLoss, OptimizedNoise
 
 mpl = pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.usefixtures("one_thread")

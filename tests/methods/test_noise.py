@@ -98,7 +98,7 @@ def test_parameters_must_be_finite(name):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.9, -0.7])
 def test_the_least_beta_is_that_of_long_videos(gamma):
-    least = noise.least_beta(gamma)
+    least = noise.min_stable_beta(gamma)
     for frames in (2, 9, 64):
         vk.NoisePrior(least + 1e-6, gamma).covariance(frames)
     if gamma:

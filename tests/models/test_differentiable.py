@@ -5,7 +5,7 @@ import torch
 
 import vstar_kernels as vk
 from tests.models import models
-from vstar_kernels.methods.vstar.optimize_objective import checkpointed
+from vstar_kernels.methods.vstar.objective import checkpointed
 
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.usefixtures("one_thread")

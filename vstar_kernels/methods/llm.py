@@ -36,7 +36,8 @@ SHORTEST_DISGUISED = 12  # letters and digits; shorter may be words of a sentenc
 LARGEST_BODY = 2**20  # bytes; answers have thousands
 LARGEST_REPEATED = 2**14  # characters of an unusable answer that are sent back
 SECRET_OPTIONS = ("extra_headers", "extra_query")  # where keys are, too; they are not stored
-# How servers name what they do not know, in the body of a status 400, 404, 422 or 501.
+# How servers refuse what they do not know, and name it in the body.
+UNKNOWING = (400, 404, 422, 501)
 UNSTRUCTURED = re.compile(r"response.?format|json.?schema|structured|grammar", re.IGNORECASE)
 # Between the characters of a key in disguise, or instead of one.
 _ESCAPED = re.compile(r"\\+u([0-9a-f]{4})", re.IGNORECASE)
@@ -104,22 +105,24 @@ def ask(
     Raises:
         AnswerError: There is no such answer; the message says what came.
     """
-    request = {"model": model.key, "messages": messages, "schema": form.model_json_schema()}
-    if model.key is None:
-        cache = None
-    if cache is not None and not refresh and (found := cache.get(request, form)) is not None:
-        return found
-    answer = _ask_until_valid(model, messages, form, attempts)
-    if cache is not None:
+    schema = form.model_json_schema()
+    if cache is None or model.key is None:
+        return _ask_until_valid(model, _with_schema(messages, schema), form, schema, attempts)
+    request = {"model": model.key, "messages": messages, "schema": schema}
+    answer = None if refresh else cache.get(request, form)
+    if answer is None:
+        answer = ask(model, messages, form, attempts=attempts)
         cache.put(request, answer)
     return answer
 
 
 def _ask_until_valid(
-    model: LanguageModel, messages: Messages, form: type[Form], attempts: int
+    model: LanguageModel,
+    messages: Messages,
+    form: type[Form],
+    schema: dict[str, Any],
+    attempts: int,
 ) -> Form:
-    schema = form.model_json_schema()
-    messages = _with_schema(messages, schema)
     conversation, problems = messages, []
     for _ in range(attempts):
         try:
@@ -237,15 +240,16 @@ class Endpoint:
             "timeout": timeout,
         }
         self._request = {"model": model, **(options or {})}
-        self._secrets = [api_key, *_secret_options(self._request)]
+        hidden = [self._request.get(name) or {} for name in SECRET_OPTIONS]
+        self._secrets = [api_key, *(str(value) for fields in hidden for value in fields.values())]
         self._structured = True
         self.name = f"{model} at {self._url}"
 
     @property
     def key(self) -> dict[str, Any]:
         """The server, the model and the options, but for what may be secret in them."""
-        options = {k: v for k, v in self._request.items() if k not in SECRET_OPTIONS}
-        return {"base_url": self._url, **options}
+        shown = {name: self._request[name] for name in self._request if name not in SECRET_OPTIONS}
+        return {"base_url": self._url, **shown}
 
     def redact(self, text: str) -> str:
         """Returns a text without the key, in whichever way it is written there."""
@@ -277,23 +281,22 @@ class Endpoint:
                 response = await create(messages=messages, **request)
                 return response.http_response.content
             except openai.APIStatusError as error:
-                refused = error.status_code in (400, 404, 422, 501) and "response_format" in request
-                refused = refused and UNSTRUCTURED.search(error.response.text) is not None
                 failure = self._status_failure(error)
+                said = error.status_code in UNKNOWING and UNSTRUCTURED.search(error.response.text)
+                unstructured = self._structured and said
             except openai.APITimeoutError:
-                refused, failure = False, AnswerError(f"no answer in {self._timeout:g} s")
+                failure, unstructured = f"no answer in {self._timeout:g} s", None
             except openai.OpenAIError as error:
-                refused, failure = False, AnswerError(self._connection_failure(error))
-            requests = bounded.requests
+                failure, unstructured = self._connection_failure(error), None
         # Here, and not above: the client's errors, which hold the key, are no part of this one.
-        if refused and self._structured:
+        if unstructured:
             self._structured = False
             return await self._fetch(messages, schema)
-        times = f" (asked {requests} times)" if requests > 1 else ""
+        times = f" (asked {bounded.requests} times)" if bounded.requests > 1 else ""
         raise AnswerError(f"{failure}{times}")
 
-    def _status_failure(self, error: Any) -> AnswerError:
-        """Returns the error of a status; its text is the server's, from the body alone."""
+    def _status_failure(self, error: Any) -> str:
+        """Returns what a status means, in the server's words, from the body alone."""
         text = error.response.text
         try:
             found = decode(text, lambda part: self.redact(clean(part)))["error"]
@@ -301,7 +304,7 @@ class Endpoint:
         except (FormatError, LookupError, TypeError):
             pass  # not the interface's form: it is shown as it is
         shown = shorten(self.redact(clean(str(text)))) or "the server says nothing else"
-        return AnswerError(f"HTTP status {error.status_code}: {shown}")
+        return f"HTTP status {error.status_code}: {shown}"
 
     def _connection_failure(self, error: Any) -> str:
         """Returns what is wrong with a connection, never in the words of a server's header."""
@@ -341,11 +344,11 @@ def bounded_client(seconds: float) -> Any:
     import openai
 
     class BoundedClient(openai.DefaultAsyncHttpxClient):
-        requests = 0
+        requests = 0  # that were sent
 
         async def send(self, request: Any, *, stream: bool = False, **how: Any) -> Any:
             self.requests += 1
-            body = b""
+            body = bytearray()
             try:
                 with anyio.fail_after(seconds):
                     response = await super().send(request, stream=True, **how)
@@ -361,7 +364,7 @@ def bounded_client(seconds: float) -> Any:
             wire = ("content-encoding", "content-length", "transfer-encoding")  # undone above
             headers = [pair for pair in response.headers.multi_items() if pair[0] not in wire]
             return httpx2.Response(
-                response.status_code, headers=headers, content=body, request=response.request
+                response.status_code, headers=headers, content=bytes(body), request=response.request
             )
 
     return BoundedClient()
@@ -374,14 +377,6 @@ def _check_url(base_url: str) -> None:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         shown = "one with an @" if "@" in base_url else repr(base_url)
         raise ValueError(f"base_url must be an http or https address, got {shown}")
-
-
-def _secret_options(request: Mapping[str, Any]) -> list[str]:
-    """Returns what is in the request's own headers and query: a proxy's key, say."""
-    found = [request.get(name) for name in SECRET_OPTIONS]
-    return [
-        str(value) for fields in found if isinstance(fields, Mapping) for value in fields.values()
-    ]
 
 
 def redact(text: str, secrets: Iterable[str]) -> str:

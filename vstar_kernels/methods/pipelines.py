@@ -64,7 +64,7 @@ class PipelineCall:
 
     @torch.no_grad()
     def encode(self, texts: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
-        """The embeddings of some texts, and of the negative prompt if it is needed.
+        """Returns the embeddings of some texts, and of the negative prompt if it is needed.
 
         Each text is encoded as the pipeline encodes a prompt. Latte's cuts the padding off: shorter
         texts are filled with zeros, which is what it does to several prompts.
@@ -84,7 +84,7 @@ class PipelineCall:
         return embeddings, negative
 
     def sample(self, prompt: str, num_frames: int, seed: int) -> Any:
-        """The frames of one video, of the pipeline's ``output_type``, by default PIL images."""
+        """Makes one video, in the pipeline's ``output_type``, by default PIL images."""
         frames_name = next(name for name in FRAMES if name in self._parameters)
         generator = torch.Generator().manual_seed(seed)  # on the CPU: the same on every device
         settings = {"output_type": "pil", **self._options, frames_name: num_frames}
@@ -113,7 +113,7 @@ class PipelineCall:
 
 
 def check_pipeline(pipe: Any) -> None:
-    """Raise TypeError unless it is one of ``PIPELINES``."""
+    """Raises TypeError unless it is one of ``PIPELINES``."""
     if {cls.__name__ for cls in type(pipe).__mro__}.isdisjoint(PIPELINES):
         raise TypeError(
             f"pipe must be one of diffusers' {', '.join(PIPELINES)}, got {type(pipe).__name__}; "
@@ -123,7 +123,7 @@ def check_pipeline(pipe: Any) -> None:
 
 @contextmanager
 def _text_model(pipe: Any) -> Iterator[None]:
-    """Give the text encoder its ``text_model`` for a while.
+    """Gives the text encoder its ``text_model`` for a while.
 
     Pipelines take ``text_encoder.text_model.final_layer_norm`` under ``clip_skip``, I2VGen-XL's by
     default; in transformers 5 the encoder is that model itself.
@@ -142,7 +142,7 @@ def _text_model(pipe: Any) -> Iterator[None]:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the global generators for a while: I2VGen-XL encodes its image with them."""
+    """Seeds the global generators for a while: I2VGen-XL encodes its image with them."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)

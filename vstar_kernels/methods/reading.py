@@ -42,6 +42,8 @@ class FormatError(ValueError):
 
 def clean(text: str) -> str:
     """Returns a text without control characters and escape sequences, but with its line breaks."""
+    if text.isprintable():
+        return text
     return _CONTROL.sub("", _SEQUENCE.sub("", text)).replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -26,7 +26,7 @@ def interpolate_embeddings(
     anchors: Sequence[int] | None = None,
     mode: Interpolation = "linear",
 ) -> Tensor:
-    """One embedding for each frame, between those of the stages (VSTAR, section 3.1).
+    """Returns one embedding for each frame, between those of the stages (VSTAR, section 3.1).
 
     A stage's anchor frame has exactly its embedding. Frames before the first anchor have the first
     stage's, frames after the last one the last stage's.
@@ -71,7 +71,7 @@ def interpolate_embeddings(
 
 
 def _even(num_stages: int, num_frames: int) -> list[Fraction]:
-    """Evenly spaced anchors from the first frame to the last, on frames where there are enough."""
+    """Spaces anchors evenly from the first frame to the last, on frames where there are enough."""
     if num_stages == 1:
         return [Fraction(0)]
     spacing = Fraction(num_frames - 1, num_stages - 1)
@@ -84,7 +84,7 @@ def _even(num_stages: int, num_frames: int) -> list[Fraction]:
 def _neighbours(
     places: Sequence[Fraction], num_frames: int
 ) -> tuple[list[int], list[int], list[float]]:
-    """The stages before (or at) and after each frame, and the weight of the second."""
+    """Returns the stages before (or at) and after each frame, and the weight of the later one."""
     lower, upper, weight = [], [], []
     for frame in range(num_frames):
         after = bisect_right(places, frame)
@@ -100,15 +100,17 @@ def _neighbours(
 
 
 def _slerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
-    """Spherical interpolation of vectors along the last dimension (Shoemake 1985)."""
+    """Interpolates spherically between vectors along the last dimension (Shoemake 1985)."""
     norms = start.norm(dim=-1, keepdim=True) * end.norm(dim=-1, keepdim=True)
-    some = norms > 0
+    nonzero = norms > 0
     # Both branches of a `where` have gradients: what divides by zero must not be in either.
-    cosine = (start * end).sum(-1, keepdim=True) / torch.where(some, norms, 1)
-    has_arc = some & (cosine.abs() < 1 - PARALLEL)
+    cosine = (start * end).sum(-1, keepdim=True) / torch.where(nonzero, norms, 1)
+    has_arc = nonzero & (cosine.abs() < 1 - PARALLEL)
     angle = torch.where(has_arc, cosine, 0).acos()
-    first, second = (torch.sin(share * angle) / angle.sin() for share in (1 - weight, weight))
-    return torch.where(has_arc, first * start + second * end, torch.lerp(start, end, weight))
+    start_weight = torch.sin((1 - weight) * angle) / angle.sin()
+    end_weight = torch.sin(weight * angle) / angle.sin()
+    arc = start_weight * start + end_weight * end
+    return torch.where(has_arc, arc, torch.lerp(start, end, weight))
 
 
 BLENDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {

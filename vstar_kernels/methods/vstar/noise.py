@@ -41,7 +41,7 @@ class NoisePrior:
                 raise ValueError(f"{name} must be finite, got {value}")
 
     def covariance(self, num_frames: int) -> Tensor:
-        """Σ, ``(frames, frames)`` in float64.
+        """Returns Σ, ``(frames, frames)`` in float64.
 
         Raises:
             ValueError: It is not positive definite.
@@ -58,7 +58,7 @@ class NoisePrior:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Draw latents: in time linear in the frames where β ≥ 1 and \\|γ\\| ≤ 1.
+        """Draws latents, in time linear in the frames where β ≥ 1 and \\|γ\\| ≤ 1.
 
         There, the noise is an autoregressive process, plus white noise of variance β − 1. Elsewhere
         it is white noise times Σ's Cholesky factor, which is kept.
@@ -73,18 +73,18 @@ class NoisePrior:
             ValueError: Σ is not positive definite.
         """
         like = torch.empty(0, device=device, dtype=torch.promote_types(dtype, torch.float32))
-        noise = draw(shape, generator, like)
+        noise = standard_normal(shape, generator, like)
         if abs(self.gamma) <= 1 < self.beta or (self.beta == 1 and abs(self.gamma) < 1):
             _autoregress(noise.movedim(frame_dim, 0), self.gamma)
             if self.beta > 1:
-                noise += math.sqrt(self.beta - 1) * draw(shape, generator, like)
+                noise += math.sqrt(self.beta - 1) * standard_normal(shape, generator, like)
         else:
             factor = _cholesky(shape[frame_dim], self.beta, self.gamma)
             noise = _mix_frames(factor, noise, frame_dim)
         return (self._mean_like(noise) + noise).to(dtype)
 
     def kl(self, num_frames: int) -> float:
-        """KL(N(μ, Σ) ‖ N(0, I)): see :func:`kl_to_standard_normal`.
+        """Returns KL(N(μ, Σ) ‖ N(0, I)); see :func:`kl_to_standard_normal`.
 
         Raises:
             ValueError: Σ is not positive definite.
@@ -102,7 +102,7 @@ class NoisePrior:
 def correlate(
     standard: Tensor, mean: Tensor, beta: Tensor, gamma: Tensor, *, frame_dim: int = 2
 ) -> Tensor:
-    """μ + L·standard with L·Lᵀ = Σ: a sample of N(μ, Σ) that μ, β and γ have gradients through.
+    """Returns μ + L·standard with L·Lᵀ = Σ, a sample of N(μ, Σ) with gradients to μ, β and γ.
 
     Args:
         standard: Standard normal latents.
@@ -118,7 +118,7 @@ def correlate(
 
 
 def kl_to_standard_normal(mean: Tensor, beta: Tensor, gamma: Tensor, num_frames: int) -> Tensor:
-    """KL(N(μ, Σ) ‖ N(0, I)) over the frames of one pixel of one channel, in nats (eq. 8)::
+    """Returns KL(N(μ, Σ) ‖ N(0, I)) over the frames of one pixel of one channel, in nats (eq. 8)::
 
         ½ (tr Σ + μᵀμ − N − ln det Σ)
 
@@ -139,8 +139,8 @@ def kl_to_standard_normal(mean: Tensor, beta: Tensor, gamma: Tensor, num_frames:
     return (trace + square - num_frames - log_determinant) / 2
 
 
-def least_beta(gamma: float) -> float:
-    """The β at and above which Σ is positive definite for any number of frames, if \\|γ\\| < 1.
+def min_stable_beta(gamma: float) -> float:
+    """Returns the β from which on Σ is positive definite for any number of frames, if \\|γ\\| < 1.
 
     The eigenvalues of an autoregressive process's covariance are above its least spectral density,
     (1 − |γ|)/(1 + |γ|); Σ adds β − 1.
@@ -148,14 +148,14 @@ def least_beta(gamma: float) -> float:
     return 2 * abs(gamma) / (1 + abs(gamma))
 
 
-def draw(shape: Shape, generator: torch.Generator | None, like: Tensor) -> Tensor:
-    """Standard normal numbers, drawn in float32 where the generator is, as ``like`` is."""
+def standard_normal(shape: Shape, generator: torch.Generator | None, like: Tensor) -> Tensor:
+    """Draws standard normal numbers in float32 where the generator is, like ``like`` in the end."""
     device = like.device if generator is None else generator.device
     return torch.randn(shape, generator=generator, device=device).to(like)
 
 
 def _autoregress(frames: Tensor, gamma: float) -> None:
-    """White noise, frames first, becomes x₀ = e₀, xₜ = γ xₜ₋₁ + √(1−γ²) eₜ in its place."""
+    """Turns white noise, frames first, into x₀ = e₀, xₜ = γ xₜ₋₁ + √(1−γ²) eₜ in its place."""
     innovation = math.sqrt(1 - gamma * gamma)
     for frame in range(1, len(frames)):
         frames[frame].mul_(innovation).add_(frames[frame - 1], alpha=gamma)
@@ -175,7 +175,7 @@ def _covariance(num_frames: int, beta: float | Tensor, gamma: float | Tensor) ->
 
 @functools.lru_cache(maxsize=16)
 def _cholesky(num_frames: int, beta: float, gamma: float) -> Tensor:
-    """Σ's factor, to be read only."""
+    """Returns Σ's Cholesky factor, which is kept: it is to be read only."""
     return _checked_cholesky(_covariance(num_frames, beta, gamma), beta, gamma)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,9 +11,31 @@ import torch
 from torch import Tensor
 
 from vstar_kernels.analysis.maps import AttentionMap
-from vstar_kernels.methods.vstar.noise import NoisePrior, Shape, draw
-from vstar_kernels.methods.vstar.optimize_objective import MapObjective, References
-from vstar_kernels.methods.vstar.optimize_state import Descent, Distribution, NoiseLoss
+from vstar_kernels.methods.vstar.noise import (
+    NoisePrior,
+    Shape,
+    correlate,
+    kl_to_standard_normal,
+    min_stable_beta,
+    standard_normal,
+)
+from vstar_kernels.methods.vstar.objective import MapObjective, References
+
+MARGIN = 1e-3  # of β above its least, and of |γ| below 1
+
+
+@dataclass(frozen=True)
+class NoiseLoss:
+    """The loss of one iteration, ``total`` = ``distance`` + λ · ``kl``.
+
+    Attributes:
+        distance: ‖A_ref − A‖, the mean of the Frobenius norms over layers, batch and draws.
+        kl: In nats, per pixel of each channel.
+    """
+
+    total: float
+    distance: float
+    kl: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,11 +44,11 @@ class OptimizedNoise:
 
     Attributes:
         prior: The best μ, β and γ; ``prior.sample(shape)`` draws more.
-        noise: The noise that they make of the draws that were optimised with,
-            ``(draws × batch, …)``, standardised as pipelines take ``latents``.
+        noise: The noise that they make of the draws that were optimised with, standardised as
+            pipelines take ``latents``: ``(draws × batch, …)``.
         maps: The attention maps of that noise at the first step, averaged over the draws.
-        losses: Of each iteration, the first one before any change.
-        best: The iteration that all this is of.
+        losses: The loss of each iteration; the first one is before any change.
+        best: The iteration that has the lowest loss, which all this is of.
         stopped_early: Whether the loss had ceased to fall.
     """
 
@@ -59,7 +82,7 @@ def optimize_noise(
     checkpointing: bool = True,
     progress: bool = True,
 ) -> OptimizedNoise:
-    """Find a noise distribution from which the model attends over frames as it is shown to.
+    """Finds a noise distribution from which the model attends over frames as it is shown to.
 
     Minimises (VSTAR, arXiv 2403.13501, App. B, eqs. 6 to 8) over μ, β and γ, by Adam::
 
@@ -119,7 +142,7 @@ def optimize_noise(
         checkpointing=checkpointing,
     )
     like = next(objective.model.parameters())
-    standard = [draw(shape, generator, like.detach()) for _ in range(draws)]
+    standard = [standard_normal(shape, generator, like.detach()) for _ in range(draws)]
     distribution = Distribution(initial or NoisePrior(), shape, frame_dim, mean, like)
     adam = torch.optim.Adam(distribution.parameters, lr=learning_rate)
     descent = Descent(patience, tolerance)
@@ -147,19 +170,106 @@ def optimize_noise(
 def _backward(
     objective: MapObjective, distribution: Distribution, standard: list[Tensor], weight: float
 ) -> NoiseLoss:
-    """One draw after the other, so that memory is for one."""
+    """Computes the loss and its gradients, one draw after the other so that memory is for one."""
     distance = 0.0
     for numbers in standard:
-        part = objective.distance(distribution.transform(numbers)) / len(standard)
-        part.backward()
-        distance += float(part.detach())
+        scaled = objective.distance(distribution.transform(numbers)) / len(standard)
+        scaled.backward()
+        distance += float(scaled.detach())
     divergence = distribution.kl()
     (weight * divergence).backward()
     kl = float(divergence.detach())
     return NoiseLoss(distance + weight * kl, distance, kl)
 
 
+class Distribution:
+    """The parameters that are optimised: μ, β and γ.
+
+    β and γ are in float64 on the CPU, as Σ is small.
+    """
+
+    def __init__(
+        self, initial: NoisePrior, shape: Shape, frame_dim: int, mean: str, like: Tensor
+    ) -> None:
+        mean_shape = [1, *shape[1:]]
+        if mean == "frame":
+            mean_shape = [size if dim == frame_dim else 1 for dim, size in enumerate(shape)]
+        start = torch.as_tensor(initial.mean, dtype=torch.float32, device=like.device)
+        try:
+            expanded = start.expand(mean_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"initial's mean must broadcast to {tuple(mean_shape)} (mean={mean!r}), got shape "
+                f"{tuple(start.shape)}"
+            ) from None
+        self.mean = expanded.clone().requires_grad_()
+        self.beta, self.gamma = (
+            torch.tensor(value, dtype=torch.float64, requires_grad=True)
+            for value in (initial.beta, initial.gamma)
+        )
+        self._num_frames, self._frame_dim = shape[frame_dim], frame_dim
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What the optimiser changes."""
+        return [self.mean, self.beta, self.gamma]
+
+    def transform(self, standard: Tensor) -> Tensor:
+        """Returns the sample that standard normal numbers become under these parameters."""
+        return correlate(standard, self.mean, self.beta, self.gamma, frame_dim=self._frame_dim)
+
+    def kl(self) -> Tensor:
+        """Returns the divergence from N(0, I); see :func:`kl_to_standard_normal`."""
+        return kl_to_standard_normal(self.mean, self.beta, self.gamma, self._num_frames)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Moves β and γ to where Σ is positive definite for any number of frames."""
+        self.gamma.clamp_(MARGIN - 1, 1 - MARGIN)
+        self.beta.clamp_(min=min_stable_beta(float(self.gamma)) + MARGIN)
+
+    def prior(self) -> NoisePrior:
+        """Returns a copy of the parameters as they are now."""
+        return NoisePrior(self.beta.item(), self.gamma.item(), self.mean.detach().clone())
+
+
+class Descent:
+    """Keeps the losses and the best parameters, and says when the loss has ceased to fall."""
+
+    def __init__(self, patience: int | None, tolerance: float) -> None:
+        self.losses: list[NoiseLoss] = []
+        self.best = 0
+        self.prior: NoisePrior | None = None
+        self.stopped = False
+        self._patience, self._tolerance = patience, tolerance
+        self._last_improvement: float | None = None  # the loss then
+        self._iterations_since = 0
+
+    def record(self, loss: NoiseLoss, distribution: Distribution) -> bool:
+        """Records the loss of an iteration and returns whether to stop.
+
+        Raises:
+            FloatingPointError: The loss is not finite.
+        """
+        self.losses.append(loss)
+        if not math.isfinite(loss.total):
+            raise FloatingPointError(
+                f"the loss of iteration {len(self.losses) - 1} is {loss.total}: try a lower "
+                "learning_rate, or float32 instead of a 16-bit type"
+            )
+        if self.prior is None or loss.total < self.losses[self.best].total:
+            self.best, self.prior = len(self.losses) - 1, distribution.prior()
+        last = self._last_improvement
+        if last is None or loss.total < last - self._tolerance * abs(last):
+            self._last_improvement, self._iterations_since = loss.total, 0
+        else:
+            self._iterations_since += 1
+        self.stopped = self._patience is not None and self._iterations_since >= self._patience
+        return self.stopped
+
+
 def _progress(iterations: int, descent: Descent, show: bool) -> Iterator[int]:
+    """Yields the iterations' numbers, with a bar that shows the last loss."""
     if not show:
         yield from range(iterations)
         return

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vstar_kernels.analysis.frames import as_frames
 from vstar_kernels.analysis.maps import AttentionMap
-from vstar_kernels.methods.vstar.noise import draw
+from vstar_kernels.methods.vstar.noise import standard_normal
 from vstar_kernels.models.capture import capture_maps
 from vstar_kernels.models.front_end import models_with_temporal_attention
 from vstar_kernels.models.layers import TemporalLayer
@@ -45,7 +45,7 @@ def capture_real_maps(
     layers: Callable[[TemporalLayer], bool] | None = None,
     max_rows: int = 256,
 ) -> RealVideoMaps:
-    """Add noise to a real video's clean latents, and capture the maps while they are denoised once.
+    """Captures the maps of a real video: its latents are noised and then denoised once.
 
     At each of the steps, the latents are noised afresh to the level at which sampling would begin
     that step, all with the same noise, and the model is called once. TAR and per-frame prompts that
@@ -64,7 +64,7 @@ def capture_real_maps(
         steps: Indices into the scheduler's schedule, 0 the noisiest.
         scheduler: The noise levels, with its ``set_timesteps`` called; None is the pipeline's own.
             It is copied and not changed.
-        generator: Of the noise; the same seed gives the same maps.
+        generator: Draws the noise; the same seed gives the same maps.
         layers, max_rows: See :func:`vstar_kernels.capture_maps`.
 
     Raises:
@@ -72,15 +72,15 @@ def capture_real_maps(
         ValueError: It holds several models with temporal attention or none, there is no scheduler,
             or it has no such step.
     """
-    model = the_model(pipe_or_model)
-    schedule = the_scheduler(pipe_or_model, scheduler)
+    model = temporal_model(pipe_or_model)
+    schedule = scheduler_of(pipe_or_model, scheduler)
     timesteps = step_timesteps(schedule, steps)
-    noise = draw(latents.shape, generator, latents)
+    noise = standard_normal(latents.shape, generator, latents)
     noised: dict[int, Tensor] = {}
     with capture_maps(model, layers=layers, max_rows=max_rows) as capture:
         for step, timestep in timesteps.items():
             capture.step = step
-            fresh = unused(schedule)
+            fresh = restarted_copy(schedule)
             times = timestep.to(latents.device).expand(len(latents))
             noised[step] = fresh.add_noise(latents, noise, times)
             model(fresh.scale_model_input(noised[step], timestep), times, **inputs)
@@ -89,7 +89,7 @@ def capture_real_maps(
 
 @torch.no_grad()
 def encode_frames(vae: Any, frames: Any) -> Tensor:
-    """The clean latents of a video, frame by frame: the mode of what the VAE's encoder says.
+    """Encodes a video frame by frame into clean latents, the mode of the VAE's distribution.
 
     Args:
         vae: diffusers' ``AutoencoderKL`` or ``AutoencoderKLTemporalDecoder``.
@@ -99,12 +99,12 @@ def encode_frames(vae: Any, frames: Any) -> Tensor:
         ``(1, channels, frames, height, width)``, scaled as the denoising model expects.
     """
     video = 2 * as_frames(frames).to(device=vae.device, dtype=vae.dtype) - 1
-    parts = [vae.encode(frame[None]).latent_dist.mode() for frame in video]
-    return torch.stack(parts, dim=2) * vae.config.scaling_factor
+    latents = [vae.encode(frame[None]).latent_dist.mode() for frame in video]
+    return torch.stack(latents, dim=2) * vae.config.scaling_factor
 
 
-def the_model(pipe_or_model: Any) -> Any:
-    """The one model with temporal attention, unwrapped.
+def temporal_model(pipe_or_model: Any) -> Any:
+    """Returns the one model with temporal attention, unwrapped.
 
     Raises:
         TypeError, ValueError: There is none, or several.
@@ -118,8 +118,8 @@ def the_model(pipe_or_model: Any) -> Any:
     return next(iter(models.values()))
 
 
-def the_scheduler(pipe_or_model: Any, scheduler: Any) -> Any:
-    """The scheduler that was given, or the pipeline's.
+def scheduler_of(pipe_or_model: Any, scheduler: Any) -> Any:
+    """Returns the scheduler that was given, or the pipeline's.
 
     Raises:
         ValueError: There is none.
@@ -130,8 +130,8 @@ def the_scheduler(pipe_or_model: Any, scheduler: Any) -> Any:
     return found
 
 
-def unused(scheduler: Any) -> Any:
-    """A copy of a scheduler that has not begun to sample, and finds steps by their timesteps."""
+def restarted_copy(scheduler: Any) -> Any:
+    """Returns a copy of a scheduler that has not begun to sample, and finds steps by timesteps."""
     fresh = copy.deepcopy(scheduler)
     for name in ("_begin_index", "_step_index"):
         if hasattr(fresh, name):
@@ -140,7 +140,7 @@ def unused(scheduler: Any) -> Any:
 
 
 def step_timesteps(scheduler: Any, steps: Sequence[int]) -> dict[int, Tensor]:
-    """The timestep at which each of these steps begins.
+    """Returns the timestep at which each of these steps begins.
 
     Raises:
         ValueError: The schedule has no such step, or none is asked for.

@@ -31,7 +31,7 @@ class Generation:
         frames: A list of PIL images, or what else the pipeline's ``output_type`` gives.
         synopsis: The stages; one, the prompt itself, where none were asked for.
         config: The regularization.
-        seed: Of the noise.
+        seed: The seed of the noise.
         layers: The regularized layers.
         maps: The attention maps; None where they were not asked for.
     """
@@ -105,12 +105,12 @@ class VSTAR:
         maps: bool | Collection[int] = False,
         **options: Any,
     ) -> Generation:
-        """One video.
+        """Makes one video.
 
         Args:
             prompt: The video in a sentence, of which the writer makes a synopsis if there is one;
                 or a synopsis.
-            num_frames: Of the video.
+            num_frames: The video's number of frames.
             seed: From 0 to 2³² − 1; None draws one, which the result has.
             num_stages: How many stages the writer makes; None leaves it to the writer.
             refresh: Whether to ask the writer even for what is in its cache.
@@ -160,7 +160,7 @@ class VSTAR:
         return self._writer.write(prompt, num_stages=num_stages, refresh=refresh)
 
     def _check(self, prompt: Any, num_frames: Any, seed: Any, num_stages: Any) -> None:
-        """What would otherwise be found only after a synopsis has been paid for."""
+        """Raises for what would otherwise be found only after a synopsis has been paid for."""
         if not isinstance(prompt, str | Synopsis):
             raise TypeError(f"prompt must be a text or a Synopsis, got {type(prompt).__name__}")
         _check_integer("num_frames", num_frames, 1)
@@ -171,9 +171,9 @@ class VSTAR:
             raise ValueError(f"num_stages is for a prompt and a writer, got {there}")
 
 
-def _check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
+def _check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < least or (most is not None and value > most):
-        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+    if value < minimum or (maximum is not None and value > maximum):
+        allowed = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
         raise ValueError(f"{name} must be {allowed}, got {value}")

@@ -140,7 +140,7 @@ class SynopsisWriter:
         attempts: int = 3,
         **settings: Any,
     ) -> SynopsisWriter:
-        """Ask a model over HTTP: :class:`vstar_kernels.methods.llm.Endpoint`'s arguments.
+        """Makes a writer that asks an :class:`vstar_kernels.methods.llm.Endpoint`.
 
         Those that are left out are taken from ``$OPENAI_MODEL``, ``$OPENAI_BASE_URL`` and
         ``$OPENAI_API_KEY``. A request that fails is made ``attempts`` times at most. ``settings``
@@ -167,13 +167,13 @@ class SynopsisWriter:
         max_new_tokens: int = 1024,
         **settings: Any,
     ) -> SynopsisWriter:
-        """Ask a model here: :class:`vstar_kernels.methods.llm.ChatModel`'s arguments."""
+        """Makes a writer that asks a :class:`vstar_kernels.methods.llm.ChatModel`."""
         chat_model = ChatModel(model, tokenizer, device=device, max_new_tokens=max_new_tokens)
         return cls(chat_model, **settings)
 
     @classmethod
     def from_file(cls, path: str | Path, **settings: Any) -> SynopsisWriter:
-        """Take synopses, or a saved answer, from a :class:`SynopsisFile`."""
+        """Makes a writer that takes synopses, or a saved answer, from a :class:`SynopsisFile`."""
         return cls(SynopsisFile(path), **settings)
 
     def write(

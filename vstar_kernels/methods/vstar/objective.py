@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from vstar_kernels.analysis.maps import AttentionMap, Level
 from vstar_kernels.methods.vstar.real_videos import (
     RealVideoMaps,
+    restarted_copy,
+    scheduler_of,
     step_timesteps,
-    the_model,
-    the_scheduler,
-    unused,
+    temporal_model,
 )
 from vstar_kernels.models.capture import MapCapture, capture_maps
 from vstar_kernels.models.front_end import temporal_layers
@@ -31,7 +31,7 @@ class MapObjective:
     Args:
         pipe_or_model, reference_maps, inputs, scheduler, max_rows, checkpointing: See
             :func:`vstar_kernels.optimize_noise`.
-        batch, num_frames: Of the noise.
+        batch, num_frames: The batch size and the number of frames of the noise.
 
     Raises:
         TypeError, ValueError: See :func:`vstar_kernels.optimize_noise`.
@@ -49,8 +49,8 @@ class MapObjective:
         max_rows: int,
         checkpointing: bool,
     ) -> None:
-        self.model = the_model(pipe_or_model)
-        self._schedule = the_scheduler(pipe_or_model, scheduler)
+        self.model = temporal_model(pipe_or_model)
+        self._schedule = scheduler_of(pipe_or_model, scheduler)
         self._timestep = step_timesteps(self._schedule, [0])[0]
         self._inputs = inputs
         self._max_rows = max_rows
@@ -73,22 +73,22 @@ class MapObjective:
 
     @torch.enable_grad()
     def distance(self, noise: Tensor) -> Tensor:
-        """The mean over layers and batch of the Frobenius norms of A_ref − A.
+        """Returns the mean over layers and batch of the Frobenius norms of A_ref − A.
 
         The backward pass through the model happens here already, so that neither the layers' hooks,
         which it needs, nor the model's activations outlive this call.
         """
-        given = noise.detach().requires_grad_()
-        less = checkpointed(self.model) if self._checkpointing else contextlib.nullcontext()
-        with self._capture(differentiable=True) as capture, frozen(self.model), less:
-            self._run(given)
+        leaf = noise.detach().requires_grad_()
+        recomputing = checkpointed(self.model) if self._checkpointing else contextlib.nullcontext()
+        with self._capture(differentiable=True) as capture, frozen(self.model), recomputing:
+            self._run(leaf)
             value = self._mean_distance(capture.maps)
-            (gradient,) = torch.autograd.grad(value, given)
+            (gradient,) = torch.autograd.grad(value, leaf)
         return _WithGradient.apply(noise, value.detach(), gradient)
 
     @torch.no_grad()
     def maps(self, noises: Iterable[Tensor]) -> list[AttentionMap]:
-        """The maps that some noises give, averaged over them."""
+        """Returns the maps that some noises give, averaged over them."""
         with self._capture(differentiable=False) as capture:
             for noise in noises:
                 self._run(noise)
@@ -105,7 +105,7 @@ class MapObjective:
         return capture
 
     def _run(self, noise: Tensor) -> None:
-        schedule = unused(self._schedule)
+        schedule = restarted_copy(self._schedule)
         latents = schedule.scale_model_input(noise * schedule.init_noise_sigma, self._timestep)
         times = self._timestep.to(noise.device).expand(len(noise))
         self.model(latents, times, **self._inputs)
@@ -118,7 +118,7 @@ class MapObjective:
 
 
 class _WithGradient(torch.autograd.Function):
-    """A number whose gradient is known already."""
+    """Attaches a gradient that is known already to a number."""
 
     @staticmethod
     def forward(ctx: Any, noise: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _targets(references: References, layers: list[TemporalLayer]) -> dict[str, Tensor]:
-    """The reference of each layer that has one."""
+    """Returns the reference map of each layer that has one, by the layer's name."""
     if isinstance(references, Tensor):
         # Not the block before the UNet's own, which VSTAR leaves alone.
         return {layer.name: references for layer in layers if layer.level != "init"}
@@ -159,7 +159,7 @@ def _targets(references: References, layers: list[TemporalLayer]) -> dict[str, T
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Without gradients of the model's own parameters, nor what they would keep in memory."""
+    """Keeps no gradients of the model's own parameters, nor what they would need, meanwhile."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -172,7 +172,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def checkpointed(model: nn.Module) -> Iterator[None]:
-    """The model's blocks compute their insides again in the backward pass instead of keeping them.
+    """Lets the model's blocks compute their insides again in the backward pass, to save memory.
 
     Few of diffusers' video models can do so by themselves (``UNet3DConditionModel`` cannot).
     """
@@ -198,7 +198,7 @@ def _checkpointing(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """What a model runs one after the other: a UNet's resolutions, a transformer's blocks."""
+    """Yields what a model runs in sequence: a UNet's resolutions, a transformer's blocks."""
     for name, child in model.named_children():
         if isinstance(child, nn.ModuleList):
             yield from child
