@@ -366,6 +366,25 @@ def test_without_the_client(monkeypatch):
         vk.SynopsisWriter.from_endpoint("m", base_url="http://localhost:1/v1")
 
 
+def test_without_pydantic():
+    code = (
+        "import sys, vstar_kernels as vk\n"
+        "print({'pydantic', 'openai', 'anyio', 'httpx2'} & set(sys.modules))\n"
+        "sys.modules['pydantic'] = None\n"
+        "rose = vk.Synopsis('A rose.', ['A bud.', 'A rose.']).to_json()\n"
+        "for read in (vk.SynopsisWriter.from_file, vk.Synopsis.from_json):\n"
+        "    try:\n"
+        "        read(rose)\n"
+        "    except ImportError as error:\n"
+        "        print(error)\n"
+    )
+    child = run_python(code)
+    nothing, *errors = child.stdout.splitlines()
+    assert nothing == "set()", child.stderr
+    assert len(errors) == 2
+    assert all("pip install 'vstar_kernels[synopsis]'" in error for error in errors)
+
+
 def test_the_client_comes_only_with_an_endpoint():
     code = (
         "import sys, vstar_kernels as vk\n"
