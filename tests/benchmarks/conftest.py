@@ -1,6 +1,8 @@
 import gc
+import os
 
 import pytest
+from filelock import FileLock
 
 from benchmarks import run, suites
 from benchmarks.cases import Case, Use
@@ -54,8 +56,16 @@ def plan():
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """The file of a run of all small cases, measured by the real workers."""
-    path = tmp_path_factory.mktemp("run") / "run.jsonl"
-    run.begin(path, a_plan(small_cases()))
-    run.measure(path)
+    """The file of a run of all small cases, measured by the real workers.
+
+    Where tests run side by side, the first process that needs it measures for all of them.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    path = folder / "run.jsonl"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            run.begin(path, a_plan(small_cases()))
+            run.measure(path)
     return path
