@@ -72,22 +72,22 @@ tune: $(STAMP)
 native-neon: $(STAMP)
 	$(PYTHON) -m cmake -S . -B build/neon -DVSTAR_TORCH=OFF \
 		-DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/cmake/aarch64-linux-gnu.cmake
-	$(PYTHON) -m cmake --build build/neon --parallel
+	$(PYTHON) -m cmake --build build/neon --parallel $(JOBS)
 	$(CTEST) build/neon
 
 native: $(STAMP)
 	$(PYTHON) -m cmake -S . -B build/native -DVSTAR_TORCH=OFF
-	$(PYTHON) -m cmake --build build/native --parallel
+	$(PYTHON) -m cmake --build build/native --parallel $(JOBS)
 	$(CTEST) build/native --parallel $(JOBS)
 
 # Races are for the tests that have threads; they alone run under ThreadSanitizer.
 sanitize: $(STAMP)
 	$(PYTHON) -m cmake -S . -B build/sanitize-address -DVSTAR_TORCH=OFF \
 		-DVSTAR_SANITIZE=address,undefined
-	$(PYTHON) -m cmake --build build/sanitize-address --parallel
+	$(PYTHON) -m cmake --build build/sanitize-address --parallel $(JOBS)
 	$(CTEST) build/sanitize-address --parallel 2
 	$(PYTHON) -m cmake -S . -B build/sanitize-thread -DVSTAR_TORCH=OFF -DVSTAR_SANITIZE=thread
-	$(PYTHON) -m cmake --build build/sanitize-thread --parallel --target test_threads
+	$(PYTHON) -m cmake --build build/sanitize-thread --parallel $(JOBS) --target test_threads
 	$(CTEST) build/sanitize-thread --tests-regex threads
 
 # New cases each time: of whole calls between guard pages, and of every test that draws its cases.
