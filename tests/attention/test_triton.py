@@ -16,7 +16,7 @@ import torch
 import vstar_kernels as vk
 from tests.pairwise import pairwise
 from vstar_kernels.attention import triton as backend
-from vstar_kernels.attention.call import make_call
+from vstar_kernels.attention.call import Call, Wanted, check_call, make_call
 from vstar_kernels.testing import assert_as_exact_as_eager, eager, inputs, largest_error
 
 if backend.unavailable():
@@ -320,6 +320,77 @@ def test_gradients_of_large_heads_by_kernels_with_their_own_blocks(monkeypatch, 
     assert {"query", "key", "value", "delta"} <= found.keys()
     for name, gradient in found.items():
         assert_gradient(name, gradient, expected[name], plain[name])
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The launches that there are, in order."""
+    found = []
+    launch = plan.Launch.__call__
+
+    def recorded(self, tensors):
+        found.append(self)
+        launch(self, tensors)
+
+    monkeypatch.setattr(plan.Launch, "__call__", recorded)
+    return found
+
+
+@pytest.mark.parametrize("with_map", [False, True])
+@pytest.mark.parametrize("stat", ["row_max", "map_max", "none", "tensor"])
+@pytest.mark.parametrize("form", ["none", "gaussian", "dense by head"])
+def test_saved_statistics_spare_a_sweep(streamed, launched, form, stat, with_map):
+    """The gradients are those that are computed anew, without maxima and sums of exponentials."""
+    query, key, value = (x.to(DEVICE) for x in inputs(1, 40, 2, 16))
+    torch.manual_seed(1)
+    given = torch.randn(1, 40, 2, device=DEVICE) if stat == "tensor" else stat
+    bias = BIASES[form](40, 2, stat=given, strength=0.8)
+    call = check_call(query, key, value, bias, return_map=with_map)
+    out, _, saved = backend.forward(call, save=True)
+    assert len(saved) == (1 if bias is None else 2)
+    grad_out = torch.randn(out.shape, device=DEVICE)
+    grad_map = torch.randn(1, 40, 40, device=DEVICE) if with_map else None
+    wanted = Wanted(call.delta is not None, call.stat is not None)
+    rest = (grad_out, grad_map, wanted)
+
+    def names():
+        return [launch.kernel.__name__ for launch in launched]
+
+    launched.clear()
+    found = backend.backward(call, out, saved, *rest)
+    sweeps = ["statistics_kernel", "grad_query_kernel", "grad_key_kernel"]
+    assert names()[:3] == sweeps
+    statistics = launched[0]
+    assert statistics.constants["SAVED"]
+    assert (statistics.needed.q, statistics.needed.k) == (with_map, with_map)  # only a map's QKᵀ
+
+    launched.clear()
+    anew = backend.backward(call, out, (), *rest)
+    maxima = ["map_max_kernel"] if stat == "map_max" and bias is not None else []
+    assert names()[: len(maxima) + 3] == [*maxima, *sweeps]
+    assert not launched[len(maxima)].constants["SAVED"]
+
+    exact = vk.reference.backward(_doubled(call), out.cpu().double(), (), *_on_cpu(rest))
+    plain = vk.reference.backward(call, out, (), *rest)
+    for name in found._fields:
+        if getattr(exact, name) is not None:
+            for made in (found, anew):
+                parts = (getattr(x, name) for x in (made, exact, plain))
+                assert_gradient(name, *parts)
+
+
+def test_tiles_save_nothing():
+    call = check_call(*(x.to(DEVICE) for x in inputs(1, 16, 1, 64, dtype=torch.bfloat16)))
+    assert backend.forward(call, save=True).saved == ()
+
+
+def _doubled(call):
+    tensors = (call.query, call.key, call.value, call.delta, call.stat)
+    return Call(*(None if x is None else x.cpu().double() for x in tensors), call.options)
+
+
+def _on_cpu(rest):
+    return [x.cpu().double() if isinstance(x, torch.Tensor) else x for x in rest]
 
 
 @pytest.mark.parametrize("frames", [16, 70])

@@ -79,13 +79,16 @@ def why_not(call: Call) -> list[str]:
 
 
 def forward(call: Call, *, save: bool = False) -> Forward:
-    """Computes the output and, where it is wanted, the mean map."""
+    """Computes the output and, where it is wanted, the mean map.
+
+    With ``save``, the stream kernels save what their backward pass needs of each row.
+    """
     out = empty_like(call.query)
     if not out.numel():
         blocks = call.map_shape if call.options.map_block else None
         return Forward(out, None if blocks is None else plan.new(out, *blocks).zero_())
     call = _with_delta_here(call)
-    key = plan.forward_key(call, out)
+    key = plan.forward_key(call, out, save=save)
     with _on(call.device):
         return _forward_plan(key).run(call, out)
 
@@ -114,14 +117,14 @@ def backward(
         grad_out = grad_out.contiguous()
     if grad_map is not None:
         grad_map = grad_map.contiguous()
-    call = _with_delta_here(call)
-    key = plan.backward_key(call, out, grad_out, grad_map, gradients, wanted)
+    given, call = call, _with_delta_here(call)
+    key = plan.backward_key(call, out, saved, grad_out, grad_map, gradients, wanted)
     with _on(call.device):
         made = _backward_plan(key)
         grad_matrix = made.run(call, out, saved, grad_out, grad_map, gradients)
     if grad_matrix is not None:
         matrix = grad_matrix if call.delta_per_head else grad_matrix[0]
-        gradients = gradients._replace(delta=call.delta_gradient(matrix))
+        gradients = gradients._replace(delta=given.delta_gradient(matrix))
     return gradients if wanted.stat else gradients._replace(stat=None)
 
 

@@ -51,6 +51,7 @@ class PlanKey(NamedTuple):
     delta: Strides = ()
     delta_shape: tuple[int, ...] = ()
     stat: Strides = ()
+    save: bool = False  # row statistics, for the backward pass
     # Backward only:
     grad_out: Strides = ()
     grad_query: Strides = ()
@@ -58,6 +59,7 @@ class PlanKey(NamedTuple):
     grad_value: Strides = ()
     grad_stat: Strides = ()
     wants_delta: bool = False
+    saved: bool = False  # the forward pass saved row statistics
 
     @property
     def shape_5d(self) -> tuple[int, ...]:
@@ -137,7 +139,7 @@ class PlanKey(NamedTuple):
         return self.through_stat and not self.given_stat
 
 
-def forward_key(call: Call, out: Tensor) -> PlanKey:
+def forward_key(call: Call, out: Tensor, *, save: bool = False) -> PlanKey:
     """Returns the key of a forward pass."""
     return PlanKey(
         device=_device(call.device),
@@ -152,12 +154,14 @@ def forward_key(call: Call, out: Tensor) -> PlanKey:
         delta=() if call.delta is None else call.delta.stride(),
         delta_shape=() if call.delta is None else tuple(call.delta.shape),
         stat=() if call.stat is None else call.stat.stride(),
+        save=save,
     )
 
 
 def backward_key(
     call: Call,
     out: Tensor,
+    saved: tuple[Tensor, ...],
     grad_out: Tensor,
     grad_map: Tensor | None,
     gradients: Gradients,
@@ -173,6 +177,7 @@ def backward_key(
         grad_value=gradients.value.stride(),
         grad_stat=() if gradients.stat is None else gradients.stat.stride(),
         wants_delta=wanted.delta,
+        saved=bool(saved),
     )
 
 
@@ -374,6 +379,11 @@ class Launch:
 def map_weight(call: Call) -> float:
     """Returns 1 / (space · heads), the weight of one map in the mean map."""
     return call.shape[0] * call.frames * call.head_dim / call.query.numel()
+
+
+def row_shape(call: Call) -> tuple[int, int]:
+    """Returns (sequences, frames), the shape of what is kept of each row of the maps."""
+    return call.query.numel() // (call.frames * call.head_dim), call.frames
 
 
 def new(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -213,25 +213,24 @@ class StreamPlan:
     attention: Launch
     map_max: Launch | None
     maps: tuple[MapSums, ...]
-    saved: (
-        tuple[int, int] | None
-    )  # (sequences, frames), where the attention saves its rows' numbers
+    save: bool
 
     def run(self, call: Call, out: Tensor) -> Forward:
-        """Fills ``out``."""
-        stat, lse, row_stat = call.stat, None, None
+        """Fills ``out``; saves lse and, with a bias, Δ's factor for each row, where it is to."""
+        stat, mean_map = call.stat, None
         if self.map_max is not None:
             stat = plan.new(out, self.map_max.programs)
             self.map_max(MapMaxTensors(call.query, call.key, stat))
-        if self.saved is not None:
-            lse = plan.new(out, *self.saved)
-            row_stat = plan.new(out, *self.saved) if self.attention.needed.row_stat else None
+        needed, shape = self.attention.needed, plan.row_shape(call)
+        lse = plan.new(out, *shape) if needed.lse else None
+        row_stat = plan.new(out, *shape) if needed.row_stat else None
         self.attention(
             Tensors(call.query, call.key, call.value, out, call.delta, stat, lse, row_stat)
         )
-        if lse is None or not self.maps:
-            return Forward(out, None, ())
-        return Forward(out, maps.mean_map(self.maps, call, lse, row_stat), ())
+        if lse is not None and self.maps:
+            mean_map = maps.mean_map(self.maps, call, lse, row_stat)
+        saved = tuple(x for x in (lse, row_stat) if x is not None) if self.save else ()
+        return Forward(out, mean_map, saved)
 
 
 def make_plan(key: PlanKey) -> StreamPlan:
@@ -242,7 +241,7 @@ def make_plan(key: PlanKey) -> StreamPlan:
 
 def plan_stream(key: PlanKey, config: StreamConfig) -> StreamPlan:
     """Returns the plan with a configuration, which need not be the one in the table."""
-    save = key.has_map
+    save = key.save or key.has_map
     attention = Launch(
         stream_kernel,
         key.sequences * -(-key.frames // config.queries),
@@ -283,7 +282,7 @@ def plan_stream(key: PlanKey, config: StreamConfig) -> StreamPlan:
         attention,
         plan_map_max(key, config) if key.options.stat == "map_max" else None,
         maps.plan_mean_map(key) if key.has_map else (),
-        (key.sequences, key.frames) if save else None,
+        key.save,
     )
 
 

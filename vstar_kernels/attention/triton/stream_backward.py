@@ -1,12 +1,15 @@
-"""The gradients of more frames than :mod:`tile_backward` holds, in three sweeps over the map.
+"""The gradients of more frames than :mod:`tile_backward` holds, in sweeps over the map.
 
-- :func:`statistics_kernel`: what each row needs: the logarithm of its sum of exponentials, Δ's
-  factor, the key that is its maximum, and rowsum(dP ∘ P).
-- :func:`grad_query_kernel`: dQ and the gradient of Δ's factor, by blocks of queries.
+- :func:`statistics_kernel`: what each row needs: the logarithm of its sum of exponentials and Δ's
+  factor, unless the forward pass saved them, and rowsum(dP ∘ P).
+- :func:`grad_query_kernel`: dQ, the gradient of Δ's factor, and the key that is the row's maximum,
+  by blocks of queries.
 - :func:`grad_key_kernel`: dK and dV, by blocks of keys.
 
-Nothing is added up between programs. The formulas are those of ``attention/reference.py``; products
-of N×N×D: 1, 3 and 4, with one more in the first two where the mean map has a gradient.
+Nothing is added up between programs. The formulas are those of ``attention/reference.py``. Products
+of N×N×D: 0, 3 and 4 with what the forward pass saved, 8·B·S·H·N bytes, and 1, 3 and 4 without (and
+again over the window of Δ, and all of it once more before that for "map_max"); the mean map's
+gradient takes one more in the first.
 """
 
 from __future__ import annotations
@@ -66,8 +69,9 @@ class Tensors(NamedTuple):
     grad_map: Any  # (batch, blocks, blocks)
     lse: Any  # (sequences, frames), like all below: the logarithm to base 2 of the sum exp φ′
     row_stat: Any  # Δ's factor in units of the product qᵀk, before it is clamped
-    argmax: Any  # the key frame whose logit is the row's largest
     row_dot: Any  # rowsum(dP ∘ P)
+    row_max: Any  # the row's largest logit in units of the product qᵀk
+    argmax: Any  # the key frame whose logit that is
     d_row_stat: Any  # the gradient of row_stat, over |scale|
 
 
@@ -95,12 +99,9 @@ class TensorStrides(NamedTuple):
 def statistics_kernel(
     t, strides, space, heads, frames, map_block, numbers, window,
     HEAD: tl.constexpr, BIAS: tl.constexpr, STAT: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, GRAD_MAP: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, GRAD_MAP: tl.constexpr, SAVED: tl.constexpr,
 ):  # fmt: skip
-    """What ``QUERIES`` rows need: ``lse``, ``row_stat``, ``argmax`` and ``row_dot``.
-
-    With ``STAT`` "map_max", ``row_stat`` and ``argmax`` come out as those of "row_max".
-    """
+    """What ``QUERIES`` rows need: ``lse`` and ``row_stat``, unless ``SAVED``, and ``row_dot``."""
     sizes = Sizes(space, heads, frames)
     query_blocks = tl.cdiv(frames, QUERIES)
     i_sequence = tl.program_id(0) // query_blocks
@@ -109,49 +110,51 @@ def statistics_kernel(
     i = start + tl.arange(0, QUERIES)
     m_i = i < frames
     o_row = i_sequence.to(tl.int64) * frames + i
-    b_q = load_heads(t.q, offsets(strides.q, place, i, HEAD), m_i, HEAD)  # (QUERIES, D)
-    p_k = t.k + sequence_offset(strides.k, place, HEAD)
+    if GRAD_MAP or not SAVED:
+        b_q = load_heads(t.q, offsets(strides.q, place, i, HEAD), m_i, HEAD)  # (QUERIES, D)
+        p_k = t.k + sequence_offset(strides.k, place, HEAD)
 
-    b_best = tl.full((QUERIES,), float("-inf"), tl.float32)
-    b_argmax = tl.zeros((QUERIES,), tl.int32)
-    b_max = tl.full((QUERIES,), float("-inf"), tl.float32)
-    b_total = tl.zeros((QUERIES,), tl.float32)
-    near = 0
-    far = 0
-    if BIAS.FORM != "none":
-        near, far = blocks_in_window(start, QUERIES, KEYS, window, frames)
-    for n in tl.range(0, tl.cdiv(frames, KEYS), num_stages=1):
-        j = n * KEYS + tl.arange(0, KEYS)
-        b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)  # (KEYS, D)
-        b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
-        b_block_max, b_block_argmax = tl.max(b_s, 1, return_indices=True)
-        b_argmax = tl.where(b_block_max > b_best, b_block_argmax + n * KEYS, b_argmax)
-        b_best = tl.maximum(b_best, b_block_max)
-        if (n < near) | (n >= far):
-            b_max, b_total = add_exponentials(b_max, b_total, b_s, numbers)
-
-    if BIAS.FORM != "none":
-        b_stat = b_best
-        if STAT == "none":
-            b_stat = tl.zeros((QUERIES,), tl.float32) + LOG2E / numbers.exp2_scale
-        elif STAT == "tensor":
-            o_stat = statistic_offsets(strides.stat, place, i, HEAD)
-            b_stat = tl.load(t.stat + o_stat, mask=m_i, other=0.0) * (LOG2E / numbers.exp2_scale)
-        tl.store(t.row_stat + o_row, b_stat, mask=m_i)
-        tl.store(t.argmax + o_row, b_argmax, mask=m_i)
-        if STAT == "map_max":
-            b_stat = tl.zeros((QUERIES,), tl.float32) + tl.load(t.stat + i_sequence)
-        for n in tl.range(near, far, num_stages=1):
+    if SAVED:
+        b_lse = tl.load(t.lse + o_row, mask=m_i, other=0.0)  # (QUERIES,)
+        if BIAS.FORM != "none":
+            b_stat = tl.load(t.row_stat + o_row, mask=m_i, other=0.0)  # (QUERIES,)
+    else:
+        b_row_max = tl.full((QUERIES,), float("-inf"), tl.float32)
+        b_max = tl.full((QUERIES,), float("-inf"), tl.float32)
+        b_total = tl.zeros((QUERIES,), tl.float32)
+        near = 0
+        far = 0
+        if BIAS.FORM != "none":
+            near, far = blocks_in_window(start, QUERIES, KEYS, window, frames)
+        for n in tl.range(0, tl.cdiv(frames, KEYS), num_stages=1):
             j = n * KEYS + tl.arange(0, KEYS)
             b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)  # (KEYS, D)
             b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
-            b_delta = delta_block(
-                t.delta, strides.delta, place.head, i, j, frames, numbers.falloff, HEAD, BIAS
-            )
-            b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
-            b_max, b_total = add_exponentials(b_max, b_total, b_s, numbers)
-    b_lse = b_max * numbers.exp2_scale + tl.log2(b_total)  # (QUERIES,)
-    tl.store(t.lse + o_row, b_lse, mask=m_i)
+            b_row_max = tl.maximum(b_row_max, tl.max(b_s, 1))
+            if (n < near) | (n >= far):
+                b_max, b_total = add_exponentials(b_max, b_total, b_s, numbers)
+        if BIAS.FORM != "none":
+            b_stat = b_row_max
+            if STAT == "none":
+                b_stat = tl.zeros((QUERIES,), tl.float32) + LOG2E / numbers.exp2_scale
+            elif STAT == "tensor":
+                o_stat = statistic_offsets(strides.stat, place, i, HEAD)
+                b_stat = tl.load(t.stat + o_stat, mask=m_i, other=0.0)
+                b_stat = b_stat * (LOG2E / numbers.exp2_scale)
+            elif STAT == "map_max":
+                b_stat = tl.zeros((QUERIES,), tl.float32) + tl.load(t.stat + i_sequence)
+            tl.store(t.row_stat + o_row, b_stat, mask=m_i)
+            for n in tl.range(near, far, num_stages=1):
+                j = n * KEYS + tl.arange(0, KEYS)
+                b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)
+                b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
+                b_delta = delta_block(
+                    t.delta, strides.delta, place.head, i, j, frames, numbers.falloff, HEAD, BIAS
+                )
+                b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
+                b_max, b_total = add_exponentials(b_max, b_total, b_s, numbers)
+        b_lse = b_max * numbers.exp2_scale + tl.log2(b_total)  # (QUERIES,)
+        tl.store(t.lse + o_row, b_lse, mask=m_i)
 
     b_o = load_heads(t.out, offsets(strides.out, place, i, HEAD), m_i, HEAD)  # (QUERIES, D)
     b_do = load_heads(t.grad_out, offsets(strides.grad_out, place, i, HEAD), m_i, HEAD)
@@ -197,7 +200,7 @@ def grad_query_kernel(
     """dQ of ``QUERIES`` queries, and the gradient of Δ's factor in their rows.
 
     With ``STAT`` "row_max" what comes through the maximum is in dQ; with "map_max" it is left to
-    the caller, who knows the whole map.
+    the caller, who knows the whole map. Where the maximum is, ``argmax`` says.
     """
     sizes = Sizes(space, heads, frames)
     query_blocks = tl.cdiv(frames, QUERIES)
@@ -220,6 +223,8 @@ def grad_query_kernel(
         b_stat = tl.load(t.row_stat + o_row, mask=m_i, other=0.0)  # (QUERIES,)
         near, far = blocks_in_window(start, QUERIES, KEYS, window, frames)
 
+    b_row_max = tl.full((QUERIES,), float("-inf"), tl.float32)
+    b_argmax = tl.zeros((QUERIES,), tl.int32)
     b_d_stat = tl.zeros((QUERIES,), tl.float32)
     b_dq = zero_heads(QUERIES, HEAD)
     for n in tl.range(0, tl.cdiv(frames, KEYS), num_stages=1):
@@ -227,6 +232,13 @@ def grad_query_kernel(
         b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)  # (KEYS, D)
         b_v = load_heads(p_v, frame_offsets(strides.v, j, HEAD), j < frames, HEAD)  # (KEYS, D)
         b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
+        if BIAS.FORM != "none" and (STAT == "row_max" or STAT == "map_max") and not DETACH:
+            # Two plain reductions take fewer registers than one that carries the index along.
+            b_block_max = tl.max(b_s, 1)  # (QUERIES,)
+            m_maximum = b_s == tl.expand_dims(b_block_max, 1)
+            b_first = tl.min(tl.where(m_maximum, j, frames), 1)  # (QUERIES,)
+            b_argmax = tl.where(b_block_max > b_row_max, b_first, b_argmax)
+            b_row_max = tl.maximum(b_row_max, b_block_max)
         if BIAS.FORM != "none":
             if (n >= near) & (n < far):
                 b_delta = delta_block(
@@ -257,8 +269,10 @@ def grad_query_kernel(
             tl.store(t.grad_stat + o_d_stat, b_d_stat, mask=m_i)
         else:
             tl.store(t.d_row_stat + o_row, b_d_stat, mask=m_i)
-        if STAT == "row_max":
-            b_argmax = tl.load(t.argmax + o_row, mask=m_i, other=0)  # (QUERIES,)
+            tl.store(t.argmax + o_row, b_argmax, mask=m_i)
+        if STAT == "map_max":
+            tl.store(t.row_max + o_row, b_row_max, mask=m_i)
+        elif STAT == "row_max":
             b_k = load_heads(p_k, frame_offsets(strides.k, b_argmax, HEAD), m_i, HEAD)
             b_dq = add_times(b_dq, b_k, tl.expand_dims(b_d_stat, 1))
     o_dq = offsets(strides.grad_q, place, i, HEAD)
@@ -342,7 +356,10 @@ def grad_key_kernel(
 
 @dataclass(frozen=True)
 class StreamBackwardPlan:
-    """Three sweeps; before them one for the maps' maxima, after them one for Δ's gradient."""
+    """Three sweeps; before them one for the maps' maxima, after them one for Δ's gradient.
+
+    What the forward pass saved spares the first, and what takes QKᵀ in the second.
+    """
 
     map_max: Launch | None
     statistics: Launch
@@ -361,7 +378,9 @@ class StreamBackwardPlan:
         gradients: Gradients,
     ) -> Tensor | None:
         """Fills the gradients and returns dΔ, ``(matrices, frames, frames)``, if it is wanted."""
-        rows = (call.query.numel() // (call.frames * call.head_dim), call.frames)
+        rows = plan.row_shape(call)
+        lse = saved[0] if saved else plan.new(out, *rows)
+        row_stat = saved[-1] if saved else plan.new(out, *rows)  # not read where there is no bias
         every = Tensors(
             q=call.query,
             k=call.key,
@@ -375,10 +394,11 @@ class StreamBackwardPlan:
             stat=call.stat,
             grad_stat=gradients.stat,
             grad_map=grad_map,
-            lse=plan.new(out, *rows),
-            row_stat=plan.new(out, *rows),
-            argmax=plan.new(out, *rows, dtype=torch.int32),
+            lse=lse,
+            row_stat=row_stat,
             row_dot=plan.new(out, *rows),
+            row_max=plan.new(out, *rows),
+            argmax=plan.new(out, *rows, dtype=torch.int32),
             d_row_stat=plan.new(out, *rows),
         )
         if self.map_max is not None:
@@ -386,13 +406,9 @@ class StreamBackwardPlan:
             self.map_max(stream.MapMaxTensors(call.query, call.key, maxima))
             every = every._replace(stat=maxima.view(rows[0], -1).amax(1))
         self.statistics(_needed(every, self.statistics))
-        row_max = every.row_stat
-        if self.map_max is not None:
-            every = every._replace(row_stat=every.stat.repeat_interleave(call.frames))
         self.grad_query(_needed(every, self.grad_query))
         if self.through_map_max:
-            d_row_stat = _through_map_max(call, gradients.query, every, row_max)
-            every = every._replace(d_row_stat=d_row_stat)
+            every = every._replace(d_row_stat=_through_map_max(call, gradients.query, every))
         self.grad_key(_needed(every, self.grad_key))
         if self.grad_delta is None:
             return None
@@ -407,15 +423,15 @@ def _needed(every: Tensors, launch: Launch) -> Tensors:
     return Tensors(*(tensor if needed else None for tensor, needed in pairs))
 
 
-def _through_map_max(call: Call, grad_query: Tensor, t: Tensors, row_max: Tensor) -> Tensor:
+def _through_map_max(call: Call, grad_query: Tensor, t: Tensors) -> Tensor:
     """Adds to dQ what comes through the maps' maxima, and returns the rows' share, for dK.
 
     All of a map's gradient of Δ's factor goes to the one logit that is its maximum.
     """
-    i = row_max.argmax(1, keepdim=True)  # the first of equal ones
+    i = t.row_max.argmax(1, keepdim=True)  # the first of equal ones
     total = t.d_row_stat.sum(1, keepdim=True)
     if call.options.clamp_negative:
-        total = torch.where(row_max.amax(1, keepdim=True) >= 0, total, 0.0)
+        total = torch.where(t.row_max.amax(1, keepdim=True) >= 0, total, 0.0)
     j = t.argmax.gather(1, i)[:, 0].long()
     grad_query, key = (x if x.ndim == 5 else x.unsqueeze(1) for x in (grad_query, call.key))
     sequence = torch.arange(i.shape[0], device=i.device)
@@ -423,7 +439,7 @@ def _through_map_max(call: Call, grad_query: Tensor, t: Tensors, row_max: Tensor
     batch, space = place // key.shape[1], place % key.shape[1]
     change = call.options.scale * total * key[batch, space, j, head].float()
     grad_query[batch, space, i[:, 0], head] += change.to(grad_query.dtype)
-    return torch.zeros_like(row_max).scatter_(1, i, total)
+    return torch.zeros_like(t.row_max).scatter_(1, i, total)
 
 
 def make_plan(key: PlanKey) -> StreamBackwardPlan:
@@ -445,8 +461,9 @@ def plan_stream(key: PlanKey, config: StreamConfig) -> StreamBackwardPlan:
         row_stat=key.has_bias,
         row_dot=True,
     )
+    sweeps = key.has_map or not key.saved  # of the statistics
     map_max = None
-    if key.options.stat == "map_max":
+    if key.options.stat == "map_max" and not key.saved:
         map_max = stream.plan_map_max(key, config.of_kernel("map_max"), plan.halves(key))
     return StreamBackwardPlan(
         map_max,
@@ -455,11 +472,13 @@ def plan_stream(key: PlanKey, config: StreamConfig) -> StreamBackwardPlan:
             statistics_kernel,
             config.of_kernel("statistics"),
             common._replace(
+                q=sweeps,
+                k=sweeps,
                 out=True,
-                stat=key.options.stat in ("map_max", "tensor"),
-                argmax=key.has_bias,
+                delta=key.reads_delta and sweeps,
+                stat=key.options.stat in ("map_max", "tensor") and not key.saved,
             ),
-            {},
+            {"SAVED": key.saved},
         ),
         _plan_sweep(
             key,
@@ -469,7 +488,8 @@ def plan_stream(key: PlanKey, config: StreamConfig) -> StreamBackwardPlan:
                 v=True,
                 grad_q=True,
                 grad_stat=key.given_stat and key.through_stat,
-                argmax=key.options.stat == "row_max" and key.through_stat,
+                row_max=key.options.stat == "map_max" and key.through_stat,
+                argmax=key.through_maximum,
                 d_row_stat=key.through_maximum,
             ),
             {"DETACH": key.options.detach_stat},

@@ -213,7 +213,7 @@ class TileBackwardPlan:
         self,
         call: Call,
         out: Tensor,
-        saved: tuple[Tensor, ...],
+        saved: tuple[Tensor, ...],  # by a stream; a tile saves nothing, nor needs it
         grad_out: Tensor,
         grad_map: Tensor | None,
         gradients: Gradients,
