@@ -242,18 +242,17 @@ def assert_gradients(
     **Cosine.** 1 − cos(found, g) ≤ (that bound / ‖g‖)². A perpendicular error of relative size r
     costs r²/2, so nothing that passes for the norm fails here but by its direction.
 
-    **Signed bias.** The slope b = Σ eᵢgᵢ / Σ gᵢ² of the error on the gradient tells a gradient that
-    is systematically too long or too short from one that is merely rounded. Rounding has no
-    preferred sign, so b is a sum of terms eᵢgᵢ with random signs: its expectation is 0 and its
-    deviation s = √(Σ eᵢ²gᵢ²) / Σ gᵢ². By Hoeffding's inequality |b| > 6 s has a probability below
-    2 exp(−6²/2) = 3e-8, for errors and gradients of any sizes. (6 ‖e‖ / (‖g‖ √n) is the same only
-    where all n of the eᵢgᵢ are of one size. At head_dim 1 each element of the gradient is a single
-    product of normal numbers instead of a sum of many: a handful of elements holds most of ‖g‖² and
-    of Σ eᵢ²gᵢ², and s is several times as large.) Two things that are not random signs come on top:
-    4 eps for the roundings that all elements share, of the scale and of the strength; and twice
-    PyTorch's |b|, since elements that are equal, as where scale = 0 makes all weights equal, are
-    rounded alike. By Cauchy and Schwarz |b| ≤ s √n: in fewer than 36 elements a bias cannot be told
-    from luck, and the bound of the norm is all there is.
+    **Signed bias.** A gradient that is systematically too long or too short, and not merely
+    rounded, shows in the slope b = Σ dᵢgᵢ / Σ gᵢ² of d = found − PyTorch's on the gradient. (Not of
+    e: most of what rounding to 16 bits does is in both, and cancels.) Rounding has no preferred
+    sign, so b is a sum of terms dᵢgᵢ with random signs: its expectation is 0 and its deviation
+    s = √(Σ dᵢ²gᵢ²) / Σ gᵢ². By Hoeffding's inequality |b| > 6 s has a probability below
+    2 exp(−6²/2) = 3e-8, for differences and gradients of any sizes. (6 ‖d‖ / (‖g‖ √n) is the same
+    only where all n of the dᵢgᵢ are of one size. At head_dim 1 each element of the gradient is a
+    single product of normal numbers instead of a sum of many: a handful of elements holds most of
+    ‖g‖² and of Σ dᵢ²gᵢ², and s is several times as large.) 4 eps come on top for the roundings that
+    all elements share, of the scale and of the strength. By Cauchy and Schwarz |b| ≤ s √n: in fewer
+    than 36 elements a bias cannot be told from luck, and the bound of the norm is all there is.
 
     ``equal_terms`` as in :func:`assert_exact`: they are added to the 4 eps of both. ``vanishing``
     is the norm of the rounding that may be left where a gradient is zero by construction, as of
@@ -287,9 +286,9 @@ def assert_gradients(
             continue
         cosine = ((x * g).sum() / (x.norm() * size)).item()
         assert 1 - cosine <= (allowed / size) ** 2 + 1e-13, f"{name}: cosine {cosine}"
-        slope, plain_slope = (((y * g).sum() / size**2).item() for y in (e, plain_e))
-        deviation = (e * g).norm().item() / size**2
-        straight = 2 * abs(plain_slope) + 6 * deviation + shared
+        d = (x - plain[name].double()) * g
+        slope, deviation = d.sum().item() / size**2, d.norm().item() / size**2
+        straight = 6 * deviation + shared
         assert abs(slope) <= straight, f"{name}: biased by {slope:.3g}, allowed {straight:.3g}"
     return worst
 
