@@ -204,6 +204,7 @@ GRADIENT_OPTIONS = {
     "layout": [lambda x: x, frames_outermost, with_gaps],
     "map_block": [0, 1, 4],
     "streamed": [False, True],
+    "saved": [False, True],
 }
 SMALL = StreamConfig(queries=32, keys=16, warps=4, stages=1, shared=0)
 
@@ -215,6 +216,12 @@ def streamed(monkeypatch):
     monkeypatch.setattr(configs, "tile_backward", lambda *args: None)
     monkeypatch.setattr(configs, "stream", lambda *args: SMALL)
     monkeypatch.setattr(configs, "stream_backward", lambda *args: SMALL)
+
+
+def forget_saved(monkeypatch):
+    """Gradients are computed without what the forward pass saved, as in a compiled graph."""
+    backward = backend.backward
+    monkeypatch.setattr(backend, "backward", lambda *args: backward(*args[:2], (), *args[3:]))
 
 
 def leaves(tensors, bias):
@@ -259,9 +266,11 @@ def assert_gradient(name, gradient, expected, plain):
     pairwise(GRADIENT_OPTIONS),
     ids=lambda c: f"{c['frames']}-{c['bias']}-{'stream' if c['streamed'] else 'tile'}",
 )
-def test_gradients(case, request):
+def test_gradients(case, request, monkeypatch):
     if case["streamed"]:
         request.getfixturevalue("streamed")
+    if not case["saved"]:
+        forget_saved(monkeypatch)
     frames, heads, block = case["frames"], 2, case["map_block"]
     shape = (2, frames, heads, case["head_dim"])
     tensors = [case["layout"](x) for x in inputs(*shape, dtype=case["dtype"])]
@@ -447,6 +456,10 @@ def test_every_line_of_the_kernels_runs(monkeypatch):
             if frames <= 16:
                 tar(*tensors, bias, scale=-0.1)
             gradients(tar, tensors, bias, [torch.ones(())] * 2, scale=-0.1, return_map=True)
+            if frames > 16:
+                with monkeypatch.context() as patch:
+                    forget_saved(patch)
+                    gradients(tar, tensors, bias, [torch.ones(())] * 2, scale=-0.1)
     finally:
         sys.settrace(None)
     assert not sorted(f"{Path(file).name}:{line}" for file, line in statements - executed)
