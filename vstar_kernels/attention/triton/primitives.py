@@ -137,40 +137,40 @@ def transposed(b):
 
 
 @triton.jit
-def product(b_x, b_y, PRECISION: tl.constexpr):
+def product(b_x, b_y, HEAD: tl.constexpr):
     """Returns x @ y in float32."""
     if INTERPRETED:
         b_x = b_x.to(tl.float32)
         b_y = b_y.to(tl.float32)
-    return tl.dot(b_x, b_y, input_precision=PRECISION)
+    return tl.dot(b_x, b_y, input_precision=HEAD.PRECISION)
 
 
 @triton.jit
 def inner_products(b_x, b_y, HEAD: tl.constexpr):
     """Returns x @ yᵀ of two blocks of heads, ``(I, D)`` and ``(J, D)``: ``(I, J)``."""
-    b_s = product(b_x[0], transposed(b_y[0]), HEAD.PRECISION)
+    b_s = product(b_x[0], transposed(b_y[0]), HEAD)
     if HEAD.REST:
-        b_s += product(b_x[1], transposed(b_y[1]), HEAD.PRECISION)
+        b_s += product(b_x[1], transposed(b_y[1]), HEAD)
     return b_s
 
 
 @triton.jit
 def weighted_sums(b_p, b_x, HEAD: tl.constexpr):
     """Returns p @ x of weights ``(I, J)`` and a block of heads ``(J, D)``: ``(I, D)``."""
-    main = product(b_p, b_x[0], HEAD.PRECISION)
+    main = product(b_p, b_x[0], HEAD)
     rest = main
     if HEAD.REST:
-        rest = product(b_p, b_x[1], HEAD.PRECISION)
+        rest = product(b_p, b_x[1], HEAD)
     return main, rest
 
 
 @triton.jit
 def add_weighted_sums(b_sum, b_p, b_x, HEAD: tl.constexpr):
     """Returns the sum with p @ x of :func:`weighted_sums` added to it."""
-    main = b_sum[0] + product(b_p, b_x[0], HEAD.PRECISION)
+    main = b_sum[0] + product(b_p, b_x[0], HEAD)
     rest = b_sum[1]
     if HEAD.REST:
-        rest = b_sum[1] + product(b_p, b_x[1], HEAD.PRECISION)
+        rest = b_sum[1] + product(b_p, b_x[1], HEAD)
     return main, rest
 
 
