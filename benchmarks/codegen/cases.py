@@ -9,12 +9,13 @@ import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from benchmarks.codegen.targets import TARGETS
-from vstar_kernels.attention.call import Options
+from vstar_kernels.attention.call import Call, Gradients, Options, Wanted
 from vstar_kernels.attention.triton import (
     configs,
     maps,
@@ -26,8 +27,6 @@ from vstar_kernels.attention.triton import (
 )
 from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
 from vstar_kernels.attention.triton.plan import Device, Launch, PlanKey
-from vstar_kernels.attention.triton.stream import StreamPlan
-from vstar_kernels.attention.triton.tile import TilePlan
 
 BATCH, HEADS = 4096, 8
 LONG = 1024  # frames of a call of the stream kernels
@@ -96,15 +95,21 @@ class Variant:
     wide: bool = False  # 64-bit offsets
     map: bool = False  # the mean map too, or its gradient
     grad_delta: bool = False  # Δ's gradient too, backward
-    half: torch.dtype = torch.bfloat16  # which of the two 16-bit types
+    half: str = "bfloat16"  # which of the two 16-bit types
+
+    def dtype(self, kind: str) -> torch.dtype:
+        """Returns the type of queries, keys and values."""
+        return getattr(torch, self.half) if kind == "16-bit" else torch.float32
 
 
-GAUSSIAN = Variant("gaussian")
-DENSE = Variant("dense, tensor", "dense", stat="tensor", negative=True, even=False)
-MAP = replace(DENSE, name="map", map=True)
-GRADIENTS = Variant("gradients", even=False)
-MAP_GRADIENT = Variant("map's gradient", "dense", stat="map_max", even=False, map=True)
-VALUES = replace(MAP_GRADIENT, name="values' gradient", grad_delta=True)
+def read_variants() -> list[list[Variant]]:
+    """Returns the three groups of variants that ``variants.json`` describes."""
+    groups = json.loads(Path(__file__).with_name("variants.json").read_text()).values()
+    return [[Variant(name, **options) for name, options in group.items()] for group in groups]
+
+
+# Each pair of options is in one of PAIRS, which only a few configurations are compiled in.
+(GAUSSIAN, DENSE, MAP, MAP_GRADIENT, VALUES, GRADIENTS), PAIRS, BACKWARD_PAIRS = read_variants()
 # What every shipped configuration must be able to run, by (family, backward): the commonest call,
 # and those that take the most registers and shared memory.
 ALWAYS = {
@@ -113,34 +118,9 @@ ALWAYS = {
     ("tile", True): (MAP_GRADIENT, VALUES, GRADIENTS),
     ("stream", True): (VALUES, GRADIENTS),
 }
-# Each pair of options is in one of these, which only a few configurations are compiled in.
-F16 = torch.float16
-PAIRS = (
-    Variant("uneven", even=False),
-    Variant("map max", stat="map_max"),
-    Variant("none", "none", stat="none", negative=True, wide=True, half=F16),
-    Variant("none, uneven", "none", stat="none", even=False),
-    Variant("gaussian, tensor", stat="tensor", clamp=True, negative=True, wide=True),
-    Variant("gaussian, none", stat="none", even=False, half=F16),
-    Variant("symmetric", "symmetric", False, "row_max", clamp=True, even=False, wide=True),
-    Variant("symmetric, heads", "symmetric", True, "map_max", clamp=True, negative=True),
-    Variant("symmetric, tensor", "symmetric", True, "tensor", even=False, half=F16),
-    Variant("symmetric, none", "symmetric", stat="none", negative=True, wide=True),
-    Variant("signed", "signed", True, "row_max", clamp=True, negative=True, even=False),
-    Variant("signed, map max", "signed", stat="map_max", even=False, wide=True, half=F16),
-    Variant("signed, tensor", "signed", stat="tensor", clamp=True),
-    Variant("signed, none", "signed", True, "none", wide=True),
-    Variant("dense, map max", "dense", True, "map_max", clamp=True, even=False, wide=True),
-    Variant("dense, row max", "dense", half=F16),
-    Variant("dense, none", "dense", True, "none", negative=True, even=False),
-)
-BACKWARD_PAIRS = (
-    Variant("none, gradients", "none", stat="none", negative=True, wide=True, map=True, half=F16),
-    Variant("symmetric, gradients", "symmetric", stat="tensor", clamp=True, grad_delta=True),
-    Variant("signed, gradients", "signed", True, "row_max", True, wide=True, grad_delta=True),
-)
 PAIRED_ARCHITECTURES = ("sm_90", "gfx942")  # one of each vendor
 PAIRED_SIZES = {("16-bit", 16, 64), ("16-bit", None, 48)}  # of kind, frames and width
+SWEEPS = ("grad_key", "grad_query", "statistics", "map_max")  # of a stream's gradients
 # Head sizes that fill a width only in part.
 PARTIAL = {16: 8, 48: 40, 64: 56, 80: 72, 96: 88, 128: 120, 160: 136, 256: 200}
 
@@ -162,7 +142,7 @@ class Case:
     @property
     def dtype(self) -> torch.dtype:
         """The type of queries, keys and values."""
-        return self.variant.half if self.entry.kind == "16-bit" else torch.float32
+        return self.variant.dtype(self.entry.kind)
 
     @property
     def tensor_types(self) -> list[torch.dtype | None]:
@@ -206,92 +186,65 @@ def cases(entry: Entry, variant: Variant, head_dim: int | None = None) -> list[C
 
 def launches(entry: Entry, variant: Variant, head_dim: int) -> dict[str, Launch]:
     """Returns the launches of a call by name, those that need the most registers first."""
-    key, config = plan_key(entry, variant, head_dim), entry.config
-    if isinstance(config, TileConfig):
-        if entry.backward:
-            backward_tile = tile_backward.plan_tile(key, config)
-            return {"tile_backward": backward_tile.launch} if backward_tile else {}
-        forward_tile = tile.plan_tile(key, config)
-        return {"tile": forward_tile.launch} if forward_tile else {}
+    key = plan_key(entry, variant, head_dim)
+    made = make_plan(entry, key)
     found: dict[str, Launch | None]
-    if not entry.backward:
-        forward = stream.plan_stream(key, config)
-        found = {"stream": forward.attention, "map_max": forward.map_max}
+    if entry.family == "tile":
+        found = {"tile_backward" if entry.backward else "tile": made and made.launch}
+    elif not entry.backward:
+        found = {"stream": made.attention, "map_max": made.map_max}
     else:
-        backward = stream_backward.plan_stream(key, config)
-        names = ("grad_key", "grad_query", "statistics", "map_max")
-        found = {name: getattr(backward, name) for name in names}
-        if backward.grad_delta is not None:
-            found = {"grad_delta": backward.grad_delta.launch, **found}
+        found = {"grad_delta": made.grad_delta and made.grad_delta.launch}
+        found |= {name: getattr(made, name) for name in SWEEPS}
         if key.has_map:  # the forward call's, which takes the gradients' configuration
-            found["maps"] = maps.plan_mean_map(key, config)[0].launch
+            found["maps"] = maps.plan_mean_map(key, entry.config)[0].launch
     return {name: launch for name, launch in found.items() if launch is not None}
 
 
-def plan_key(key: Key, variant: Variant, head_dim: int, device: Device | None = None) -> PlanKey:
+def make_plan(entry: Entry, key: PlanKey) -> Any:
+    """Returns the package's plan of a call; None where it has another family for it."""
+    if entry.family == "tile":
+        return (tile_backward if entry.backward else tile).plan_tile(key, entry.config)
+    return (stream_backward if entry.backward else stream).plan_stream(key, entry.config)
+
+
+def plan_key(entry: Entry, variant: Variant, head_dim: int) -> PlanKey:
     """Describes a call on contiguous ``(batch, frames, heads, head_dim)`` tensors."""
-    target = TARGETS[key.architecture]
-    frames = (key.frames or LONG) - (not variant.even)
+    frames = (entry.frames or LONG) - (not variant.even)
     batch = BATCH * 32 * 128 if variant.wide else BATCH * 128 // frames
-    strides = (frames * HEADS * head_dim, HEADS * head_dim, head_dim, 1)
-    delta_shape: tuple[int, ...] = {
-        "gaussian": (),
-        "none": (),
-        "symmetric": (frames,),
-        "signed": (2 * frames - 1,),
-        "dense": (frames, frames),
-    }[variant.form]
-    if variant.per_head:
-        delta_shape = (HEADS, *delta_shape)
-    stat_strides = (frames * HEADS, HEADS, 1) if variant.stat == "tensor" else ()
-    gradient = strides if key.backward else ()
-    return PlanKey(
-        device=device or Device(key.architecture, target.shared_program, target.processors),
-        dtype=variant.half if key.kind == "16-bit" else torch.float32,
-        ieee=key.kind == "ieee",
-        shape=(batch, frames, HEADS, head_dim),
-        options=Options(
-            form=variant.form,
-            sigma=1.0 if variant.form == "gaussian" else 0.0,
-            strength=1.0,
-            stat=variant.stat,
-            clamp_negative=variant.clamp,
-            detach_stat=False,
-            scale=(-1 if variant.negative else 1) * head_dim**-0.5,
-            map_block=int(variant.map),
-        ),
-        query=strides,
-        key=strides,
-        value=strides,
-        out=strides,
-        delta=torch.empty(delta_shape, device="meta").stride(),
-        delta_shape=delta_shape,
-        stat=stat_strides,
-        grad_out=gradient,
-        grad_query=gradient,
-        grad_key=gradient,
-        grad_value=gradient,
-        grad_stat=stat_strides if key.backward else (),
-        wants_delta=variant.grad_delta,
+    sizes = {"symmetric": (frames,), "signed": (2 * frames - 1,), "dense": (frames, frames)}
+    options = Options(
+        form=variant.form,
+        sigma=1.0 if variant.form == "gaussian" else 0.0,
+        strength=1.0,
+        stat=variant.stat,
+        clamp_negative=variant.clamp,
+        detach_stat=False,
+        scale=(-1 if variant.negative else 1) * head_dim**-0.5,
+        map_block=int(variant.map),
     )
+    with torch.device("meta"):
+        query = torch.empty(batch, frames, HEADS, head_dim, dtype=variant.dtype(entry.kind))
+        stat = torch.empty(batch, frames, HEADS) if variant.stat == "tensor" else None
+        delta = None
+        if size := sizes.get(variant.form):
+            delta = torch.empty(*(HEADS,) * variant.per_head, *size)
+    call = Call(query, query, query, delta, stat, options)
+    if entry.backward:
+        grad_map = query if variant.map else None
+        gradients = Gradients(query, query, query, delta, stat)
+        wanted = Wanted(delta=variant.grad_delta, stat=stat is not None)
+        key = plan.backward_key(call, query, (), query, grad_map, gradients, wanted)
+    else:
+        key = plan.forward_key(call, query)
+    target = TARGETS[entry.architecture]
+    device = Device(entry.architecture, target.shared_program, target.processors)
+    return key._replace(device=device, ieee=entry.kind == "ieee")
 
 
 def this_gpu() -> Device:
     """Returns the package's description of the first GPU."""
     return plan._device(torch.device("cuda", 0))
-
-
-def gaussian_plan(entry: Entry, traffic: int) -> tuple[TilePlan | StreamPlan, PlanKey]:
-    """Returns the plan of a Gaussian call on this GPU that moves ``traffic`` bytes, and its key."""
-    key = plan_key(entry, GAUSSIAN, entry.width, this_gpu())
-    _, *sizes = key.shape
-    batch = max(1, traffic // (4 * torch.Size(sizes).numel() * key.dtype.itemsize))
-    key = key._replace(shape=(batch, *sizes))
-    if isinstance(entry.config, StreamConfig):
-        return stream.plan_stream(key, entry.config), key
-    made = tile.plan_tile(key, entry.config)
-    assert made is not None  # only the mean map may need another
-    return made, key
 
 
 def shipped(entry: Entry) -> list[Case]:
@@ -319,15 +272,14 @@ def subset(every: Iterable[Case]) -> list[Case]:
     The choice is greedy: each time a case that shows most of what is missing, of those the one that
     compiles fastest.
     """
-    common = (case for case in every if case.entry.width in (48, 64))
-    left = sorted(((case, shows(case)) for case in common), key=lambda pair: effort(pair[0]))
-    missing = set().union(*(shown for _, shown in left))
-    found = []
+    common = sorted((case for case in every if case.entry.width in (48, 64)), key=effort)
+    shown = {case: shows(case) for case in common}
+    missing, found = set().union(*shown.values()), set()
     while missing:
-        case, shown = max(left, key=lambda pair: len(pair[1] & missing))
-        missing -= shown
-        found.append(case)
-    return [case for case, _ in left if case in found]
+        best = max(common, key=lambda case: len(shown[case] & missing))
+        missing -= shown[best]
+        found.add(best)
+    return [case for case in common if case in found]
 
 
 def effort(case: Case) -> tuple[bool, float]:

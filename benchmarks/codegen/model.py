@@ -1,4 +1,4 @@
-"""How many programs of a kernel are resident, and how much of the bandwidth a tile should reach.
+"""Whether a compiled kernel may ship, and how much of the bandwidth a tile should reach.
 
 Nothing here is measured. A processor has its part, 1 / processors, of the memory's bandwidth and of
 the matrix instructions' rate. Of one program of the tile kernel, whose instructions all run once:
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from benchmarks.codegen.binary import Binary
 from benchmarks.codegen.cases import Case
-from benchmarks.codegen.targets import REGISTER_UNIT, Target
+from benchmarks.codegen.targets import REGISTER_UNIT, VECTOR_BYTES, Target
 from vstar_kernels.attention.triton import configs
 
 CYCLES = 4.0  # from one instruction of a warp to its next, on average; assumed
@@ -43,6 +43,46 @@ class Prediction:
     def share(self) -> float:
         """The fraction of the memory's bandwidth."""
         return min(self.headroom, 1.0)
+
+
+def faults(case: Case, binary: Binary, target: Target) -> list[str]:
+    """Returns why a kernel is not fit to ship; nothing if it is.
+
+    Scalar registers in lanes of vector ones (``Binary.in_lanes``) are no fault: no memory is used.
+    """
+    found = []
+    if binary.spilled:
+        found.append(f"spills {binary.spilled} bytes")
+    if binary.shared > target.shared_program:
+        limit = target.shared_program
+        found.append(
+            f"takes {binary.shared} bytes of shared memory, {case.entry.architecture} has {limit}"
+        )
+    constants = case.launch.constants
+    aligned = min(VECTOR_BYTES, constants["HEAD"].UNIT * case.dtype.itemsize)
+    if case.entry.backward:
+        aligned = min(aligned, _bytes_of_a_thread(case, target))
+    if not binary.loads:
+        found.append("no load of queries, keys or values was recognised")
+    elif min(binary.loads) < aligned:
+        found.append(f"loads {min(binary.loads)} bytes at a time where {aligned} are aligned")
+    if not binary.matrix and not (case.entry.kind == "ieee" and target.triton.backend == "cuda"):
+        found.append("has no matrix instruction")
+    return found
+
+
+def _bytes_of_a_thread(case: Case, target: Target) -> int:
+    """Returns the bytes that a thread has of the narrowest block, and cannot load more of.
+
+    Only gradients may have less than a vector: it takes many warps to hold their small blocks.
+    """
+    constants = case.launch.constants
+    width = min(filter(None, (constants["HEAD"].MAIN, constants["HEAD"].REST)))
+    if "FRAMES" in constants:
+        height = constants["FRAMES"] * constants["SEQUENCES"]
+    else:
+        height = min(constants["QUERIES"], constants["KEYS"])
+    return height * width * case.dtype.itemsize // (constants["num_warps"] * target.lanes)
 
 
 def resident(binary: Binary, warps: int, target: Target) -> int:

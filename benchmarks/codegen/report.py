@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.codegen import cases, model, rules
+from benchmarks.codegen import cases, model
 from benchmarks.codegen.cases import Case
 from benchmarks.codegen.compile import inspect
 from benchmarks.codegen.targets import TARGETS
@@ -31,7 +31,7 @@ def examine(case: Case) -> Result:
     except (RuntimeError, ValueError) as error:
         reason = f"does not compile: {type(error).__name__}: {str(error)[:200]}"
         return {"name": case.name, "faults": [reason]}
-    faults = rules.faults(case, binary, target)
+    faults = model.faults(case, binary, target)
     if binary.shared > case.config.shared:
         faults.append(f"takes {binary.shared} bytes of shared memory, {case.config.shared} stated")
     result = {

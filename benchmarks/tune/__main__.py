@@ -5,14 +5,13 @@ GPU's architecture. ``--predict`` needs no GPU: of tiles it keeps the one with t
 over the memory's bandwidth in ``benchmarks.codegen.model``, or the first with enough of it; of
 streams and of all gradients the first in order of preference (those of gradients are chosen by that
 alone, with a GPU too). Neither keeps a configuration that breaks a rule of
-``benchmarks.codegen.rules``: sizes without a fit tile get no entry, so that their calls go to the
+``benchmarks.codegen.model``: sizes without a fit tile get no entry, so that their calls go to the
 stream kernel; where no candidate is fit for all the kernels of a stream's gradients, the one that
 is for most of them is kept, and the others get their own.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -58,9 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     for target in options.target:
         todo = [key for key in choose.keys(target) if options.has(key)]
         if options.repair:
-            shipped = {entry.key: entry for entry in cases.entries()}
-            broken = functools.partial(choose.broken, shipped=shipped)
-            flags = in_processes(broken, todo, jobs, desc="check", unit="key")
+            flags = in_processes(choose.broken, todo, jobs, desc="check", unit="key")
             todo = [key for key, flag in zip(todo, flags, strict=True) if flag]
         chosen = dict(zip(todo, in_processes(function, todo, jobs, unit="key"), strict=True))
         missing = [key for key, entry in chosen.items() if not entry and not key.frames]

@@ -5,24 +5,38 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.codegen import cases, model, rules
+import vstar_kernels as vk
+from benchmarks.check import Oracle
+from benchmarks.clock import GpuClock, TimedCall, time_in_turn
+from benchmarks.codegen import cases, model
 from benchmarks.codegen.binary import Binary
-from benchmarks.codegen.cases import Case, Entry, Key
+from benchmarks.codegen.cases import GAUSSIAN, Case, Entry, Key
 from benchmarks.codegen.compile import inspect
 from benchmarks.codegen.targets import KIB, TARGETS
 from benchmarks.tune.candidates import candidates
+from vstar_kernels.attention.call import Call
 from vstar_kernels.attention.triton import configs
 from vstar_kernels.attention.triton.configs import TileConfig
+from vstar_kernels.testing import largest_error, oracle
 
 ENOUGH = 1.0  # headroom: then the memory is what limits a tile
 # The least shared memory of the GPUs that an architecture's entries serve; sm_80's serve 8.6, 8.9
 # and 12.x too.
 LEAST_SHARED = {name: x.shared_program for name, x in TARGETS.items()} | {"sm_80": 99 * KIB}
+# Of what is measured:
+TRAFFIC = 512 * 2**20  # bytes of one call
+ROUNDS = 15
+SECONDS = 2.0  # for the rounds
+TF32_ERROR = 2e-2  # products keep ten bits of their operands
 
 
 def keys(architecture: str) -> list[Key]:
@@ -34,25 +48,62 @@ def keys(architecture: str) -> list[Key]:
 
 def predicted(key: Key) -> Entry | None:
     """Returns the best of a key's candidates by their compiled code."""
-    second_best: Entry | None = None
-    for entry in ranked(candidates(key)):
-        if found := fit(entry):
-            if found.config.shared <= LEAST_SHARED[key.architecture]:
-                return found
-            second_best = second_best or found
-    return combined(key) or second_best
+    found = filter(None, map(fit, ranked(candidates(key))))
+    large = []
+    for entry in found:
+        if entry.config.shared <= LEAST_SHARED[key.architecture]:
+            return entry
+        large.append(entry)
+    return combined(key) or next(iter(large), None)
 
 
 def measured(key: Key) -> Entry | None:
     """Returns the fastest of a key's fit candidates on this GPU."""
-    from benchmarks.tune.timing import seconds
-
-    found = [entry for candidate in candidates(key) if (entry := fit(candidate))]
+    found = list(filter(None, map(fit, candidates(key))))
     limit = LEAST_SHARED[key.architecture]
     found = [entry for entry in found if entry.config.shared <= limit] or found
     if key.backward:
         return found[0] if found else combined(key)
     return min(found, key=seconds, default=None)
+
+
+def seconds(entry: Entry) -> float:
+    """Returns the median time of a Gaussian call with this configuration, checked first."""
+    key = cases.plan_key(entry, GAUSSIAN, entry.width)
+    of_batch = 4 * math.prod(key.shape[1:]) * key.dtype.itemsize
+    shape = (max(1, TRAFFIC // of_batch), *key.shape[1:])
+    plan = cases.make_plan(entry, key._replace(shape=shape, device=cases.this_gpu()))
+    clock = GpuClock()
+    inputs = [
+        tuple(torch.randn(3, *shape, device="cuda").to(key.dtype).unbind())
+        for _ in range(clock.sets(TRAFFIC))
+    ]
+    out = torch.full_like(inputs[0][0], float("nan"))
+
+    def run(*qkv: Tensor) -> None:
+        plan.run(Call(*qkv, None, None, key.options), out)
+
+    run(*inputs[0])
+    check(out, inputs[0], entry.kind)
+    try:
+        ready = clock.warm_up(TimedCall("candidate", run), inputs)
+    except RuntimeError:
+        return float("inf")
+    (times,) = time_in_turn(clock, [ready], len(inputs), rounds=ROUNDS, seconds=SECONDS).values()
+    return statistics.median(times)
+
+
+def check(out: Tensor, inputs: tuple[Tensor, ...], kind: str) -> None:
+    """Refuses to time a wrong result."""
+    bias = vk.GaussianBias(1.0)
+    try:
+        if kind == "tf32":
+            error = largest_error(out[:2].cpu(), oracle(*(x[:2].cpu() for x in inputs), bias))
+            assert error <= TF32_ERROR, f"error {error}"
+        else:
+            Oracle(inputs, bias).check_forward(out)
+    except AssertionError as error:
+        raise SystemExit(f"wrong result for {tuple(out.shape)}, {kind}: {error}") from None
 
 
 def ranked(entries: list[Entry]) -> Iterator[Entry]:
@@ -74,20 +125,30 @@ def headroom(entry: Entry) -> float | None:
     """
     if entry.family == "stream" or entry.backward:
         return math.inf
-    case = cases.cases(entry, cases.GAUSSIAN)[0]
+    case = cases.cases(entry, GAUSSIAN)[0]
     binary = inspect_fit(case)
     return binary and model.predict(case, binary, TARGETS[entry.architecture]).headroom
 
 
 def fit(entry: Entry) -> Entry | None:
     """Returns the entry with the shared memory that it needs, if none of its cases has a fault."""
-    needed: dict[str, int] = {}
-    for case in cases.shipped(entry):
-        binary = inspect_fit(case)
-        if binary is None:
+    needed = {}
+    for kernel, shared in kernels(entry):
+        if shared is None:
             return None
-        needed[case.kernel] = max(needed.get(case.kernel, 0), binary.shared)
+        needed[kernel] = shared
     return with_shared(entry, needed)
+
+
+def kernels(entry: Entry) -> Iterator[tuple[str, int | None]]:
+    """Yields an entry's kernels and the shared memory of each, None where a variant is unfit."""
+    of_kernel = defaultdict(list)
+    for case in cases.shipped(entry):
+        of_kernel[case.kernel].append(case)
+    for kernel, variants in of_kernel.items():
+        binaries = list(itertools.takewhile(bool, map(inspect_fit, variants)))
+        fits = len(binaries) == len(variants)
+        yield kernel, max(binary.shared for binary in binaries) if fits else None
 
 
 def combined(key: Key) -> Entry | None:
@@ -97,26 +158,16 @@ def combined(key: Key) -> Entry | None:
     """
     if not key.backward or key.frames is not None:
         return None
-    entries = candidates(key)
-    fits = [fit_kernels(entry) for entry in entries]
+    limit, entries = LEAST_SHARED[key.architecture], candidates(key)
+    fits = [{name: n for name, n in kernels(x) if n is not None and n <= limit} for x in entries]
     best, needed = max(zip(entries, fits, strict=True), key=lambda pair: len(pair[1]))
     needed, overrides = dict(needed), {}
     for kernel in sorted({case.kernel for case in cases.shipped(best)} - needed.keys()):
-        n = next((n for n, kernels in enumerate(fits) if kernel in kernels), None)
+        n = next((n for n, fit_kernels in enumerate(fits) if kernel in fit_kernels), None)
         if n is None:
             return None
         overrides[kernel], needed[kernel] = entries[n].config, fits[n][kernel]
     return with_shared(replace(best, config=replace(best.config, overrides=overrides)), needed)
-
-
-def fit_kernels(entry: Entry) -> dict[str, int]:
-    """Returns the shared memory of those kernels of an entry that no variant makes unfit."""
-    needed: dict[str, float] = {}
-    for case in cases.shipped(entry):
-        binary = inspect_fit(case)
-        needed[case.kernel] = max(needed.get(case.kernel, 0), binary.shared if binary else math.inf)
-    limit = LEAST_SHARED[entry.architecture]
-    return {kernel: int(shared) for kernel, shared in needed.items() if shared <= limit}
 
 
 def inspect_fit(case: Case) -> Binary | None:
@@ -126,7 +177,7 @@ def inspect_fit(case: Case) -> Binary | None:
     except (RuntimeError, ValueError) as error:  # the compiler's, for what it cannot do
         tqdm.write(f"{case.name} {case.entry.config}: {type(error).__name__}: {str(error)[:100]}")
         return None
-    return None if rules.faults(case, binary, TARGETS[case.entry.architecture]) else binary
+    return None if model.faults(case, binary, TARGETS[case.entry.architecture]) else binary
 
 
 def with_shared(entry: Entry, needed: Mapping[str, int]) -> Entry:
@@ -134,16 +185,14 @@ def with_shared(entry: Entry, needed: Mapping[str, int]) -> Entry:
     config = entry.config
     if isinstance(config, TileConfig):
         return replace(entry, config=replace(config, shared=max(needed.values())))
-    most = max(shared for kernel, shared in needed.items() if kernel not in config.overrides)
-    overrides = {
-        kernel: replace(x, shared=needed[kernel]) for kernel, x in config.overrides.items()
-    }
-    return replace(entry, config=replace(config, shared=most, overrides=overrides))
+    own = {name: replace(x, shared=needed[name]) for name, x in config.overrides.items()}
+    most = max(shared for kernel, shared in needed.items() if kernel not in own)
+    return replace(entry, config=replace(config, shared=most, overrides=own))
 
 
-def broken(key: Key, shipped: dict[Key, Entry]) -> bool:
-    """Tells whether a key's entry is not fit, or is missing though there are candidates."""
-    entry = shipped.get(key)
+def broken(key: Key) -> bool:
+    """Tells whether a key's shipped entry is not fit, or is missing though it has candidates."""
+    entry = next((entry for entry in cases.entries() if entry.key == key), None)
     return bool(candidates(key)) if entry is None else fit(entry) != entry
 
 

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 from benchmarks.codegen import __main__ as codegen
-from benchmarks.codegen import binary, cases, model, report, rules
+from benchmarks.codegen import binary, cases, model, report
 from benchmarks.codegen.cases import Entry
 from benchmarks.codegen.targets import TARGETS
 from benchmarks.tune import choose
@@ -79,7 +79,7 @@ def a_case(architecture, kind="16-bit"):
 
 
 def faults(found, architecture, kind="16-bit"):
-    return rules.faults(a_case(architecture, kind), found, TARGETS[architecture])
+    return model.faults(a_case(architecture, kind), found, TARGETS[architecture])
 
 
 def test_a_sound_nvidia_kernel():
@@ -146,9 +146,9 @@ def test_gradients_may_load_less_than_a_vector_where_threads_have_no_more():
     )
     case = cases.cases(entry, cases.GRADIENTS)[0]
     narrow, narrower = sass(load="LDG.E.64"), sass(load="LDG.E")
-    assert rules.faults(case, narrow, TARGETS["sm_90"]) == []
+    assert model.faults(case, narrow, TARGETS["sm_90"]) == []
     fault = "loads 4 bytes at a time where 8 are aligned"
-    assert rules.faults(case, narrower, TARGETS["sm_90"]) == [fault]
+    assert model.faults(case, narrower, TARGETS["sm_90"]) == [fault]
     assert faults(narrow, "sm_90") == ["loads 8 bytes at a time where 16 are aligned"]
 
 

@@ -393,7 +393,7 @@ def new(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor
 
 @functools.cache
 def _device(device: torch.device) -> Device:
-    if device.type == "cpu":  # interpreted: any architecture's configuration does
+    if device.type != "cuda":  # interpreted, or only planned: any architecture's configuration does
         return Device("sm_80", shared=sys.maxsize, processors=1)
     from triton.runtime import driver
 
