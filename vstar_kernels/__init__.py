@@ -5,9 +5,8 @@
 >>> out = vk.tar_attention(query, key, value, vk.GaussianBias(sigma=1.0))
 """
 
-from vstar_kernels import analysis
+from vstar_kernels import analysis, backends
 from vstar_kernels._version import __version__
-from vstar_kernels.attention import dispatch as backends
 from vstar_kernels.attention import reference
 from vstar_kernels.attention.bias import DenseBias, GaussianBias, ToeplitzBias
 from vstar_kernels.attention.dispatch import SlowBackendWarning

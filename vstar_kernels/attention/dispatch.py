@@ -30,6 +30,7 @@ class Backend(Protocol):
         """Computes the output, and the mean map where the call asks for it.
 
         With ``save``, a backward pass will follow: what the backend keeps for it is returned too.
+        torch.compile and torch.func never ask for that: their operator has no place for it.
         """
 
     def backward(
@@ -73,8 +74,8 @@ def why_not(
 ) -> dict[str, list[str]]:
     """Returns each backend's reasons why it cannot run this call; an empty list if it can.
 
-    >>> vk.backends.why_not(query, key, value, vk.GaussianBias(1.0), return_map=True)["triton"]
-    ['torch finds no GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU)']
+    >>> vk.backends.why_not(query.double(), key.double(), value.double())["cpu"]
+    ['takes torch.float32, torch.bfloat16, torch.float16, query is torch.float64']
 
     Args:
         query, key, value, bias, scale, return_map, map_block: As for

@@ -43,7 +43,7 @@ from vstar_kernels.models.config import TARConfig
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PACKAGES = ("diffusers", "transformers", "av", "matplotlib", "PIL")
+PACKAGES = ("diffusers", "transformers", "av", "matplotlib", "PIL", "pydantic")
 FILES = ("video.mp4", "video.gif", "maps.png", "generation.json", "synopsis.json", "config.json")
 MIN_SIZE = 8  # pixels
 MAX_SEED = 2**32 - 1

@@ -215,7 +215,8 @@ class Endpoint:
             import openai
         except ImportError as error:
             raise ImportError(
-                f"synopses over HTTP need openai ({error}): pip install 'vstar_kernels[synopsis]'"
+                f"language models at a server need openai ({error}): "
+                "pip install 'vstar_kernels[synopsis]'"
             ) from error
         model = (model or os.environ.get(MODEL_VARIABLE) or "").strip()
         base_url = (base_url or os.environ.get(URL_VARIABLE) or "").strip()

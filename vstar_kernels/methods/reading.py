@@ -117,7 +117,8 @@ def require_pydantic() -> None:
         import pydantic  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"synopses are read with pydantic ({error}): pip install 'vstar_kernels[synopsis]'"
+            f"what comes from outside is read with pydantic ({error}): "
+            "pip install 'vstar_kernels[synopsis]'"
         ) from error
 
 

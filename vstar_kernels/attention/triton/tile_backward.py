@@ -3,7 +3,7 @@
 Everything is computed anew from the inputs; nothing but them is read. The floor is 7 tensors of
 B·S·N·H·D elements over the memory's bandwidth, four read and three written: the row statistics that
 a forward pass could save would add to that traffic, and spare only operations for which the memory
-leaves time. The formulas are those of ``attention/reference_backward.py``.
+leaves time. The formulas are those of ``attention/reference.py``.
 """
 
 from __future__ import annotations
