@@ -9,9 +9,8 @@ from benchmarks.cases import Case, Use
 from benchmarks.results import Plan, Task
 
 USES = (Use("a-model", "0", full_batch=40, calls=10), Use("b-model", "1", full_batch=4, calls=2))
-# Without xformers, which takes long to import: test_measure.py has all peers.
-PEERS = ("vstar_kernels", "eager", "sdpa-bias", "flex", "without-map", "strength-0", "sdpa",
-         "flash-attn")  # fmt: skip
+PEERS = ("vstar_kernels", "eager", "sdpa-bias", "flex", "xformers-bias", "without-map",
+         "strength-0", "sdpa", "flash-attn")  # fmt: skip
 
 
 def small_cases():
@@ -58,7 +57,8 @@ def plan():
 def finished(tmp_path_factory):
     """The file of a run of all small cases, measured by the real workers.
 
-    Where tests run side by side, the first process that needs it measures for all of them.
+    Where tests run side by side, the first process that needs it measures for all of them. The file
+    has its name only when it is finished, so that none of them reads a part of a run that failed.
     """
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -66,6 +66,9 @@ def finished(tmp_path_factory):
     path = folder / "run.jsonl"
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            run.begin(path, a_plan(small_cases()))
-            run.measure(path)
+            unfinished = folder / "unfinished.jsonl"
+            unfinished.unlink(missing_ok=True)
+            run.begin(unfinished, a_plan(small_cases()))
+            run.measure(unfinished)
+            unfinished.rename(path)
     return path
