@@ -46,8 +46,8 @@ test: native $(STAMP)
 	$(PYTEST) $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) tests/attention/test_triton.py
 
-BENCH_TOOLS = $(PYTHON) -c "import rich, xformers, pytest_benchmark" 2>/dev/null \
-	|| $(PIP) -c constraints.txt rich xformers pytest-benchmark
+BENCH_TOOLS = $(PYTHON) -c "import seaborn, xformers, pytest_benchmark" 2>/dev/null \
+	|| $(PIP) -c constraints.txt rich seaborn xformers pytest-benchmark
 
 bench: $(STAMP)
 	$(BENCH_TOOLS)

@@ -67,6 +67,15 @@ class Case:
         return f"{self.suite}/{self.dtype}/{size}{latents}{threads}"
 
     @property
+    def size(self) -> str:
+        """Returns the shape, and what else tells the case apart in its suite."""
+        text = " × ".join(map(str, self.shape))
+        if self.latents:
+            return f"{text}, latents {self.latents[0]} × {self.latents[1]}"
+        plural = "s" if self.threads and self.threads > 1 else ""
+        return f"{text}, {self.threads} thread{plural}" if self.threads else text
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """Returns ``(batch, frames, heads, head_dim)``."""
         return self.batch, self.frames, self.heads, self.head_dim

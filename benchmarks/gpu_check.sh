@@ -19,7 +19,7 @@ stage=${1:?"usage: $0 tests|tile|compiled|stream|models|sanitizer"}
 out=${OUT:-benchmark-output}
 python=${PYTHON:-python3}
 limit=480 # seconds
-NEEDED="tqdm rich matplotlib jinja2 pydantic tyro psutil cpuinfo scipy pytest"
+NEEDED="tqdm rich seaborn jinja2 pydantic tyro psutil cpuinfo scipy pytest"
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET

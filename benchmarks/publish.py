@@ -9,12 +9,14 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
+
 from benchmarks import results
 from benchmarks.machine import ROOT
 from benchmarks.peers import EAGER, SDPA, VSTAR_KERNELS
 from benchmarks.report import figures, plots
 from benchmarks.report.page import describe
-from benchmarks.report.tables import Table, all_tables
+from benchmarks.report.tables import Table, all_tables, of_frame, percent
 from benchmarks.results import Run
 
 RESULTS = ROOT / "benchmarks/results/cpu-amd-epyc-zen5-2-cores"
@@ -35,16 +37,15 @@ PLOTTED = {
 def margins() -> str:
     """Returns the README's table: who takes how many times as long for a model's step."""
     run = _read("float32")
-    steps = {(x.model, x.frames): x for x in figures.steps(run)}
-    rows = []
-    for model in dict.fromkeys(model for model, _ in steps):
-        found = [steps[model, frames] for frames in MARGIN_FRAMES]
-        ratios = ([step.times_as_long(peer) for peer in (EAGER, SDPA)] for step in found)
-        rows.append((model, *(" / ".join(f"{x:.1f}×" for x in pair) for pair in ratios)))
+    steps = figures.steps(run)
+    ratios = steps.pivot(index="model", columns=["frames", "peer"], values="ratio")
+    rows = [
+        (model, *(f"{row[n, EAGER]:.1f}× / {row[n, SDPA]:.1f}×" for n in MARGIN_FRAMES))
+        for model, row in ratios.loc[steps.model.unique()].iterrows()
+    ]
     table = Table("", ("model", *(f"N = {frames}" for frames in MARGIN_FRAMES)), rows)
-    (overhead,) = figures.kernel_records(run, "overhead")
-    seconds = overhead.median(VSTAR_KERNELS)
-    return f"{table.markdown()}\nOne call on a tiny input costs {seconds * 1e6:.0f} µs."
+    overhead = figures.kernel_rows(run, "overhead").set_index("peer").time[VSTAR_KERNELS]
+    return f"{table.markdown()}\nOne call on a tiny input costs {overhead * 1e6:.0f} µs."
 
 
 def everything() -> str:
@@ -79,26 +80,27 @@ def draw() -> None:
 def predictions() -> str:
     """Returns what the compiled tiles in bfloat16 are predicted to reach, never measured."""
     report = json.loads(CODEGEN.read_text())
-    kernels = [
-        row
-        for row in report["kernels"]
-        if (row["kernel"], row["kind"], row["variant"]) == ("tile", "16-bit", "gaussian")
-        and row["head_dim"] in PREDICTED_HEAD_DIMS
+    found = pd.json_normalize(report["kernels"])
+    found = found[
+        (found.kernel == "tile") & (found.kind == "16-bit") & (found.variant == "gaussian")
     ]
-    columns = {
-        "architecture": lambda x: x["architecture"],
-        "N": lambda x: str(x["frames"]),
-        "D": lambda x: str(x["head_dim"]),
-        "bytes": lambda x: f"{x['sequence_bytes']:,}",
-        "operations": lambda x: f"{x['sequence_operations']:,}",
-        "warps": lambda x: str(x["config"]["warps"]),
-        "registers": lambda x: str(x["registers"]),
-        "shared": lambda x: f"{x['shared']:,}",
-        "programs": lambda x: str(x["resident"]),
-        "share of the bandwidth": lambda x: f"{x['share']:.0%}",
-        "limit": lambda x: x["limit"] if x["headroom"] < 1 else "memory",
-    }
-    table = Table.of("", columns, kernels).markdown().strip()
+    found = found[found.head_dim.isin(PREDICTED_HEAD_DIMS)].convert_dtypes()
+    frame = pd.DataFrame(
+        {
+            "architecture": found.architecture,
+            "N": found.frames,
+            "D": found.head_dim,
+            "bytes": found.sequence_bytes.map("{:,}".format),
+            "operations": found.sequence_operations.map("{:,}".format),
+            "warps": found["config.warps"],
+            "registers": found.registers,
+            "shared": found.shared.map("{:,}".format),
+            "programs": found.resident,
+            "share of the bandwidth": percent(found.share),
+            "limit": found.limit.where(found.headroom < 1, "memory"),
+        }
+    )
+    table = of_frame("", frame.astype(str)).markdown().strip()
     return f"Predicted from Triton {report['triton']}'s code, not measured:\n\n{table}"
 
 

@@ -1,104 +1,111 @@
-"""What the report says, from a run's records: sums, ratios, and where the kernels are not first."""
+"""What the report says of a run's records, as tidy frames: a row for each case and peer."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict
 
-from scipy.stats import gmean
+import pandas as pd
 
 from benchmarks.peers import PEERS, VSTAR_KERNELS
-from benchmarks.results import Record, Run
+from benchmarks.results import Run
 
 DEFAULT = "default"  # the allocator's setting
 OTHERS_WITH_TAR = tuple(name for name, peer in PEERS.items() if peer.tar and not peer.ours)
+STEP = ["model", "dtype", "frames"]
+CASE = ["suite", "dtype", "batch", "frames", "heads", "head_dim", "threads", "uses"]
+USE = ["model", "level", "full_batch", "calls"]
+LABELS = ["key", "case", "size", "allocator", "bound", "peer", "status", "note"]
+NUMBERS = [
+    "item_bytes",
+    "time",
+    "ratio",
+    "spread",
+    "share",
+    "peak_bytes",
+    "bandwidth",
+    "flops_per_second",
+]
 
 
-@dataclass(frozen=True)
-class Step:
-    """A model's temporal self-attention in one denoising step, all levels, at full size."""
+def tidy(run: Run) -> pd.DataFrame:
+    """Returns the peers' figures in each case in which the kernels have a time.
 
-    model: str
-    frames: int
-    dtype: str
-    seconds: dict[str, float]  # by peer, of those that were measured at every level
-    calls: int
-    scale: float  # the full batch over the measured one, of the level most scaled down
-
-    def times_as_long(self, peer: str) -> float | None:
-        """Returns a peer's time over the kernels'."""
-        return self.seconds[peer] / self.seconds[VSTAR_KERNELS] if peer in self.seconds else None
-
-    def fastest_other(self) -> str | None:
-        """Returns the fastest of the others that compute TAR."""
-        found = [name for name in OTHERS_WITH_TAR if name in self.seconds]
-        return min(found, key=lambda name: self.seconds[name], default=None)
-
-
-def kernel_records(run: Run, suite: str | None = None) -> list[Record]:
-    """Returns the records that compare kernels: warm allocator, or a GPU; without the failed."""
-    return [
-        record
-        for record in run.records
-        if record.allocator != DEFAULT and record.median(VSTAR_KERNELS)
-        if suite in (None, record.case.suite)
-    ]
-
-
-def times_as_long(record: Record, peer: str | None) -> float | None:
-    """Returns a peer's time over the kernels'."""
-    ours, theirs = record.median(VSTAR_KERNELS), record.median(peer) if peer else None
-    return theirs / ours if ours and theirs else None
+    ``ratio`` is a peer's time over the kernels', ``share`` the floor over a peer's time.
+    """
+    rows = []
+    for record in run.records:
+        if not (ours := record.median(VSTAR_KERNELS)):
+            continue
+        case, floors = record.case, record.floors
+        shared = vars(case) | {
+            "key": record.key,
+            "case": case.key,
+            "size": case.size,
+            "allocator": record.allocator,
+            "item_bytes": case.torch_dtype.itemsize,
+            "bandwidth": record.bandwidth,
+            "flops_per_second": record.flops_per_second,
+            "bound": max(floors, key=lambda name: floors[name], default="–"),
+        }
+        for peer, outcome in record.peers.items():
+            figures = {
+                "peer": peer,
+                "time": outcome.median,
+                "ratio": outcome.median and outcome.median / ours,
+                "spread": outcome.spread,
+                "share": record.floor_over_time(peer),
+            }
+            rows.append(shared | vars(outcome) | figures)
+    return pd.DataFrame(rows, columns=CASE + LABELS + NUMBERS).astype(dict.fromkeys(NUMBERS, float))
 
 
-def fastest_other(record: Record) -> str | None:
-    """Returns the fastest of the others that compute TAR."""
-    found = [name for name in OTHERS_WITH_TAR if record.median(name)]
-    return min(found, key=lambda name: record.median(name) or math.inf, default=None)
+def kernel_rows(run: Run, suite: str | None = None) -> pd.DataFrame:
+    """Returns the rows of :func:`tidy` that compare kernels: warm allocator, or a GPU."""
+    found = tidy(run)
+    found = found[found.allocator != DEFAULT]
+    return found if suite is None else found[found.suite == suite]
 
 
-def not_first(records: Iterable[Record]) -> list[tuple[Record, str, float]]:
-    """Returns where another that computes TAR is faster: who, and its time over the kernels'."""
-    found = []
-    for record in records:
-        name = fastest_other(record)
-        if name is not None and (times := times_as_long(record, name)) and times < 1:
-            found.append((record, name, times))
-    return found
+def fastest_others(rows: pd.DataFrame, by: str | list[str] = "key") -> pd.DataFrame:
+    """Returns, of each case, the row of the fastest of the others that compute TAR."""
+    others = rows[rows.peer.isin(OTHERS_WITH_TAR) & rows.time.notna()]
+    return others.loc[others.groupby(by, sort=False).time.idxmin()]
 
 
-def geometric_mean(values: Iterable[float | None]) -> float | None:
-    """Returns the geometric mean of those that there are."""
-    present = [x for x in values if x]
-    return float(gmean(present)) if present else None
+def not_first(rows: pd.DataFrame) -> pd.DataFrame:
+    """Returns the rows of others that compute TAR and are the fastest of all that do."""
+    fastest = fastest_others(rows)
+    return fastest[fastest.ratio < 1]
 
 
-def steps(run: Run) -> list[Step]:
-    """Returns the models' denoising steps whose levels the ``short`` suite has all measured."""
+def steps(run: Run) -> pd.DataFrame:
+    """Returns the models' denoising steps whose levels the ``short`` suite has all measured.
+
+    A row for each step and peer that was measured at every level: its ``time`` at full size, and
+    its ``ratio`` to the kernels'. ``scale`` is the full batch over the measured one, of the level
+    most scaled down.
+    """
     planned = Counter(
-        (use.model, task.case.frames, task.case.dtype)
+        (use.model, task.case.dtype, task.case.frames)
         for task in run.plan.tasks
         if task.case.suite == "short" and task.allocator != DEFAULT
         for use in task.case.uses
     )
-    levels = defaultdict(list)
-    for record in kernel_records(run, "short"):
-        for use in record.case.uses:
-            step = use.model, record.case.frames, record.case.dtype
-            levels[step].append((record, use.full_batch / record.case.batch, use.calls))
-    return [
-        Step(
-            *step,
-            seconds={
-                peer: sum(record.median(peer) * scale * calls for record, scale, calls in found)
-                for peer in found[0][0].peers
-                if all(record.median(peer) for record, _, _ in found)
-            },
-            calls=sum(calls for _, _, calls in found),
-            scale=max(scale for _, scale, _ in found),
+    calls = kernel_rows(run, "short").explode("uses", ignore_index=True)
+    calls = calls.drop(columns="uses").join(pd.DataFrame(map(asdict, calls.uses), columns=USE))
+    calls["scale"] = calls.full_batch / calls.batch
+    calls["time"] *= calls.scale * calls.calls
+    found = (
+        calls.groupby([*STEP, "peer"], sort=False)
+        .agg(
+            time=("time", "sum"),
+            levels=("time", "count"),
+            calls=("calls", "sum"),
+            scale=("scale", "max"),
         )
-        for step, found in levels.items()
-        if len(found) == planned[step]
-    ]
+        .reset_index()
+    )
+    found = found[found.levels == [planned[step] for step in found[STEP].itertuples(index=False)]]
+    ours = found[found.peer == VSTAR_KERNELS].set_index(STEP).time
+    return found.join(ours.rename("ours"), on=STEP).eval("ratio = time / ours")

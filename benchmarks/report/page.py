@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 
 from benchmarks import results
@@ -63,13 +62,12 @@ def describe(run: Run) -> str:
         f"Medians of at most {run.plan.rounds} interleaved rounds, σ = 1."
     )
     # What the device reached beside the kernels, over the models' calls on all its threads.
-    records = figures.kernel_records(run, "short")
-    bandwidths = [x.bandwidth / 1e9 for x in records if x.bandwidth]
-    speeds = [x.flops_per_second / 1e9 for x in records if x.flops_per_second]
-    if not bandwidths or not speeds:
+    short = figures.kernel_rows(run, "short").drop_duplicates("key")
+    bandwidths, speeds = (short.bandwidth / 1e9).dropna(), (short.flops_per_second / 1e9).dropna()
+    if bandwidths.empty or speeds.empty:
         return text
     return (
-        f"{text} Beside the models' calls a copy of as many bytes reached {min(bandwidths):,.0f} "
-        f"to {max(bandwidths):,.0f} GB/s (median {statistics.median(bandwidths):,.0f}) and a "
-        f"matrix product {statistics.median(speeds):,.0f} GFLOP/s."
+        f"{text} Beside the models' calls a copy of as many bytes reached {bandwidths.min():,.0f} "
+        f"to {bandwidths.max():,.0f} GB/s (median {bandwidths.median():,.0f}) and a "
+        f"matrix product {speeds.median():,.0f} GFLOP/s."
     )

@@ -25,30 +25,35 @@ def test_a_models_step_is_the_sum_of_its_calls():
     three, eight, *_ = small_cases()
     records = [a_record(three, ours=2e-3, eager=6e-3), a_record(eight, ours=1e-3, sdpa=2e-3)]
     run = Run({}, a_plan([three, eight]), records)
-    steps = {(x.model, x.frames): x for x in figures.steps(run)}
-    assert set(steps) == {(m, n) for m in ("a-model", "b-model") for n in (3, 8)}
-    step = steps["a-model", 3]  # 40 rows of which 4 were measured, 10 calls
-    assert step.seconds == {"vstar_kernels": pytest.approx(0.2), "eager": pytest.approx(0.6)}
-    assert (step.calls, step.scale) == (10, 10)
-    assert steps["b-model", 8].seconds["sdpa"] == pytest.approx(2 * 2e-3)
+    steps = figures.steps(run).set_index(["model", "frames"])
+    assert set(steps.index) == {(m, n) for m in ("a-model", "b-model") for n in (3, 8)}
+    step = steps.loc["a-model", 3].set_index("peer")  # 40 rows of which 4 were measured, 10 calls
+    assert dict(step.time) == {"vstar_kernels": pytest.approx(0.2), "eager": pytest.approx(0.6)}
+    assert step.ratio["eager"] == pytest.approx(3)
+    assert set(step.calls) == set(step.scale) == {10}
+    assert steps.loc["b-model", 8].set_index("peer").time["sdpa"] == pytest.approx(2 * 2e-3)
 
 
 def test_a_step_with_a_level_missing_has_no_sum():
     three, *_ = small_cases()
     other_level = dataclasses.replace(three, heads=5, uses=three.uses[:1])
     plan = a_plan([three, other_level])
-    (step,) = figures.steps(Run({}, plan, [a_record(three, ours=2e-3)]))
-    assert step.model == "b-model"
+    found = figures.steps(Run({}, plan, [a_record(three, ours=2e-3)]))
+    assert list(found.model) == ["b-model"]
 
 
 def test_who_is_first():
-    case = next(small_cases())
+    three, eight, *_ = small_cases()
     records = [
-        a_record(case, ours=2e-3, eager=3e-3, sdpa_bias=1e-3, sdpa=0.5e-3),
-        a_record(case, ours=2e-3, eager=3e-3, strength_0=1e-3, sdpa=0.5e-3),
+        a_record(three, ours=2e-3, eager=3e-3, sdpa_bias=1e-3, sdpa=0.5e-3),
+        a_record(eight, ours=2e-3, eager=3e-3, strength_0=1e-3, sdpa=0.5e-3),
     ]
-    assert figures.fastest_other(records[0]) == "sdpa-bias"
-    assert figures.not_first(records) == [(records[0], "sdpa-bias", 0.5)]
+    rows = figures.kernel_rows(Run({}, a_plan([three, eight]), records))
+    assert list(figures.fastest_others(rows).peer) == ["sdpa-bias", "eager"]
+    slower = figures.not_first(rows)
+    assert [*zip(slower.key, slower.peer, slower.ratio, strict=True)] == [
+        (records[0].key, "sdpa-bias", 0.5)
+    ]
 
 
 def test_the_report_has_every_case_and_says_what_could_not_run(finished, run, capsys, tmp_path):
