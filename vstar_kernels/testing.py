@@ -250,9 +250,11 @@ def assert_gradients(
     2 exp(−6²/2) = 3e-8, for differences and gradients of any sizes. (6 ‖d‖ / (‖g‖ √n) is the same
     only where all n of the dᵢgᵢ are of one size. At head_dim 1 each element of the gradient is a
     single product of normal numbers instead of a sum of many: a handful of elements holds most of
-    ‖g‖² and of Σ dᵢ²gᵢ², and s is several times as large.) 4 eps come on top for the roundings that
-    all elements share, of the scale and of the strength. By Cauchy and Schwarz |b| ≤ s √n: in fewer
-    than 36 elements a bias cannot be told from luck, and the bound of the norm is all there is.
+    ‖g‖² and of Σ dᵢ²gᵢ², and s is several times as large.) What comes on top is PyTorch's own
+    slope on the truth, by which d of an unbiased gradient is off where every step of the formula is
+    rounded to 16 bits, and 4 eps for the roundings that all elements share, of the scale and of the
+    strength. By Cauchy and Schwarz |b| ≤ s √n: in fewer than 36 elements a bias cannot be told from
+    luck, and the bound of the norm is all there is.
 
     ``equal_terms`` as in :func:`assert_exact`: they are added to the 4 eps of both. ``vanishing``
     is the norm of the rounding that may be left where a gradient is zero by construction, as of
@@ -288,7 +290,8 @@ def assert_gradients(
         assert 1 - cosine <= (allowed / size) ** 2 + 1e-13, f"{name}: cosine {cosine}"
         d = (x - plain[name].double()) * g
         slope, deviation = d.sum().item() / size**2, d.norm().item() / size**2
-        straight = 6 * deviation + shared
+        plain_slope = (plain_e * g).sum().item() / size**2
+        straight = 6 * deviation + abs(plain_slope) + shared
         assert abs(slope) <= straight, f"{name}: biased by {slope:.3g}, allowed {straight:.3g}"
     return worst
 
