@@ -1,109 +1,30 @@
 """The launch configurations that ``benchmarks.tune`` tries, in order of preference.
 
-Plain data: tiles as (queries, sequences, warps), streams as (queries, keys, warps, stages). What
-speaks for an order: a head's narrower part is 16 wide, and a thread of a program should still have
-16 bytes of it to load; NVIDIA's larger matrix instructions take 64 rows of four warps (128 on
-sm_100); IEEE float32 products keep whole rows of their operands in registers, so their blocks are
-small.
+``candidates.json`` lists them: tiles as (queries, sequences, warps) by kind of products and frames,
+streams as (queries, keys, warps, stages) by architecture and kind. What speaks for an order: a
+head's narrower part is 16 wide, and a thread of a program should still have 16 bytes of it to load;
+NVIDIA's larger matrix instructions take 64 rows of four warps (128 on sm_100); on sm_90, TF32
+products would load values 4 bytes at a time, to transpose them, if they came in stages. IEEE
+float32 products keep whole rows of their operands in registers, so their blocks are small, and
+which of the streams fit hangs on how the parts of a width unroll. Where none of those does, a
+stream may take a small one.
+
+Of gradients, the streams are listed by kind and how wide a head is, and warps are of 32 threads. A
+tile of gradients keeps four blocks of a sequence and two maps in registers: without matrix
+instructions none fits. Blocks are small for so many warps: a thread may have less than 16 bytes.
 """
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 from benchmarks.codegen.cases import Config, Entry, Key
 from benchmarks.codegen.targets import TARGETS, VECTOR_BYTES
 from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig, split
 
-TILES = {
-    "16-bit": {
-        16: [(16, 4, 4), (16, 4, 2), (16, 8, 4), (16, 2, 2), (16, 2, 1), (16, 1, 1)],
-        32: [(32, 2, 4), (32, 2, 2), (32, 1, 2), (32, 1, 1), (16, 1, 2)],
-        64: [(64, 1, 4), (64, 1, 2), (32, 1, 4), (32, 1, 2), (16, 1, 4)],
-        128: [(128, 1, 8), (64, 1, 4), (64, 1, 8), (128, 1, 4), (32, 1, 4), (32, 1, 8)],
-    },
-    "tf32": {
-        16: [(16, 4, 4), (16, 4, 8), (16, 2, 2), (16, 2, 4), (16, 1, 1), (16, 1, 2)],
-        32: [(32, 1, 2), (32, 2, 4), (32, 1, 4), (16, 1, 2), (16, 1, 4), (16, 1, 1)],
-        64: [(64, 1, 4), (32, 1, 4), (64, 1, 8), (16, 1, 4), (32, 1, 8)],
-        128: [(64, 1, 8), (64, 1, 4), (32, 1, 8), (32, 1, 4), (16, 1, 8)],
-    },
-    "ieee": {
-        16: [(16, 2, 4), (16, 1, 2), (16, 1, 4), (16, 2, 8), (16, 4, 8)],
-        32: [(32, 1, 4), (16, 1, 4), (32, 1, 8), (16, 1, 8)],
-        64: [(32, 1, 8), (64, 1, 8), (16, 1, 8), (16, 1, 4)],
-        128: [(16, 1, 8), (32, 1, 8), (32, 1, 16), (16, 1, 16)],
-    },
-}
-SMALL_STREAMS = [
-    (64, 64, 8, 1), (64, 32, 8, 1), (32, 64, 4, 2), (32, 64, 4, 1), (64, 64, 2, 1), (32, 32, 4, 1),
-    (32, 32, 2, 1), (16, 16, 4, 1), (16, 32, 1, 1), (16, 16, 2, 1), (16, 16, 1, 1),
-]  # fmt: skip
-STREAMS = {
-    ("sm_80", "16-bit"): [
-        (128, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2),
-        (64, 32, 4, 2), (64, 64, 4, 1), (64, 32, 4, 1), (32, 32, 4, 2), (32, 32, 2, 2),
-        (32, 64, 2, 1),
-    ],
-    ("sm_90", "16-bit"): [
-        (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2),
-        (64, 32, 4, 2), (64, 64, 4, 1),
-    ],
-    ("sm_100", "16-bit"): [
-        (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 3),
-        (64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 4, 1),
-    ],
-    ("gfx942", "16-bit"): [
-        (128, 64, 4, 2), (128, 64, 4, 1), (64, 64, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1),
-        (128, 128, 4, 1), (64, 64, 2, 1), (32, 64, 2, 1), (64, 32, 1, 1), (32, 32, 1, 1),
-    ],
-    ("sm_80", "tf32"): [
-        (64, 64, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2), (64, 32, 4, 1), (32, 32, 4, 2),
-    ],
-    ("sm_90", "tf32"): [  # in stages, values would be loaded 4 bytes at a time, to be transposed
-        (128, 64, 8, 1), (64, 64, 4, 1), (64, 32, 4, 1), (128, 32, 8, 1),
-    ],
-    ("sm_100", "tf32"): [
-        (128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 1), (64, 64, 4, 1), (64, 32, 4, 2),
-        (64, 32, 4, 1), (128, 32, 8, 1),
-    ],
-    ("gfx942", "tf32"): [
-        (64, 64, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1), (64, 64, 2, 1), (32, 32, 2, 1),
-    ],
-}  # fmt: skip
-IEEE_STREAMS = {  # by width: what fits hangs on how its parts unroll
-    16: [(64, 64, 8, 1), (64, 32, 8, 1), (32, 32, 4, 1)],
-    32: [(64, 32, 8, 1), (32, 32, 4, 1)],
-    48: [(32, 32, 4, 1), (32, 32, 8, 1)],
-    64: [(32, 32, 8, 1), (16, 32, 4, 1)],
-    80: [(16, 16, 2, 1), (16, 16, 4, 1)],
-    96: [(64, 32, 8, 1), (32, 32, 8, 1), (16, 16, 2, 1)],
-    128: [(16, 32, 8, 1), (16, 16, 8, 1)],
-    160: [(16, 16, 4, 1), (16, 16, 8, 1)],
-    256: [(16, 32, 8, 1), (16, 16, 8, 1)],
-}
-# For gradients: tiles as (sequences, warps), streams as (queries, keys, warps), in warps of 32. A
-# tile keeps four blocks of a sequence and two maps in registers: without matrix instructions none
-# fits. Blocks are small for so many warps: a thread may have less than a vector to load.
-LEAST_BYTES = 4
-BACKWARD_TILES = {
-    ("16-bit", 16): [(4, 4), (2, 2), (2, 1), (1, 1), (1, 2)],
-    ("16-bit", 32): [(1, 4), (1, 2), (1, 8)],
-    ("16-bit", 64): [(1, 8), (1, 4)],
-    ("tf32", 16): [(4, 4), (2, 4), (1, 2), (1, 4)],
-    ("tf32", 32): [(1, 4), (1, 8)],
-    ("tf32", 64): [(1, 8)],
-}
-BACKWARD_STREAMS = {
-    ("16-bit", "narrow"): [(64, 64, 8), (64, 64, 4), (32, 32, 4), (16, 16, 4)],
-    ("16-bit", "wide"): [(64, 64, 8), (32, 32, 4), (32, 32, 8), (32, 16, 4), (16, 16, 4)],
-    ("16-bit", "widest"): [(32, 16, 4), (16, 16, 4), (16, 16, 2), (32, 16, 8), (16, 16, 8)],
-    ("tf32", "narrow"): [(64, 32, 8), (32, 32, 4), (32, 32, 8), (16, 16, 4)],
-    ("tf32", "wide"): [(16, 32, 4), (16, 16, 4), (16, 16, 8)],
-    ("tf32", "widest"): [(16, 16, 8), (16, 16, 4), (32, 16, 8), (16, 32, 8), (32, 32, 16)],
-    ("ieee", "narrow"): [(32, 32, 8), (16, 16, 8), (16, 16, 4), (16, 16, 2)],
-    ("ieee", "wide"): [(16, 16, 8), (16, 16, 4)],
-    ("ieee", "widest"): [(16, 16, 8), (16, 16, 4), (16, 16, 16)],
-}
-
+SIZES = json.loads(Path(__file__).with_suffix(".json").read_text())
+LEAST_BYTES = 4  # that a thread loads at a time, of gradients
 # Larger tiles spill whatever the configuration: bytes of one of a sequence's tensors, and elements
 # where products have no matrix instructions.
 LARGEST_TILE = 40 * 1024
@@ -115,61 +36,54 @@ OUTPUT_REGISTERS_WITHOUT_MATRIX = 40
 
 def candidates(key: Key) -> list[Entry]:
     """Returns the entries to try, best first; the ``shared`` of their ``config`` is not known."""
+    found = tiles(key) if key.frames else streams(key)
+    least = LEAST_BYTES if key.backward else VECTOR_BYTES
+    return [Entry(**vars(key), config=x) for x in found if bytes_to_load(key, x) >= least]
+
+
+def tiles(key: Key) -> list[TileConfig]:
+    """Returns the tiles for a number of frames; none where they would be too large."""
+    kind = f"{key.kind} {key.frames}"
     if key.backward:
-        found = backward_tiles(key) if key.frames else backward_streams(key)
+        sizes = in_own_warps(key, SIZES["tile_backward"].get(kind, []))
+    elif too_large(key):
+        return []
     else:
-        found = tiles(key) if key.frames else streams(key)
-    return [Entry(**vars(key), config=config) for config in found]
+        sizes = SIZES["tile"][kind]
+    return [TileConfig(*size, shared=0) for size in sizes]
 
 
-def tiles(key: Key) -> list[Config]:
-    """Returns those for tiles; none where a tile would be too large."""
+def too_large(key: Key) -> bool:
+    """Tells whether no tile could hold so many frames of so wide heads in registers."""
     elements = key.frames * key.width
     without_matrix = key.kind == "ieee" and key.architecture != "gfx942"
-    if elements * itemsize(key) > LARGEST_TILE:
-        return []
-    if without_matrix and elements > LARGEST_TILE_WITHOUT_MATRIX:
-        return []
-    return [
-        TileConfig(queries, sequences, warps, shared=0)
-        for queries, sequences, warps in TILES[key.kind][key.frames]
-        if bytes_to_load(key, queries * sequences, warps) >= VECTOR_BYTES
-    ]
+    return elements * itemsize(key) > LARGEST_TILE or (
+        without_matrix and elements > LARGEST_TILE_WITHOUT_MATRIX
+    )
 
 
-def streams(key: Key) -> list[Config]:
-    """Returns those for any number of frames."""
+def streams(key: Key) -> list[StreamConfig]:
+    """Returns the streams for any number of frames."""
+    if key.backward:
+        heads = "narrow" if key.width <= 64 else "wide" if key.width <= 128 else "widest"
+        sizes = in_own_warps(key, SIZES["stream_backward"][f"{key.kind} {heads}"])
+        return [StreamConfig(*size, shared=0) for size in sizes]
     if key.kind == "ieee":
-        preferred, registers = IEEE_STREAMS[key.width], OUTPUT_REGISTERS_WITHOUT_MATRIX
+        name, registers = f"ieee {key.width}", OUTPUT_REGISTERS_WITHOUT_MATRIX
     else:
-        preferred = STREAMS[key.architecture, key.kind]
-        registers = OUTPUT_REGISTERS[key.architecture]
+        name, registers = f"{key.architecture} {key.kind}", OUTPUT_REGISTERS[key.architecture]
+    sizes = dict.fromkeys(map(tuple, SIZES["stream"][name] + SIZES["stream"]["small"]))
+    found = [StreamConfig(*size, shared=0) for size in sizes]
     lanes = TARGETS[key.architecture].lanes
-    return [
-        StreamConfig(queries, keys, warps, stages, shared=0)
-        for queries, keys, warps, stages in dict.fromkeys([*preferred, *SMALL_STREAMS])
-        if queries * key.width <= registers * lanes * warps
-        and bytes_to_load(key, min(queries, keys), warps) >= VECTOR_BYTES
-    ]
+    return [x for x in found if x.queries * key.width <= registers * lanes * x.warps]
 
 
-def backward_tiles(key: Key) -> list[Config]:
-    """Returns those for the gradients of tiles, whose map is one block."""
-    return [
-        TileConfig(key.frames, sequences, warps, shared=0)
-        for sequences, warps in in_own_warps(key, BACKWARD_TILES.get((key.kind, key.frames), []))
-        if bytes_to_load(key, key.frames * sequences, warps) >= LEAST_BYTES
-    ]
-
-
-def backward_streams(key: Key) -> list[Config]:
-    """Returns those for the gradients of any number of frames."""
-    heads = "narrow" if key.width <= 64 else "wide" if key.width <= 128 else "widest"
-    return [
-        StreamConfig(queries, keys, warps, stages=1, shared=0)
-        for queries, keys, warps in in_own_warps(key, BACKWARD_STREAMS[key.kind, heads])
-        if bytes_to_load(key, min(queries, keys), warps) >= LEAST_BYTES
-    ]
+def bytes_to_load(key: Key, config: Config) -> int:
+    """Returns what every thread has to load of the narrower part of a head."""
+    tile = isinstance(config, TileConfig)
+    rows = config.queries * config.sequences if tile else min(config.queries, config.keys)
+    narrower = min(filter(None, split(key.width)))
+    return rows * narrower * itemsize(key) // (config.warps * TARGETS[key.architecture].lanes)
 
 
 def itemsize(key: Key) -> int:
@@ -177,13 +91,8 @@ def itemsize(key: Key) -> int:
     return 2 if key.kind == "16-bit" else 4
 
 
-def bytes_to_load(key: Key, rows: int, warps: int) -> int:
-    """Returns what every thread has to load of the narrower part of so many rows."""
-    narrower = min(filter(None, split(key.width)))
-    return rows * narrower * itemsize(key) // (warps * TARGETS[key.architecture].lanes)
-
-
-def in_own_warps(key: Key, sizes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+def in_own_warps(key: Key, sizes: list[list[int]]) -> list[tuple[int, ...]]:
     """Replaces warps of 32 by warps of the architecture with as many threads."""
     ratio = TARGETS[key.architecture].lanes // 32
-    return list(dict.fromkeys((*blocks, max(1, warps // ratio)) for *blocks, warps in sizes))
+    own = ((rows, blocks, max(1, warps // ratio), *rest) for rows, blocks, warps, *rest in sizes)
+    return list(dict.fromkeys(own))

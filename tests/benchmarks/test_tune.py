@@ -36,7 +36,7 @@ def test_the_tuner_writes_what_it_read(tmp_path, monkeypatch):
 def test_the_tuner_prefers_headroom_and_skips_what_is_unfit(monkeypatch):
     key = Key("sm_90", "16-bit", 64, 64)
     sizes = [(64, 1, 4), (64, 1, 2), (32, 1, 4), (32, 1, 2)]
-    monkeypatch.setitem(candidates.TILES["16-bit"], 64, sizes)
+    monkeypatch.setitem(candidates.SIZES["tile"], "16-bit 64", sizes)
     rooms = dict(zip(sizes, (None, 0.5, 0.9, 1.1), strict=True))
 
     def size(entry):
@@ -57,7 +57,7 @@ def test_the_tuner_prefers_headroom_and_skips_what_is_unfit(monkeypatch):
 def test_the_tuner_gives_a_kernel_that_no_fit_candidate_serves_its_own(monkeypatch):
     key = Key("sm_80", "tf32", None, 256, backward=True)
     wide, small, other = (StreamConfig(*x, 1, 0) for x in ((32, 16, 8), (16, 16, 8), (16, 32, 8)))
-    monkeypatch.setattr(candidates, "backward_streams", lambda key: [wide, small, other])
+    monkeypatch.setattr(candidates, "streams", lambda key: [wide, small, other])
     large = 120 * 1024  # too much for some GPUs that the rows serve
     shared = {
         wide: {
@@ -97,9 +97,8 @@ def test_the_tuner_gives_a_kernel_that_no_fit_candidate_serves_its_own(monkeypat
 
 
 def test_no_candidate_is_taken_for_a_tile_that_is_too_large():
-    assert candidates.tiles(Key("sm_90", "16-bit", 128, 256)) == []
-    assert candidates.tiles(Key("sm_90", "ieee", 128, 64)) == []
-    assert candidates.tiles(Key("gfx942", "ieee", 128, 64))
-    assert all(
-        isinstance(x, StreamConfig) for x in candidates.streams(Key("sm_80", "ieee", None, 256))
-    )
+    assert candidates.candidates(Key("sm_90", "16-bit", 128, 256)) == []
+    assert candidates.candidates(Key("sm_90", "ieee", 128, 64)) == []
+    assert candidates.candidates(Key("gfx942", "ieee", 128, 64))
+    streams = candidates.candidates(Key("sm_80", "ieee", None, 256))
+    assert all(isinstance(x.config, StreamConfig) for x in streams)
