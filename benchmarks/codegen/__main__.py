@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         todo = cases.subset(todo)
     todo = [case for case in todo if options.has(case.entry)]
     results = in_processes(report.examine, todo, options.jobs, unit="kernel")
-    text = f"Triton {triton.__version__}, {len(results)} kernels.\n\n{report.tables(results)}"
+    text = report.tables(results)
     print(text)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

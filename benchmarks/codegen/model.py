@@ -38,11 +38,7 @@ class Prediction:
     sequence_operations: int
     headroom: float
     limit: str
-
-    @property
-    def share(self) -> float:
-        """The fraction of the memory's bandwidth."""
-        return min(self.headroom, 1.0)
+    share: float  # of the memory's bandwidth
 
 
 def faults(case: Case, binary: Binary, target: Target) -> list[str]:
@@ -111,4 +107,5 @@ def predict(case: Case, binary: Binary, target: Target) -> Prediction:
         "latency": (target.latency + binary.instructions * CYCLES / target.clock) / programs,
     }
     limit = max(times, key=lambda name: times[name])
-    return Prediction(sequence_bytes, operations, memory / times[limit], limit)
+    headroom = memory / times[limit]
+    return Prediction(sequence_bytes, operations, headroom, limit, min(headroom, 1.0))

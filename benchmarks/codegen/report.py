@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+
+import jinja2
+import triton
 
 from benchmarks.codegen import cases, model
 from benchmarks.codegen.cases import Case
@@ -14,13 +16,7 @@ from benchmarks.codegen.compile import inspect
 from benchmarks.codegen.targets import TARGETS
 
 Result = dict[str, Any]
-COLUMNS = (
-    "kernel", "type", "N:", "D:", "blocks", "warps:", "registers:", "shared:", "programs:",
-    "loads:", "stores:", "matrix", "instructions:", "bytes:", "operations:", "share:", "limit",
-)  # fmt: skip
-OTHER_COLUMNS = (
-    "variant", "kernels:", "most registers:", "most shared:", "fewest programs:", "narrowest load:"
-)  # fmt: skip
+TEMPLATE = Path(__file__).with_name("report.md.jinja")
 
 
 def examine(case: Case) -> Result:
@@ -48,8 +44,7 @@ def examine(case: Case) -> Result:
         "faults": faults,
     }
     if case.kernel == "tile":
-        prediction = model.predict(case, binary, target)
-        result |= asdict(prediction) | {"share": prediction.share}
+        result |= asdict(model.predict(case, binary, target))
     return result
 
 
@@ -60,55 +55,12 @@ def offenders(results: Iterable[Result]) -> list[str]:
 
 def tables(results: list[Result]) -> str:
     """Returns two tables for each architecture: the commonest calls, and the others in short."""
-    common = {cases.GAUSSIAN.name, cases.GRADIENTS.name}
-    compiled = (x for x in results if "architecture" in x)
-    sections = []
-    for name, group in itertools.groupby(compiled, key=lambda x: x["architecture"]):
-        target, variants = TARGETS[name], defaultdict(list)
-        for result in group:
-            variants[None if result["variant"] in common else result["variant"]].append(result)
-        lines = map(full_line, variants.pop(None, []))
-        short = (short_line(variant, variants[variant]) for variant in sorted(variants))
-        sections.append(
-            f"## {name}\n\nShares of the bandwidth are predicted for {target.gpu}, "
-            f"{target.bandwidth / 1e12:.2f} TB/s; none is measured.\n\n"
-            f"{table(COLUMNS, lines)}\n\n{table(OTHER_COLUMNS, short)}\n"
-        )
-    return "\n".join(sections)
-
-
-def full_line(result: Result) -> list[object]:
-    """Returns a kernel's line in the table of the commonest calls."""
-    config, registers, widths = result["config"], str(result["registers"]), []
-    if result["in_lanes"]:
-        registers += f" ({result['in_lanes']} scalar in lanes)"
-    if "sequences" in config:
-        blocks = f"{config['sequences']} of {config['queries']} queries"
-    else:
-        blocks = f"{config['queries']} × {config['keys']}, {config['stages']} stages"
-    for counts in (result["loads"], result["stores"]):  # the narrowest and the widest
-        widths.append("–".join(map(str, sorted({min(counts), max(counts)}))))
-    prediction = [""] * 4
-    if result["kernel"] == "tile":
-        limit = result["limit"] if result["headroom"] < 1 else "memory"
-        work = (result["sequence_bytes"], result["sequence_operations"])
-        prediction = [*work, f"{result['share']:.0%}", limit]
-    return [
-        *(result["kernel"], result["kind"], result["frames"] or "", result["head_dim"]),
-        *(blocks, config["warps"], registers, result["shared"], result["resident"], *widths),
-        *(", ".join(result["matrix"]) or "none", result["instructions"], *prediction),
-    ]
-
-
-def short_line(variant: str, results: list[Result]) -> list[object]:
-    """Returns a variant's line in the table of the others: the most that its kernels need."""
-    most = [max(x[name] for x in results) for name in ("registers", "shared")]
-    narrowest = min(min(x["loads"]) for x in results)
-    return [variant, len(results), *most, min(x["resident"] for x in results), narrowest]
-
-
-def table(columns: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
-    """Returns a table in Markdown; columns whose names end in a colon are set to the right."""
-    rule = ["--:" if name.endswith(":") else "---" for name in columns]
-    rows = [[name.rstrip(":") for name in columns], rule, *lines]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(TEMPLATE.read_text()).render(
+        triton=triton.__version__,
+        results=results,
+        targets=TARGETS,
+        common=(cases.GAUSSIAN.name, cases.GRADIENTS.name),
+    )

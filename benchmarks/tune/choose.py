@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ from benchmarks.codegen import cases, model
 from benchmarks.codegen.binary import Binary
 from benchmarks.codegen.cases import GAUSSIAN, Case, Entry, Key
 from benchmarks.codegen.compile import inspect
-from benchmarks.codegen.targets import KIB, TARGETS
+from benchmarks.codegen.targets import TARGETS
 from benchmarks.tune.candidates import candidates
 from vstar_kernels.attention.call import Call
 from vstar_kernels.attention.triton import configs
@@ -31,7 +32,7 @@ from vstar_kernels.testing import largest_error, oracle
 ENOUGH = 1.0  # headroom: then the memory is what limits a tile
 # The least shared memory of the GPUs that an architecture's entries serve; sm_80's serve 8.6, 8.9
 # and 12.x too.
-LEAST_SHARED = {name: x.shared_program for name, x in TARGETS.items()} | {"sm_80": 99 * KIB}
+LEAST_SHARED = {name: x.shared_program for name, x in TARGETS.items()} | {"sm_80": 99 * 1024}
 # Of what is measured:
 TRAFFIC = 512 * 2**20  # bytes of one call
 ROUNDS = 15
@@ -110,16 +111,16 @@ def ranked(entries: list[Entry]) -> Iterator[Entry]:
     """Yields those with enough headroom in their order, then the others, the most roomy first."""
     others = []
     for entry in entries:
-        room = headroom(entry)
-        if room is not None and room >= ENOUGH:
+        if headroom(entry) >= ENOUGH:
             yield entry
-        elif room is not None:
-            others.append((room, entry))
-    yield from (entry for _, entry in sorted(others, key=lambda pair: -pair[0]))
+        else:
+            others.append(entry)
+    yield from sorted(others, key=headroom, reverse=True)
 
 
-def headroom(entry: Entry) -> float | None:
-    """Returns that of a tile in its commonest variant, a Gaussian, if that has no fault.
+@functools.cache
+def headroom(entry: Entry) -> float:
+    """Returns that of a tile in its commonest variant, a Gaussian; 0 where that has a fault.
 
     It is infinite where the model says nothing: for streams and gradients.
     """
@@ -127,7 +128,7 @@ def headroom(entry: Entry) -> float | None:
         return math.inf
     case = cases.cases(entry, GAUSSIAN)[0]
     binary = inspect_fit(case)
-    return binary and model.predict(case, binary, TARGETS[entry.architecture]).headroom
+    return model.predict(case, binary, TARGETS[entry.architecture]).headroom if binary else 0.0
 
 
 def fit(entry: Entry) -> Entry | None:

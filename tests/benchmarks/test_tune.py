@@ -37,7 +37,7 @@ def test_the_tuner_prefers_headroom_and_skips_what_is_unfit(monkeypatch):
     key = Key("sm_90", "16-bit", 64, 64)
     sizes = [(64, 1, 4), (64, 1, 2), (32, 1, 4), (32, 1, 2)]
     monkeypatch.setitem(candidates.SIZES["tile"], "16-bit 64", sizes)
-    rooms = dict(zip(sizes, (None, 0.5, 0.9, 1.1), strict=True))
+    rooms = dict(zip(sizes, (0.0, 0.5, 0.9, 1.1), strict=True))
 
     def size(entry):
         return entry.config.queries, entry.config.sequences, entry.config.warps
