@@ -4,6 +4,6 @@
 - ``cases``: which launches are compiled; all that is known of how the package builds them
 - ``compile``: launch → binary, as the JIT would
 - ``binary``: binary → registers, spills, shared memory, loads, stores, matrix instructions
-- ``model``: what no shipped configuration may do, and the predicted use of the memory's bandwidth
-- ``report``: the results of a case, and the tables
+- ``report``: what no shipped configuration may do, the predicted use of the memory's bandwidth, and
+  the tables of both
 """

@@ -1,22 +1,43 @@
-"""What was found in each compiled case, as plain data and as Markdown tables."""
+"""What was found in each compiled case: whether it may ship, and what it is predicted to reach.
+
+Nothing is measured. A processor has its part, 1 / processors, of the memory's bandwidth and of
+the matrix instructions' rate. Of one program of the tile kernel, whose instructions all run once:
+
+- *traffic*, bytes: queries, keys and values read, outputs written, without padding;
+- *memory time* = traffic / the processor's bandwidth: the floor;
+- *issue time* = instructions · warps / (instructions issued in a cycle) / clock;
+- *matrix time* = operations, padding included / the processor's matrix rate (half of it for TF32;
+  IEEE float32 on NVIDIA is in the issue time, and a sixteenth on AMD);
+- *turn* = latency of one load + instructions · ``CYCLES`` / clock: how long a program takes by
+  itself, during which its traffic passes once. ``resident`` programs take turns side by side, so a
+  processor needs turn / resident for each of them: Little's law.
+
+The *headroom* is memory time / the longest of the others; the kernel is predicted to reach that
+fraction of the memory's bandwidth, and at most all of it.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import triton
 
-from benchmarks.codegen import cases, model
+from benchmarks.codegen import cases
+from benchmarks.codegen.binary import Binary
 from benchmarks.codegen.cases import Case
 from benchmarks.codegen.compile import inspect
-from benchmarks.codegen.targets import TARGETS
+from benchmarks.codegen.targets import REGISTER_UNIT, TARGETS, VECTOR_BYTES, Target
+from vstar_kernels.attention.triton import configs
 
 Result = dict[str, Any]
 TEMPLATE = Path(__file__).with_name("report.md.jinja")
+CYCLES = 4.0  # from one instruction of a warp to its next, on average; assumed
+MATRIX_RATES = {"16-bit": 1.0, "tf32": 0.5, "ieee": 1 / 16}  # by kind, of the 16-bit rate
 
 
 def examine(case: Case) -> Result:
@@ -27,9 +48,9 @@ def examine(case: Case) -> Result:
     except (RuntimeError, ValueError) as error:
         reason = f"does not compile: {type(error).__name__}: {str(error)[:200]}"
         return {"name": case.name, "faults": [reason]}
-    faults = model.faults(case, binary, target)
+    found = faults(case, binary, target)
     if binary.shared > case.config.shared:
-        faults.append(f"takes {binary.shared} bytes of shared memory, {case.config.shared} stated")
+        found.append(f"takes {binary.shared} bytes of shared memory, {case.config.shared} stated")
     result = {
         "name": case.name,
         "architecture": entry.architecture,
@@ -40,11 +61,11 @@ def examine(case: Case) -> Result:
         "head_dim": case.head_dim,
         "config": {name: n for name, n in vars(case.config).items() if isinstance(n, int)},
         **asdict(binary),
-        "resident": model.resident(binary, case.config.warps, target),
-        "faults": faults,
+        "resident": resident(binary, case.config.warps, target),
+        "faults": found,
     }
     if case.kernel == "tile":
-        result |= asdict(model.predict(case, binary, target))
+        result |= asdict(predict(case, binary, target))
     return result
 
 
@@ -64,3 +85,84 @@ def tables(results: list[Result]) -> str:
         targets=TARGETS,
         common=(cases.GAUSSIAN.name, cases.GRADIENTS.name),
     )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a tile is predicted to reach. ``limit`` names what takes longest beside the memory."""
+
+    sequence_bytes: int
+    sequence_operations: int
+    headroom: float
+    limit: str
+    share: float  # of the memory's bandwidth
+
+
+def faults(case: Case, binary: Binary, target: Target) -> list[str]:
+    """Returns why a kernel is not fit to ship; nothing if it is.
+
+    Scalar registers in lanes of vector ones (``Binary.in_lanes``) are no fault: no memory is used.
+    """
+    found = []
+    if binary.spilled:
+        found.append(f"spills {binary.spilled} bytes")
+    if binary.shared > target.shared_program:
+        limit = target.shared_program
+        found.append(
+            f"takes {binary.shared} bytes of shared memory, {case.entry.architecture} has {limit}"
+        )
+    constants = case.launch.constants
+    aligned = min(VECTOR_BYTES, constants["HEAD"].UNIT * case.dtype.itemsize)
+    if case.entry.backward:
+        aligned = min(aligned, _bytes_of_a_thread(case, target))
+    if not binary.loads:
+        found.append("no load of queries, keys or values was recognised")
+    elif min(binary.loads) < aligned:
+        found.append(f"loads {min(binary.loads)} bytes at a time where {aligned} are aligned")
+    if not binary.matrix and not (case.entry.kind == "ieee" and target.triton.backend == "cuda"):
+        found.append("has no matrix instruction")
+    return found
+
+
+def _bytes_of_a_thread(case: Case, target: Target) -> int:
+    """Returns the bytes that a thread has of the narrowest block, and cannot load more of.
+
+    Only gradients may have less than a vector: it takes many warps to hold their small blocks.
+    """
+    constants = case.launch.constants
+    width = min(filter(None, (constants["HEAD"].MAIN, constants["HEAD"].REST)))
+    if "FRAMES" in constants:
+        height = constants["FRAMES"] * constants["SEQUENCES"]
+    else:
+        height = min(constants["QUERIES"], constants["KEYS"])
+    return height * width * case.dtype.itemsize // (constants["num_warps"] * target.lanes)
+
+
+def resident(binary: Binary, warps: int, target: Target) -> int:
+    """Returns how many programs one processor holds at a time."""
+    each = math.ceil(max(binary.registers, 1) / REGISTER_UNIT) * REGISTER_UNIT
+    return min(
+        target.registers // (each * target.lanes * warps),
+        target.warps // warps,
+        target.programs,
+        target.shared_processor // max(binary.shared + target.shared_reserved, 1),
+    )
+
+
+def predict(case: Case, binary: Binary, target: Target) -> Prediction:
+    """Predicts a case of the tile kernel."""
+    config, frames = case.entry.config, case.entry.frames
+    sequence_bytes = 4 * frames * case.head_dim * case.dtype.itemsize
+    operations = 4 * frames**2 * case.head_dim
+    padded_operations = 4 * frames**2 * sum(configs.split(case.head_dim)) * config.sequences
+    programs = max(resident(binary, config.warps, target), 1)
+    matrix_rate = target.matrix * MATRIX_RATES[case.entry.kind] / target.processors
+    memory = config.sequences * sequence_bytes / (target.bandwidth / target.processors)
+    times = {
+        "issue": binary.instructions * config.warps / target.issue / target.clock,
+        "matrix": padded_operations / matrix_rate if binary.matrix else 0.0,
+        "latency": (target.latency + binary.instructions * CYCLES / target.clock) / programs,
+    }
+    limit = max(times, key=lambda name: times[name])
+    headroom = memory / times[limit]
+    return Prediction(sequence_bytes, operations, headroom, limit, min(headroom, 1.0))

@@ -2,10 +2,10 @@
 
 With a GPU it measures the candidates that compile without fault and keeps the fastest, for that
 GPU's architecture. ``--predict`` needs no GPU: of tiles it keeps the one with the most headroom
-over the memory's bandwidth in ``benchmarks.codegen.model``, or the first with enough of it; of
+over the memory's bandwidth in ``benchmarks.codegen.report``, or the first with enough of it; of
 streams and of all gradients the first in order of preference (those of gradients are chosen by that
 alone, with a GPU too). Neither keeps a configuration that breaks a rule of
-``benchmarks.codegen.model``: sizes without a fit tile get no entry, so that their calls go to the
+``benchmarks.codegen.report``: sizes without a fit tile get no entry, so that their calls go to the
 stream kernel; where no candidate is fit for all the kernels of a stream's gradients, the one that
 is for most of them is kept, and the others get their own.
 """

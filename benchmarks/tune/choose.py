@@ -7,7 +7,8 @@ import itertools
 import json
 import math
 import statistics
-from collections import defaultdict
+import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 import vstar_kernels as vk
 from benchmarks.check import Oracle
 from benchmarks.clock import GpuClock, TimedCall, time_in_turn
-from benchmarks.codegen import cases, model
+from benchmarks.codegen import cases, report
 from benchmarks.codegen.binary import Binary
 from benchmarks.codegen.cases import GAUSSIAN, Case, Entry, Key
 from benchmarks.codegen.compile import inspect
@@ -33,6 +34,7 @@ ENOUGH = 1.0  # headroom: then the memory is what limits a tile
 # The least shared memory of the GPUs that an architecture's entries serve; sm_80's serve 8.6, 8.9
 # and 12.x too.
 LEAST_SHARED = {name: x.shared_program for name, x in TARGETS.items()} | {"sm_80": 99 * 1024}
+UNFIT = sys.maxsize  # bytes of shared memory
 # Of what is measured:
 TRAFFIC = 512 * 2**20  # bytes of one call
 ROUNDS = 15
@@ -49,23 +51,25 @@ def keys(architecture: str) -> list[Key]:
 
 def predicted(key: Key) -> Entry | None:
     """Returns the best of a key's candidates by their compiled code."""
-    found = filter(None, map(fit, ranked(candidates(key))))
     large = []
-    for entry in found:
-        if entry.config.shared <= LEAST_SHARED[key.architecture]:
+    for entry in filter(None, map(fit, ranked(candidates(key)))):
+        if small(entry):
             return entry
         large.append(entry)
     return combined(key) or next(iter(large), None)
 
 
 def measured(key: Key) -> Entry | None:
-    """Returns the fastest of a key's fit candidates on this GPU."""
-    found = list(filter(None, map(fit, candidates(key))))
-    limit = LEAST_SHARED[key.architecture]
-    found = [entry for entry in found if entry.config.shared <= limit] or found
+    """Returns the fastest of a key's fit candidates on this GPU; of gradients, the first."""
     if key.backward:
-        return found[0] if found else combined(key)
-    return min(found, key=seconds, default=None)
+        return predicted(key)
+    found = list(filter(None, map(fit, candidates(key))))
+    return min(list(filter(small, found)) or found, key=seconds, default=None)
+
+
+def small(entry: Entry) -> bool:
+    """Tells whether all GPUs that an entry serves have the shared memory."""
+    return entry.config.shared <= LEAST_SHARED[entry.architecture]
 
 
 def seconds(entry: Entry) -> float:
@@ -118,7 +122,6 @@ def ranked(entries: list[Entry]) -> Iterator[Entry]:
     yield from sorted(others, key=headroom, reverse=True)
 
 
-@functools.cache
 def headroom(entry: Entry) -> float:
     """Returns that of a tile in its commonest variant, a Gaussian; 0 where that has a fault.
 
@@ -128,28 +131,22 @@ def headroom(entry: Entry) -> float:
         return math.inf
     case = cases.cases(entry, GAUSSIAN)[0]
     binary = inspect_fit(case)
-    return model.predict(case, binary, TARGETS[entry.architecture]).headroom if binary else 0.0
+    return report.predict(case, binary, TARGETS[entry.architecture]).headroom if binary else 0.0
 
 
 def fit(entry: Entry) -> Entry | None:
     """Returns the entry with the shared memory that it needs, if none of its cases has a fault."""
-    needed = {}
-    for kernel, shared in kernels(entry):
-        if shared is None:
-            return None
-        needed[kernel] = shared
-    return with_shared(entry, needed)
+    fits = all(map(inspect_fit, cases.shipped(entry)))
+    return with_shared(entry, needs(entry)) if fits else None
 
 
-def kernels(entry: Entry) -> Iterator[tuple[str, int | None]]:
-    """Yields an entry's kernels and the shared memory of each, None where a variant is unfit."""
-    of_kernel = defaultdict(list)
+def needs(entry: Entry) -> dict[str, int]:
+    """Returns the shared memory of an entry's kernels, UNFIT where a variant has a fault."""
+    needed: Counter[str] = Counter()
     for case in cases.shipped(entry):
-        of_kernel[case.kernel].append(case)
-    for kernel, variants in of_kernel.items():
-        binaries = list(itertools.takewhile(bool, map(inspect_fit, variants)))
-        fits = len(binaries) == len(variants)
-        yield kernel, max(binary.shared for binary in binaries) if fits else None
+        binary = inspect_fit(case)
+        needed[case.kernel] = max(needed[case.kernel], binary.shared if binary else UNFIT)
+    return needed
 
 
 def combined(key: Key) -> Entry | None:
@@ -159,8 +156,8 @@ def combined(key: Key) -> Entry | None:
     """
     if not key.backward or key.frames is not None:
         return None
-    limit, entries = LEAST_SHARED[key.architecture], candidates(key)
-    fits = [{name: n for name, n in kernels(x) if n is not None and n <= limit} for x in entries]
+    entries, limit = candidates(key), LEAST_SHARED[key.architecture]
+    fits = [{name: n for name, n in needs(x).items() if n <= limit} for x in entries]
     best, needed = max(zip(entries, fits, strict=True), key=lambda pair: len(pair[1]))
     needed, overrides = dict(needed), {}
     for kernel in sorted({case.kernel for case in cases.shipped(best)} - needed.keys()):
@@ -171,6 +168,7 @@ def combined(key: Key) -> Entry | None:
     return with_shared(replace(best, config=replace(best.config, overrides=overrides)), needed)
 
 
+@functools.cache
 def inspect_fit(case: Case) -> Binary | None:
     """Returns what is in a case that compiles without a fault."""
     try:
@@ -178,7 +176,7 @@ def inspect_fit(case: Case) -> Binary | None:
     except (RuntimeError, ValueError) as error:  # the compiler's, for what it cannot do
         tqdm.write(f"{case.name} {case.entry.config}: {type(error).__name__}: {str(error)[:100]}")
         return None
-    return None if model.faults(case, binary, TARGETS[case.entry.architecture]) else binary
+    return None if report.faults(case, binary, TARGETS[case.entry.architecture]) else binary
 
 
 def with_shared(entry: Entry, needed: Mapping[str, int]) -> Entry:

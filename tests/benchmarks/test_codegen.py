@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 from benchmarks.codegen import __main__ as codegen
-from benchmarks.codegen import binary, cases, model, report
+from benchmarks.codegen import binary, cases, report
 from benchmarks.codegen.cases import Entry
 from benchmarks.codegen.targets import TARGETS
 from benchmarks.tune import choose
@@ -79,7 +79,7 @@ def a_case(architecture, kind="16-bit"):
 
 
 def faults(found, architecture, kind="16-bit"):
-    return model.faults(a_case(architecture, kind), found, TARGETS[architecture])
+    return report.faults(a_case(architecture, kind), found, TARGETS[architecture])
 
 
 def test_a_sound_nvidia_kernel():
@@ -146,9 +146,9 @@ def test_gradients_may_load_less_than_a_vector_where_threads_have_no_more():
     )
     case = cases.cases(entry, cases.GRADIENTS)[0]
     narrow, narrower = sass(load="LDG.E.64"), sass(load="LDG.E")
-    assert model.faults(case, narrow, TARGETS["sm_90"]) == []
+    assert report.faults(case, narrow, TARGETS["sm_90"]) == []
     fault = "loads 4 bytes at a time where 8 are aligned"
-    assert model.faults(case, narrower, TARGETS["sm_90"]) == [fault]
+    assert report.faults(case, narrower, TARGETS["sm_90"]) == [fault]
     assert faults(narrow, "sm_90") == ["loads 8 bytes at a time where 16 are aligned"]
 
 
@@ -164,22 +164,22 @@ def test_matrix_instructions_of_every_generation_are_known():
 
 def test_resident_programs_are_limited_by_each_resource():
     target = TARGETS["sm_90"]
-    assert model.resident(replace(sass(), registers=128), 4, target) == 4
-    assert model.resident(replace(sass(), registers=129), 4, target) == 3
-    assert model.resident(replace(sass(), registers=32), 8, target) == 8
-    assert model.resident(replace(sass(), registers=32), 1, target) == 32
-    assert model.resident(sass(shared=100 * 1024), 4, target) == 2
+    assert report.resident(replace(sass(), registers=128), 4, target) == 4
+    assert report.resident(replace(sass(), registers=129), 4, target) == 3
+    assert report.resident(replace(sass(), registers=32), 8, target) == 8
+    assert report.resident(replace(sass(), registers=32), 1, target) == 32
+    assert report.resident(sass(shared=100 * 1024), 4, target) == 2
     amd = TARGETS["gfx942"]
-    assert model.resident(replace(gcn(), registers=128), 4, amd) == 4
-    assert model.resident(replace(gcn(), registers=256), 4, amd) == 2
-    assert model.resident(gcn(shared=40 * 1024), 4, amd) == 1
+    assert report.resident(replace(gcn(), registers=128), 4, amd) == 4
+    assert report.resident(replace(gcn(), registers=256), 4, amd) == 2
+    assert report.resident(gcn(shared=40 * 1024), 4, amd) == 1
 
 
 def test_the_model_by_hand():
     # 64 × 64 in bfloat16 on sm_90: 32 KiB at 4.8 TB/s / 132; a turn of 0.8 µs and 5 · 4 cycles,
     # eight side by side.
     case = a_case("sm_90")
-    found = model.predict(case, replace(sass(), registers=64), TARGETS["sm_90"])
+    found = report.predict(case, replace(sass(), registers=64), TARGETS["sm_90"])
     assert found.sequence_bytes == 32768
     assert found.sequence_operations == 4 * 64**3
     memory = 32768 / (4.8e12 / 132)
@@ -188,7 +188,7 @@ def test_the_model_by_hand():
     assert found.headroom == pytest.approx(memory / max(matrix, latency))
     assert (found.limit, found.share) == ("matrix" if matrix > latency else "latency", 1.0)
     slow = replace(sass(), registers=255, instructions=10**6)
-    found = model.predict(case, slow, TARGETS["sm_90"])
+    found = report.predict(case, slow, TARGETS["sm_90"])
     assert found.share == found.headroom < 0.01
 
 
