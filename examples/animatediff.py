@@ -10,7 +10,7 @@ ADAPTER = "guoyww/animatediff-motion-adapter-v1-5-2"
 
 
 def main() -> None:
-    """Sample 48 frames; the adapter has positions for 32."""
+    """Samples 48 frames; the adapter has positions for 32."""
     parser = common.parser(__doc__, model="emilianJR/epiCRealism")
     parser.add_argument("--adapter", default=ADAPTER, help="with --model: the motion adapter")
     parser.add_argument("--prompt", default="A flower opens in the morning and closes at night.")

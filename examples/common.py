@@ -14,7 +14,7 @@ TINY_SIZE = 32  # pixels
 
 
 def parser(description: str | None, *, model: str | None) -> argparse.ArgumentParser:
-    """The options of every example; ``model`` is one to try, None for an example without."""
+    """Returns the options of an example; ``model`` is one to try, None for an example without."""
     result = argparse.ArgumentParser(description=description)
     if model is not None:
         result.add_argument(
@@ -33,7 +33,7 @@ def parser(description: str | None, *, model: str | None) -> argparse.ArgumentPa
 def load(
     pipeline_class: Any, options: argparse.Namespace, tiny: Callable[[], Any], **more: Any
 ) -> Any:
-    """The pipeline that ``--model`` names, in half precision on a GPU, or a tiny one."""
+    """Returns the pipeline that ``--model`` names, in half precision on a GPU, or a tiny one."""
     if options.model is None:
         pipe = tiny()
     else:
@@ -43,7 +43,7 @@ def load(
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What every pipeline is called with; the size is the model's own unless it is tiny."""
+    """Returns what a pipeline is called with; the size is the model's own unless it is tiny."""
     size = {} if options.model else {"height": TINY_SIZE, "width": TINY_SIZE}
     return {
         "num_inference_steps": options.steps,
@@ -54,7 +54,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def save(frames: Sequence[Image.Image], folder: Path, name: str, *, fps: int = 8) -> None:
-    """Write ``name.gif``, and ``name.png`` with up to eight of the frames side by side."""
+    """Writes ``name.gif``, and ``name.png`` with up to eight of the frames side by side."""
     folder.mkdir(parents=True, exist_ok=True)
     first, *rest = frames
     path = folder / f"{name}.gif"
@@ -68,7 +68,7 @@ def save(frames: Sequence[Image.Image], folder: Path, name: str, *, fps: int = 8
 
 
 def first_frame(path: Path | None) -> Image.Image:
-    """The image to animate: of a file, or a gradient."""
+    """Returns the image to animate: of a file, or a gradient."""
     if path is not None:
         return Image.open(path).convert("RGB")
     return Image.linear_gradient("L").convert("RGB").resize((TINY_SIZE, TINY_SIZE))

@@ -16,14 +16,14 @@ STAGES = (
 
 
 def picture(attention_map: Tensor) -> Image.Image:
-    """``(frames, frames)`` from its smallest to its largest weight, in grey."""
+    """Draws a map, ``(frames, frames)``, from its smallest to its largest weight, in grey."""
     low, high = attention_map.aminmax()
     grey = (255 * (attention_map - low) / (high - low)).byte()
     return Image.fromarray(grey.numpy()).resize((256, 256), Image.Resampling.NEAREST)
 
 
 def main() -> None:
-    """Regularize, condition every frame, and look at the maps, all at once."""
+    """Regularizes, conditions every frame, and looks at the maps, all at once."""
     parser = common.parser(__doc__, model="cerspense/zeroscope_v2_576w")
     options = parser.parse_args()
     pipe = common.load(TextToVideoSDPipeline, options, tiny.text_to_video)

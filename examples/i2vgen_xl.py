@@ -10,14 +10,14 @@ import vstar_kernels as vk
 
 
 def mend(pipe: I2VGenXLPipeline) -> None:
-    """The pipeline looks for ``text_encoder.text_model``, which transformers 5 no longer has."""
+    """Adds ``text_encoder.text_model``, which the pipeline reads and transformers 5 has not."""
     if not hasattr(pipe.text_encoder, "text_model"):
         # Not by assignment, which would make the module a part of itself.
         object.__setattr__(pipe.text_encoder, "text_model", pipe.text_encoder)
 
 
 def main() -> None:
-    """Animate an image with and without regularization."""
+    """Animates an image with and without regularization."""
     parser = common.parser(__doc__, model="ali-vilab/i2vgen-xl")
     parser.add_argument("--prompt", default="The sun sets over the sea.")
     parser.add_argument("--image", type=Path, help="the image (default: a gradient)")

@@ -8,7 +8,7 @@ import vstar_kernels as vk
 
 
 def main() -> None:
-    """Sample 32 frames; Latte has positions for 16."""
+    """Samples 32 frames; Latte has positions for 16."""
     parser = common.parser(__doc__, model="maxin-cn/Latte-1")
     parser.add_argument("--prompt", default="A city from noon to midnight, time lapse.")
     parser.set_defaults(frames=32)

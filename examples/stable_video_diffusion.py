@@ -10,7 +10,7 @@ import vstar_kernels as vk
 
 
 def main() -> None:
-    """Animate an image with and without regularization."""
+    """Animates an image with and without regularization."""
     parser = common.parser(__doc__, model="stabilityai/stable-video-diffusion-img2vid-xt")
     parser.add_argument("--image", type=Path, help="the image (default: a gradient)")
     options = parser.parse_args()

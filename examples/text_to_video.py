@@ -8,7 +8,7 @@ import vstar_kernels as vk
 
 
 def main() -> None:
-    """Sample the same noise twice."""
+    """Samples the same noise twice."""
     parser = common.parser(__doc__, model="cerspense/zeroscope_v2_576w")
     parser.add_argument("--prompt", default="A landscape turns from spring to winter, time lapse.")
     options = parser.parse_args()

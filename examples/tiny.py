@@ -45,14 +45,14 @@ IMAGE_SIZE = 224  # what the image encoder takes; the SVD pipeline knows no othe
 
 
 def text_to_video() -> TextToVideoSDPipeline:
-    """ModelScope's and Zeroscope's: ``UNet3DConditionModel``."""
+    """Makes ModelScope's and Zeroscope's: ``UNet3DConditionModel``."""
     torch.manual_seed(0)
     unet = UNet3DConditionModel(**_unet("CrossAttnDownBlock3D", "DownBlock3D"))
     return TextToVideoSDPipeline(_vae(), _text_encoder(), _tokenizer(), unet, _scheduler())
 
 
 def animatediff() -> AnimateDiffPipeline:
-    """AnimateDiff's: Stable Diffusion's UNet with a motion adapter, for at most 32 frames."""
+    """Makes AnimateDiff's: Stable Diffusion's UNet with a motion adapter, for at most 32 frames."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**_unet("CrossAttnDownBlock2D", "DownBlock2D"))
     adapter = MotionAdapter(
@@ -66,7 +66,7 @@ def animatediff() -> AnimateDiffPipeline:
 
 
 def i2vgen_xl() -> I2VGenXLPipeline:
-    """I2VGen-XL's: ``I2VGenXLUNet``, conditioned on an image and a prompt."""
+    """Makes I2VGen-XL's: ``I2VGenXLUNet``, conditioned on an image and a prompt."""
     torch.manual_seed(0)
     unet = I2VGenXLUNet(**_unet("CrossAttnDownBlock3D", "DownBlock3D"))
     image_encoder, image_processor = _image_encoder()
@@ -75,7 +75,7 @@ def i2vgen_xl() -> I2VGenXLPipeline:
 
 
 def stable_video_diffusion() -> StableVideoDiffusionPipeline:
-    """Stable Video Diffusion's: ``UNetSpatioTemporalConditionModel``, conditioned on an image."""
+    """Makes Stable Video Diffusion's: ``UNetSpatioTemporalConditionModel``, given an image."""
     torch.manual_seed(0)
     settings = _unet("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal")
     del settings["attention_head_dim"]
@@ -96,7 +96,7 @@ def stable_video_diffusion() -> StableVideoDiffusionPipeline:
 
 
 def latte() -> LattePipeline:
-    """Latte's: ``LatteTransformer3DModel``, for exactly 16 frames."""
+    """Makes Latte's: ``LatteTransformer3DModel``, for exactly 16 frames."""
     torch.manual_seed(0)
     transformer = LatteTransformer3DModel(
         sample_size=8,
@@ -123,7 +123,7 @@ def latte() -> LattePipeline:
 
 
 def _unet(cross_attention_block: str, plain_block: str) -> dict:
-    """The settings that the UNets share: two levels, the finer one with cross-attention."""
+    """Returns the settings that the UNets share: two levels, the finer one with cross-attention."""
     return {
         "sample_size": 8,
         "block_out_channels": WIDTHS,
@@ -153,7 +153,7 @@ def _scheduler() -> DDIMScheduler:
 
 
 def _tokenizer() -> CLIPTokenizer:
-    """With the letters for its vocabulary."""
+    """Makes a tokenizer with the letters for its vocabulary."""
     letters = [letter + end for end in ("", "</w>") for letter in string.ascii_lowercase + ".,"]
     tokens = [*letters, "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}

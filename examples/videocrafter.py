@@ -20,7 +20,7 @@ GUIDANCE_SCALE = 12.0
 
 
 def load(repository: Path, config: Path, checkpoint: Path | None) -> Any:
-    """The official model, with random weights where there is no checkpoint."""
+    """Returns the official model, with random weights where there is no checkpoint."""
     sys.path.insert(0, str(repository))
     from omegaconf import OmegaConf
     from utils.utils import instantiate_from_config
@@ -33,7 +33,7 @@ def load(repository: Path, config: Path, checkpoint: Path | None) -> Any:
 
 
 def sample(model: Any, prompt: str, frames: int, steps: int) -> torch.Tensor:
-    """A regularized video, ``(1, 3, frames, height, width)`` from −1 to 1, by its own sampler."""
+    """Samples a regularized video, ``(1, 3, frames, height, width)`` from −1 to 1."""
     from lvdm.models.samplers.ddim import DDIMSampler
 
     sampler = DDIMSampler(model)
@@ -63,7 +63,7 @@ def sample(model: Any, prompt: str, frames: int, steps: int) -> torch.Tensor:
 
 @torch.no_grad()
 def main() -> None:
-    """Load, sample, write."""
+    """Loads, samples and writes."""
     parser = common.parser(__doc__, model=None)
     parser.add_argument("--repository", type=Path, required=True, help="the official code")
     parser.add_argument("--config", type=Path, help="(default: its inference_t2v_512_v2.0.yaml)")

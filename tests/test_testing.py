@@ -140,3 +140,35 @@ def test_few_and_uneven_elements_are_not_taken_for_a_bias(head_dim):
         compute = gradients_of((1, 30, 1, head_dim), torch.float16, seed)
         rounded = {name: x.half() for name, x in compute(torch.Tensor.double).items()}
         assert_gradients(rounded, compute)
+
+
+@pytest.mark.parametrize(("count", "is_excused"), [(5, True), (1000, False)])
+def test_bad_luck_is_excused_in_few_elements_alone(count, is_excused):
+    """Errors above PyTorch's, and below what one rounding of the inputs does."""
+    x = 1 + inputs(count)[0].sigmoid()  # of nearly one size, as the errors are then too
+
+    def compute(change):
+        return {"query": change(x) ** 3}
+
+    unlucky = 1 + 8 * testing.EPS * torch.randn(count).sign().double()
+    found = {"query": compute(torch.Tensor.double)["query"] * unlucky}
+    if is_excused:
+        assert_gradients(found, compute)
+    else:
+        with pytest.raises(AssertionError, match="query: relative error"):
+            assert_gradients(found, compute)
+
+
+def test_copies_of_one_rounding_are_not_taken_for_a_bias():
+    """Each of these 40 numbers is there 150 times, and one of them is rounded the other way."""
+    x = inputs(40)[0].half()
+
+    def compute(change):
+        return {"value": (change(x) + change(x) / 3).expand(150, 40)}
+
+    found = compute(lambda x: x)["value"].clone()
+    found[:, 7] = torch.nextafter(found[:, 7], torch.tensor(float("inf"), dtype=torch.half))
+    assert_gradients({"value": found}, compute)
+    biased = found.double() * (1 + 1e-3)
+    with pytest.raises(AssertionError, match="value: (biased|relative error)"):
+        assert_gradients({"value": biased.half()}, compute)

@@ -1,7 +1,6 @@
 import base64
 import io
 import json
-import re
 import string
 import sys
 import time
@@ -215,16 +214,17 @@ def test_a_wrong_result_is_an_error(factor, one_step, tmp_path, monkeypatch, cap
         (["--sigma", "1", "1", "1", "1", "1"], "names level 4"),
     ],
 )
-def test_bad_arguments_are_named_and_leave_nothing(arguments, message, tmp_path, capsys):
+def test_bad_arguments_are_named_and_leave_nothing(arguments, message, tmp_path, read_error):
     folder = tmp_path / "output"
     try:
         status = main([*SMALL, *arguments, "--output", str(folder)])
     except SystemExit as stopped:
         status = stopped.code
     assert status == 2
-    lines = capsys.readouterr().err.splitlines()
-    (line,) = (line for line in lines if re.search(r"demo: error: |Error parsing --", line))
-    assert message in line
+    error, (option, *_, value) = read_error(), arguments
+    assert error.startswith((f"Error parsing {option}: ", f"vstar-kernels demo: error: {option}"))
+    assert message in error
+    assert value in error
     assert not folder.exists()
 
 

@@ -246,6 +246,27 @@ def test_nothing_half_written(generate, output, monkeypatch, broken):
     assert_nothing_written(output)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_interruption_leaves_nothing(generate, output, monkeypatch, overwrite):
+    if overwrite:
+        output.mkdir()
+        (output / "video.mp4").write_bytes(b"earlier")
+
+    def interrupted(path, *_):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vstar_kernels.cli.generate.write_mp4", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate("--prompt", PROMPT, *["--overwrite"] * overwrite)
+    if not overwrite:
+        assert_nothing_written(output)
+    else:
+        assert names(output.parent) == {output.name}
+        assert names(output) == {"video.mp4"}
+        assert (output / "video.mp4").read_bytes() == b"earlier"
+
+
 def test_a_video_of_odd_size(tmp_path):
     frames = [Image.new("RGB", (17, 15), (40 * index, 200, 30)) for index in range(4)]
     write_mp4(tmp_path / "odd.mp4", frames, 8)
@@ -297,11 +318,17 @@ def test_errors_name_the_option(generate, output, monkeypatch, arguments, messag
             ["--stages", "13"],
             "Error parsing --stages: must be an integer of at least 2, at most 12, got '13'",
         ),
-        (["--seed", "-1"], "Error parsing --seed: must be"),
-        (["--size", "100x100"], "Error parsing --size: must be HEIGHTxWIDTH"),
-        (["--map-steps", "1", "-1"], "Error parsing --map-steps: must be an integer of at least 0"),
+        (["--seed", "-1"], "Error parsing --seed: must be an integer of at least 0, at most "),
+        (["--size", "100x100"], "Error parsing --size: must be HEIGHTxWIDTH in multiples of 8"),
+        (
+            ["--map-steps", "1", "-1"],
+            "Error parsing --map-steps: must be an integer of at least 0, got '-1'",
+        ),
         (["--map-steps"], "Error parsing --map-steps: must have at least one value, got none"),
-        (["--mode", "cubic"], "invalid choice 'cubic' for argument '--mode'. Expected one of"),
+        (
+            ["--mode", "cubic"],
+            "invalid choice 'cubic' for argument '--mode'. Expected one of ('linear', ",
+        ),
         (
             ["--preset", "64D1", "--config", "f"],
             "Arguments --preset and --config are not allowed together",
@@ -312,11 +339,12 @@ def test_errors_name_the_option(generate, output, monkeypatch, arguments, messag
         ),
     ],
 )
-def test_wrong_options(generate, capsys, arguments, message):
+def test_wrong_options(generate, read_error, output, arguments, message):
     with pytest.raises(SystemExit) as exit_:
         generate("--prompt", "p", *arguments)
     assert exit_.value.code == 2
-    assert message in capsys.readouterr().err
+    assert read_error().startswith(message)
+    assert_nothing_written(output)
 
 
 def test_a_missing_package_names_the_extra(generate, output, monkeypatch):
