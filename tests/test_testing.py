@@ -170,5 +170,5 @@ def test_copies_of_one_rounding_are_not_taken_for_a_bias():
     found[:, 7] = torch.nextafter(found[:, 7], torch.tensor(float("inf"), dtype=torch.half))
     assert_gradients({"value": found}, compute)
     biased = found.double() * (1 + 1e-3)
-    with pytest.raises(AssertionError, match="value: (biased|relative error)"):
+    with pytest.raises(AssertionError, match=r"value: (biased|relative error)"):
         assert_gradients({"value": biased.half()}, compute)
