@@ -35,16 +35,20 @@ demo: $(STAMP)
 	$(PYTHON) -m vstar_kernels demo $(ARGS)
 
 # As many tests side by side as there are processors, each in one thread: tests of threads ask for
-# their own. Triton's interpreter takes over a whole process, so its tests have some of their own.
+# their own. Triton's interpreter takes over a whole process, so its tests have some of their own,
+# as many again. They come after the rest, not beside it, as these already keep every processor busy.
+# ARGS is for both (options such as -k, no files), and where it leaves one of them without a test,
+# for which pytest exits with 5, that is no failure.
 # HYPOTHESIS_PROFILE: tests/conftest.py says which cases are drawn.
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 ONE_THREAD = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 PYTEST = $(ONE_THREAD) HYPOTHESIS_PROFILE=ci $(PYTHON) -m pytest --numprocesses $(JOBS) \
 	--dist worksteal
+OR_NO_TEST = $(if $(ARGS),|| [ $$? -eq 5 ])
 
 test: native $(STAMP)
-	$(PYTEST) $(ARGS)
-	TRITON_INTERPRET=1 $(PYTEST) tests/attention/test_triton.py
+	$(PYTEST) $(ARGS) $(OR_NO_TEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/attention/test_triton.py $(ARGS) $(OR_NO_TEST)
 
 BENCH_TOOLS = $(PYTHON) -c "import seaborn, xformers, pytest_benchmark" 2>/dev/null \
 	|| $(PIP) -c constraints.txt rich seaborn xformers pytest-benchmark

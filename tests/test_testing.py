@@ -1,4 +1,6 @@
-"""The oracle against the reference, and that the bounds refuse what is wrong."""
+"""The oracle against sums written out, and that the bounds refuse what is wrong."""
+
+import math
 
 import pytest
 import torch
@@ -48,6 +50,57 @@ def test_the_oracle_and_the_reference_agree(case):
         torch.testing.assert_close(ours, other, check_dtype=False, rtol=1e-7, atol=3e-7)
     out = testing.oracle(q.float(), k.float(), v.float(), bias, **options)[0]
     assert torch.equal(out, run(testing.eager)[0].detach())
+
+
+def by_hand(query, key, value, delta, strength, clamp_negative):
+    """Equation 3 for one sequence, ``(frames, head_dim)`` each, a number at a time in loops."""
+    frames, head_dim = len(query), len(query[0])
+    weights, out = [], []
+    for i in range(frames):
+        logits = [
+            sum(query[i][c] * key[j][c] for c in range(head_dim)) / math.sqrt(head_dim)
+            for j in range(frames)
+        ]
+        largest = max(logits)
+        if clamp_negative and largest < 0:
+            largest = 0.0
+        regularized = [logits[j] + strength * largest * delta[i][j] for j in range(frames)]
+        total = sum(math.exp(x) for x in regularized)
+        weights.append([math.exp(x) / total for x in regularized])
+        out.append(
+            [sum(weights[i][j] * value[j][c] for j in range(frames)) for c in range(head_dim)]
+        )
+    return weights, out
+
+
+@pytest.mark.parametrize("clamp_negative", [False, True])
+@pytest.mark.parametrize("sign", ["mixed", "negative"])
+@pytest.mark.parametrize("strength", [0.8, -1.5])
+def test_the_oracle_by_hand(strength, sign, clamp_negative):
+    """Also where all logits, and with them the rows' maxima, are negative."""
+    frames, heads, sigma = 7, 3, 1.5
+    q, k, v = (x.double() for x in inputs(2, frames, heads, 5))
+    if sign == "negative":
+        q, k = q.abs(), -k.abs()
+    delta = [
+        [math.exp(-((j - i) ** 2) / (2 * sigma**2)) for j in range(frames)] for i in range(frames)
+    ]
+    matrix = torch.tensor(delta, dtype=torch.float64)
+    bias = vk.DenseBias(matrix, strength=strength, clamp_negative=clamp_negative)
+    torch.testing.assert_close(vk.GaussianBias(sigma).matrix(frames).double(), matrix)
+    out, mean_map = testing.eager(q, k, v, bias, return_map=True)
+    maps = torch.zeros(2, frames, frames, dtype=torch.float64)
+    maxima = []
+    for b in range(2):
+        for h in range(heads):
+            sequence = [x[b, :, h].tolist() for x in (q, k, v)]
+            weights, expected = by_hand(*sequence, delta, strength, clamp_negative)
+            expected = torch.tensor(expected, dtype=torch.float64)
+            torch.testing.assert_close(out[b, :, h], expected, rtol=1e-12, atol=1e-12)
+            maps[b] += torch.tensor(weights, dtype=torch.float64) / heads
+            maxima.append((q[b, :, h] @ k[b, :, h].T).amax(-1))
+    torch.testing.assert_close(mean_map, maps, rtol=1e-12, atol=1e-12)
+    assert (torch.cat(maxima) < 0).all() == (sign == "negative")
 
 
 def test_not_finite_is_infinitely_wrong():

@@ -2,7 +2,8 @@
 
 :func:`eager` is the formula, one PyTorch operation after the other in the inputs' type; in float64
 it is the oracle. It shares nothing with :mod:`vstar_kernels.attention.reference`, which is checked
-against it as the kernels are. The bounds compare a result's error with that of the same formula
+against it as the kernels are; both are checked against plain loops over numbers in the tests. The
+bounds compare a result's error with that of the same formula
 computed by PyTorch, and say how much more they allow and why.
 """
 

@@ -1,5 +1,6 @@
 """The Triton kernels on a real GPU: shapes, grids and tensors that the interpreter cannot take."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -120,6 +121,29 @@ def test_small_statistic_from_a_tensor(frames, form):
         matrix = form.matrix(200)[:frames, :frames]
         on_cpu, bias = (vk.DenseBias(matrix, stat=x) for x in (stat, stat.cuda()))
     assert_right(run(*tensors, bias=bias), *tensors, on_cpu)
+
+
+@pytest.mark.parametrize("frames", [16, 300])
+@pytest.mark.parametrize("form", ["symmetric", "signed", "dense"])
+def test_small_delta_on_the_cpu_gets_its_gradient_there(frames, form):
+    shape = {"symmetric": (frames,), "signed": (2, 2 * frames - 1), "dense": (frames, frames)}[form]
+    delta = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    tensors, grad_out = inputs(3, frames, 2, 40), inputs(3, frames, 2, 40, seed=1)[0]
+
+    def gradient(attention, delta, *others):
+        *given, grad = others
+        delta = delta.clone().requires_grad_()
+        toeplitz = functools.partial(vk.ToeplitzBias, signed=form == "signed")
+        bias = vk.DenseBias(delta) if form == "dense" else toeplitz(delta)
+        return torch.autograd.grad(attention(*given, bias), delta, grad)[0]
+
+    found = gradient(run, delta, *(x.cuda() for x in (*tensors, grad_out)))
+    assert (found.device.type, found.dtype, found.shape) == ("cpu", delta.dtype, delta.shape)
+    doubled = (x.double() for x in (delta, *tensors, grad_out))
+    exact = gradient(vk.reference.tar_attention, *doubled)
+    plain = gradient(vk.reference.tar_attention, delta, *tensors, grad_out)
+    error, allowed = (found - exact).norm(), 2 * (plain - exact).norm()
+    assert error <= allowed + 20 * torch.finfo(torch.float32).eps * exact.norm()
 
 
 def test_negative_scale():

@@ -9,7 +9,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 import vstar_kernels as vk
 from vstar_kernels import testing
 from vstar_kernels.methods.vstar import noise
-from vstar_kernels.methods.vstar.objective import MapObjective
+from vstar_kernels.methods.vstar.objective import MapObjective, checkpointed
 from vstar_kernels.models.front_end import temporal_layers
 
 pytest.importorskip("diffusers")
@@ -268,6 +268,32 @@ def test_checkpointing_keeps_little_and_changes_nothing(unet, scheduler, monkeyp
     torch.testing.assert_close(results[True], results[False], rtol=1e-4, atol=1e-7)
     assert results[True].abs().max() > 1e-4
     assert kept[True] < 0.3 * kept[False]
+
+
+@pytest.mark.parametrize("regularized", [False, True])
+def test_gradient_checkpointing_runs_the_layers_again(unet, regularized):
+    sample = models.noise(2, *SHAPE[1:]).requires_grad_()
+    handle = vk.apply_tar(unet, vk.TARConfig(sigma=2.0, steps=None)) if regularized else None
+    gradients = []
+
+    def run():
+        unet(sample, 10, **inputs(batch=len(sample)))
+
+    for blocks in (False, True):
+        with vk.capture_maps(unet, differentiable=True) as capture:
+            if blocks:
+                with checkpointed(unet):
+                    run()
+            else:
+                run()
+            loss = sum(item.map.square().sum() for item in capture.maps)
+            gradients.append(torch.autograd.grad(loss, sample)[0])
+            assert {item.calls for item in capture.maps} == {1}
+        hooked = any(x._forward_hooks or x._forward_pre_hooks for x in unet.modules())
+        assert regularized or not hooked
+    if handle:
+        handle.remove()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
 
 def test_nothing_is_kept_for_gradients_of_the_model(unet, scheduler):

@@ -5,7 +5,6 @@ import torch
 
 import vstar_kernels as vk
 from tests.models import models
-from vstar_kernels.methods.vstar.objective import checkpointed
 
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,27 +45,6 @@ def test_without_gradients_it_keeps_no_graph_and_no_hooks(unet):
         assert hooks(unet) == [unet]
     assert not any(item.map.requires_grad for item in capture.maps)
     assert not hooks(unet)
-
-
-@pytest.mark.parametrize("regularized", [False, True])
-def test_gradient_checkpointing_runs_the_layers_again(unet, regularized):
-    sample = models.noise(*SHAPE).requires_grad_()
-    handle = vk.apply_tar(unet, vk.TARConfig(sigma=2.0, steps=None)) if regularized else None
-    gradients = []
-    for blocks in (False, True):
-        with vk.capture_maps(unet, differentiable=True) as capture:
-            if blocks:
-                with checkpointed(unet):
-                    run(unet, sample)
-            else:
-                run(unet, sample)
-            loss = sum(item.map.square().sum() for item in capture.maps)
-            gradients.append(torch.autograd.grad(loss, sample)[0])
-            assert {item.calls for item in capture.maps} == {1}
-        assert not hooks(unet) or regularized
-    if handle:
-        handle.remove()
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
 
 def test_repeated_calls_are_averaged_with_their_graphs(unet):
