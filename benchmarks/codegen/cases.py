@@ -95,6 +95,7 @@ class Variant:
     wide: bool = False  # 64-bit offsets
     map: bool = False  # the mean map too, or its gradient
     grad_delta: bool = False  # Δ's gradient too, backward
+    saved: bool = False  # backward: the forward pass saved row statistics
     half: str = "bfloat16"  # which of the two 16-bit types
 
     def dtype(self, kind: str) -> torch.dtype:
@@ -233,8 +234,9 @@ def plan_key(entry: Entry, variant: Variant, head_dim: int) -> PlanKey:
     if entry.backward:
         grad_map = query if variant.map else None
         gradients = Gradients(query, query, query, delta, stat)
+        saved = (query,) if variant.saved else ()  # which tensors does not matter
         wanted = Wanted(delta=variant.grad_delta, stat=stat is not None)
-        key = plan.backward_key(call, query, (), query, grad_map, gradients, wanted)
+        key = plan.backward_key(call, query, saved, query, grad_map, gradients, wanted)
     else:
         key = plan.forward_key(call, query)
     target = TARGETS[entry.architecture]

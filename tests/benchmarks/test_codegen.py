@@ -157,6 +157,16 @@ def test_float32_without_matrix_instructions_is_for_nvidia_alone():
     assert faults(gcn(matrix="v_fma_f32"), "gfx942", "ieee") == ["has no matrix instruction"]
 
 
+def test_a_kernel_without_products_needs_no_matrix_instruction():
+    config = StreamConfig(64, 64, 8, 1, 2**17)
+    entry = Entry("sm_90", "16-bit", None, 48, config=config, backward=True)
+    saved = {variant.name: variant for variant in cases.BACKWARD_PAIRS if variant.saved}
+    found = sass(matrix="FFMA")
+    for name, expected in (("saved", []), ("saved, map's gradient", ["has no matrix instruction"])):
+        (case,) = (x for x in cases.cases(entry, saved[name]) if x.kernel == "statistics")
+        assert report.faults(case, found, TARGETS["sm_90"]) == expected
+
+
 def test_matrix_instructions_of_every_generation_are_known():
     for name in ("HMMA.16816.F32.BF16", "HGMMA.64x64x16.F32", "UTCHMMA", "UTCQMMA.2CTA"):
         assert sass(matrix=name).matrix == {name.split(".")[0]: 1}
@@ -283,6 +293,10 @@ def test_a_variant_is_what_its_name_says():
         assert head.UNIT == 8
         assert constants["GRAD_MAP" if entry_of.backward else "MAP"] == variant.map
         assert constants.get("GRAD_DELTA", False) == variant.grad_delta
+    stream = replace(gradients, config=StreamConfig(64, 64, 4, 1, shared=0), frames=None)
+    for variant in backward:
+        found = {case.kernel: case.launch for case in cases.cases(stream, variant)}
+        assert found["statistics"].constants["SAVED"] == variant.saved
 
 
 def test_the_map_and_the_gradients_have_kernels_of_their_own():
