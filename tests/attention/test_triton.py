@@ -15,6 +15,7 @@ import torch
 
 import vstar_kernels as vk
 from tests.pairwise import pairwise
+from vstar_kernels import testing
 from vstar_kernels.attention import triton as backend
 from vstar_kernels.attention.call import Call, Wanted, check_call, make_call
 from vstar_kernels.testing import assert_as_exact_as_eager, eager, inputs, largest_error
@@ -247,9 +248,24 @@ def gradients(attention, tensors, bias, weights, **options):
     return results, dict(zip(found, made, strict=True))
 
 
+def assert_gradients(found, compute):
+    """Asserts that gradients err at most twice as much as PyTorch's, and are not biased by it.
+
+    ``compute`` is as :func:`testing.assert_gradients` takes it, whose bounds hold too in float32
+    and float16 where the kernels are interpreted. In bfloat16 they do not: the interpreter
+    truncates where GPUs round to nearest, so every gradient comes out about 0.5 % too short. What
+    the approximate exponentials of GPUs cost has not been measured against them: the 20 eps here
+    leave room for it.
+    """
+    found = {name: gradient.cpu() for name, gradient in found.items()}
+    if backend.interpreted() and found["query"].dtype != torch.bfloat16:
+        testing.assert_gradients(found, compute)
+    exact, plain = compute(torch.Tensor.double), compute(lambda x: x)
+    for name, gradient in found.items():
+        assert_gradient(name, gradient.double(), exact[name].double(), plain[name].double())
+
+
 def assert_gradient(name, gradient, expected, plain):
-    """Within twice the error of PyTorch in the same type, and not biased by it."""
-    gradient, expected, plain = (x.cpu().double() for x in (gradient, expected, plain))
     size = expected.norm()
     error, allowed = (gradient - expected).norm(), 2 * (plain - expected).norm()
     eps = torch.finfo(torch.float32).eps
@@ -284,22 +300,22 @@ def test_gradients(case, request, monkeypatch):
         options |= {"return_map": True, "map_block": block}
         weights.append(torch.randn(2, -(-frames // block), -(-frames // block)))
 
-    def copies(dtype):
-        return [x.detach().to(dtype) if dtype != x.dtype else x.detach() for x in tensors]
-
-    results, found = gradients(tar, copies(case["dtype"]), bias, weights, **options)
     reference = vk.reference.tar_attention
-    expected_results, expected = gradients(
-        reference, copies(torch.double), bias, weights, **options
-    )
     plain_attention = eager if case["dtype"] != torch.float32 else reference
-    _, plain = gradients(plain_attention, copies(case["dtype"]), bias, weights, **options)
+
+    def compute(change):
+        changed = [change(x.detach()) for x in tensors]
+        attention = reference if changed[0].dtype == torch.double else plain_attention
+        return gradients(attention, changed, bias, weights, **options)[1]
+
+    results, found = gradients(tar, [x.detach() for x in tensors], bias, weights, **options)
     if block:
+        doubled = [x.double() for x in tensors]
+        expected_results, _ = gradients(reference, doubled, bias, weights, **options)
         largest = expected_results[1].abs().max()
         tolerance = 1e-5 if case["dtype"] == torch.float32 else 1e-2
         assert largest_error(results[1].cpu(), expected_results[1]) <= tolerance * largest
-    for name, gradient in found.items():
-        assert_gradient(name, gradient, expected[name], plain[name])
+    assert_gradients(found, compute)
 
 
 @pytest.mark.parametrize("head_dim", [100, 128, 200])
@@ -319,16 +335,13 @@ def test_gradients_of_large_heads_by_kernels_with_their_own_blocks(monkeypatch, 
     weights.append(torch.randn(2, 50, 50))
     bias = vk.ToeplitzBias(torch.rand(50), stat="map_max")
 
-    def run(attention, dtype):
-        copies = [x.detach().to(dtype).clone() for x in tensors]
+    def run(attention, change=lambda x: x):
+        copies = [change(x).detach().clone() for x in tensors]
         return gradients(attention, copies, bias, weights, return_map=True)[1]
 
-    found = run(tar, torch.float32)
-    expected = run(vk.reference.tar_attention, torch.double)
-    plain = run(vk.reference.tar_attention, torch.float32)
+    found = run(tar)
     assert {"query", "key", "value", "delta"} <= found.keys()
-    for name, gradient in found.items():
-        assert_gradient(name, gradient, expected[name], plain[name])
+    assert_gradients(found, lambda change: run(vk.reference.tar_attention, change))
 
 
 @pytest.fixture
@@ -379,13 +392,17 @@ def test_saved_statistics_spare_a_sweep(streamed, launched, form, stat, with_map
     assert names()[: len(maxima) + 3] == [*maxima, *sweeps]
     assert not launched[len(maxima)].constants["SAVED"]
 
-    exact = vk.reference.backward(_doubled(call), out.cpu().double(), (), *_on_cpu(rest))
-    plain = vk.reference.backward(call, out, (), *rest)
-    for name in found._fields:
-        if getattr(exact, name) is not None:
-            for made in (found, anew):
-                parts = (getattr(x, name) for x in (made, exact, plain))
-                assert_gradient(name, *parts)
+    def compute(change):
+        changed_out, *others = (_on_cpu(x, change) for x in (out, *rest))
+        return named(vk.reference.backward(_changed(call, change), changed_out, (), *others))
+
+    for made in (found, anew):
+        assert_gradients(named(made), compute)
+
+
+def named(made):
+    """Returns those of a backend's gradients that there are, by name."""
+    return {name: x for name, x in made._asdict().items() if x is not None}
 
 
 def test_tiles_save_nothing():
@@ -393,13 +410,13 @@ def test_tiles_save_nothing():
     assert backend.forward(call, save=True).saved == ()
 
 
-def _doubled(call):
+def _changed(call, change):
     tensors = (call.query, call.key, call.value, call.delta, call.stat)
-    return Call(*(None if x is None else x.cpu().double() for x in tensors), call.options)
+    return Call(*(_on_cpu(x, change) for x in tensors), call.options)
 
 
-def _on_cpu(rest):
-    return [x.cpu().double() if isinstance(x, torch.Tensor) else x for x in rest]
+def _on_cpu(x, change):
+    return change(x.cpu()) if isinstance(x, torch.Tensor) else x
 
 
 @pytest.mark.parametrize("frames", [16, 70])
