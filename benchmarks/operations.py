@@ -61,7 +61,7 @@ class Map(Forward):
         return TimedCall(name, peer.build_with_map(self._like)), ""
 
     def check(self, peer: Peer, result: Any) -> float:
-        out, mean_map = result
+        out, mean_map = result if isinstance(result, tuple) else (result, None)
         error = self._oracles[BIAS].check_forward(out)
         return error if mean_map is None else max(error, self._oracles[BIAS].check_map(mean_map))
 

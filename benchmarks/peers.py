@@ -7,6 +7,7 @@ plain attention costs: lower bounds for whoever builds TAR on them.
 from __future__ import annotations
 
 import functools
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from vstar_kernels.models.attention_processor import TARAttnProcessor
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-AttentionWithMap = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+AttentionWithMap = Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 SIGMA = 1.0
 BIAS = vk.GaussianBias(SIGMA)
 NO_BIAS = vk.GaussianBias(SIGMA, strength=0.0)
@@ -75,37 +76,14 @@ class Peer:
 
 def reason(error: BaseException) -> str:
     """Returns an exception in one line."""
-    text = " ".join(str(error).split())
-    if len(text) > REASON_CHARACTERS:
-        text = text[:REASON_CHARACTERS] + " …"
+    text = textwrap.shorten(str(error), REASON_CHARACTERS, placeholder=" …")
     return f"{type(error).__name__}: {text}"
 
 
-def kernels(inputs: Inputs, bias: vk.GaussianBias = BIAS) -> Attention:
-    """Returns this package's kernels, as users call them."""
+def kernels(inputs: Inputs, **options: Any) -> Attention:
+    """Returns this package's kernels, as users call them but for ``options``."""
     backend = "triton" if inputs[0].is_cuda else "cpu"
-    return functools.partial(vk.tar_attention, bias=bias, backend=backend)
-
-
-def kernels_at_strength_0(inputs: Inputs) -> Attention:
-    """Returns this package's kernels without the bias: what TAR adds to them is the difference."""
-    return kernels(inputs, NO_BIAS)
-
-
-def kernels_with_map(inputs: Inputs) -> AttentionWithMap:
-    """Returns this package's kernels, returning the mean map too."""
-    return functools.partial(kernels(inputs), return_map=True)
-
-
-def kernels_without_map(inputs: Inputs) -> AttentionWithMap:
-    """Returns the same without a map: what the map adds is the difference."""
-    attention = kernels(inputs)
-    return lambda query, key, value: (attention(query, key, value), None)
-
-
-def reference(inputs: Inputs) -> Attention:
-    """Returns this package's plain PyTorch backend."""
-    return functools.partial(vk.tar_attention, bias=BIAS, backend="reference")
+    return functools.partial(vk.tar_attention, **({"bias": BIAS, "backend": backend} | options))
 
 
 def delta_for(inputs: Inputs) -> Tensor:
@@ -113,20 +91,41 @@ def delta_for(inputs: Inputs) -> Tensor:
     return BIAS.matrix(inputs[0].shape[1]).to(inputs[0])
 
 
-def eager(inputs: Inputs) -> Attention:
+def eager(inputs: Inputs, **options: Any) -> Attention:
     """Returns the formula with every map held in memory, as VSTAR's users compute it."""
-    return functools.partial(testing.eager, bias=vk.DenseBias(delta_for(inputs)))
+    return functools.partial(testing.eager, bias=vk.DenseBias(delta_for(inputs)), **options)
 
 
-def eager_with_map(inputs: Inputs) -> AttentionWithMap:
-    """Returns the same with the mean of the maps."""
-    return functools.partial(eager(inputs), return_map=True)
-
-
-def eager_compiled(inputs: Inputs) -> Attention:
-    """Returns the same formula under ``torch.compile``, compiled for the very size."""
+def compiled(function: Attention) -> Attention:
+    """Returns a function under ``torch.compile``, compiled for the very size."""
     torch._dynamo.reset()
-    return torch.compile(eager(inputs), dynamic=False)
+    return torch.compile(function, dynamic=False)
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Returns PyTorch's fused attention."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def xformers(inputs: Inputs) -> Callable[..., Tensor]:
+    """Returns xformers' attention, by the operator that it chooses."""
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention
+
+
+def flash_attention(inputs: Inputs) -> Attention:
+    """Returns the flash-attn package's attention."""
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func
+
+
+def with_bias(attend: Callable[..., Tensor], inputs: Inputs) -> Attention:
+    """Returns a pass for the row maxima, then ``attend`` with the bias as its mask."""
+    delta = delta_for(inputs)
+    return lambda query, key, value: attend(query, key, value, row_max_bias(query, key, delta))
 
 
 def row_max_bias(query: Tensor, key: Tensor, delta: Tensor) -> Tensor:
@@ -134,31 +133,6 @@ def row_max_bias(query: Tensor, key: Tensor, delta: Tensor) -> Tensor:
     q, k = (x.transpose(1, 2) for x in (query, key))
     row_max = (q @ k.mT).amax(dim=-1, keepdim=True) * query.shape[-1] ** -0.5
     return row_max * delta
-
-
-def sdpa_with_bias(inputs: Inputs) -> Attention:
-    """Returns a pass for the row maxima, then PyTorch's attention with the bias as its mask."""
-    delta = delta_for(inputs)
-
-    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        mask = row_max_bias(query, key, delta)
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-
-    return call
-
-
-def xformers_with_bias(inputs: Inputs) -> Attention:
-    """Returns the same with xformers' attention."""
-    from xformers.ops import memory_efficient_attention
-
-    delta = delta_for(inputs)
-
-    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        bias = row_max_bias(query, key, delta)
-        return memory_efficient_attention(query, key, value, attn_bias=bias)
-
-    return call
 
 
 def flex_passes(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -174,12 +148,6 @@ def flex_passes(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return score + row_max[b, h, i] * torch.exp(x * x * (-0.5 / SIGMA**2))
 
     return flex_attention(q, k, v, score_mod=biased).transpose(1, 2)
-
-
-def flex(inputs: Inputs) -> Attention:
-    """Returns both passes, compiled as one function."""
-    torch._dynamo.reset()
-    return torch.compile(flex_passes, dynamic=False)
 
 
 SDPA_BACKENDS = {
@@ -214,9 +182,8 @@ class Sdpa:
         self.note = min(found, key=lambda name: found[name])
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         with sdpa_kernel(SDPA_BACKENDS[self.note]):
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            return sdpa(query, key, value)
 
     def _seconds(self, inputs: Inputs) -> float:
         start = time.perf_counter()
@@ -226,44 +193,55 @@ class Sdpa:
         return time.perf_counter() - start
 
 
-def xformers(inputs: Inputs) -> Attention:
-    """Returns xformers' attention, by the operator that it chooses."""
-    from xformers.ops import memory_efficient_attention
-
-    return memory_efficient_attention
-
-
-def flash_attention(inputs: Inputs) -> Attention:
-    """Returns the flash-attn package's attention."""
-    from flash_attn import flash_attn_func
-
-    return flash_attn_func
-
-
-def diffusers_processor(bias: Bias) -> None:
-    """Returns None: diffusers' own processor stays."""
-
-
 VSTAR_KERNELS, EAGER, SDPA = "vstar_kernels", "eager", "sdpa"
 PEERS = {
     VSTAR_KERNELS: Peer(
-        "vstar_kernels", True, kernels, kernels_with_map, TARAttnProcessor, ours=True
+        "vstar_kernels",
+        True,
+        kernels,
+        functools.partial(kernels, return_map=True),
+        processor=TARAttnProcessor,
+        ours=True,
     ),
-    EAGER: Peer("eager formula", True, eager, eager_with_map, EagerTARAttnProcessor, logits_held=4),
+    EAGER: Peer(
+        "eager formula",
+        True,
+        eager,
+        functools.partial(eager, return_map=True),
+        processor=EagerTARAttnProcessor,
+        logits_held=4,
+    ),
     "eager-compiled": Peer(
-        "eager formula, compiled", True, eager_compiled, trial=eager, logits_held=4
+        "eager formula, compiled", True, lambda x: compiled(eager(x)), trial=eager, logits_held=4
     ),
-    "sdpa-bias": Peer("SDPA with the bias", True, sdpa_with_bias, logits_held=3),
-    "flex": Peer("FlexAttention, two passes", True, flex, trial=lambda _: flex_passes),
-    "xformers-bias": Peer("xformers with the bias", True, xformers_with_bias, logits_held=3),
-    "without-map": Peer(
-        "vstar_kernels without the map", True, None, kernels_without_map, ours=True
+    "sdpa-bias": Peer(
+        "SDPA with the bias", True, functools.partial(with_bias, sdpa), logits_held=3
     ),
+    "flex": Peer(
+        "FlexAttention, two passes",
+        True,
+        lambda _: compiled(flex_passes),
+        trial=lambda _: flex_passes,
+    ),
+    "xformers-bias": Peer(
+        "xformers with the bias", True, lambda x: with_bias(xformers(x), x), logits_held=3
+    ),
+    # What the map adds to the kernels is the difference.
+    "without-map": Peer("vstar_kernels without the map", True, None, kernels, ours=True),
     "reference": Peer(
-        "vstar_kernels' reference", True, reference, logits_held=6, ours=True, on_request=True
+        "vstar_kernels' reference",
+        True,
+        functools.partial(kernels, backend="reference"),
+        logits_held=6,
+        ours=True,
+        on_request=True,
     ),
-    "strength-0": Peer("vstar_kernels at strength 0", False, kernels_at_strength_0, ours=True),
-    SDPA: Peer("SDPA without TAR", False, Sdpa, processor=diffusers_processor),
+    # What TAR adds to the kernels is the difference.
+    "strength-0": Peer(
+        "vstar_kernels at strength 0", False, functools.partial(kernels, bias=NO_BIAS), ours=True
+    ),
+    # diffusers' own processor stays.
+    SDPA: Peer("SDPA without TAR", False, Sdpa, processor=lambda _: None),
     "xformers": Peer("xformers without TAR", False, xformers),
     "flash-attn": Peer("FlashAttention without TAR", False, flash_attention),
 }
