@@ -7,6 +7,7 @@ which must be installed and allowed, on one thread. Prints a Markdown table of e
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,15 +22,16 @@ import tyro
 from benchmarks.report.tables import Table
 
 SECONDS = 3.0
-# The first pattern that a function's name matches; Python and PyTorch are left out.
+REPORT = shlex.split("perf report --stdio --sort symbol --percent-limit 0.05 --field-separator ;")
+# The first that stands in a function's name; Python and PyTorch are left out.
 STAGES = {
-    "pack queries": r"::pack_queries",
-    "pack K and V": r"::pack_rows",
-    "logits": r"::logits_",
-    "bias and maximum": r"::add_bias",
-    "exponential and sum": r"::exponentiate",
-    "values": r"::product_tile",
-    "the rest": r"vstar::",
+    "pack queries": "::pack_queries",
+    "pack K and V": "::pack_rows",
+    "logits": "::logits_",
+    "bias and maximum": "::add_bias",
+    "exponential and sum": "::exponentiate",
+    "values": "::product_tile",
+    "the rest": "vstar::",
 }
 RUN = """
 import time, torch, vstar_kernels as vk
@@ -59,18 +61,13 @@ def stage_parts(frames: int, head_dim: int, dtype: str) -> dict[str, float]:
         data = str(Path(folder, "perf.data"))
         record = ["perf", "record", "--quiet", "--output", data, sys.executable, "-c", code]
         subprocess.run(record, check=True)
-        command = ["perf", "report", "--stdio", "--input", data, "--sort", "symbol"]
-        report = subprocess.run(
-            [*command, "--percent-limit", "0.05", "--field-separator", ";"],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
+        report = subprocess.check_output(
+            [*REPORT, "--input", data], text=True, stderr=subprocess.PIPE
+        )
     found: Counter[str] = Counter()
     for percent, symbol in re.findall(r"^\s*([\d.]+)%\s*;(.*)$", report, re.MULTILINE):
-        stages = [name for name, pattern in STAGES.items() if re.search(pattern, symbol)]
-        if stages:
-            found[stages[0]] += float(percent)
+        for stage in [name for name, part in STAGES.items() if part in symbol][:1]:
+            found[stage] += float(percent)
     return {stage: found[stage] / found.total() for stage in STAGES}
 
 

@@ -14,7 +14,7 @@ a case by several percent. Cases that were measured beside other work say nothin
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ from benchmarks.results import Record, ResultsError, Run
 CASE_TOLERANCE = 2.5  # times the tolerance of a suite
 CONFIDENCE = 0.99
 RESAMPLES = 2000
-SLOWER, FASTER, EQUAL, DISTURBED = "slower", "faster", "", "disturbed"
+SLOWER = "slower"
 
 Array = NDArray[np.float64]
 
@@ -59,7 +59,18 @@ class Line:
     name: str
     relative: Ratio
     seconds: Ratio
-    verdict: str
+    tolerance: float
+    disturbed: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """Returns what both ratios agree on, noise included."""
+        lows, highs = zip(self.relative.interval, self.seconds.interval, strict=True)
+        if self.disturbed:
+            return "disturbed"
+        if min(lows) > 1 + self.tolerance:
+            return SLOWER
+        return "faster" if max(highs) < 1 / (1 + self.tolerance) else ""
 
 
 @dataclass(frozen=True)
@@ -84,10 +95,11 @@ class Comparison:
 
     def print(self, console: Console) -> None:
         """Prints tables of the suites and of the cases, and the verdict."""
-        for title, lines in (("Cases", self.cases), ("Suites", self.suites)):
+        for what, lines in (("case", self.cases), ("suite", self.suites)):
             rows = [(x.name, str(x.relative), str(x.seconds), x.verdict) for x in lines]
-            head = (title[:-1].lower(), "relative to the others", "seconds", "")
-            console.print(Table(f"{title}: {self.peer}, B over A", head, rows).for_terminal())
+            head = (what, "relative to the others", "seconds", "")
+            title = f"{what.title()}s: {self.peer}, B over A"
+            console.print(Table(title, head, rows).for_terminal())
         for line in (*self.warnings, *self.lost):
             console.print(line, markup=False)
         slower = ", ".join(x.name for x in self.slower)
@@ -95,13 +107,7 @@ class Comparison:
 
 
 def compare(a: Run, b: Run, *, peer: str, tolerance: float) -> Comparison:
-    """Compares a peer's times in the cases that both runs have.
-
-    Args:
-        a: The run before.
-        b: The run after.
-        peer: Whose times.
-        tolerance: Of a suite, 0.05 being 5%.
+    """Compares a peer's times in the cases that both runs have, ``b`` the run after ``a``.
 
     Raises:
         ResultsError: The runs share no case in which the peer was measured on a quiet machine.
@@ -116,40 +122,27 @@ def compare(a: Run, b: Run, *, peer: str, tolerance: float) -> Comparison:
         if record.median(peer) is None:
             lost.append(f"Lost: {record.key}: {record.failure or record.peers[peer].reason}")
             continue
-        line = _of_case(other, record, peer, CASE_TOLERANCE * tolerance, random)
-        if other.disturbed or record.disturbed:
-            line = replace(line, verdict=DISTURBED)
-        else:
-            suites[record.case.suite].append(line)
-        cases.append(line)
+        both = [x for x in record.peers if x != peer and not PEERS[x].ours]
+        both = [x for x in both if other.median(x) and record.median(x)]
+        ratios = (
+            _ratio(_by_round(other, peer, others), _by_round(record, peer, others), random)
+            for others in (both, [])
+        )
+        disturbed = other.disturbed or record.disturbed
+        cases.append(Line(record.key, *ratios, CASE_TOLERANCE * tolerance, disturbed))
+        if not disturbed:
+            suites[record.case.suite].append(cases[-1])
     if not cases:
         raise ResultsError(f"the runs share no case in which {peer} was measured")
     if not suites:
         raise ResultsError("every case that the runs share was measured beside other work")
-    return Comparison(
-        peer,
-        cases,
-        [_of_suite(name, lines, tolerance, random) for name, lines in suites.items()],
-        lost,
-        [f"A and B differ in {x}" for x in differences(a.environment, b.environment)],
-    )
-
-
-def _of_case(
-    a: Record, b: Record, peer: str, tolerance: float, random: np.random.Generator
-) -> Line:
-    both = [x for x in a.peers if x != peer and not PEERS[x].ours and a.median(x) and b.median(x)]
-    relative, seconds = (
-        _ratio(_by_round(a, peer, others), _by_round(b, peer, others), random)
-        for others in (both, [])
-    )
-    return Line(b.key, relative, seconds, _verdict(relative, seconds, tolerance))
-
-
-def _of_suite(name: str, cases: list[Line], tolerance: float, random: np.random.Generator) -> Line:
-    relative = _mean([line.relative for line in cases], random)
-    seconds = _mean([line.seconds for line in cases], random)
-    return Line(name, relative, seconds, _verdict(relative, seconds, tolerance))
+    means = []
+    for name, lines in suites.items():
+        relative = _mean([line.relative for line in lines], random)
+        seconds = _mean([line.seconds for line in lines], random)
+        means.append(Line(name, relative, seconds, tolerance))
+    warnings = [f"A and B differ in {x}" for x in differences(a.environment, b.environment)]
+    return Comparison(peer, cases, means, lost, warnings)
 
 
 def _ratio(a: Array, b: Array, random: np.random.Generator) -> Ratio:
@@ -170,14 +163,6 @@ def _mean(ratios: list[Ratio], random: np.random.Generator) -> Ratio:
     chosen = random.integers(len(ratios), size=rounds.shape)
     resampled = gmean(np.take_along_axis(rounds, chosen, axis=0), axis=0)
     return Ratio(float(gmean([x.value for x in ratios])), resampled)
-
-
-def _verdict(relative: Ratio, seconds: Ratio, tolerance: float) -> str:
-    if min(relative.interval[0], seconds.interval[0]) > 1 + tolerance:
-        return SLOWER
-    if max(relative.interval[1], seconds.interval[1]) < 1 / (1 + tolerance):
-        return FASTER
-    return EQUAL
 
 
 def _by_round(record: Record, peer: str, others: list[str]) -> Array:

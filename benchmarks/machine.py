@@ -22,6 +22,7 @@ from vstar_kernels.cli.measure import read_peak_memory, reset_peak_memory
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("triton", "diffusers", "xformers", "flash-attn")
+FACTS = ("torch", "torch cpu capability", "vstar_kernels", "python", "platform")
 NVIDIA_SMI = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 # Two runs with other values of these are not one run, and differ in more than the kernels.
@@ -38,22 +39,17 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": threads,
         "isa": native.load().isa,
-        "torch": info["torch"],
-        "torch cpu capability": info["torch cpu capability"],
-        "vstar_kernels": info["vstar_kernels"],
         "commit": commit(),
-        "python": info["python"],
-        "platform": info["platform"],
     }
-    facts |= {name: _version(name) for name in PACKAGES}
+    facts |= {name: info[name] for name in FACTS} | {name: _version(name) for name in PACKAGES}
     return facts | (_gpu() if device == "cuda" else _clocks())
 
 
 def commit() -> str:
     """Returns the checkout's commit, and whether files differ from it."""
     try:
-        found = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
-        changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+        found = _output("git", "rev-parse", "--short=12", "HEAD")
+        changed = _output("git", "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return f"{found} with changes" if changed else found
@@ -61,11 +57,8 @@ def commit() -> str:
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Returns in what two environments differ, of what decides about speed."""
-    return [
-        f"{name}: {one.get(name)} and {other.get(name)}"
-        for name in IDENTITY
-        if one.get(name) != other.get(name)
-    ]
+    values = ((name, one.get(name), other.get(name)) for name in IDENTITY)
+    return [f"{name}: {x} and {y}" for name, x, y in values if x != y]
 
 
 class Watch:
@@ -145,5 +138,6 @@ def _version(package: str) -> str:
 
 
 def _output(*command: str) -> str:
-    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    return run.stdout.strip()
+    return subprocess.check_output(
+        command, cwd=ROOT, text=True, timeout=30, stderr=subprocess.PIPE
+    ).strip()

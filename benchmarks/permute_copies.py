@@ -17,9 +17,10 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import tyro
@@ -61,8 +62,7 @@ class Options:
         return {"device": self.device, "dtype": getattr(torch, self.dtype)}
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What a temporal transformer is given: ``(batch · frames, channels, height, width)``."""
 
     batch: int
@@ -107,21 +107,17 @@ def find_shapes(model: nn.Module, forward: Callable[[], object]) -> Counter[Shap
         frames = Argument(module, "num_frames").get(args, kwargs)
         shapes[Shape(len(x) // frames, frames, *x.shape[1:])] += 1
 
-    hooks = [
-        module.register_forward_pre_hook(hook, with_kwargs=True)
-        for module in model.modules()
-        if type(module).__name__ in TRANSFORMERS
-    ]
-    forward()
-    for handle in hooks:
-        handle.remove()
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if type(module).__name__ in TRANSFORMERS:
+                hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        forward()
     return shapes
 
 
 def make_copies(shape: Shape, options: Options) -> Callable[[], object]:
     """Returns the three copies of a temporal transformer, on tensors of their own."""
-    size = (shape.batch * shape.frames, shape.channels, shape.height, shape.width)
-    x = torch.randn(*size, **options.tensors)
+    x = torch.randn(shape.batch * shape.frames, *shape[2:], **options.tensors)
     normed = to_norm(x, shape)
     rows = to_rows(normed)
     return lambda: (to_norm(x, shape), to_rows(normed), to_frames(rows, shape))
@@ -134,41 +130,37 @@ def measure(name: str, options: Options) -> dict[str, Any]:
     model = MODELS[name](options.width).eval().to(**options.tensors)
     forward = make_forward(model, options)
     shapes = find_shapes(model, forward)
-    functions = {str(shape): make_copies(shape, options) for shape in shapes}
+    functions = {"forward": forward} | {str(x): make_copies(x, options) for x in shapes}
     clock = clock_for(options.device)
-    calls = [
-        clock.warm_up(TimedCall(key, function), [()])
-        for key, function in {"forward": forward, **functions}.items()
-    ]
+    calls = [clock.warm_up(TimedCall(key, call), [()]) for key, call in functions.items()]
     times = time_in_turn(clock, calls, 1, rounds=options.rounds, seconds=math.inf)
     medians = {key: statistics.median(seconds) for key, seconds in times.items()}
     copies = [
-        {"shape": asdict(shape), "transformers": count, "seconds": medians[str(shape)]}
+        {"shape": shape._asdict(), "transformers": count, "seconds": medians[str(shape)]}
         for shape, count in shapes.items()
     ]
     whole, total = medians["forward"], sum(x["transformers"] * x["seconds"] for x in copies)
-    return {
-        "forward_seconds": whole,
-        "copy_seconds": total,
-        "share": total / whole,
-        "copies": copies,
-    }
+    share = total / whole
+    return {"forward_seconds": whole, "copy_seconds": total, "share": share, "copies": copies}
 
 
 def table(models: dict[str, Any]) -> Table:
     """Returns the figures: a line for each shape, and for each model."""
     rows = []
     for name, result in models.items():
-        count = 0
+        whole, total = result["forward_seconds"], result["copy_seconds"]
         for copy in result["copies"]:
-            _, *shape = copy["shape"].values()
-            count += copy["transformers"]
-            share = copy["transformers"] * copy["seconds"] / result["forward_seconds"]
-            cells = (", ".join(map(str, shape)), str(copy["transformers"]))
-            rows.append((name, *cells, f"{copy['seconds'] * 1e3:.2f} ms", f"{share:.1%}"))
-        forward = f"of a forward of {result['forward_seconds'] * 1e3:,.0f} ms"
-        copies = f"{result['copy_seconds'] * 1e3:.1f} ms in all"
-        rows.append((f"**{name}**", forward, str(count), copies, f"**{result['share']:.1%}**"))
+            count, seconds, (_, *shape) = (
+                copy["transformers"],
+                copy["seconds"],
+                copy["shape"].values(),
+            )
+            share = f"{count * seconds / whole:.1%}"
+            cells = (", ".join(map(str, shape)), str(count), f"{seconds * 1e3:.2f} ms", share)
+            rows.append((name, *cells))
+        forward, copies = f"of a forward of {whole * 1e3:,.0f} ms", f"{total * 1e3:.1f} ms in all"
+        count = str(sum(copy["transformers"] for copy in result["copies"]))
+        rows.append((f"**{name}**", forward, count, copies, f"**{result['share']:.1%}**"))
     head = ("model", "frames, channels, height, width", "transformers", "copies of one", "share")
     return Table("", head, rows, words=2)
 

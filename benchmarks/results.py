@@ -6,6 +6,7 @@ Every line is written when its case ends, so an interrupted run keeps what it ha
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +97,7 @@ class Record(Task):
 
     @property
     def floor(self) -> float | None:
-        """Returns the larger of :attr:`floors`, in seconds."""
+        """Returns the larger of the floors, in seconds."""
         return max(self.floors.values(), default=None)
 
     def median(self, peer: str) -> float | None:
@@ -125,11 +126,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as far as it has come."""
+    """A run as far as it has come. All but the records is a file's first line."""
 
     environment: dict[str, Any]
     plan: Plan
-    records: list[Record]
+    records: list[Record] = field(default_factory=list)
+    schema: int = SCHEMA
 
     @property
     def missing(self) -> list[Task]:
@@ -138,33 +140,25 @@ class Run:
         return [task for task in self.plan.tasks if task.key not in done]
 
 
-@dataclass(frozen=True)
-class Header:
-    """A file's first line."""
-
-    schema: int
-    environment: dict[str, Any]
-    plan: Plan
-
-
-HEADER, RECORD = TypeAdapter(Header), TypeAdapter(Record)
+RUN, RECORD = TypeAdapter(Run), TypeAdapter(Record)
 
 
 def create(path: Path, environment: dict[str, Any], plan: Plan) -> None:
     """Begins a run's file; an existing one is not touched."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    line = RUN.dump_json(Run(environment, plan), by_alias=True, exclude={"records"})
     try:
         with path.open("xb") as file:
-            file.write(HEADER.dump_json(Header(SCHEMA, environment, plan), by_alias=True) + b"\n")
+            file.write(line + b"\n")
     except FileExistsError:
         raise ResultsError(f"{path} exists; --resume goes on with it") from None
 
 
 def append(path: Path, record: Record) -> None:
     """Adds a case that has ended."""
-    line = RECORD.dump_json(record, by_alias=True) + b"\n"
+    line = RECORD.dump_json(record, by_alias=True)
     with path.open("ab") as file:
-        file.write(line)
+        file.write(line + b"\n")
 
 
 def load(path: Path) -> Run:
@@ -182,17 +176,13 @@ def load(path: Path) -> Run:
         schema = json.loads(complete[0])["schema"]
         if schema != SCHEMA:
             raise ResultsError(f"{path} has schema {schema}, this program reads schema {SCHEMA}")
-        header = HEADER.validate_json(complete[0])
-        records = [RECORD.validate_json(line) for line in complete[1:]]
+        run = RUN.validate_json(complete[0])
+        run.records.extend(RECORD.validate_json(line) for line in complete[1:])
     except (LookupError, TypeError, ValueError) as error:
         raise ResultsError(f"{path} is not a run of these benchmarks: {error!r}") from None
-    return Run(header.environment, header.plan, records)
+    return run
 
 
 def drop_torn_line(path: Path) -> None:
     """Cuts off what an interruption left of a line, so that the next begins a new one."""
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if end != len(content):
-        with path.open("r+b") as file:
-            file.truncate(end)
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

@@ -1,6 +1,6 @@
 """The suites: which cases ``python -m benchmarks run`` measures, made from workloads.json.
 
-A new suite is a function that yields its cases, under :func:`suite`.
+A new suite is a function that yields its cases, and a line in ``SUITES``.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,12 +23,10 @@ WORKLOADS = json.loads((Path(__file__).parent / "workloads.json").read_text(enco
 LONG_HEAD_DIMS = (64, 128)  # workloads.json has the first
 LONG_THREAD_FRAMES = 1024
 UNET_HEAD_DIM = 64
-TINY = (1, 16, 1, 64)  # of a call whose time is nearly all Python's
 # Elements of one tensor on a CPU. In float32 four such tensors are more than its caches hold.
 CPU_ELEMENTS = 1024 * 16 * 5 * 64
 QUICK_ELEMENTS = CPU_ELEMENTS // 4
 
-# Options of counts.
 Count = Annotated[int, parsed(integer(1), "N")]
 Counts = several(integer(1), "N")
 
@@ -83,16 +81,6 @@ class Selection:
             return None
         return QUICK_ELEMENTS if self.quick else CPU_ELEMENTS
 
-    @property
-    def thread_counts(self) -> tuple[int, ...]:
-        """Returns 1, 2, 4 and so on up to the run's threads; nothing on a GPU."""
-        if self.device != "cpu":
-            return ()
-        return (
-            *(2**i for i in range(self.threads.bit_length()) if 2**i < self.threads),
-            self.threads,
-        )
-
     def complete(self) -> Selection:
         """Returns the selection with all that was not given. Raises ResultsError for no GPU."""
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,12 +88,62 @@ class Selection:
             raise ResultsError("--device cuda: torch finds no GPU")
         chosen = DEFAULTS | {"device": device, "threads": torch.get_num_threads()}
         chosen |= (ON_A_CPU if device == "cpu" else {}) | (QUICK if self.quick else {})
-        chosen |= {name: value for name, value in vars(self).items() if value is not None}
-        return replace(self, **chosen)
+        return replace(self, **chosen | {k: x for k, x in vars(self).items() if x is not None})
 
 
-Make = Callable[..., Case]
-Cases = Callable[[Selection, Make], Iterator[Case]]
+Make = Callable[..., Case]  # of a suite's operation and type, from the rest
+
+
+def short(selection: Selection, make: Make) -> Iterator[Case]:
+    """Every temporal self-attention of the models' denoising steps, up to 128 frames."""
+    for frames in selection.frames:
+        for model in selection.models:
+            for level in WORKLOADS["models"][model]["levels"]:
+                use = Use(model, str(level["level"]), level["rows"], level["calls"])
+                yield make(level["rows"], frames, level["heads"], level["head_dim"], uses=(use,))
+
+
+def long(selection: Selection, make: Make) -> Iterator[Case]:
+    """Few sequences of many frames."""
+    table = WORKLOADS["long"]
+    for frames in selection.long_frames:
+        for head_dim in LONG_HEAD_DIMS:
+            yield make(table["rows"], frames, table["heads"], head_dim)
+
+
+def unet(selection: Selection, make: Make) -> Iterator[Case]:
+    """One evaluation of a whole text-to-video UNet, both samples of classifier-free guidance."""
+    height, width = latents = selection.unet_latents
+    heads = selection.unet_width // UNET_HEAD_DIM
+    for frames in selection.unet_frames:
+        yield make(2 * height * width, frames, heads, UNET_HEAD_DIM, latents=latents)
+
+
+def backward(selection: Selection, make: Make) -> Iterator[Case]:
+    """Forward and gradients of the finest levels."""
+    return (case for case in short(selection, make) if case.uses[0].level == "0")
+
+
+def maps(selection: Selection, make: Make) -> Iterator[Case]:
+    """Forward with the mean map, at the finest levels."""
+    return backward(selection, make)
+
+
+def overhead(selection: Selection, make: Make) -> Iterator[Case]:
+    """One call on next to nothing."""
+    yield make(1, 16, 1, 64)  # its time is nearly all Python's
+
+
+def threads(selection: Selection, make: Make) -> Iterator[Case]:
+    """The same calls on more and more of a CPU's threads."""
+    if selection.device != "cpu":
+        return
+    most = selection.threads
+    counts = [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
+    for frames in (*selection.frames, LONG_THREAD_FRAMES):
+        batch = (selection.elements or CPU_ELEMENTS) // (frames * 5 * 64)
+        for count in counts:
+            yield make(max(1, batch), frames, 5, 64, threads=count)
 
 
 @dataclass(frozen=True)
@@ -116,7 +154,7 @@ class Suite:
     ``default_allocator`` is measured under the allocator's default setting too.
     """
 
-    cases: Cases
+    cases: Callable[[Selection, Make], Iterator[Case]]
     operation: str
     title: str
     note: str = ""
@@ -124,86 +162,23 @@ class Suite:
     default_allocator: bool = False
 
 
-SUITES: dict[str, Suite] = {}
-
-
-def suite(operation: str, title: str, **presentation: Any) -> Callable[[Cases], Cases]:
-    """Makes a suite of the function that yields its cases; :class:`Suite` has the fields."""
-
-    def register(cases: Cases) -> Cases:
-        SUITES[cases.__name__] = Suite(cases, operation, title, **presentation)
-        return cases
-
-    return register
-
-
-@suite(
-    "forward",
-    "The models' calls",
-    note="One call at each level; which models make it stands in the run's file.",
-    default_allocator=True,
+ONE_CALL = "One call at each level; which models make it stands in the run's file."
+WHOLE_UNET = (
+    "ModelScope's UNet with random weights, TAR with σ = 1 on every level but the first "
+    "temporal block; batch is its rows at the finest level."
 )
-def short(selection: Selection, make: Make) -> Iterator[Case]:
-    """Every temporal self-attention of the models' denoising steps, up to 128 frames."""
-    for frames in selection.frames:
-        for model in selection.models:
-            for level in WORKLOADS["models"][model]["levels"]:
-                use = Use(model, str(level["level"]), level["rows"], level["calls"])
-                size = (use.full_batch, frames, level["heads"], level["head_dim"])
-                yield make(*size, uses=(use,))
-
-
-@suite("forward", "Long sequences", plot="Time per frame and head, σ = 1.")
-def long(selection: Selection, make: Make) -> Iterator[Case]:
-    """Few sequences of many frames."""
-    table = WORKLOADS["long"]
-    for frames in selection.long_frames:
-        for head_dim in LONG_HEAD_DIMS:
-            yield make(table["rows"], frames, table["heads"], head_dim)
-
-
-@suite(
-    "step",
-    "Whole UNet steps",
-    note="ModelScope's UNet with random weights, TAR with σ = 1 on every level but the first "
-    "temporal block; batch is its rows at the finest level.",
-)
-def unet(selection: Selection, make: Make) -> Iterator[Case]:
-    """One evaluation of a whole text-to-video UNet, both samples of classifier-free guidance."""
-    height, width = selection.unet_latents
-    heads = selection.unet_width // UNET_HEAD_DIM
-    for frames in selection.unet_frames:
-        size = (2 * height * width, frames, heads, UNET_HEAD_DIM)
-        yield make(*size, latents=selection.unet_latents)
-
-
-@suite("backward", "Forward and backward", plot="Time per frame and head, finest levels.")
-def backward(selection: Selection, make: Make) -> Iterator[Case]:
-    """Forward and gradients of the finest levels."""
-    return (case for case in short(selection, make) if case.uses[0].level == "0")
-
-
-@suite("map", "With the mean map", plot="Time per frame and head, finest levels.")
-def maps(selection: Selection, make: Make) -> Iterator[Case]:
-    """Forward with the mean map, at the finest levels."""
-    return backward(selection, make)
-
-
-@suite("call", "Overhead of a call", note="One call of many, the CPU's part included.")
-def overhead(selection: Selection, make: Make) -> Iterator[Case]:
-    """One call on next to nothing."""
-    yield make(*TINY)
-
-
-@suite("forward", "Threads")
-def threads(selection: Selection, make: Make) -> Iterator[Case]:
-    """The same calls on more and more of a CPU's threads."""
-    for frames in (*selection.frames, LONG_THREAD_FRAMES):
-        batch = (selection.elements or CPU_ELEMENTS) // (frames * 5 * 64)
-        for count in selection.thread_counts:
-            yield make(max(1, batch), frames, 5, 64, threads=count)
-
-
+FINEST = "Time per frame and head, finest levels."
+SUITES = {
+    "short": Suite(short, "forward", "The models' calls", ONE_CALL, default_allocator=True),
+    "long": Suite(long, "forward", "Long sequences", plot="Time per frame and head, σ = 1."),
+    "unet": Suite(unet, "step", "Whole UNet steps", WHOLE_UNET),
+    "backward": Suite(backward, "backward", "Forward and backward", plot=FINEST),
+    "maps": Suite(maps, "map", "With the mean map", plot=FINEST),
+    "overhead": Suite(
+        overhead, "call", "Overhead of a call", "One call of many, the CPU's part included."
+    ),
+    "threads": Suite(threads, "forward", "Threads"),
+}
 DEFAULTS: dict[str, Any] = {
     "suites": tuple(SUITES),
     "models": tuple(WORKLOADS["models"]),
@@ -242,20 +217,14 @@ def cases(selection: Selection) -> list[Case]:
     for name in selection.suites:
         suite = SUITES[name]
         for dtype in selection.dtypes:
-            for case in suite.cases(
-                selection, functools.partial(Case, name, suite.operation, dtype)
-            ):
-                case = _bounded(case, selection.elements)
-                uses = (*found[case].uses, *case.uses) if case in found else case.uses
-                found[case] = replace(case, uses=uses)
+            make = functools.partial(Case, name, suite.operation, dtype)
+            for case in suite.cases(selection, make):
+                if selection.elements and suite.operation != "step":
+                    batch = max(1, selection.elements * case.batch // case.elements)
+                    case = replace(case, batch=min(case.batch, batch))
+                uses = found[case].uses if case in found else ()
+                found[case] = replace(case, uses=uses + case.uses)
     return list(found.values())
-
-
-def _bounded(case: Case, elements: int | None) -> Case:
-    """Returns the case with as large a batch as ``elements`` allow, but at least one."""
-    if elements is None or case.operation == "step":
-        return case
-    return replace(case, batch=min(case.batch, max(1, elements * case.batch // case.elements)))
 
 
 def tasks(cases: Sequence[Case], device: str, allocators: Iterable[str]) -> tuple[Task, ...]:
@@ -275,17 +244,11 @@ def plan(selection: Selection) -> Plan:
     chosen = selection.complete()
     known = {"suites": SUITES, "models": WORKLOADS["models"], "peers": PEERS}
     for field, names in known.items():
-        if unknown := [name for name in getattr(chosen, field) if name not in names]:
-            raise ResultsError(
-                f"--{field}: there is no {', '.join(unknown)}; known: {', '.join(names)}"
-            )
-    return Plan(
-        device=chosen.device,
-        threads=chosen.threads,
-        isa=chosen.isa,
-        peers=tuple(x for x in PEERS if x in chosen.peers or x == VSTAR_KERNELS),
-        rounds=chosen.rounds,
-        seconds=chosen.seconds,
-        unet_width=chosen.unet_width,
-        tasks=tasks(cases(chosen), chosen.device, chosen.allocators),
-    )
+        if unknown := ", ".join(x for x in getattr(chosen, field) if x not in names):
+            raise ResultsError(f"--{field}: there is no {unknown}; known: {', '.join(names)}")
+    own = {
+        "peers": tuple(x for x in PEERS if x in chosen.peers or x == VSTAR_KERNELS),
+        "tasks": tasks(cases(chosen), chosen.device, chosen.allocators),
+    }
+    shared = {x.name: getattr(chosen, x.name) for x in fields(Plan) if x.name not in own}
+    return Plan(**shared, **own)
