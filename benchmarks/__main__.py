@@ -52,9 +52,8 @@ class Run(Selection):
         if done.missing:
             print(f"{len(done.missing)} cases are not measured yet. {to_go_on}")
         ours = [(x.key, x.peers[VSTAR_KERNELS]) for x in done.records if x.peers]
-        wrong = [(key, found.reason) for key, found in ours if found.status == results.WRONG]
-        for key, reason in wrong:
-            print(f"wrong: {key}: {reason}", file=sys.stderr)
+        wrong = [f"wrong: {key}: {x.reason}" for key, x in ours if x.status == results.WRONG]
+        print(*wrong, sep="\n", end="\n" if wrong else "", file=sys.stderr)
         return 1 if wrong else 0
 
 

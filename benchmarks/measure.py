@@ -35,6 +35,7 @@ SHARE_OF_MEMORY = 0.5  # of what is free, that a peer's logits may take
 def measure(task: Task, plan: Plan, progress: Callable[[str], None]) -> Record:
     """Returns a case's record; ``progress`` gets the name of what is being done."""
     case, device = task.case, plan.device
+    copied = 4 * case.elements * case.torch_dtype.itemsize  # bytes
     torch.manual_seed(0)
     if device == "cpu":
         torch.set_num_threads(case.threads or plan.threads)
@@ -42,7 +43,7 @@ def measure(task: Task, plan: Plan, progress: Callable[[str], None]) -> Record:
     operation = (
         Step(case, device, plan.unet_width)
         if case.operation == "step"
-        else OPERATIONS[case.operation](case, device, clock.sets(_copied_bytes(case)))
+        else OPERATIONS[case.operation](case, device, clock.sets(copied))
     )
     outcomes: dict[str, Outcome] = {}
     calls: list[WarmCall] = []
@@ -52,7 +53,8 @@ def measure(task: Task, plan: Plan, progress: Callable[[str], None]) -> Record:
                 progress(f"checks {peer.title}")
                 outcomes[name], call = _prepare(name, peer, operation, clock, device)
                 calls += [call] if call else []
-                _release(device)
+                gc.collect()
+                torch.cuda.empty_cache()  # nothing where there is no GPU
         calls += _yardsticks(operation, clock, device)
         progress("times")
         watch = Watch()
@@ -62,7 +64,7 @@ def measure(task: Task, plan: Plan, progress: Callable[[str], None]) -> Record:
     for name in outcomes.keys() & times.keys():
         outcomes[name] = replace(outcomes[name], seconds=times.pop(name))
     # The best rounds of the yardsticks are the device's speed.
-    bandwidth = _copied_bytes(case) / min(times[COPY]) if COPY in times else None
+    bandwidth = copied / min(times[COPY]) if COPY in times else None
     product = min(min(seconds) for name, seconds in times.items() if name != COPY)
     flops_per_second = 2 * MATRIX_SIZE[device] ** 3 / product
     return Record(case, task.allocator, outcomes, times, bandwidth, flops_per_second, disturbance)
@@ -119,17 +121,6 @@ def _yardsticks(operation: Forward | Step, clock: CpuClock, device: str) -> list
         copy = TimedCall(COPY, lambda block: target.copy_(block[:2]))
         calls.append(clock.warm_up(copy, [(block,) for block in operation.blocks]))
     return calls
-
-
-def _copied_bytes(case: Case) -> int:
-    return 4 * case.elements * case.torch_dtype.itemsize
-
-
-def _release(device: str) -> None:
-    """Gives back what a peer leaves, before the next is measured."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
 
 
 def main(path: Path, allocator: str, seconds: float) -> None:

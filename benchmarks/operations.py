@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Call(Forward):
 
     def timed_call(self, name: str, peer: Peer) -> tuple[TimedCall, str]:
         timed, note = super().timed_call(name, peer)
-        return TimedCall(name, timed.function, repeats=CALLS, wall_clock=True), note
+        return replace(timed, repeats=CALLS, wall_clock=True), note
 
 
 class Map(Forward):
@@ -74,14 +75,14 @@ class Backward(Forward):
         self._grad_out = torch.randn_like(self._like[0])
 
     def timed_call(self, name: str, peer: Peer) -> tuple[TimedCall, str]:
-        attention = peer.build(self._like)
+        timed, note = super().timed_call(name, peer)
 
         def call(*inputs: Tensor) -> tuple[Tensor, ...]:
             leaves = [x.detach().requires_grad_() for x in inputs]
-            out = attention(*leaves)
+            out = timed.function(*leaves)
             return out.detach(), *torch.autograd.grad(out, leaves, self._grad_out)
 
-        return TimedCall(name, call), getattr(attention, "note", "")
+        return TimedCall(name, call), note
 
     def check(self, peer: Peer, result: Any) -> float:
         out, *grads = result

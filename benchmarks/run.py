@@ -9,20 +9,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks import results
 from benchmarks.machine import ROOT, differences, environment
 from benchmarks.results import Plan, Record, ResultsError, Run
 
 # Large outputs are mapped afresh by glibc at every call, and clearing their pages can take longer
-# than the kernel; "warm" keeps them. "default" is what users have by default.
-ALLOCATORS: dict[str, dict[str, str]] = {
-    "": {},  # on a GPU
-    "warm": {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"},
-    "default": {},
-}
+# than the kernel; "warm" keeps them. "default" is what users have by default, "" is on a GPU.
+WARM = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 # The same limit for the kernels, PyTorch and the libraries below it.
-ISAS: dict[str, dict[str, str]] = {
+ISAS = {
+    None: {},
     "avx512": {"VSTAR_KERNELS_CPU_ISA": "avx512"},
     "avx2": {
         "VSTAR_KERNELS_CPU_ISA": "avx2",
@@ -35,16 +33,14 @@ ISAS: dict[str, dict[str, str]] = {
 
 def begin(path: Path, plan: Plan) -> Run:
     """Begins a run's file."""
-    _limit(plan)
-    results.create(path, environment(plan.device, plan.threads), plan)
+    results.create(path, _limited_environment(plan), plan)
     return results.load(path)
 
 
 def resume(path: Path) -> Run:
     """Takes up an interrupted run. Raises ResultsError where another environment would go on."""
     run = results.load(path)
-    _limit(run.plan)
-    now = environment(run.plan.device, run.plan.threads)
+    now = _limited_environment(run.plan)
     different = differences(run.environment, now)
     if run.environment["commit"] != now["commit"]:
         different.append(f"commit: {run.environment['commit']} and {now['commit']}")
@@ -70,20 +66,18 @@ def measure(path: Path, seconds: float = math.inf) -> Run:
             killer = signal.Signals(-ended).name
             # It measures in order, so it died of the first that is missing now.
             fatal = next(x for x in results.load(path).missing if x.allocator == task.allocator)
-            results.append(
-                path, Record(fatal.case, fatal.allocator, {}, failure=f"ended by {killer}")
-            )
+            failed = Record(fatal.case, fatal.allocator, {}, failure=f"ended by {killer}")
+            results.append(path, failed)
     return run
 
 
-def _limit(plan: Plan) -> None:
-    """Lets this process, which describes itself, and its workers use no better instructions."""
-    if plan.isa:
-        os.environ.update(ISAS[plan.isa])
+def _limited_environment(plan: Plan) -> dict[str, Any]:
+    """Lets this process and its workers use no better instructions; returns its environment."""
+    os.environ.update(ISAS[plan.isa])
+    return environment(plan.device, plan.threads)
 
 
 def _work(path: Path, allocator: str, seconds: float) -> int:
-    worker = [sys.executable, "-m", "benchmarks.measure"]
-    command = [*worker, str(path.resolve()), allocator, str(seconds)]
-    variables = {**os.environ, **ALLOCATORS[allocator]}
+    command = [sys.executable, "-m", "benchmarks.measure", path.resolve(), allocator, str(seconds)]
+    variables = os.environ | (WARM if allocator == "warm" else {})
     return subprocess.run(command, env=variables, cwd=ROOT, check=False).returncode

@@ -13,19 +13,10 @@ from benchmarks.results import Run
 DEFAULT = "default"  # the allocator's setting
 OTHERS_WITH_TAR = tuple(name for name, peer in PEERS.items() if peer.tar and not peer.ours)
 STEP = ["model", "dtype", "frames"]
-CASE = ["suite", "dtype", "batch", "frames", "heads", "head_dim", "threads", "uses"]
-USE = ["model", "level", "full_batch", "calls"]
+CASE = ["suite", "dtype", "batch", "frames", "heads", "head_dim", "threads", "uses", "item_bytes"]
 LABELS = ["key", "case", "size", "allocator", "bound", "peer", "status", "note"]
-NUMBERS = [
-    "item_bytes",
-    "time",
-    "ratio",
-    "spread",
-    "share",
-    "peak_bytes",
-    "bandwidth",
-    "flops_per_second",
-]
+NUMBERS = ["time", "ratio", "spread", "share", "peak_bytes", "bandwidth", "flops_per_second"]
+USE = ["model", "level", "full_batch", "calls"]
 
 
 def tidy(run: Run) -> pd.DataFrame:
@@ -96,16 +87,9 @@ def steps(run: Run) -> pd.DataFrame:
     calls = calls.drop(columns="uses").join(pd.DataFrame(map(asdict, calls.uses), columns=USE))
     calls["scale"] = calls.full_batch / calls.batch
     calls["time"] *= calls.scale * calls.calls
-    found = (
-        calls.groupby([*STEP, "peer"], sort=False)
-        .agg(
-            time=("time", "sum"),
-            levels=("time", "count"),
-            calls=("calls", "sum"),
-            scale=("scale", "max"),
-        )
-        .reset_index()
-    )
+    groups = calls.groupby([*STEP, "peer"], sort=False)
+    found = groups.agg({"time": "sum", "calls": "sum", "scale": "max"})
+    found = found.assign(levels=groups.time.count()).reset_index()
     found = found[found.levels == [planned[step] for step in found[STEP].itertuples(index=False)]]
     ours = found[found.peer == VSTAR_KERNELS].set_index(STEP).time
     return found.join(ours.rename("ours"), on=STEP).eval("ratio = time / ours")

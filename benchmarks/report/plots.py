@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 
@@ -40,6 +41,7 @@ COLOURS = {
     "flash-attn": "#B0A000",
 }
 PALETTE = {TITLES[peer]: colour for peer, colour in COLOURS.items()}
+FLOOR_PEERS = [TITLES[peer] for peer in (EAGER, SDPA, VSTAR_KERNELS)]
 DASHES = {TITLES[peer]: "" if PEERS[peer].tar else (4, 2) for peer in COLOURS}
 WIDTH = 9.4  # inches, of the page's column
 LEAST_MEMORY = 1e-4  # of the query's bytes, which a logarithmic axis can still show
@@ -145,7 +147,7 @@ def _coloured(text: str, soft: str, line: str) -> dict[str, str]:
 
 
 def _step_times(steps: pd.DataFrame) -> sns.FacetGrid:
-    shown = steps.assign(panel=steps.model + "\n" + steps.dtype, ms=steps.time * 1e3)
+    shown = steps.assign(panel=steps.model + "\n" + steps.dtype, y=steps.time * 1e3)
     return _against_frames(shown, "ms", columns=4, height=2.1)
 
 
@@ -153,15 +155,14 @@ def _frame_times(rows: pd.DataFrame) -> sns.FacetGrid:
     """Draws the time per frame and head, a panel for each head size."""
     panel = "D = " + rows.head_dim.astype(str) + ", " + rows.dtype
     time = 1e6 * rows.time / (rows.batch * rows.frames * rows.heads)
-    shown = rows.assign(panel=panel, **{"µs per frame and head": time})
+    shown = rows.assign(panel=panel, y=time)
     return _against_frames(shown, "µs per frame and head", columns=3, height=2.6)
 
 
 def _memory(rows: pd.DataFrame) -> sns.FacetGrid:
     """Draws the peaks in sizes of the query."""
     sizes = rows.batch * rows.frames * rows.heads * rows.head_dim * rows.item_bytes
-    peaks = (rows.peak_bytes / sizes).clip(lower=LEAST_MEMORY)
-    shown = rows.assign(panel="", **{"times the query's bytes": peaks})
+    shown = rows.assign(panel="", y=(rows.peak_bytes / sizes).clip(lower=LEAST_MEMORY))
     return _against_frames(shown, "times the query's bytes", columns=1, height=3.0)
 
 
@@ -183,7 +184,7 @@ def _threads(rows: pd.DataFrame) -> sns.FacetGrid:
     """Draws the speed against threads, a panel for each number of frames."""
     rows = rows.assign(panel="N = " + rows.frames.astype(str) + ", " + rows.dtype)
     one = rows[rows.threads == 1].set_index(["panel", "peer"]).time
-    rows = rows.join(one.rename("of_one"), on=["panel", "peer"]).eval("speed = of_one / time")
+    rows = rows.join(one.rename("of_one"), on=["panel", "peer"]).eval("y = of_one / time")
     grid = _lines(rows, "threads", "speed", columns=3, height=2.2)
     counts = sorted(rows.threads.unique())
     for ax in grid.axes.flat:
@@ -195,47 +196,31 @@ def _threads(rows: pd.DataFrame) -> sns.FacetGrid:
 
 def _lines(rows: pd.DataFrame, x: str, y: str, *, columns: int, height: float) -> sns.FacetGrid:
     """Draws a line for each peer in each panel; the medians, where cases share a place."""
-    columns = min(columns, rows.panel.nunique())
-    grid = sns.relplot(
-        rows,
-        kind="line",
-        x=x,
-        y=y,
-        hue="peer",
-        style="peer",
-        hue_order=[name for name in PALETTE if name in set(rows.peer)],
-        palette=PALETTE,
-        dashes=DASHES,
-        markers=dict.fromkeys(PALETTE, "o"),
-        estimator="median",
-        errorbar=None,
-        col="panel",
-        col_wrap=columns,
-        height=height,
-        aspect=WIDTH / columns / height,
-        facet_kws={"sharex": False, "sharey": False},
-    )
-    return grid.set_titles("{col_name}")
+    peers = [name for name in PALETTE if name in set(rows.peer)]
+    look = {"hue": "peer", "hue_order": peers, "palette": PALETTE, "marker": "o"}
+    look |= {"style": "peer", "dashes": DASHES, "estimator": "median", "errorbar": None}
+    look |= _panels("panel", rows.panel, columns, height)
+    grid = sns.relplot(rows, kind="line", x=x, y="y", **look)
+    return grid.set_titles("{col_name}").set_ylabels(y)
+
+
+def _panels(name: str, values: pd.Series, columns: int, height: float) -> dict[str, Any]:
+    """Returns how seaborn lays out a panel for each of the values."""
+    columns = min(columns, values.nunique())
+    size = {"height": height, "aspect": WIDTH / columns / height}
+    axes = {"sharex": False, "sharey": False}
+    return {"col": name, "col_wrap": columns, "facet_kws": axes} | size
 
 
 def _speed_up(steps: pd.DataFrame) -> sns.FacetGrid:
     """Draws bars for each model and number of frames: who is how many times slower."""
     names = steps.model.str.replace("-", "-\n", n=1) + "\n" + steps.dtype
     shades = [plt.rcParams["grid.color"], COLOURS[VSTAR_KERNELS]]
-    frames = ("N = " + steps.frames.astype(str)).rename("N")
-    grid = sns.catplot(
-        steps.assign(model=names, frames=frames),
-        kind="bar",
-        x="model",
-        y="ratio",
-        hue="frames",
-        palette=sns.blend_palette(shades, frames.nunique() + 1)[1:],
-        row="peer",
-        row_order=[TITLES[peer] for peer in (EAGER, SDPA) if TITLES[peer] in set(steps.peer)],
-        height=2.6,
-        aspect=WIDTH / 2.6,
-        sharey=False,
-    )
+    frames = "N = " + steps.frames.astype(str)
+    palette = sns.blend_palette(shades, frames.nunique() + 1)[1:]
+    look = {"hue": "frames", "palette": palette, "height": 2.6, "aspect": WIDTH / 2.6}
+    shown = steps.assign(model=names, frames=frames)
+    grid = sns.catplot(shown, kind="bar", x="model", y="ratio", row="peer", sharey=False, **look)
     grid.refline(y=1, color=plt.rcParams["xtick.color"], linestyle="-", linewidth=1)
     grid.set_titles("{row_name} over vstar_kernels").set_axis_labels("", "times as long")
     return grid.tick_params(axis="x", labelsize=7)
@@ -245,23 +230,10 @@ def _floors(rows: pd.DataFrame) -> sns.FacetGrid:
     """Draws the floor over the time, a point for each case."""
     head_dims, frames = sorted(rows.head_dim.unique()), sorted(rows.frames.unique())
     aside = 0.09 * (rows.head_dim.map(head_dims.index) - (len(head_dims) - 1) / 2)
-    columns = min(2, rows.dtype.nunique())
-    grid = sns.relplot(
-        rows.assign(place=rows.frames.map(frames.index) + aside, D=rows.head_dim),
-        kind="scatter",
-        x="place",
-        y="share",
-        hue="peer",
-        hue_order=[TITLES[peer] for peer in (EAGER, SDPA, VSTAR_KERNELS)],
-        palette=PALETTE,
-        style="D",
-        s=28,
-        col="dtype",
-        col_wrap=columns,
-        height=3.0,
-        aspect=WIDTH / columns / 3.0,
-        facet_kws={"sharey": False},
-    )
+    shown = rows.assign(place=rows.frames.map(frames.index) + aside, D=rows.head_dim)
+    look = {"hue": "peer", "hue_order": FLOOR_PEERS, "palette": PALETTE, "style": "D", "s": 28}
+    look |= _panels("dtype", rows.dtype, 2, 3.0)
+    grid = sns.relplot(shown, kind="scatter", x="place", y="share", **look)
     grid.refline(y=1, color=plt.rcParams["xtick.color"], linestyle="-", linewidth=1)
     grid.set(xticks=range(len(frames)), xticklabels=frames, ylim=(0, None))
     grid.set_titles("{col_name}: floor over time").set_axis_labels("frames", "")
