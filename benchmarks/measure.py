@@ -115,7 +115,7 @@ def _yardsticks(operation: Forward | Step, clock: CpuClock, device: str) -> list
         name = f"matrix product in {dtype}".replace("torch.", "")
         product = TimedCall(name, lambda *_, a=a, b=b, c=c: torch.mm(a, b, out=c))
         calls.append(clock.warm_up(product, operation.inputs))
-    if isinstance(operation, Forward) and case.bytes is not None:
+    if case.bytes is not None:
         # It reads two tensors and writes two, as many bytes as the forward moves.
         target = torch.empty_like(operation.blocks[0][:2])
         copy = TimedCall(COPY, lambda block: target.copy_(block[:2]))

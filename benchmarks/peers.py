@@ -6,11 +6,11 @@ plain attention costs: lower bounds for whoever builds TAR on them.
 
 from __future__ import annotations
 
-import functools
 import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class Peer:
         """Returns the bias that its results must have."""
         return BIAS if self.tar else NO_BIAS
 
-    @functools.cache  # noqa: B019 (the peers live as long as the process)
+    @cache  # noqa: B019 (the peers live as long as the process)
     def unavailable(self, device: str, dtype: torch.dtype) -> str:
         """Returns why it cannot run on this device in this type; nothing if it can."""
         build = self.trial or self.build or self.build_with_map
@@ -83,7 +83,7 @@ def reason(error: BaseException) -> str:
 def kernels(inputs: Inputs, **options: Any) -> Attention:
     """Returns this package's kernels, as users call them but for ``options``."""
     backend = "triton" if inputs[0].is_cuda else "cpu"
-    return functools.partial(vk.tar_attention, **({"bias": BIAS, "backend": backend} | options))
+    return partial(vk.tar_attention, **({"bias": BIAS, "backend": backend} | options))
 
 
 def delta_for(inputs: Inputs) -> Tensor:
@@ -93,7 +93,7 @@ def delta_for(inputs: Inputs) -> Tensor:
 
 def eager(inputs: Inputs, **options: Any) -> Attention:
     """Returns the formula with every map held in memory, as VSTAR's users compute it."""
-    return functools.partial(testing.eager, bias=vk.DenseBias(delta_for(inputs)), **options)
+    return partial(testing.eager, bias=vk.DenseBias(delta_for(inputs)), **options)
 
 
 def compiled(function: Attention) -> Attention:
@@ -199,24 +199,22 @@ PEERS = {
         "vstar_kernels",
         True,
         kernels,
-        functools.partial(kernels, return_map=True),
-        processor=TARAttnProcessor,
+        partial(kernels, return_map=True),
+        TARAttnProcessor,
         ours=True,
     ),
     EAGER: Peer(
         "eager formula",
         True,
         eager,
-        functools.partial(eager, return_map=True),
-        processor=EagerTARAttnProcessor,
+        partial(eager, return_map=True),
+        EagerTARAttnProcessor,
         logits_held=4,
     ),
     "eager-compiled": Peer(
         "eager formula, compiled", True, lambda x: compiled(eager(x)), trial=eager, logits_held=4
     ),
-    "sdpa-bias": Peer(
-        "SDPA with the bias", True, functools.partial(with_bias, sdpa), logits_held=3
-    ),
+    "sdpa-bias": Peer("SDPA with the bias", True, partial(with_bias, sdpa), logits_held=3),
     "flex": Peer(
         "FlexAttention, two passes",
         True,
@@ -231,14 +229,14 @@ PEERS = {
     "reference": Peer(
         "vstar_kernels' reference",
         True,
-        functools.partial(kernels, backend="reference"),
+        partial(kernels, backend="reference"),
         logits_held=6,
         ours=True,
         on_request=True,
     ),
     # What TAR adds to the kernels is the difference.
     "strength-0": Peer(
-        "vstar_kernels at strength 0", False, functools.partial(kernels, bias=NO_BIAS), ours=True
+        "vstar_kernels at strength 0", False, partial(kernels, bias=NO_BIAS), ours=True
     ),
     # diffusers' own processor stays.
     SDPA: Peer("SDPA without TAR", False, Sdpa, processor=lambda _: None),

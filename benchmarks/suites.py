@@ -27,6 +27,7 @@ UNET_HEAD_DIM = 64
 CPU_ELEMENTS = 1024 * 16 * 5 * 64
 QUICK_ELEMENTS = CPU_ELEMENTS // 4
 
+Allocator = Literal["warm", "default"]
 Count = Annotated[int, parsed(integer(1), "N")]
 Counts = several(integer(1), "N")
 
@@ -49,17 +50,13 @@ class Selection:
     """Types of query, key and value."""
     peers: Annotated[tuple[str, ...] | None, option("PEER ...")] = None
     """Who is compared with vstar_kernels; `list` shows them."""
-    device: Annotated[Literal["cpu", "cuda"] | None, option(default="cuda where there is one")] = (
-        None
-    )
+    device: Annotated[Literal["cpu", "cuda"] | None, option(default="cuda if there is one")] = None
     """Where it is measured."""
     threads: Annotated[int | None, parsed(integer(1), "N"), option(default="PyTorch's")] = None
     """Threads of a CPU."""
     isa: Annotated[Literal["avx512", "avx2"] | None, option()] = None
     """Limit the kernels, PyTorch and MKL to this instruction set."""
-    allocators: Annotated[tuple[Literal["warm", "default"], ...] | None, option(default="both")] = (
-        None
-    )
+    allocators: Annotated[tuple[Allocator, ...] | None, option(default="both")] = None
     """Settings of a CPU's allocator."""
     full_rows: bool = False
     """Take all rows of the models on a CPU too, which takes long."""

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 import rich.table
@@ -27,7 +28,6 @@ ALWAYS = (OVERVIEW, BEHIND)
 IN_THE_TERMINAL = (OVERVIEW, BEHIND, DISTURBED, FAILURES, MODELS)
 RATIO_NOTE = "The columns of peers say how many times as long as vstar_kernels they take."
 STATUSES = (results.MEASURED, results.UNAVAILABLE, results.REFUSED, results.FAILED, results.WRONG)
-NOT_TIMED = (results.REFUSED, results.FAILED, results.WRONG)
 FILE_COLUMNS = 160  # where the output is no terminal
 TITLES = {name: peer.title for name, peer in PEERS.items()}
 
@@ -75,24 +75,18 @@ def digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}"
 
 
-def milliseconds(seconds: pd.Series) -> pd.Series:
-    """Returns times without their unit."""
-    return written(seconds * 1e3, digits)
-
-
-def times(ratios: pd.Series) -> pd.Series:
-    """Returns ratios."""
-    return written(ratios, "{:.2f}×".format)
-
-
-def percent(shares: pd.Series) -> pd.Series:
-    """Returns parts of 1 in percent."""
-    return written(shares, "{:.0%}".format)
-
-
 def written(figures: pd.Series, write: Callable[[float], str]) -> pd.Series:
     """Returns figures as text, missing where they are."""
     return figures.astype(object).map(write, na_action="ignore")
+
+
+times = partial(written, write="{:.2f}×".format)
+percent = partial(written, write="{:.0%}".format)
+
+
+def milliseconds(seconds: pd.Series) -> pd.Series:
+    """Returns times without their unit."""
+    return written(seconds * 1e3, digits)
 
 
 def geometric_mean(ratios: pd.Series) -> float:
@@ -113,10 +107,8 @@ def overview(run: Run) -> Table:
             means = times(pd.Series([geometric_mean(x.ratio) for x in ratios]))
             floors = f"{low} to {high}" if ours.share.any() else None
             rows.append((suite.title, dtype, str(len(ours)), floors, *means, first))
-    head = (
-        *("suite", "type", "cases", "share of the floor", TITLES[EAGER]),
-        *("fastest other with TAR", TITLES[SDPA], "first with TAR"),
-    )
+    head = ["suite", "type", "cases", "share of the floor"]
+    head += [TITLES[EAGER], "fastest other with TAR", TITLES[SDPA], "first with TAR"]
     note = (
         f"{RATIO_NOTE} Geometric means over the cases. The floor is the larger of the bytes over "
         "the bandwidth of a copy and the operations over the rate of PyTorch's matrix product, "
@@ -216,7 +208,7 @@ def failures(run: Run) -> Table:
         if record.failure:
             rows.append((record.key, "all", results.FAILED, record.failure))
         for name, outcome in record.peers.items():
-            if outcome.status in NOT_TIMED:
+            if outcome.status not in (results.MEASURED, results.UNAVAILABLE):
                 rows.append((record.key, TITLES[name], outcome.status, outcome.reason))
     return Table(FAILURES, ("case", "peer", "", "reason"), rows, words=4)
 
