@@ -197,7 +197,7 @@ def _threads(rows: pd.DataFrame) -> sns.FacetGrid:
 def _lines(rows: pd.DataFrame, x: str, y: str, *, columns: int, height: float) -> sns.FacetGrid:
     """Draws a line for each peer in each panel; the medians, where cases share a place."""
     peers = [name for name in PALETTE if name in set(rows.peer)]
-    look = {"hue": "peer", "hue_order": peers, "palette": PALETTE, "marker": "o"}
+    look = {"hue": "peer", "hue_order": peers, "palette": PALETTE, "marker": "o", "mew": 0}
     look |= {"style": "peer", "dashes": DASHES, "estimator": "median", "errorbar": None}
     look |= _panels("panel", rows.panel, columns, height)
     grid = sns.relplot(rows, kind="line", x=x, y="y", **look)
@@ -231,11 +231,21 @@ def _floors(rows: pd.DataFrame) -> sns.FacetGrid:
     head_dims, frames = sorted(rows.head_dim.unique()), sorted(rows.frames.unique())
     aside = 0.09 * (rows.head_dim.map(head_dims.index) - (len(head_dims) - 1) / 2)
     shown = rows.assign(place=rows.frames.map(frames.index) + aside, D=rows.head_dim)
-    look = {"hue": "peer", "hue_order": FLOOR_PEERS, "palette": PALETTE, "style": "D", "s": 28}
+    look = {
+        "hue": "peer",
+        "hue_order": FLOOR_PEERS,
+        "palette": PALETTE,
+        "style": "D",
+        "s": 28,
+        "linewidth": 0,
+    }
     look |= _panels("dtype", rows.dtype, 2, 3.0)
     grid = sns.relplot(shown, kind="scatter", x="place", y="share", **look)
     grid.refline(y=1, color=plt.rcParams["xtick.color"], linestyle="-", linewidth=1)
     grid.set(xticks=range(len(frames)), xticklabels=frames, ylim=(0, None))
+    for text, handle in zip(grid.legend.get_texts(), grid.legend.legend_handles, strict=True):
+        if text.get_text().isdigit():  # seaborn draws head sizes in black
+            handle.set_markerfacecolor(plt.rcParams["text.color"])
     grid.set_titles("{col_name}: floor over time").set_axis_labels("frames", "")
     for ax in grid.axes.flat:
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
