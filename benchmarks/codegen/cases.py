@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,7 +78,7 @@ class Entry(Key):
     @property
     def key(self) -> Key:
         """What the line is found by."""
-        return Key(*(getattr(self, field.name) for field in fields(Key)))
+        return Key(self.architecture, self.kind, self.frames, self.width, self.backward)
 
 
 @dataclass(frozen=True)
@@ -286,8 +286,8 @@ def subset(every: Iterable[Case]) -> list[Case]:
 
 def effort(case: Case) -> tuple[bool, float]:
     """Orders cases by how long they take: NVIDIA's disassembler, then each warp's part of a map."""
-    config, frames = case.config, case.entry.frames
-    keys = config.keys if isinstance(config, StreamConfig) else frames
+    config = case.config
+    keys = getattr(config, "keys", case.entry.frames)
     return case.entry.architecture.startswith("sm_"), config.queries * keys / config.warps
 
 
