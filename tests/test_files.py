@@ -224,3 +224,37 @@ def test_a_folder_that_is_filled_meanwhile(tmp_path, existed):
     assert str(caught.value).endswith(str(kept))
     assert not kept.name.startswith(".")
     assert contents(kept) == {"video.mp4": "ours"}
+
+
+def test_a_file_that_vanishes_meanwhile_keeps_no_other_from_going_back(earlier, monkeypatch):
+    rename = os.rename
+
+    def lose_the_maps(source, target):
+        if os.path.basename(source) == "maps.png" and os.path.dirname(source) == str(earlier):
+            os.unlink(source)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", lose_the_maps)
+    with (
+        pytest.raises(OSError, match=r"the results are in .*results-"),
+        results_folder(earlier, NAMES, overwrite=True) as folder,
+    ):
+        save(folder, video_mp4="new video", maps_png="new maps")
+    left = {path.name: path for path in earlier.iterdir()}
+    (results,) = (path for name, path in left.items() if name.startswith("results-"))
+    assert contents(results) == {"video.mp4": "new video", "maps.png": "new maps"}
+    assert set(left) == {"video.mp4", "notes.txt", results.name}
+    assert left["video.mp4"].read_text() == "old video"
+
+
+def test_a_body_that_raises_leaves_no_folders_above(tmp_path):
+    with pytest.raises(ZeroDivisionError), results_folder(tmp_path / "a" / "b", NAMES):
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+
+
+def test_links_in_a_circle_are_an_error_of_the_system(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / "a", "")

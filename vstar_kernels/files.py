@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -25,7 +25,7 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
         OSError: It cannot be written, or something is there that is not a regular file. What was
             there is unchanged.
     """
-    place = Path(path).resolve()
+    place = _resolve(path)
     existed = place.exists()
     if existed and not place.is_file():
         raise OSError(f"{place} is not a regular file")
@@ -61,8 +61,9 @@ def results_folder(
     Raises:
         OSError: The results cannot be written, or cannot be put into their place.
     """
-    place = Path(path).resolve()
+    place = _resolve(path)
     existed = place.exists()
+    missing = [parent for parent in place.parents if not parent.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
     # Within a folder that is there: it may be a mounted one, or the one we are in.
     scratch = _free_name(place / "results" if existed else place)
@@ -71,6 +72,9 @@ def results_folder(
         yield scratch
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):  # somebody else may have put something there
+            for parent in missing:
+                parent.rmdir()
         raise
     try:
         if existed or (overwrite and place.exists()):
@@ -78,8 +82,13 @@ def results_folder(
         else:
             os.rename(scratch, place)  # fails where a folder with files has been made meanwhile
     except OSError as error:
+        if not scratch.exists():
+            raise
         kept = scratch.with_name(scratch.name.lstrip("."))
-        os.rename(scratch, kept)
+        try:
+            os.rename(scratch, kept)
+        except OSError:
+            kept = scratch
         raise OSError(f"{error}; the results are in {kept}") from error
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -109,12 +118,24 @@ def _exchange_files(
             os.rename(source, target)
     except BaseException:
         for source, target in reversed(moves):
-            if not os.path.lexists(source):  # so it was moved
-                os.rename(target, source)
-        old.rmdir()
+            # Not counted: an interrupt may come between a rename and its being noted. What has
+            # vanished meanwhile cannot go back, and must not keep the others from it.
+            if os.path.lexists(target) and not os.path.lexists(source):
+                with suppress(OSError):
+                    os.rename(target, source)
+        with suppress(OSError):
+            old.rmdir()
         raise
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _resolve(path: str | Path) -> Path:
+    """Returns the path with its links followed; raises OSError where they lead in a circle."""
+    try:
+        return Path(path).resolve()
+    except RuntimeError as error:  # what Python before 3.13 raises
+        raise OSError(str(error)) from error
 
 
 def _free_name(path: Path) -> Path:

@@ -246,6 +246,14 @@ def test_nothing_half_written(generate, output, monkeypatch, broken):
     assert_nothing_written(output)
 
 
+def test_a_place_that_cannot_be_written_is_found_before_sampling(generate, output, monkeypatch):
+    output.parent.joinpath("file").write_text("")
+    monkeypatch.setattr("vstar_kernels.cli.generate.VSTAR", None)
+    status, printed = generate("--prompt", PROMPT, "--output", output.parent / "file" / "x")
+    assert status == 2
+    assert "generate: error: --output: " in printed
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_interruption_leaves_nothing(generate, output, monkeypatch, overwrite):
     if overwrite:
@@ -257,8 +265,9 @@ def test_an_interruption_leaves_nothing(generate, output, monkeypatch, overwrite
         raise KeyboardInterrupt
 
     monkeypatch.setattr("vstar_kernels.cli.generate.write_mp4", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        generate("--prompt", PROMPT, *["--overwrite"] * overwrite)
+    status, printed = generate("--prompt", PROMPT, *["--overwrite"] * overwrite)
+    assert status == 130
+    assert printed.splitlines()[-1] == "vstar-kernels generate: interrupted"
     if not overwrite:
         assert_nothing_written(output)
     else:

@@ -297,6 +297,21 @@ def test_no_message_is_made_of_a_header(raw):
     assert "Ab42" not in shown
 
 
+def test_a_redirect_is_not_followed(tmp_path):
+    with ChatServer(answers("never")) as other:
+        location = f"Location: {other.url}/chat/completions"
+        with ChatServer(speaks(f"HTTP/1.1 307 Go\r\n{location}\r\n\r\n".encode())) as server:
+            message, _ = refused(server, attempts=1)
+        assert not other.requests
+    assert message.endswith("HTTP status 307: it redirects; give base_url as it is there")
+
+
+@pytest.mark.parametrize("port", ["99999", "-1", "abc"])
+def test_a_port_that_there_cannot_be(port):
+    with pytest.raises(ValueError, match="base_url must have a port from 0 to 65535"):
+        vk.SynopsisWriter.from_endpoint("m", base_url=f"http://127.0.0.1:{port}/v1")
+
+
 # Time and size
 
 

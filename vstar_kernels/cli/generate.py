@@ -23,11 +23,11 @@ from vstar_kernels.cli.options import (
     integer,
     number,
     option,
+    output_folder,
     parsed,
     several,
     size,
 )
-from vstar_kernels.files import results_folder
 from vstar_kernels.methods.reading import shorten
 from vstar_kernels.methods.vstar.embeddings import Interpolation
 from vstar_kernels.methods.vstar.synopsis import Synopsis
@@ -235,33 +235,30 @@ class GenerateOptions:
         config, writer = _config(self.regularization), _writer(self.synopsis)
         prompt, image = _prompt(self), _image(self.video.image)
         pipe = _load(self.video, device)
-        with _errors_of_the_call():
-            vstar = VSTAR(
-                pipe,
-                config,
-                writer=writer,
-                mode=self.synopsis.mode,
-                extend_positions=self.regularization.extend_positions,
-            )
-            generation = vstar(
-                prompt,
-                num_frames=self.video.frames,
-                seed=self.video.seed,
-                num_stages=self.synopsis.stages,
-                refresh=self.synopsis.refresh,
-                maps=self.captured_steps or False,
-                **self.settings,
-                **image,
-            )
         output = self.output.output
-        try:
-            with results_folder(output, FILES, overwrite=self.output.overwrite) as folder:
-                _write(folder, generation, self.output.fps)
-                record = _record(self, type(pipe).__name__, generation, device)
-                text = json.dumps(record, ensure_ascii=False, indent=1)
-                (folder / "generation.json").write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise CommandError(f"--output: {error}") from error
+        with output_folder(output, FILES, overwrite=self.output.overwrite) as folder:
+            with _errors_of_the_call():
+                vstar = VSTAR(
+                    pipe,
+                    config,
+                    writer=writer,
+                    mode=self.synopsis.mode,
+                    extend_positions=self.regularization.extend_positions,
+                )
+                generation = vstar(
+                    prompt,
+                    num_frames=self.video.frames,
+                    seed=self.video.seed,
+                    num_stages=self.synopsis.stages,
+                    refresh=self.synopsis.refresh,
+                    maps=self.captured_steps or False,
+                    **self.settings,
+                    **image,
+                )
+            _write(folder, generation, self.output.fps)
+            record = _record(self, type(pipe).__name__, generation, device)
+            text = json.dumps(record, ensure_ascii=False, indent=1)
+            (folder / "generation.json").write_text(text + "\n", encoding="utf-8")
         for index, stage in enumerate(generation.synopsis.stages, start=1):
             print(f"stage {index}: {stage}")
         print(f"seed {generation.seed}, TAR on {len(generation.layers)} layers")

@@ -9,11 +9,14 @@ import importlib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import tyro
+
+from vstar_kernels.files import results_folder
 
 T = TypeVar("T")
 MAX_STEPS = 1000  # of the schedulers' training
@@ -39,7 +42,8 @@ def run_command(
 ) -> int:
     """Reads a command and its options, and runs it; returns the exit status.
 
-    Options that cannot be read end the process with status 2, as ``--help`` does with 0.
+    Options that cannot be read end the process with status 2, as ``--help`` does with 0. A command
+    that cannot go on has status 2 too, one that Ctrl-C interrupts 130.
     """
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes)
     try:
@@ -50,6 +54,9 @@ def run_command(
     except CommandError as error:
         print(f"{prog} {arguments[0]}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{prog} {arguments[0]}: interrupted", file=sys.stderr)
+        return 130
 
 
 def option(metavar: str | None = None, *, default: str | None = None) -> Any:
@@ -127,6 +134,21 @@ def size(least: int) -> Callable[[str], tuple[int, int]]:
         return height, width
 
     return parse
+
+
+@contextmanager
+def output_folder(path: Path, names: Collection[str], *, overwrite: bool) -> Iterator[Path]:
+    """Gives the folder to write results into, before they are computed: see `results_folder`.
+
+    Raises:
+        CommandError: The results cannot be written, or put into their place; the message says
+            where they are if they are complete.
+    """
+    try:
+        with results_folder(path, names, overwrite=overwrite) as folder:
+            yield folder
+    except OSError as error:
+        raise CommandError(f"--output: {error}") from error
 
 
 def check_model(model: str) -> None:

@@ -298,6 +298,8 @@ class Endpoint:
 
     def _status_failure(self, error: Any) -> str:
         """Returns what a status means, in the server's words, from the body alone."""
+        if error.response.is_redirect:
+            return f"HTTP status {error.status_code}: it redirects; give base_url as it is there"
         text = error.response.text
         try:
             found = decode(text, lambda part: self.redact(clean(part)))["error"]
@@ -368,7 +370,8 @@ def bounded_client(seconds: float) -> Any:
                 response.status_code, headers=headers, content=bytes(body), request=response.request
             )
 
-    return BoundedClient()
+    # A redirect would take along the headers of the caller's own, which may be keys.
+    return BoundedClient(follow_redirects=False)
 
 
 def _check_url(base_url: str) -> None:
@@ -378,6 +381,10 @@ def _check_url(base_url: str) -> None:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         shown = "one with an @" if "@" in base_url else repr(base_url)
         raise ValueError(f"base_url must be an http or https address, got {shown}")
+    try:
+        parts.port  # noqa: B018  (it is read here)
+    except ValueError as error:
+        raise ValueError(f"base_url must have a port from 0 to 65535: {error}") from None
 
 
 def redact(text: str, secrets: Iterable[str]) -> str:

@@ -318,7 +318,7 @@ def _keyed(value: Any, path: str, read: Callable[[Any, str], T]) -> dict[int, T]
     found = {}
     for key, item in _read_object(value, path).items():
         # Only as it is written, so that no two keys are the same number.
-        if not re.fullmatch("0|[1-9][0-9]{0,8}", key):
+        if not re.fullmatch("0|[1-9][0-9]{0,17}", key):
             raise ValueError(
                 f"{path} must be keyed by levels or widths (0, 1, …), got {_shown(key)}"
             )

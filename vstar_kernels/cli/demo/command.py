@@ -26,11 +26,11 @@ from vstar_kernels.cli.options import (
     integer,
     number,
     option,
+    output_folder,
     parsed,
     several,
     size,
 )
-from vstar_kernels.files import results_folder
 from vstar_kernels.models.front_end import temporal_layers
 
 PACKAGES = ("diffusers", "transformers", "jinja2", "matplotlib", "tqdm")
@@ -108,14 +108,14 @@ class DemoOptions:
         check_device(self.device)
         start = time.perf_counter()
         demo = prepare(self)
-        _denoise(demo)
-        results = {
-            "settings": dataclasses.asdict(self) | {"output": str(self.output)},
-            **report.results_of(demo),
-            "total_seconds": time.perf_counter() - start,
-        }
-        print(f"\n{report.table(results)}\n")
-        with results_folder(self.output, FILES, overwrite=True) as folder:
+        with output_folder(self.output, FILES, overwrite=True) as folder:
+            _denoise(demo)
+            results = {
+                "settings": dataclasses.asdict(self) | {"output": str(self.output)},
+                **report.results_of(demo),
+                "total_seconds": time.perf_counter() - start,
+            }
+            print(f"\n{report.table(results)}\n")
             videos = _write_videos(folder, demo)
             (folder / "results.json").write_text(json.dumps(results, indent=1))
             (folder / "report.html").write_text(report.page(results, videos), encoding="utf-8")
