@@ -40,10 +40,10 @@ class TimedCall:
 
 @dataclass(frozen=True)
 class WarmCall:
-    """A timed call that has run before; ``launch`` takes the number of a set of inputs."""
+    """A timed call that has run before; ``run`` takes the number of a set of inputs."""
 
     timed: TimedCall
-    launch: Callable[[int], object]
+    run: Callable[[int], object]
 
 
 class CpuClock:
@@ -63,7 +63,7 @@ class CpuClock:
         """Returns the time of one call with a set of inputs."""
         start = time.perf_counter()
         for _ in range(call.timed.repeats):
-            call.launch(index)
+            call.run(index)
         return (time.perf_counter() - start) / call.timed.repeats
 
 
@@ -80,7 +80,7 @@ class GpuClock(CpuClock):
 
     def warm_up(self, timed: TimedCall, inputs: Sequence[Tensors]) -> WarmCall:
         warm = super().warm_up(timed, inputs)
-        warm.launch(0)  # the first call compiles
+        warm.run(0)  # the first call compiles
         torch.cuda.synchronize()
         if timed.wall_clock:
             return warm
@@ -102,7 +102,7 @@ class GpuClock(CpuClock):
         torch.cuda._sleep(BUSY_CYCLES)
         start.record()
         for _ in range(call.timed.repeats):
-            call.launch(index)
+            call.run(index)
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / call.timed.repeats
@@ -132,7 +132,7 @@ def time_in_turn(
     times: dict[str, list[float]] = {call.timed.name: [] for call in calls}
     for call in order:
         call.timed.prepare()
-        call.launch(0)
+        call.run(0)
     start = time.perf_counter()
     for turn in range(rounds):
         if turn >= FEWEST_ROUNDS and time.perf_counter() - start > seconds:

@@ -63,8 +63,8 @@ def forward(call: Call, *, save: bool = False) -> Forward:
     """Computes the output and, where it is wanted, the mean map; saves nothing."""
     with torch.autocast(call.device.type, enabled=False):
         _, weights = _logits_and_weights(call)
-        values = heads_first(call.value)
-        out = empty_like(call.query).copy_((weights @ values).transpose(-3, -2))
+        v = heads_first(call.value)
+        out = empty_like(call.query).copy_((weights @ v).transpose(-3, -2))
     if not call.options.map_block:
         return Forward(out)
     mean = weights.mean(dim=tuple(range(1, weights.ndim - 2)))

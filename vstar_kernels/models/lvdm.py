@@ -149,6 +149,6 @@ class LvdmFrontEnd:
 def _attentions(block: nn.Module, block_name: str) -> Iterator[tuple[str, nn.Module]]:
     for name, module in block.named_modules(prefix=block_name):
         if type(module).__name__ == "TemporalTransformer":
-            for inner_name, inner in module.named_modules(prefix=name):
-                if inner_name.rpartition(".")[2] in ("attn1", "attn2"):
-                    yield inner_name, inner
+            for child_name, child in module.named_modules(prefix=name):
+                if child_name.rpartition(".")[2] in ("attn1", "attn2"):
+                    yield child_name, child
