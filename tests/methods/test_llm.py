@@ -379,7 +379,16 @@ def test_in_an_event_loop_of_the_callers():
         assert asyncio.run(notebook()).stages == STAGES
 
 
+@pytest.fixture
+def interrupts():
+    """Interrupts that raise, also where a shell has started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="there are no such signals")
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_ends_the_request():
     main = threading.get_ident()
     with ChatServer(drips(60)) as server:
