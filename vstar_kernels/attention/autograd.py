@@ -38,7 +38,7 @@ def needed(call: Call) -> bool:
     """Returns whether a call has to go through :func:`attention`."""
     return (
         torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and any(t.requires_grad for t in call.tensors().values()))
+        or (torch.is_grad_enabled() and call.requires_grad)
         or _func_is_active()
         or type(call.query) not in PLAIN
     )

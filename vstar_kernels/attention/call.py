@@ -82,6 +82,17 @@ class Call:
         return self.query.shape[-1]
 
     @property
+    def requires_grad(self) -> bool:
+        """Whether any of the tensors requires a gradient."""
+        return (
+            self.query.requires_grad
+            or self.key.requires_grad
+            or self.value.requires_grad
+            or (self.delta is not None and self.delta.requires_grad)
+            or (self.stat is not None and self.stat.requires_grad)
+        )
+
+    @property
     def map_shape(self) -> tuple[int, int, int]:
         """The shape of the returned map: the batch, and the frames in blocks of ``map_block``."""
         blocks = -(-self.frames // self.options.map_block)
