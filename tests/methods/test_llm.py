@@ -1,16 +1,20 @@
 """Language models behind servers that are slow, hostile, or know no structured answers."""
 
 import asyncio
+import base64
 import json
 import logging
 import signal
 import threading
 import time
 import traceback
+import zlib
+from urllib.parse import quote
 
 import pytest
 
 import vstar_kernels as vk
+from vstar_kernels.methods.secrets import redact
 from vstar_kernels.methods.vstar.writer import SynopsisError
 
 pytest.importorskip("openai")
@@ -132,7 +136,7 @@ def test_an_object_in_a_fence_or_after_reasoning(answer):
         ("{}", "stages: it is missing"),
         ('{"stages": ["a", "b"], "mood": 1}', "mood: there is no such field"),
         ('{"stages": {"1": "a", "01": "b"}}', "stages: .*valid list, got dict"),
-        ('{"stages": ["a", "b"], "stages": ["c"]}', "the key 'stages' twice"),
+        ('{"stages": ["a", "b"], "stages": ["c"]}', "stages: it is there twice"),
         ('{"stages": ["a", 3]}', r"stages\[1\]: .*valid string, got int"),
         ('{"stages": ["a", "…"]}', "stages: stage 2 has no text"),
         ('{"stages": ["a"]}', "stages: expected 2 to 12 stages, found 1"),
@@ -216,6 +220,20 @@ ECHOES = {
     "sequences": "\\u001b[31m".join(KEY),
     "no width": "\u200b".join(KEY),
     "lines": "\\n".join(KEY),
+    "comments": "<!-- x -->".join(KEY),
+    "long tags": f"<b {'x' * 200}>".join(KEY),
+    "in an address": "".join(f"%{ord(character):02x}" for character in KEY),
+    "in an address twice": quote(quote(KEY, safe=""), safe=""),
+    "entities": "".join(f"&#{ord(character)};" for character in KEY),
+    "named entities": KEY.replace("/", "&sol;").replace("_", "&lowbar;").replace("+", "&plus;"),
+    "hexadecimal entities": "".join(f"&amp;#x{ord(character):x};" for character in KEY),
+    "base64": base64.b64encode(KEY.encode()).decode(),
+    "base64 of a header": base64.b64encode(f"Bearer {KEY}".encode()).decode(),
+    "base64 of credentials": base64.urlsafe_b64encode(f"u:{KEY}:x".encode()).decode(),
+    "hexadecimal": KEY.encode().hex(" "),
+    "quoted-printable": "".join(f"={ord(character):02X}" for character in KEY),
+    "wide": "".join(chr(ord(x) + 0xFEE0) if x.isalnum() else x for x in KEY),
+    "backwards": KEY[::-1],
     "capitals": KEY.upper(),
     "two stages": f'{KEY[:9]}", "{KEY[9:]}',
 }
@@ -235,6 +253,7 @@ def letters(text):
 def test_a_key_that_a_server_repeats_is_nowhere(tmp_path, caplog, way):
     caplog.set_level(logging.DEBUG)
     echo, secret = ECHOES[way], letters(KEY)
+    assert redact(f"so {echo} it is", [KEY]) != f"so {echo} it is"
     stages = f'{{"stages": ["A pond of {echo}.", "Ice."]}}'
     with ChatServer(answers(stages)) as server:
         try:
@@ -245,6 +264,7 @@ def test_a_key_that_a_server_repeats_is_nowhere(tmp_path, caplog, way):
     sent_back = [json.dumps(request, ensure_ascii=False) for request in server.requests[1:]]
     for text in ("".join(found), *kept, *sent_back):
         assert secret not in letters(text)
+        assert echo not in text
     assert "[key]" in "".join(found)
     body = f'{{"error": {{"message": "wrong key {echo}", "type": "x"}}}}'
     error_bodies = [
@@ -260,6 +280,7 @@ def test_a_key_that_a_server_repeats_is_nowhere(tmp_path, caplog, way):
         with ChatServer(act) as server:
             message, shown = refused(server, attempts=1)
         assert secret not in letters(shown)
+        assert echo not in shown
         assert "[key]" in message
     assert secret not in letters(caplog.text.replace("\n", " "))
 
@@ -290,9 +311,11 @@ def test_the_headers_of_the_callers_own_are_secrets():
         f"HTTP/1.1 200 OK\r\nContent-Type: x; charset={KEY}\r\nContent-Length: 1\r\n\r\n{{",
     ],
 )
-def test_no_message_is_made_of_a_header(raw):
+def test_no_message_is_made_of_a_header(raw, caplog):
+    caplog.set_level(logging.DEBUG)
     with ChatServer(speaks(raw.encode())) as server:
         _, shown = refused(server, attempts=1)
+    assert "Ab42" not in caplog.text
     assert letters(KEY) not in letters(shown)
     assert "Ab42" not in shown
 
@@ -306,9 +329,40 @@ def test_a_redirect_is_not_followed(tmp_path):
     assert message.endswith("HTTP status 307: it redirects; give base_url as it is there")
 
 
+def test_logs_of_others_are_left_alone(caplog):
+    caplog.set_level(logging.DEBUG)
+    with ChatServer(GOOD) as server:
+        writer(server).write(PROMPT)
+    logging.getLogger("httpx2").info("of %s", KEY)
+    assert caplog.messages[-1] == f"of {KEY}"
+
+
+def test_an_answer_that_is_compressed_is_not_unpacked():
+    bomb = zlib.compress(b" " * 2**24)
+
+    def act(handler):
+        handler.reply(200, bomb, {"Content-Encoding": "deflate"})
+
+    with ChatServer(act) as server:
+        message, _ = refused(server, attempts=1)
+    assert server.headers[0]["accept-encoding"] == "identity"
+    assert message.endswith("a compressed answer, and none was asked for")
+
+
+def test_no_charset_of_a_header_decodes_an_error():
+    body = b"a-" * 100_000  # as punycode it takes minutes
+
+    def act(handler):
+        handler.reply(400, body, {"Content-Type": "text/plain; charset=punycode"})
+
+    with ChatServer(act) as server:
+        message, _ = refused(server, attempts=1)
+    assert "HTTP status 400: a-a-a-" in message
+
+
 @pytest.mark.parametrize("port", ["99999", "-1", "abc"])
 def test_a_port_that_there_cannot_be(port):
-    with pytest.raises(ValueError, match="base_url must have a port from 0 to 65535"):
+    with pytest.raises(ValueError, match="base_url must have a host, and a port from 0 to 65535"):
         vk.SynopsisWriter.from_endpoint("m", base_url=f"http://127.0.0.1:{port}/v1")
 
 
@@ -322,6 +376,20 @@ def test_the_timeout_is_for_the_whole_request(slow):
         message, _ = refused(server, timeout=1.0, attempts=1)
         assert time.monotonic() - start < 10
     assert message.endswith(": no answer in 1 s")
+
+
+def test_the_timeout_is_for_the_look_up_of_the_host_too(monkeypatch):
+    def slow(*_, **__):
+        time.sleep(6)
+
+    monkeypatch.setattr("socket.getaddrinfo", slow)
+    asks = vk.SynopsisWriter.from_endpoint(
+        "m", base_url="http://nowhere.invalid/v1", timeout=0.3, attempts=1, cache=False
+    )
+    start = time.monotonic()
+    with pytest.raises(SynopsisError, match=r"no answer in 0\.3 s"):
+        asks.write(PROMPT)
+    assert time.monotonic() - start < 5
 
 
 LARGE = 2**20 - 2**12
@@ -344,6 +412,14 @@ LARGE = 2**20 - 2**12
         "s<b>" * (LARGE // 4),
         "<bs>" * (LARGE // 4),
         "\\u0073" * (LARGE // 6),
+        "\\" * LARGE,
+        "%25" * (LARGE // 3),
+        "&" * LARGE,
+        "&amp;" * (LARGE // 5),
+        "&#" * (LARGE // 2),
+        "=" * LARGE,
+        "<" * LARGE,
+        "\u0301\u0316" * (LARGE // 4),
         "s" * LARGE,
         "s<" * (LARGE // 2),
         "s" + "<b" * (LARGE // 2 - 1),

@@ -52,7 +52,7 @@ def test_wrong_arguments(arguments, error, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "must be JSON"),
+        ("{", "not a synopsis: it is not JSON"),
         ("[]", "must be a JSON object, got list"),
         ('{"prompt": "p"}', "stages: it is missing"),
         ('{"stages": ["a"]}', "prompt: it is missing"),

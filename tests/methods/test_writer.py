@@ -336,7 +336,7 @@ def test_an_answer_in_a_file(tmp_path):
         ({"base_url": "http://host/v1?key=secret"}, "no credentials and no query"),
         ({"base_url": "me:secret@host/v1"}, "an http or https address"),
         ({"timeout": 0}, "timeout must be more than 0"),
-        ({"attempts": 0}, "attempts must be at least 1, got 0"),
+        ({"attempts": 0}, "attempts must be from 1 to 100, got 0"),
         ({"least_stages": 0}, "least_stages must be at least 1"),
         ({"least_stages": 5, "most_stages": 4}, "got 5 and 4"),
     ],
@@ -352,10 +352,10 @@ def test_wrong_arguments(arguments, message):
 def test_wrong_requests():
     with ChatServer(GOOD) as server:
         for prompt in ("", "  ", None):
-            with pytest.raises(ValueError, match="prompt must be a text"):
+            with pytest.raises((TypeError, ValueError), match="prompt must "):
                 writer(server).write(prompt)
         for count in (1, 13):
-            with pytest.raises(ValueError, match=f"num_stages must be from 2 to 12 .*got {count}"):
+            with pytest.raises(ValueError, match=f"num_stages must be from 2 to 12, got {count}"):
                 writer(server).write(PROMPT, num_stages=count)
     assert not server.requests
 
@@ -393,3 +393,83 @@ def test_the_client_comes_only_with_an_endpoint():
     )
     child = run_python(code)
     assert child.stdout.strip() == "set()", child.stderr
+
+
+NOWHERE = {"model": "m", "base_url": "http://localhost:1/v1", "cache": False}
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"timeout": "3"}, TypeError, "timeout must be a number of seconds, got str"),
+        ({"timeout": True}, TypeError, "timeout must be a number of seconds, got bool"),
+        ({"timeout": None}, TypeError, "timeout must be a number of seconds, got NoneType"),
+        ({"timeout": 0}, ValueError, "timeout must be more than 0 seconds, and finite, got 0"),
+        ({"timeout": float("nan")}, ValueError, "timeout must be more than 0 seconds"),
+        ({"timeout": float("inf")}, ValueError, "timeout must be more than 0 seconds"),
+        ({"timeout": 10**5000}, ValueError, "timeout must be .* got one of more than 30 digits"),
+        ({"attempts": 1.5}, TypeError, "attempts must be an integer, got float"),
+        ({"attempts": "3"}, TypeError, "attempts must be an integer, got str"),
+        ({"attempts": True}, TypeError, "attempts must be an integer, got bool"),
+        ({"attempts": 0}, ValueError, "attempts must be from 1 to 100, got 0"),
+        ({"attempts": 10**5000}, ValueError, "attempts must be from 1 to 100, got one of more"),
+        ({"model": 5}, TypeError, "model must be a text, got int"),
+        ({"model": b"m"}, TypeError, "model must be a text, got bytes"),
+        ({"model": "a\x1b[31m"}, ValueError, "model must hold no control characters"),
+        ({"base_url": 5}, TypeError, "base_url must be a text, got int"),
+        ({"base_url": "http://a b/v1"}, ValueError, "base_url must be one word"),
+        ({"base_url": "http://a\nb/v1"}, ValueError, "base_url must be one word"),
+        ({"base_url": "http://[::1"}, ValueError, "base_url must have a host"),
+        ({"api_key": 5}, TypeError, "api_key must be a text, got int"),
+        ({"options": 5}, TypeError, "options must be a dictionary, got int"),
+        ({"options": {"temprature": 1}}, ValueError, "options: there is no 'temprature'"),
+        ({"options": {"messages": []}}, ValueError, "options: there is no 'messages'"),
+        ({"options": {"stream": True}}, ValueError, "options: there is no 'stream'"),
+        ({"options": {1: 2}}, ValueError, "options: there is no 1"),
+        ({"options": {"temperature": float("nan")}}, ValueError, "what JSON can hold"),
+        ({"options": {"stop": object()}}, ValueError, "what JSON can hold"),
+        ({"options": {"stop": "\ud800"}}, None, ""),
+        ({"options": {"extra_headers": 5}}, TypeError, "must be a dictionary of texts"),
+        ({"options": {"extra_headers": {"a": 5}}}, TypeError, "must be a dictionary of texts"),
+        ({"least_stages": 1.0}, TypeError, "least_stages must be an integer, got float"),
+        ({"most_stages": "3"}, TypeError, "most_stages must be an integer, got str"),
+        ({"least_stages": 5, "most_stages": 4}, ValueError, "least_stages must be at most"),
+        ({"cache": None}, TypeError, "cache must be True, False or a folder, got None"),
+        ({"cache": ""}, TypeError, "cache must be True, False or a folder, got ''"),
+    ],
+)
+def test_wrong_settings_are_named(settings, error, message):
+    given = {**NOWHERE, **settings}
+    if error is None:
+        vk.SynopsisWriter.from_endpoint(**given)
+        return
+    with pytest.raises(error, match=message) as caught:
+        vk.SynopsisWriter.from_endpoint(**given)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("source", [5, None, "llama3", object()])
+def test_what_is_no_source(source):
+    with pytest.raises(TypeError, match="source must be a language model or a SynopsisFile, got"):
+        vk.SynopsisWriter(source)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_stages": "3"}, TypeError, "num_stages must be an integer, got str"),
+        ({"num_stages": 3.0}, TypeError, "num_stages must be an integer, got float"),
+        ({"num_stages": True}, TypeError, "num_stages must be an integer, got bool"),
+        ({"num_stages": 13}, ValueError, "num_stages must be from 2 to 12, got 13"),
+        ({"num_stages": 10**5000}, ValueError, "num_stages must be from 2 to 12, got one of"),
+        ({"refresh": "no"}, TypeError, "refresh must be True or False, got str"),
+        ({"prompt": 5}, TypeError, "prompt must be a text, got int"),
+        ({"prompt": " "}, ValueError, "prompt must not be empty"),
+        ({"prompt": "\ud800"}, ValueError, "prompt must hold no halves of characters"),
+    ],
+)
+def test_wrong_questions_are_not_asked(arguments, error, message):
+    with ChatServer(GOOD) as server:
+        with pytest.raises(error, match=message):
+            writer(server).write(**{"prompt": PROMPT, **arguments})
+        assert not server.requests

@@ -5,6 +5,7 @@ import torch
 
 import vstar_kernels as vk
 from vstar_kernels.models.layers import Regularization
+from vstar_kernels.reading import FormatError
 
 MATRIX = torch.rand(4, 4)
 
@@ -155,15 +156,27 @@ def test_left_out_fields_have_their_defaults():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"sigma": 1.0, "sgima": 2.0}', "unknown key 'sgima' in the configuration: allowed are"),
+        ('{"sigma": 1.0, "sgima": 2.0}', "^sgima: there is no such field"),
         ("[1]", "must be a JSON object, got list"),
-        ("{", "Expecting property name"),
-        ('{"sigma": {"fine": 1.0}}', "sigma must be keyed by .* got 'fine'"),
-        ('{"bias": {"form": "band", "table": [1.0]}}', "form must be one of toeplitz, dense"),
-        ('{"bias": {"form": "dense", "value": [1.0]}}', "unknown key 'value' in a dense bias"),
-        ('{"bias": {"form": "dense", "signed": true}}', "unknown key 'signed' in a dense bias"),
-        ('{"bias": {"form": "toeplitz"}}', "bias: a toeplitz bias needs table"),
-        ('{"bias": {"form": "dense", "delta": [[1.0]], "dtype": "f4"}}', "dtype .* got 'f4'"),
+        ("{", "it is not JSON: Expecting property name"),
+        ('{"sigma": {"fine": 1.0}}', r"^sigma\.fine: it must be keyed by levels or widths"),
+        (
+            '{"bias": {"form": "band", "table": [1.0]}}',
+            "^bias: Input tag 'band' .* expected tags: 'toeplitz', 'dense'",
+        ),
+        (
+            '{"bias": {"form": "dense", "value": [1.0]}}',
+            r"bias\.dense\.value: there is no such field",
+        ),
+        (
+            '{"bias": {"form": "dense", "signed": true}}',
+            r"bias\.dense\.signed: there is no such field",
+        ),
+        ('{"bias": {"form": "toeplitz"}}', r"^bias\.toeplitz\.table: it is missing"),
+        (
+            '{"bias": {"form": "dense", "delta": [[1.0]], "dtype": "f4"}}',
+            r"^bias\.dense\.dtype: Input should be 'float32'",
+        ),
     ],
 )
 def test_bad_json(text, message):
@@ -183,68 +196,74 @@ def dense(delta):
     [
         ("[" * 10**5, "nested too deeply"),
         ('{"sigma": ' + "[" * 10**5, "nested too deeply"),
-        ('{"sigma": [[1.0]]}', r"^sigma must be a number, got \[\[1.0\]\]"),
-        (f'{{"sigma": {HUGE}}}', "^sigma must be a finite number, got 9999"),
-        (f'{{"sigma": {"9" * 5000}}}', "Exceeds the limit"),
-        ('{"sigma": 1e400}', "^sigma must be a finite number, got inf"),
-        ('{"sigma": {"0": Infinity}}', r"^sigma\.0 must be a finite number, got inf"),
-        ('{"sigma": 1.0, "steps": NaN}', "^steps must be a finite number, got nan"),
+        ('{"sigma": [[1.0]]}', "^sigma: .*valid number, got list"),
+        (f'{{"sigma": {HUGE}}}', "^sigma: 9999.* too many digits"),
+        (f'{{"sigma": {"9" * 5000}}}', "^sigma: 9999.* too many digits"),
+        ('{"sigma": 1e400}', "^sigma: 1e400 is too large"),
+        ('{"sigma": {"0": Infinity}}', r"^sigma\.0: Infinity is not a number in JSON"),
+        ('{"sigma": 1.0, "steps": NaN}', "^steps: NaN is not a number in JSON"),
         ('{"sigma": 1.0, "steps": 1.5}', r"^steps as a share of the schedule .* got 1.5"),
-        ('{"sigma": 1.0, "steps": true}', "^steps must be a number, got True"),
-        ('{"sigma": true}', "^sigma must be a number, got True"),
-        ('{"sigma": "1"}', "^sigma must be a number, got '1'"),
-        ('{"sigma": {"1": "1"}}', r"^sigma\.1 must be a number, got '1'"),
-        ('{"sigma": {"1": 1.0, "01": 2.0}}', "^sigma must be keyed by .* got '01'"),
-        ('{"sigma": {"1": 1.0, "\u0661": 2.0}}', "^sigma must be keyed by .* got '\u0661'"),
-        ('{"sigma": {"\\ud800": 1.0}}', r"^sigma must be keyed by .* got '\\ud800'"),
-        ('{"sigma": {"1": 1.0, "1": 2.0}}', "^sigma has the key '1' twice"),
-        (f'{{"sigma": {{"{HUGE}": 1.0}}}}', "^sigma must be keyed by .* got '9999"),
-        ('{"sigma": 1.0, "sigma": 2.0}', "^the configuration has the key 'sigma' twice"),
-        ('{"by_width": 64}', "^by_width must be a JSON object, got int"),
-        ('{"sigma": 1.0, "strength": null}', "^strength must be a number, got None"),
-        ('{"sigma": 1.0, "clamp_negative": "no"}', "^clamp_negative must be true or false, .*'no'"),
-        ('{"sigma": 1.0, "include_init": 1}', "^include_init must be true or false, got 1"),
-        ('{"sigma": 1.0, "stat": ["row_max"]}', r"^stat must be a string, got \['row_max'\]"),
-        ('{"sigma": 1.0, "stat": "mean"}', "^stat must be one of .* got 'mean'"),
-        ('{"override": {"0": 1}}', r"^override\.0 must be a string, got 1"),
-        ('{"override": {"0": "ones"}}', "^override must be .* got 'ones' for 0"),
-        ('{"bias": 1.0}', "^bias must be a JSON object, got float"),
-        ('{"bias": {"1": {"delta": [[1.0]]}}}', r"^bias\.1\.form must be a string, got None"),
+        ('{"sigma": 1.0, "steps": true}', "^steps: .*valid integer, got bool"),
+        ('{"sigma": true}', "^sigma: .*valid number, got bool"),
+        ('{"sigma": "1"}', "^sigma: .*valid number, got str"),
+        ('{"sigma": {"1": "1"}}', r"^sigma\.1: .*valid number, got str"),
+        ('{"sigma": {"1": 1.0, "01": 2.0}}', r"^sigma\.01: it must be keyed by"),
+        ('{"sigma": {"1": 1.0, "\u0661": 2.0}}', "^sigma.\u0661: it must be keyed by"),
+        ('{"sigma": {"\\ud800": 1.0}}', r"^sigma\.: it must be keyed by"),
+        ('{"sigma": {"1": 1.0, "1": 2.0}}', r"^sigma\.1: it is there twice"),
+        (f'{{"sigma": {{"{HUGE}": 1.0}}}}', r"^sigma\.9999.*: it must be keyed by"),
+        ('{"sigma": 1.0, "sigma": 2.0}', "^sigma: it is there twice"),
+        ('{"by_width": 64}', "^by_width: .*valid dictionary, got int"),
+        ('{"sigma": 1.0, "strength": null}', "^strength: .*valid number, got NoneType"),
+        ('{"sigma": 1.0, "clamp_negative": "no"}', "^clamp_negative: .*valid boolean, got str"),
+        ('{"sigma": 1.0, "include_init": 1}', "^include_init: .*valid boolean, got int"),
+        ('{"sigma": 1.0, "stat": ["row_max"]}', "^stat: Input should be 'row_max', .*got list"),
+        ('{"sigma": 1.0, "stat": "mean"}', "^stat: Input should be 'row_max', .*got str"),
+        (
+            '{"override": {"0": 1}}',
+            r"^override\.0: Input should be 'identity' or 'uniform', got int",
+        ),
+        (
+            '{"override": {"0": "ones"}}',
+            r"^override\.0: Input should be 'identity' or 'uniform', got str",
+        ),
+        ('{"bias": 1.0}', "^bias: .*got float"),
+        ('{"bias": {"1": {"delta": [[1.0]]}}}', r"^bias\.1: .*'form'"),
         (
             dense("[[1, null], [0, 1]]"),
-            r"^bias\.delta\[0\]\[1\] must be a number",
+            r"^bias\.dense\.delta\[0\]\[1\]: .*valid number, got NoneType",
         ),
         (
             '{"bias": {"2": {"form": "dense", "delta": [[1, 1e400]]}}}',
-            r"^bias\.2\.delta\[0\]\[1\] must be a finite",
+            r"^bias\.2\.delta\[0\]\[1\]: 1e400 is too large",
         ),
-        (dense("[[1, 0], [1]]"), r"^bias\.delta must be lists of equal lengths"),
-        (dense("[[1, 0], 1]"), r"^bias\.delta must be lists of equal lengths"),
-        (dense("[[[[1]]]]"), r"^bias\.delta\[0\]\[0\]\[0\] must be a number"),
+        (dense("[[1, 0], [1]]"), "^bias: lists must be of equal lengths"),
+        (dense("[[1, 0], 1]"), r"^bias\.dense\.delta\[1\]: .*valid list, got int"),
+        (dense("[[[[1]]]]"), r"^bias\.dense\.delta\[0\]\[0\]\[0\]: .*valid number, got list"),
         (dense("[[1, 0]]"), r"^bias: .* must be square"),
         (
             '{"bias": {"form": "dense", "delta": [[1e30]], "dtype": "float16"}}',
-            r"^bias\.delta has numbers that are too large for torch\.float16",
+            "^bias: there are numbers that are too large for float16",
         ),
         (
             '{"bias": {"form": "toeplitz", "table": [1.0], "dtype": "int32"}}',
-            r"^bias\.dtype must be a floating-point type of torch, got 'int32'",
+            r"^bias\.toeplitz\.dtype: Input should be 'float32'",
         ),
         (
             '{"bias": {"form": "toeplitz", "table": [1.0], "signed": "yes"}}',
-            r"^bias\.signed must be true or false, got 'yes'",
+            r"^bias\.toeplitz\.signed: .*valid boolean, got str",
         ),
         (
             '{"bias": {"form": "dense", "form": "dense", "delta": [[1]]}}',
-            "has the key 'form' twice",
+            r"^bias\.form: it is there twice",
         ),
     ],
 )
 def test_hostile_json_is_one_kind_of_error_that_names_the_field(text, message):
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(FormatError, match=message) as caught:
         vk.TARConfig.from_json(text)
     assert len(str(caught.value)) < 400
-    str(caught.value).encode()  # what is printed has no surrogates in it
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("flag", ["clamp_negative", "include_init"])
@@ -261,7 +280,7 @@ def test_what_cannot_be_saved(tmp_path):
         vk.TARConfig(bias=vk.ToeplitzBias(torch.tensor([1.0, float("inf")]))).save(path)
     with pytest.raises(ValueError, match="not JSON compliant"):
         vk.TARConfig(float("inf")).save(path)
-    with pytest.raises(ValueError, match="sigma must be a finite number"):
+    with pytest.raises(ValueError, match=r"sigma: 1000.* too many digits"):
         vk.TARConfig(10**400).save(path)
     assert not path.exists()
 

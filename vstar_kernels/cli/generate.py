@@ -28,7 +28,6 @@ from vstar_kernels.cli.options import (
     several,
     size,
 )
-from vstar_kernels.methods.reading import shorten
 from vstar_kernels.methods.vstar.embeddings import Interpolation
 from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.methods.vstar.vstar import PAPER, VSTAR, Generation
@@ -39,6 +38,7 @@ from vstar_kernels.methods.vstar.writer import (
     SynopsisWriter,
 )
 from vstar_kernels.models.config import TARConfig
+from vstar_kernels.reading import shorten
 
 if TYPE_CHECKING:
     from PIL.Image import Image

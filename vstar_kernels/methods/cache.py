@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vstar_kernels.files import write_atomically
-from vstar_kernels.methods.reading import FormatError, decode, validate
+from vstar_kernels.reading import FormatError, decode, read_text, validate
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -46,7 +45,7 @@ class Cache:
         """Returns what :meth:`put` was given for this request, validated by its form, or None."""
         path = self._path(request)
         try:
-            entry = decode(_read_regular_file(path))
+            entry = decode(read_text(path, LARGEST_ENTRY))
             # Its own request is in it: a file that was put there by hand is not believed.
             if not isinstance(entry, dict) or entry.get("request") != decode(json.dumps(request)):
                 raise FormatError("it is not an entry of this request")
@@ -70,13 +69,3 @@ class Cache:
     def _path(self, request: dict[str, Any]) -> Path:
         canonical = json.dumps(request, sort_keys=True)
         return self._folder / f"{hashlib.sha256(canonical.encode()).hexdigest()}.json"
-
-
-def _read_regular_file(path: Path) -> str:
-    """Returns a file's text; opening a pipe would wait for whoever writes into it."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError("it is not a regular file")
-    if status.st_size > LARGEST_ENTRY:
-        raise OSError(f"it has {status.st_size} bytes, more than any entry")
-    return path.read_text(encoding="utf-8")

@@ -6,15 +6,20 @@ model the form, validates what comes, and sends it back with what is wrong until
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 from urllib.parse import urlsplit
 
+from vstar_kernels.methods.arguments import check_integer, check_seconds
 from vstar_kernels.methods.cache import Cache
-from vstar_kernels.methods.reading import (
+from vstar_kernels.methods.secrets import redact, redacted_logs
+from vstar_kernels.reading import (
     FormatError,
     clean,
     decode,
@@ -31,18 +36,14 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 URL_VARIABLE = "OPENAI_BASE_URL"
 OPENAI_URL = "https://api.openai.com/v1"
 NO_KEY = "none"  # the client insists on a key where local servers want none
-SHORTEST_SECRET = 8  # characters; shorter are placeholders, such as EMPTY, and may be words
-SHORTEST_DISGUISED = 12  # letters and digits; shorter may be words of a sentence, as "not-needed"
 LARGEST_BODY = 2**20  # bytes; answers have thousands
 LARGEST_REPEATED = 2**14  # characters of an unusable answer that are sent back
+HEADERS = ("retry-after", "retry-after-ms", "x-should-retry")  # of a response, that are used
 SECRET_OPTIONS = ("extra_headers", "extra_query")  # where keys are, too; they are not stored
+OWN_OPTIONS = ("self", "messages", "model", "stream", "stream_options", "n", "timeout")
 # How servers refuse what they do not know, and name it in the body.
 UNKNOWING = (400, 404, 422, 501)
 UNSTRUCTURED = re.compile(r"response.?format|json.?schema|structured|grammar", re.IGNORECASE)
-# Between the characters of a key in disguise, or instead of one.
-_ESCAPED = re.compile(r"\\+u([0-9a-f]{4})", re.IGNORECASE)
-_MARKUP = re.compile(r"</?[a-z][^<>]{0,99}>|\\+(?:[bfnrt]|u00[01][0-9a-f])", re.IGNORECASE)
-_NO_LETTERS = re.compile(r"[\W_]+")
 
 Messages = list[dict[str, str]]
 Form = TypeVar("Form", bound="BaseModel")
@@ -56,6 +57,7 @@ class NoText(AnswerError):  # noqa: N818
     """A response came, and there is no answer in it; another one may have it."""
 
 
+@runtime_checkable
 class LanguageModel(Protocol):
     """Answers conversations.
 
@@ -197,7 +199,8 @@ class Endpoint:
 
     Raises:
         ImportError: ``openai`` is not installed.
-        ValueError: There is no model or key, or an argument is out of its range.
+        TypeError, ValueError: There is no model or key, or an argument is of the wrong kind or out
+            of its range.
     """
 
     def __init__(
@@ -211,6 +214,7 @@ class Endpoint:
         retries: int = 2,
     ) -> None:
         try:
+            import httpcore2  # noqa: F401  (so that its loggers are there)
             import httpx2
             import openai
         except ImportError as error:
@@ -218,19 +222,22 @@ class Endpoint:
                 f"language models at a server need openai ({error}): "
                 "pip install 'vstar_kernels[synopsis]'"
             ) from error
-        model = (model or os.environ.get(MODEL_VARIABLE) or "").strip()
-        base_url = (base_url or os.environ.get(URL_VARIABLE) or "").strip()
-        api_key = (api_key or os.environ.get(KEY_VARIABLE) or "").strip()
+        model = _setting("model", model, MODEL_VARIABLE)
+        base_url = _setting("base_url", base_url, URL_VARIABLE)
+        api_key = _setting("api_key", api_key, KEY_VARIABLE)
         if not model:
             raise ValueError(f"model must be given, or be in ${MODEL_VARIABLE}, got none")
+        if not model.isprintable():
+            raise ValueError(f"model must hold no control characters, got {model[:100]!r}")
         if base_url:
             _check_url(base_url)
         elif not api_key:
             raise ValueError(f"api_key must be given, or be in ${KEY_VARIABLE}, got none")
         if not re.fullmatch(r"[!-~]*", api_key):  # and the message does not show it
             raise ValueError("api_key must be one word of printable ASCII characters")
-        if not timeout > 0:
-            raise ValueError(f"timeout must be more than 0 seconds, got {timeout}")
+        check_seconds("timeout", timeout)
+        check_integer("retries", retries, 0)
+        options = _checked_options(options)
         self._openai, self._connect_error = openai, httpx2.ConnectError
         self._timeout = timeout
         self._url = (base_url or OPENAI_URL).rstrip("/") + "/"
@@ -240,9 +247,10 @@ class Endpoint:
             "max_retries": retries,
             "timeout": timeout,
         }
-        self._request = {"model": model, **(options or {})}
-        hidden = [self._request.get(name) or {} for name in SECRET_OPTIONS]
-        self._secrets = [api_key, *(str(value) for fields in hidden for value in fields.values())]
+        self._request = {"model": model, **options}
+        hidden = [value for name in SECRET_OPTIONS for value in options.get(name, {}).values()]
+        # Whole values, and their words: of "Bearer KEY" a server may repeat the key alone.
+        self._secrets = [api_key, *hidden, *(word for value in hidden for word in value.split())]
         self._structured = True
         self.name = f"{model} at {self._url}"
 
@@ -265,7 +273,7 @@ class Endpoint:
         from anyio.from_thread import start_blocking_portal
 
         # In a thread of its own, as there may be an event loop in this one: notebooks have one.
-        with start_blocking_portal("asyncio") as portal:
+        with redacted_logs(self.redact), start_blocking_portal("asyncio") as portal:
             body = portal.call(self._fetch, messages, schema)
         return self._content(body.decode("utf-8", errors="replace"))
 
@@ -275,6 +283,7 @@ class Endpoint:
         structure = {"response_format": {"type": "json_schema", "json_schema": shape}}
         request = {**(structure if self._structured else {}), **self._request}
         openai = self._openai
+        asyncio.get_running_loop().set_default_executor(Unawaited(max_workers=1))
         bounded = bounded_client(self._timeout)
         async with openai.AsyncOpenAI(http_client=bounded, **self._settings) as client:
             try:
@@ -300,7 +309,7 @@ class Endpoint:
         """Returns what a status means, in the server's words, from the body alone."""
         if error.response.is_redirect:
             return f"HTTP status {error.status_code}: it redirects; give base_url as it is there"
-        text = error.response.text
+        text = error.response.text  # UTF-8, as its headers are left out
         try:
             found = decode(text, lambda part: self.redact(clean(part)))["error"]
             text = found if isinstance(found, str) else found["message"]
@@ -336,6 +345,16 @@ class Endpoint:
         return content
 
 
+class Unawaited(ThreadPoolExecutor):
+    """A thread, for names of hosts to be looked up in, whose end nobody waits for.
+
+    A look-up cannot be interrupted, and lasts as long as the system's resolver likes.
+    """
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=cancel_futures)
+
+
 def bounded_client(seconds: float) -> Any:
     """Returns an HTTP client for ``openai`` that bounds each response in time and in size.
 
@@ -355,7 +374,9 @@ def bounded_client(seconds: float) -> Any:
             try:
                 with anyio.fail_after(seconds):
                     response = await super().send(request, stream=True, **how)
-                    async for chunk in response.aiter_bytes():
+                    if response.headers.get("content-encoding", "identity") != "identity":
+                        raise AnswerError("a compressed answer, and none was asked for")
+                    async for chunk in response.aiter_raw():
                         body += chunk
                         if len(body) > LARGEST_BODY:
                             break
@@ -364,49 +385,68 @@ def bounded_client(seconds: float) -> Any:
                 raise httpx2.ReadTimeout(f"more than {seconds:g} s", request=request) from None
             if len(body) > LARGEST_BODY:
                 raise AnswerError(f"an answer of more than {LARGEST_BODY} bytes")
-            wire = ("content-encoding", "content-length", "transfer-encoding")  # undone above
-            headers = [pair for pair in response.headers.multi_items() if pair[0] not in wire]
+            # No more of the headers: their charset, say, may be one that takes hours to decode.
+            headers = {name: value for name, value in response.headers.items() if name in HEADERS}
             return httpx2.Response(
                 response.status_code, headers=headers, content=bytes(body), request=response.request
             )
 
     # A redirect would take along the headers of the caller's own, which may be keys.
-    return BoundedClient(follow_redirects=False)
+    return BoundedClient(follow_redirects=False, headers={"Accept-Encoding": "identity"})
+
+
+def _setting(name: str, given: str | None, variable: str) -> str:
+    """Returns what is given or else in the environment, without the blanks around it."""
+    if given is not None and not isinstance(given, str):
+        raise TypeError(f"{name} must be a text, got {type(given).__name__}")
+    return (given or os.environ.get(variable) or "").strip()
 
 
 def _check_url(base_url: str) -> None:
-    parts = urlsplit(base_url)
+    if not base_url.isprintable() or " " in base_url:
+        raise ValueError("base_url must be one word without control characters")
+    try:
+        parts = urlsplit(base_url)
+        parts.port  # noqa: B018  (it is read here)
+    except ValueError as error:
+        problem = f"base_url must have a host, and a port from 0 to 65535: {shorten(str(error))}"
+        raise ValueError(problem) from None
     if "@" in parts.netloc or parts.query or parts.fragment:  # they would be shown and stored
         raise ValueError("base_url must hold no credentials and no query: give the key as api_key")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         shown = "one with an @" if "@" in base_url else repr(base_url)
         raise ValueError(f"base_url must be an http or https address, got {shown}")
-    try:
-        parts.port  # noqa: B018  (it is read here)
-    except ValueError as error:
-        raise ValueError(f"base_url must have a port from 0 to 65535: {error}") from None
 
 
-def redact(text: str, secrets: Iterable[str]) -> str:
-    """Returns a text in which each of the secrets is "[key]".
+def _checked_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns the options of a request.
 
-    A text that has one in disguise, with escapes or markup between its characters, say, is "[key]"
-    as a whole: what of it is the secret is not to be told apart by a pattern in linear time.
+    Raises:
+        TypeError, ValueError: There is no such option, it is not the caller's to choose, or JSON
+            has nothing like its value. No message shows a value: it may be a key.
     """
-    for secret in secrets:
-        if len(secret) >= SHORTEST_SECRET:
-            text = text.replace(secret, "[key]")
-    unescaped = _ESCAPED.sub(lambda found: chr(int(found[1], 16)), text)
-    shown = clean(unescaped)
-    readings = [
-        _NO_LETTERS.sub("", reading).lower()
-        for reading in (unescaped, shown, _MARKUP.sub("", shown), _MARKUP.sub("", text))
-    ]
-    for secret in secrets:
-        letters = _NO_LETTERS.sub("", secret).lower()
-        if len(letters) >= SHORTEST_DISGUISED and any(letters in reading for reading in readings):
-            return "[key]"
-    return text
+    from openai.resources.chat.completions import AsyncCompletions
+
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"options must be a dictionary, got {type(options).__name__}")
+    checked = dict(options or {})
+    known = inspect.signature(AsyncCompletions.create).parameters
+    for name, value in checked.items():
+        if name not in known or name in OWN_OPTIONS:
+            raise ValueError(
+                f"options: there is no {name!r}, or it is not the caller's to choose; what only "
+                "this server knows goes into extra_body"
+            )
+        if name in SECRET_OPTIONS and not (
+            isinstance(value, Mapping)
+            and all(isinstance(text, str) for pair in value.items() for text in pair)
+        ):
+            raise TypeError(f"options[{name!r}] must be a dictionary of texts")
+        try:
+            json.dumps(value, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError(f"options[{name!r}] must be what JSON can hold") from None
+    return checked
 
 
 class ChatModel:
@@ -434,8 +474,7 @@ class ChatModel:
         max_new_tokens: int = 1024,
     ) -> None:
         require_pydantic()
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_integer("max_new_tokens", max_new_tokens, 1)
         if not isinstance(model, str):
             if tokenizer is None:
                 raise ValueError("tokenizer must be given with a model that is loaded already")

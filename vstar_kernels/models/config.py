@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-
-import torch
-from torch import Tensor
 
 from vstar_kernels.attention.bias import STATS, Bias, DenseBias, GaussianBias, ToeplitzBias
 from vstar_kernels.files import write_atomically
 from vstar_kernels.models.layers import OVERRIDE_MAPS, Override, Regularization
 from vstar_kernels.models.schedule import Steps, check_steps
+from vstar_kernels.reading import FormatError, read_text, require_pydantic, shorten
 
 PRESET_STEPS = 13  # the last regularized step index, of 25, in the paper
+LARGEST_CONFIG = 2**30  # bytes, for the matrices of many heads
 _PRESET_TERM = re.compile(r"([0-9]{1,9})D([0-9]{1,9}(?:\.[0-9]+)?)")
 _DEFAULT_WEIGHT = {"strength": 1.0, "stat": "row_max", "clamp_negative": False}
 T = TypeVar("T")
@@ -173,6 +170,7 @@ class TARConfig:
 
         Raises:
             ValueError: ``steps`` is a callable, or a number is not finite.
+            ImportError: ``pydantic`` is not installed.
         """
         if callable(self.steps):
             raise ValueError(
@@ -194,8 +192,16 @@ class TARConfig:
 
         Raises:
             ValueError: It is not JSON, or not a configuration; the message names the field.
+            ImportError: ``pydantic`` is not installed.
         """
-        return cls(**_decode(text))
+        require_pydantic()
+        from vstar_kernels.models.config_json import read_fields
+
+        fields = read_fields(text)
+        try:
+            return cls(**fields)
+        except ValueError as error:
+            raise FormatError(shorten(str(error))) from None
 
     def save(self, path: str | Path) -> None:
         """Writes :meth:`to_json` to a file, which then holds all of it or is as it was.
@@ -214,7 +220,7 @@ class TARConfig:
             OSError: The file cannot be read.
             ValueError: See :meth:`from_json`.
         """
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        return cls.from_json(read_text(path, LARGEST_CONFIG))
 
 
 def _checked_keys(mapping: Mapping[int, T], name: str) -> dict[int, T]:
@@ -242,168 +248,15 @@ def _listed(keys: Any) -> str:
     return ", ".join(map(str, sorted(keys))) or "nothing"
 
 
-# Reading and writing JSON. The form of a bias -> what it calls Δ's entries, which are nested lists.
-_ENTRIES = {"toeplitz": "table", "dense": "delta"}
-
-
 def _encode(value: Any) -> Any:
     """Returns the value of a field as JSON has it."""
     if isinstance(value, Mapping):
         return {str(key): _encode(item) for key, item in value.items()}
     if not isinstance(value, ToeplitzBias | DenseBias):
         return value
-    form = "toeplitz" if isinstance(value, ToeplitzBias) else "dense"
     entries = value.entries.detach().cpu()
-    encoded: dict[str, Any] = {
-        "form": form,
-        _ENTRIES[form]: entries.tolist(),
-        "dtype": str(entries.dtype).removeprefix("torch."),
-    }
-    if isinstance(value, ToeplitzBias):
-        encoded["signed"] = value.signed
-    return encoded
-
-
-@dataclass(frozen=True)
-class _Object:
-    """A JSON object as it was written: a key may be there twice."""
-
-    pairs: list[tuple[str, Any]]
-
-
-def _decode(text: str) -> dict[str, Any]:
-    """Returns the fields that a JSON text gives, of the types that TARConfig takes.
-
-    Raises:
-        ValueError: They are not; the message names the field by its path, such as ``sigma.0``.
-    """
-    try:
-        given = json.loads(text, object_pairs_hook=_Object)
-    except RecursionError:
-        raise ValueError("the configuration is nested too deeply to be one") from None
-    readers: dict[str, Callable[[Any, str], Any]] = {
-        "sigma": lambda value, path: _one_or_keyed(value, path, _read_number),
-        "by_width": lambda value, path: _keyed(value, path, _read_number),
-        "strength": lambda value, path: _one_or_keyed(value, path, _read_number),
-        "steps": _read_number,
-        "bias": _read_biases,
-        "stat": _read_string,
-        "clamp_negative": _read_flag,
-        "override": lambda value, path: _keyed(value, path, _read_string),
-        "include_init": _read_flag,
-    }
-    optional = ("sigma", "by_width", "steps", "bias")
-    return {
-        name: None if value is None and name in optional else readers[name](value, name)
-        for name, value in _read_object(given, "the configuration", list(readers)).items()
-    }
-
-
-def _read_object(value: Any, path: str, allowed: Sequence[str] | None = None) -> dict[str, Any]:
-    if not isinstance(value, _Object):
-        raise ValueError(f"{path} must be a JSON object, got {type(value).__name__}")
-    found: dict[str, Any] = {}
-    for key, item in value.pairs:
-        if allowed is not None and key not in allowed:
-            raise ValueError(
-                f"unknown key {_shown(key)} in {path}: allowed are {', '.join(allowed)}"
-            )
-        if key in found:
-            raise ValueError(f"{path} has the key {_shown(key)} twice")
-        found[key] = item
-    return found
-
-
-def _keyed(value: Any, path: str, read: Callable[[Any, str], T]) -> dict[int, T]:
-    found = {}
-    for key, item in _read_object(value, path).items():
-        # Only as it is written, so that no two keys are the same number.
-        if not re.fullmatch("0|[1-9][0-9]{0,17}", key):
-            raise ValueError(
-                f"{path} must be keyed by levels or widths (0, 1, …), got {_shown(key)}"
-            )
-        found[int(key)] = read(item, f"{path}.{key}")
-    return found
-
-
-def _one_or_keyed(value: Any, path: str, read: Callable[[Any, str], T]) -> T | dict[int, T]:
-    return _keyed(value, path, read) if isinstance(value, _Object) else read(value, path)
-
-
-def _read_number(value: Any, path: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{path} must be a number, got {_shown(value)}")
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:  # an integer that no float can hold
-        finite = False
-    if not finite:
-        raise ValueError(f"{path} must be a finite number, got {_shown(value)}")
-    return value
-
-
-def _read_string(value: Any, path: str) -> str:
-    return _read_as(str, "a string", value, path)
-
-
-def _read_flag(value: Any, path: str) -> bool:
-    return _read_as(bool, "true or false", value, path)
-
-
-def _read_as(kind: type[T], name: str, value: Any, path: str) -> T:
-    if not isinstance(value, kind):
-        raise ValueError(f"{path} must be {name}, got {_shown(value)}")
-    return value
-
-
-def _read_biases(value: Any, path: str) -> Bias | dict[int, Bias]:
-    if isinstance(value, _Object) and "form" in dict(value.pairs):
-        return _read_bias(value, path)
-    return _keyed(value, path, _read_bias)
-
-
-def _read_bias(value: Any, path: str) -> Bias:
-    form = _read_string(_read_object(value, path).get("form"), f"{path}.form")
-    if form not in _ENTRIES:
-        raise ValueError(f"{path}.form must be one of {', '.join(_ENTRIES)}, got {_shown(form)}")
-    name = _ENTRIES[form]
-    allowed = ["form", name, "dtype"] + ["signed"] * (form == "toeplitz")
-    given = _read_object(value, f"a {form} bias ({path})", allowed)
-    if name not in given:
-        raise ValueError(f"{path}: a {form} bias needs {name}")
-    dtype = _read_dtype(given.get("dtype", "float32"), f"{path}.dtype")
-    entries = _read_tensor(given[name], f"{path}.{name}", dtype)
-    signed = _read_flag(given.get("signed", False), f"{path}.signed")
-    try:
-        return DenseBias(entries) if form == "dense" else ToeplitzBias(entries, signed=signed)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _read_dtype(value: Any, path: str) -> torch.dtype:
-    dtype = getattr(torch, _read_string(value, path), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"{path} must be a floating-point type of torch, got {_shown(value)}")
-    return dtype
-
-
-def _read_tensor(value: Any, path: str, dtype: torch.dtype) -> Tensor:
-    numbers = _read_numbers(value, path, dims=3)
-    try:
-        tensor = torch.tensor(numbers, dtype=torch.float64).to(dtype)
-    except (TypeError, ValueError):
-        raise ValueError(f"{path} must be lists of equal lengths, got {_shown(value)}") from None
-    if not tensor.double().isfinite().all():
-        raise ValueError(f"{path} has numbers that are too large for {dtype}")
-    return tensor
-
-
-def _read_numbers(value: Any, path: str, dims: int) -> Any:
-    if dims and isinstance(value, list):
-        return [_read_numbers(item, f"{path}[{i}]", dims - 1) for i, item in enumerate(value)]
-    return _read_number(value, path)
-
-
-def _shown(value: Any) -> str:
-    """Returns what was given for a message: shortened, its control characters escaped."""
-    return "an object" if isinstance(value, _Object) else reprlib.repr(value)
+    dtype = str(entries.dtype).removeprefix("torch.")
+    if isinstance(value, DenseBias):
+        return {"form": "dense", "delta": entries.tolist(), "dtype": dtype}
+    table = {"table": entries.tolist(), "signed": value.signed}
+    return {"form": "toeplitz", **table, "dtype": dtype}

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from vstar_kernels.files import write_atomically
-from vstar_kernels.methods.reading import FormatError, decode, require_pydantic, shorten, validate
+from vstar_kernels.methods.arguments import check_text
+from vstar_kernels.reading import (
+    FormatError,
+    decode,
+    read_text,
+    require_pydantic,
+    shorten,
+    validate,
+)
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -41,13 +49,13 @@ class Synopsis:
     anchors: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        check_text(self.prompt, "prompt")
+        check_text("prompt", self.prompt)
         if isinstance(self.stages, str) or not isinstance(self.stages, Sequence):
             raise TypeError(f"stages must be a list of texts, got {type(self.stages).__name__}")
         if not self.stages:
             raise ValueError("stages must hold at least one description, got none")
         for index, stage in enumerate(self.stages):
-            check_text(stage, f"stages[{index}]")
+            check_text(f"stages[{index}]", stage)
         object.__setattr__(self, "stages", tuple(self.stages))
         if self.anchors is not None:
             check_anchors(self.anchors, len(self.stages))
@@ -89,8 +97,13 @@ class Synopsis:
 
     @classmethod
     def load(cls, path: str | Path) -> Synopsis:
-        """Reads what :meth:`save` wrote."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            OSError: The file cannot be read, or is no regular file.
+            ValueError, ImportError: See :meth:`from_json`.
+        """
+        return cls.from_json(read_text(path))
 
     def _fields(self, stages_key: str) -> dict[str, Any]:
         fields: dict[str, Any] = {"prompt": self.prompt, stages_key: list(self.stages)}
@@ -131,7 +144,7 @@ def _decode(text: str) -> Any:
     try:
         return decode(text)
     except FormatError as error:
-        raise FormatError(f"a synopsis must be JSON: {error}") from None
+        raise FormatError(f"not a synopsis: {error}") from None
 
 
 @functools.cache
@@ -171,19 +184,6 @@ def check_anchors(anchors: Any, num_stages: int) -> None:
         raise ValueError(
             f"anchors must increase strictly from 0 or later, got {reprlib.repr(list(anchors))}"
         )
-
-
-def check_text(text: Any, name: str) -> None:
-    """Raises TypeError or ValueError unless it is a text that says something and can be saved."""
-    if not isinstance(text, str):
-        raise TypeError(f"{name} must be a text, got {type(text).__name__}")
-    if not text.strip():
-        raise ValueError(f"{name} must not be empty, got {text[:20]!r}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = text[error.start]
-        raise ValueError(f"{name} must hold no halves of characters, got {half!r}") from None
 
 
 def _dumps(content: Any) -> str:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from vstar_kernels.methods.arguments import check_integer
 from vstar_kernels.methods.pipelines import PipelineCall, check_pipeline
 from vstar_kernels.methods.vstar.embeddings import MODES, Interpolation, interpolate_embeddings
 from vstar_kernels.methods.vstar.synopsis import Synopsis
@@ -163,17 +164,9 @@ class VSTAR:
         """Raises for what would otherwise be found only after a synopsis has been paid for."""
         if not isinstance(prompt, str | Synopsis):
             raise TypeError(f"prompt must be a text or a Synopsis, got {type(prompt).__name__}")
-        _check_integer("num_frames", num_frames, 1)
+        check_integer("num_frames", num_frames, 1)
         if seed is not None:
-            _check_integer("seed", seed, 0, SEEDS - 1)
+            check_integer("seed", seed, 0, SEEDS - 1)
         if num_stages is not None and (isinstance(prompt, Synopsis) or self._writer is None):
             there = "a Synopsis" if isinstance(prompt, Synopsis) else "no writer"
             raise ValueError(f"num_stages is for a prompt and a writer, got {there}")
-
-
-def _check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < minimum or (maximum is not None and value > maximum):
-        allowed = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-        raise ValueError(f"{name} must be {allowed}, got {value}")

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vstar_kernels.methods.arguments import check_flag, check_integer, check_text
 from vstar_kernels.methods.cache import Cache, default_folder
 from vstar_kernels.methods.llm import AnswerError, ChatModel, Endpoint, LanguageModel, Messages, ask
-from vstar_kernels.methods.reading import FormatError, decode, require_pydantic, shorten, validate
-from vstar_kernels.methods.vstar.synopsis import Synopsis, check_text, synopses_of
+from vstar_kernels.methods.vstar.synopsis import Synopsis, synopses_of
+from vstar_kernels.reading import (
+    FormatError,
+    clean,
+    decode,
+    read_text,
+    require_pydantic,
+    shorten,
+    validate,
+)
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
 LEAST_STAGES, MOST_STAGES = 2, 12
+MOST_ATTEMPTS = 100
 
 RULES = """\
 You plan short videos in which something visibly changes. You get one sentence about the whole \
@@ -65,8 +76,8 @@ class SynopsisFile:
             ValueError, OSError: The file cannot be read, or has no synopsis of this prompt.
         """
         try:
-            content = decode(self._path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            content = decode(read_text(self._path))
+        except OSError as error:
             raise OSError(f"it cannot be read: {error}") from None
         except FormatError as error:
             expected = 'expected {"prompt": …, "stages": […]}, a list of those, or {"stages": […]}'
@@ -77,7 +88,7 @@ class SynopsisFile:
             return _synopsis(prompt, validate(stages_form(fewest, most), content))
         synopses = synopses_of(content)
         for synopsis in synopses:
-            if synopsis.prompt == prompt:
+            if synopsis.prompt == clean(prompt):
                 check_number(len(synopsis.stages), fewest, most)
                 return synopsis
         there = ", ".join(repr(synopsis.prompt) for synopsis in synopses)
@@ -103,7 +114,7 @@ class SynopsisWriter:
             ``$XDG_CACHE_HOME/vstar_kernels/synopses``, False is none. Files are not cached.
 
     Raises:
-        ValueError: A number is out of its range.
+        TypeError, ValueError: An argument is of the wrong kind, or out of its range.
     """
 
     def __init__(
@@ -115,16 +126,24 @@ class SynopsisWriter:
         attempts: int = 3,
         cache: str | Path | bool = True,
     ) -> None:
-        if not 1 <= least_stages <= most_stages:
+        check_integer("least_stages", least_stages, 1)
+        check_integer("most_stages", most_stages, 1)
+        if least_stages > most_stages:
             raise ValueError(
-                "least_stages must be at least 1 and at most most_stages, got "
-                f"{least_stages} and {most_stages}"
+                f"least_stages must be at most most_stages, got {least_stages} and {most_stages}"
             )
-        _check_attempts(attempts)
+        check_integer("attempts", attempts, 1, MOST_ATTEMPTS)
+        if not isinstance(source, LanguageModel | SynopsisFile):
+            raise TypeError(
+                "source must be a language model or a SynopsisFile, got "
+                f"{type(source).__name__}: see from_endpoint, from_transformers and from_file"
+            )
         self._source = source
         self._limits = least_stages, most_stages
         self._attempts = attempts
         self._cache: Cache | None = None
+        if not isinstance(cache, bool | str | os.PathLike) or cache == "":
+            raise TypeError(f"cache must be True, False or a folder, got {cache!r}")
         if cache is not False:
             self._cache = Cache(default_folder() if cache is True else cache)
 
@@ -146,7 +165,7 @@ class SynopsisWriter:
         ``$OPENAI_API_KEY``. A request that fails is made ``attempts`` times at most. ``settings``
         are those of :class:`SynopsisWriter`.
         """
-        _check_attempts(attempts)
+        check_integer("attempts", attempts, 1, MOST_ATTEMPTS)
         endpoint = Endpoint(
             model,
             base_url=base_url,
@@ -188,18 +207,14 @@ class SynopsisWriter:
 
         Raises:
             SynopsisError: The source has none after all attempts; the message says what came.
-            ValueError: The prompt is empty, or num_stages is outside of the limits.
+            TypeError, ValueError: The prompt is no text or empty, or num_stages is no integer or
+                outside of the limits.
         """
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"prompt must be a text that is not empty, got {prompt!r}")
-        check_text(prompt, "prompt")
+        check_text("prompt", prompt)
+        check_flag("refresh", refresh)
         fewest, most = self._limits
         if num_stages is not None:
-            if not fewest <= num_stages <= most:
-                raise ValueError(
-                    f"num_stages must be from {fewest} to {most} (least_stages, most_stages), "
-                    f"got {num_stages}"
-                )
+            check_integer("num_stages", num_stages, fewest, most)
             fewest = most = num_stages
         try:
             if isinstance(self._source, SynopsisFile):
@@ -276,8 +291,3 @@ def _question(prompt: str, fewest: int, most: int) -> str:
 
 def _range(fewest: int, most: int) -> str:
     return str(fewest) if fewest == most else f"{fewest} to {most}"
-
-
-def _check_attempts(attempts: int) -> None:
-    if attempts < 1:
-        raise ValueError(f"attempts must be at least 1, got {attempts}")

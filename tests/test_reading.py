@@ -1,12 +1,14 @@
 """Hostile documents: each is one kind of error, that names the field, and is read in no time."""
 
 import json
+import os
 import time
 
 import pytest
 
 import vstar_kernels as vk
-from vstar_kernels.methods.reading import FormatError, clean, decode, shorten
+from vstar_kernels.methods.vstar.writer import SynopsisError
+from vstar_kernels.reading import FormatError, clean, decode, shorten
 
 DEEP = 200_000
 GOOD = {"prompt": "A pond.", "stages": ["Water.", "Ice."]}
@@ -24,19 +26,22 @@ def synopsis(**fields):
         ("[" * DEEP, "nested too deeply"),
         ('{"prompt": ' * DEEP, "nested too deeply"),
         (synopsis(stages="[" * DEEP + "]" * DEEP), "nested too deeply"),
-        (synopsis(prompt="9" * 400), r"prompt: Input should be a valid string, got int"),
+        (synopsis(prompt="9" * 300), r"prompt: Input should be a valid string, got int"),
+        (synopsis(prompt="9" * 400), r"prompt: 9+… is a number of too many digits"),
         (
             synopsis(anchors=f"[0, {'9' * 400}]"),
-            r"anchors\[1\]: .*less than or equal to 2147483647",
+            r"anchors\[1\]: 9+… is a number of too many digits",
         ),
-        (synopsis(anchors=f"[0, {'9' * 5000}]"), "a number of too many digits"),
-        (synopsis(anchors="[0, 1e999]"), r"anchors\[1\]: .*valid integer, got float"),
+        (synopsis(anchors=f"[0, {2**31}]"), r"anchors\[1\]: .*less than or equal to 2147483647"),
+        (synopsis(anchors=f"[0, {'9' * 5000}]"), r"anchors\[1\]: 9+… is a number of too many"),
+        (synopsis(anchors="[0, 1e999]"), r"anchors\[1\]: 1e999 is too large"),
+        (synopsis(anchors="[0, 1e9]"), r"anchors\[1\]: .*valid integer, got float"),
         (synopsis(anchors="[0, -1]"), r"anchors\[1\]: .*greater than or equal to 0"),
-        (synopsis(anchors="[0, NaN]"), "NaN is not a number"),
+        (synopsis(anchors="[0, NaN]"), r"anchors\[1\]: NaN is not a number"),
         (synopsis(anchors="[0, true]"), r"anchors\[1\]: .*valid integer, got bool"),
         (synopsis(anchors='"01"'), "anchors: .*valid list, got str"),
-        (synopsis(prompt='"p", "prompt": "q"'), "the key 'prompt' twice"),
-        (synopsis(prompt='"p", "pro\\u0000mpt": "q"'), "the key 'prompt' twice"),
+        (synopsis(prompt='"p", "prompt": "q"'), "prompt: it is there twice"),
+        (synopsis(prompt='"p", "pro\\u0000mpt": "q"'), "prompt: it is there twice"),
         (synopsis(prompt='"\\u001b[31m"'), "prompt must not be empty"),
         (synopsis(stages='["Water.", null]'), r"stages\[1\]: .*valid string, got NoneType"),
         (synopsis(größe="3"), "größe: there is no such field"),
@@ -52,7 +57,7 @@ def test_hostile_synopses(document, message):
             read(document)
         assert isinstance(caught.value, ValueError)
         assert len(str(caught.value)) < 500
-    with pytest.raises(FormatError, match=r"nested|not JSON|number|twice|\[0\]: "):
+    with pytest.raises(FormatError, match=r"nested|not JSON|number|twice|too large|\[0\]: "):
         vk.Synopsis.list_from_json(f"[{document or '?'}]")
 
 
@@ -84,6 +89,60 @@ def test_what_terminals_obey_is_left_out(text, cleaned):
     read = vk.Synopsis.from_json(json.dumps({"prompt": f"p {text}", "stages": [f"s {text}"]}))
     assert (read.prompt, read.stages) == (f"p {cleaned}", (f"s {cleaned}",))
     assert shorten(text) == " ".join(cleaned.split())
+
+
+READERS = {
+    "configuration": vk.TARConfig.load,
+    "synopsis": vk.Synopsis.load,
+    "synopses": lambda path: vk.SynopsisWriter.from_file(path).write("p"),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_is_an_error_at_once(tmp_path, read, make):
+    make(tmp_path / "place")
+    with pytest.raises((OSError, SynopsisError), match="is not a regular file"):
+        read(tmp_path / "place")
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_bytes_that_are_no_text(tmp_path, read):
+    path = tmp_path / "place"
+    path.write_bytes(b'{"sigma": "\xff"}')
+    with pytest.raises((FormatError, SynopsisError), match=r"it is not UTF-8: .* at byte 11"):
+        read(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + vk.TARConfig(1.0).to_json().encode())
+    assert vk.TARConfig.load(tmp_path / "config.json") == vk.TARConfig(1.0)
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(OSError, match="has more than 67108864 bytes"):
+        vk.Synopsis.load(tmp_path / "sparse")
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ('{"a": [1, {"b": NaN}]}', "a[1].b: NaN is not a number in JSON"),
+        ('{"a": [1, {"b": -1e400}]}', "a[1].b: -1e400 is too large"),
+        ('[{"a": 1, "a": 2}]', "[0].a: it is there twice"),
+        ('[{"a": NaN, "a": [NaN], "a": 1}]', "[0].a: it is there twice"),
+        ('{"\\u001b[31ma": Infinity}', "a: Infinity is not a number in JSON"),
+        ("-Infinity", "-Infinity is not a number in JSON"),
+        ('{"x":' * 20 + "NaN" + "}" * 20, "….x.x.x.x.x.x.x.x: NaN is not a number in JSON"),
+    ],
+)
+def test_what_json_should_not_hold_is_named_by_its_path(document, message):
+    with pytest.raises(FormatError) as caught:
+        decode(document)
+    assert str(caught.value) == message
 
 
 LARGE = 2**20
