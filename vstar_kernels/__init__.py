@@ -10,6 +10,9 @@ from vstar_kernels._version import __version__
 from vstar_kernels.attention import reference
 from vstar_kernels.attention.bias import DenseBias, GaussianBias, ToeplitzBias
 from vstar_kernels.attention.dispatch import SlowBackendWarning
+from vstar_kernels.attention.frames.layout import Frames, Layout, Text
+from vstar_kernels.attention.frames.operation import frame_attention
+from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.attention.temporal import tar_attention
 from vstar_kernels.cli.info import info
 from vstar_kernels.methods.vstar.embeddings import interpolate_embeddings
@@ -27,7 +30,10 @@ from vstar_kernels.models.frame_prompts import condition_frames
 __all__ = [
     "VSTAR",
     "DenseBias",
+    "FrameRule",
+    "Frames",
     "GaussianBias",
+    "Layout",
     "MapCapture",
     "NoisePrior",
     "OptimizedNoise",
@@ -37,6 +43,7 @@ __all__ = [
     "SynopsisWriter",
     "TARConfig",
     "TARHandle",
+    "Text",
     "ToeplitzBias",
     "__version__",
     "analysis",
@@ -46,6 +53,7 @@ __all__ = [
     "capture_real_maps",
     "condition_frames",
     "encode_frames",
+    "frame_attention",
     "info",
     "interpolate_embeddings",
     "optimize_noise",

@@ -1,5 +1,10 @@
-"""The backends of :func:`vstar_kernels.tar_attention`, and what is against each of them."""
+"""The backends of the operations, and what is against each of them."""
 
-from vstar_kernels.attention.dispatch import SlowBackendWarning, available, why_not
+from vstar_kernels.attention.dispatch import (
+    SlowBackendWarning,
+    available,
+    why_not,
+    why_not_frames,
+)
 
-__all__ = ["SlowBackendWarning", "available", "why_not"]
+__all__ = ["SlowBackendWarning", "available", "why_not", "why_not_frames"]

@@ -150,7 +150,7 @@ def test_layers_are_chosen(unet):
 
 @pytest.mark.parametrize("max_rows", [1, 6, 9])
 def test_the_reference_takes_positions_at_equal_distances(unet, max_rows, monkeypatch):
-    monkeypatch.setattr(dispatch, "BACKENDS", {"reference": reference})
+    monkeypatch.setattr(dispatch.TAR_ATTENTION, "backends", {"reference": reference})
     monkeypatch.setattr("vstar_kernels.analysis.maps.MAP_ELEMENTS", 2 * FRAMES**2 * 5)
     layer = temporal_layers(unet)[2]
     count = max(1, max_rows // 2)
@@ -174,7 +174,8 @@ def test_a_kernel_that_gives_maps_takes_all_positions(unet, monkeypatch):
         return reference.forward(call)
 
     kernel = types.SimpleNamespace(why_not=why_not, forward=forward)
-    monkeypatch.setattr(dispatch, "BACKENDS", {"maps": kernel, **dispatch.BACKENDS})
+    backends = {"maps": kernel, **dispatch.TAR_ATTENTION.backends}
+    monkeypatch.setattr(dispatch.TAR_ATTENTION, "backends", backends)
     with vk.apply_tar(unet, TAR), vk.capture_maps(unet, max_rows=1) as capture:
         call(unet)
     layers = temporal_layers(unet)

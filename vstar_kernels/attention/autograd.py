@@ -77,7 +77,7 @@ def _nothing(like: Tensor) -> Tensor:
 
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, name = _split(arguments)
-    out, mean_map, _ = dispatch.backend(call, name).forward(call)
+    out, mean_map, _ = dispatch.TAR_ATTENTION.backend(call, name).forward(call)
     return out, _nothing(out) if mean_map is None else mean_map
 
 
@@ -98,7 +98,7 @@ def _attention_backward(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     call, name = _split(arguments)
-    backend, wanted = dispatch.backend(call, name), Wanted(delta_wanted, stat_wanted)
+    backend, wanted = dispatch.TAR_ATTENTION.backend(call, name), Wanted(delta_wanted, stat_wanted)
     gradients = backend.backward(call, out, (), grad_out, grad_map, wanted)
     return _as_results(out, gradients)
 
@@ -153,7 +153,7 @@ def _gradient(ctx: Any, grad_out: Tensor | None, grad_map: Tensor | None) -> tup
         gradients = _backward_operator(*arguments)
     else:
         call, name = _split((*tensors, *ctx.options, ctx.backend))
-        backend = dispatch.backend(call, name)
+        backend = dispatch.TAR_ATTENTION.backend(call, name)
         gradients = backend.backward(call, out, tuple(saved), grad_out, grad_map, wanted)
     kept = (needs[0], needs[1], needs[2], *wanted)
     of_tensors = (g if keep else None for g, keep in zip(gradients, kept, strict=True))
@@ -238,7 +238,7 @@ class _Eager(torch.autograd.Function):
         backend: str,
     ) -> Tensor | tuple[Tensor, Tensor]:
         call = Call(query, key, value, delta, stat, options)
-        out, mean_map, saved = dispatch.BACKENDS[backend].forward(call, save=True)
+        out, mean_map, saved = dispatch.TAR_ATTENTION.backends[backend].forward(call, save=True)
         ctx.save_for_backward(query, key, value, delta, stat, out, *saved)
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)

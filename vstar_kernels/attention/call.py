@@ -204,7 +204,7 @@ def check_call(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if torch.is_autocast_enabled(query.device.type):
-        query, key, value = _autocast(query), _autocast(key), _autocast(value)
+        query, key, value = autocast(query), autocast(key), autocast(value)
     shape, dtype, device = query.shape, query.dtype, query.device
     if len(shape) not in (4, 5):
         raise ValueError(f"query must be {LAYOUTS}, got shape {tuple(shape)}")
@@ -243,7 +243,7 @@ def check_call(
     return make_call(query, key, value, bias, scale, map_block if return_map else 0)
 
 
-def _autocast(tensor: Tensor) -> Tensor:
+def autocast(tensor: Tensor) -> Tensor:
     """Casts as autocast casts the arguments of scaled_dot_product_attention."""
     if tensor.is_floating_point() and tensor.dtype != torch.float64:
         return tensor.to(torch.get_autocast_dtype(tensor.device.type))

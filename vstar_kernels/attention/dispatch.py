@@ -1,32 +1,51 @@
-"""Which backend runs a call.
+"""Which backend runs a call of an operation.
 
 A backend is a module. One question to it, ``why_not``, answers the automatic choice, the error of
-an explicit choice, :func:`why_not` and :func:`available`.
+an explicit choice, :func:`why_not` and :func:`available`. Each operation has its own backends;
+those of one name share their libraries and their reasons to be unavailable.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
 from vstar_kernels.attention import cpu, reference, triton
 from vstar_kernels.attention.bias import Bias
 from vstar_kernels.attention.call import Call, Forward, Gradients, Wanted, check_call
+from vstar_kernels.attention.frames import reference as frames_reference
+from vstar_kernels.attention.frames.call import FrameCall, FrameGradients, FrameWanted
+from vstar_kernels.attention.frames.call import check_call as check_frame_call
+from vstar_kernels.attention.frames.layout import Layout
+from vstar_kernels.attention.frames.rules import FrameRule
 
 
-class Backend(Protocol):
-    """The functions that a backend's module provides."""
+class Describable(Protocol):
+    """A call of any operation."""
+
+    def describe(self) -> str:
+        """Returns a line for each tensor and one for the options, for messages."""
+
+
+C = TypeVar("C", bound=Describable)
+C_contra = TypeVar("C_contra", contravariant=True)
+W_contra = TypeVar("W_contra", contravariant=True)
+G_co = TypeVar("G_co", covariant=True)
+
+
+class Backend(Protocol[C_contra, W_contra, G_co]):
+    """The functions that a backend's module provides, for calls of one operation."""
 
     def unavailable(self) -> list[str]:
         """Returns the reasons why it cannot run anything here; none if it can."""
 
-    def why_not(self, call: Call) -> list[str]:
+    def why_not(self, call: C_contra) -> list[str]:
         """Returns the reasons why it cannot run this call; none if it can."""
 
-    def forward(self, call: Call, *, save: bool = False) -> Forward:
+    def forward(self, call: C_contra, *, save: bool = False) -> Forward:
         """Computes the output, and the mean map where the call asks for it.
 
         With ``save``, a backward pass will follow: what the backend keeps for it is returned too.
@@ -35,13 +54,13 @@ class Backend(Protocol):
 
     def backward(
         self,
-        call: Call,
+        call: C_contra,
         out: Tensor,
         saved: tuple[Tensor, ...],
         grad_out: Tensor | None,
         grad_map: Tensor | None,
-        wanted: Wanted,
-    ) -> Gradients:
+        wanted: W_contra,
+    ) -> G_co:
         """Computes the gradients of query, key and value, and those ``wanted`` besides.
 
         ``out`` is what ``forward`` returned, and ``saved`` what it saved, or nothing, and then all
@@ -53,13 +72,83 @@ class SlowBackendWarning(UserWarning):
     """A call was left to the reference, which holds every attention map in memory."""
 
 
-# In the order of preference; the reference runs anything.
-BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": triton, "reference": reference}
+class Operation(Generic[C, W_contra, G_co]):
+    """An operation and its backends, in the order of preference; the last, the reference, runs all.
+
+    ``name`` is the public function's, for messages.
+    """
+
+    def __init__(self, name: str, backends: dict[str, Backend[C, W_contra, G_co]]) -> None:
+        self.name, self.backends = name, backends
+
+    def why_not(self, call: C) -> dict[str, list[str]]:
+        """Returns each backend's reasons why it cannot run this call; an empty list if it can."""
+        return {name: backend.why_not(call) for name, backend in self.backends.items()}
+
+    def backend(self, call: C, name: str | None) -> Backend[C, W_contra, G_co]:
+        """Returns the backend that :meth:`choose` names."""
+        return self.backends[self.choose(call, name)]
+
+    def choose(self, call: C, name: str | None) -> str:
+        """Returns ``name`` if that backend can run the call; of None, the first that can.
+
+        Raises:
+            ValueError: The name is unknown, or that backend cannot run the call.
+        """
+        if name is not None:
+            return self._check_choice(call, name)
+        reasons = {}
+        for name, backend in self.backends.items():
+            reasons[name] = backend.why_not(call)
+            if not reasons[name]:
+                if name == "reference":
+                    _warn_once(self.name, _list_reasons(reasons))
+                return name
+        raise AssertionError("the reference runs any checked call")
+
+    def _check_choice(self, call: C, name: str) -> str:
+        if name not in self.backends:
+            allowed = ", ".join(map(repr, self.backends))
+            raise ValueError(f"backend must be one of {allowed} or None, got {name!r}")
+        reasons = self.backends[name].why_not(call)
+        if reasons:
+            raise ValueError(
+                f"backend {name!r} cannot run this call:\n{_list_reasons({name: reasons})}\n"
+                f"It was given:\n{call.describe()}"
+            )
+        return name
+
+
+def _list_reasons(reasons: dict[str, list[str]]) -> str:
+    return "\n".join(f"  {name}: {reason}" for name, rs in reasons.items() for reason in rs)
+
+
+@functools.cache
+def _warn_once(operation: str, reasons: str) -> None:
+    warnings.warn(
+        f"{operation} runs on the slow PyTorch reference (backend='reference' says so "
+        f"without this warning), because of\n{reasons}",
+        SlowBackendWarning,
+        stacklevel=5,
+    )
+
+
+TAR_ATTENTION: Operation[Call, Wanted, Gradients] = Operation(
+    "tar_attention", {"cpu": cpu, "triton": triton, "reference": reference}
+)
+FRAME_ATTENTION: Operation[FrameCall, FrameWanted, FrameGradients] = Operation(
+    "frame_attention", {"reference": frames_reference}
+)
+
+
+# ---- what users ask ----
 
 
 def available() -> dict[str, list[str]]:
     """Returns each backend's reasons why it cannot run here; an empty list if it can."""
-    return {name: backend.unavailable() for name, backend in BACKENDS.items()}
+    every: dict[str, Any] = {**FRAME_ATTENTION.backends, **TAR_ATTENTION.backends}
+    names = [*TAR_ATTENTION.backends, *(x for x in every if x not in TAR_ATTENTION.backends)]
+    return {name: every[name].unavailable() for name in names}
 
 
 def why_not(
@@ -84,54 +173,21 @@ def why_not(
     call = check_call(
         query, key, value, bias, scale=scale, return_map=return_map, map_block=map_block
     )
-    return {name: backend.why_not(call) for name, backend in BACKENDS.items()}
+    return TAR_ATTENTION.why_not(call)
 
 
-def backend(call: Call, name: str | None) -> Backend:
-    """Returns the backend that :func:`choose` names."""
-    return BACKENDS[choose(call, name)]
+def why_not_frames(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    rule: FrameRule | None = None,
+    **options: Any,
+) -> dict[str, list[str]]:
+    """Returns each backend's reasons why it cannot run this call; an empty list if it can.
 
-
-def choose(call: Call, name: str | None) -> str:
-    """Returns ``name`` if that backend can run the call; of None, the first backend that can.
-
-    Raises:
-        ValueError: The name is unknown, or that backend cannot run the call.
+    Args:
+        query, key, value, layout, rule, options: As for :func:`vstar_kernels.frame_attention`,
+            which raises for the same bad arguments.
     """
-    if name is not None:
-        return _check_choice(call, name)
-    reasons = {}
-    for name, backend in BACKENDS.items():
-        reasons[name] = backend.why_not(call)
-        if not reasons[name]:
-            if backend is reference:
-                _warn_once(_list_reasons(reasons))
-            return name
-    raise AssertionError("the reference runs any checked call")
-
-
-def _check_choice(call: Call, name: str) -> str:
-    if name not in BACKENDS:
-        allowed = ", ".join(map(repr, BACKENDS))
-        raise ValueError(f"backend must be one of {allowed} or None, got {name!r}")
-    reasons = BACKENDS[name].why_not(call)
-    if reasons:
-        raise ValueError(
-            f"backend {name!r} cannot run this call:\n{_list_reasons({name: reasons})}\n"
-            f"It was given:\n{call.describe()}"
-        )
-    return name
-
-
-def _list_reasons(reasons: dict[str, list[str]]) -> str:
-    return "\n".join(f"  {name}: {reason}" for name, rs in reasons.items() for reason in rs)
-
-
-@functools.cache
-def _warn_once(reasons: str) -> None:
-    warnings.warn(
-        "tar_attention runs on the slow PyTorch reference (backend='reference' says so "
-        f"without this warning), because of\n{reasons}",
-        SlowBackendWarning,
-        stacklevel=4,
-    )
+    return FRAME_ATTENTION.why_not(check_frame_call(query, key, value, layout, rule, **options))

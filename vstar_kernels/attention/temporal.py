@@ -79,8 +79,8 @@ def tar_attention(
     )
     if torch.compiler.is_compiling() and backend != "reference":
         return autograd.attention(call, backend)
-    chosen = dispatch.choose(call, backend)
+    chosen = dispatch.TAR_ATTENTION.choose(call, backend)
     if chosen != "reference" and autograd.needed(call):
         return autograd.attention(call, chosen)
-    out, mean_map, _ = dispatch.BACKENDS[chosen].forward(call)
+    out, mean_map, _ = dispatch.TAR_ATTENTION.backends[chosen].forward(call)
     return out if mean_map is None else (out, mean_map)
