@@ -98,7 +98,8 @@ class AttentionWeights {
     }
   }
 
-  // Returns the map's maximum where Δ's weight is that, which takes all of the map's logits.
+  // Returns the map's maximum where Δ's weight is that, which takes all of the map's logits. NaN is
+  // larger than any number, as for torch.max.
   MapMax map_max(Prefetcher& prefetcher) const {
     MapMax result;
     if (!p_.delta || p_.stat != Stat::map_max) return result;
@@ -110,6 +111,7 @@ class AttentionWeights {
         for (int i = 0; i < panels[p].query_count; ++i, ++query) {
           if (panels[p].row_max[i] > result.value) result = {panels[p].row_max[i], query};
         }
+        if (has_nan(panels[p])) return {kNaN, panels[p].query_begin};
       }
     }
     return result;
@@ -130,6 +132,16 @@ class AttentionWeights {
   }
 
  private:
+  // Returns whether there is NaN among a panel's logits, which their maxima do not show.
+  bool has_nan(const Panel& panel) const {
+    bool found = false;
+    for (int64_t j = 0; j < p_.frames; ++j) {
+      const float* row = panel.logits + j * panel.lanes();
+      for (int i = 0; i < panel.query_count; ++i) found |= row[i] != row[i];
+    }
+    return found;
+  }
+
   // Adds strength * stat * Δ to the logits. The statistic is in the logits' unit, log2 e times the
   // scaled ones.
   void regularize(const Panel& panel, const MapMax& map_max) const {

@@ -30,7 +30,7 @@ struct BackwardPlan : PanelPlan {
 
   explicit BackwardPlan(const BackwardArgs& a) : PanelPlan(a, 1) {
     grads = take(padded_keys * kPanelQueries);
-    grad_map = take(a.grad_map ? a.frames * kPanelQueries : 0);
+    grad_map = take(a.map_blocks * kPanelQueries);
     packed_grad_out = take(a.head_dim * kPanelQueries);
     query_rows = take(a.head_dim * kPanelQueries);
     grad_rows = take(a.head_dim * kPanelQueries);
@@ -154,11 +154,24 @@ class SequenceBackward {
 
   void add_map_gradient(const Panel& panel) {
     float* packed = scratch_ + plan_.grad_map;
-    const float* rows = a_.grad_map + (index_.batch * a_.frames + panel.query_begin) * a_.frames;
-    pack_queries<float>(rows, a_.frames, panel.query_count, panel.lanes(), a_.frames, packed);
+    const int64_t blocks = a_.map_blocks;
+    const float* map = a_.grad_map + index_.batch * blocks * blocks;
+    if (a_.map_block == 1) {
+      pack_queries<float>(map + panel.query_begin * blocks, blocks, panel.query_count,
+                          panel.lanes(), blocks, packed);
+    } else {
+      for (int i = 0; i < panel.lanes(); ++i) {
+        // What the lanes without a query hold does not matter.
+        const int64_t query = min64(panel.query_begin + i, a_.frames - 1);
+        const float* row = map + query / a_.map_block * blocks;
+        for (int64_t block = 0; block < blocks; ++block) {
+          packed[block * panel.lanes() + i] = row[block];
+        }
+      }
+    }
     const float factor = 1.0f / static_cast<float>(a_.space * a_.heads);
     with_vectors(panel.vectors, [&](auto vectors) {
-      add_cells<vectors>(a_.frames, factor, packed, grads_);
+      add_block_cells<vectors>(a_.frames, a_.map_block, factor, packed, grads_);
     });
   }
 

@@ -20,12 +20,12 @@ constexpr int64_t kPanelsLogitBytes = 256 << 10;
 
 struct ForwardPlan : PanelPlan {
   int64_t partial;
-  int64_t map_queries, map_sums;  // map_queries floats for each key
+  int64_t map_queries, map_sums;  // map_queries floats for each block of keys
 
   explicit ForwardPlan(const ForwardArgs& a) : PanelPlan(a, panels_at_once(a)) {
     partial = take(panels * kPanelQueries * padded_dim);
     map_queries = round_up(a.queries_per_item, kLanes);
-    map_sums = take(a.wants_map ? round_up(a.frames, kLanes) * map_queries : 0);
+    map_sums = take(round_up(a.map_blocks, kLanes) * map_queries);
   }
 
  private:
@@ -95,10 +95,7 @@ class SequenceForward {
         const Panel& panel = panels[p];
         weights_.exponentiate_logits(panel, map_max);
         if (map_sums) {
-          with_vectors(panel.vectors, [&](auto vectors) {
-            add_to_sums<vectors>(a_.frames, panel.inverse_sum, panel.logits, plan_.map_queries,
-                                 plan_.map_queries, map_sums);
-          });
+          add_to_map(panel, map_sums);
           map_sums += panel.query_count;
         }
         query_begin += panel.query_count;
@@ -108,6 +105,18 @@ class SequenceForward {
   }
 
  private:
+  void add_to_map(const Panel& panel, float* map_sums) const {
+    with_vectors(panel.vectors, [&](auto vectors) {
+      if (a_.map_block == 1) {
+        add_to_sums<vectors>(a_.frames, panel.inverse_sum, panel.logits, plan_.map_queries,
+                             plan_.map_queries, map_sums);
+      } else {
+        add_to_block_sums<vectors>(a_.frames, a_.map_block, panel.inverse_sum, panel.logits,
+                                   plan_.map_queries, map_sums);
+      }
+    });
+  }
+
   void compute_out(const Panel* panels, int count) {
     T* out = index_.in(static_cast<T*>(a_.out), a_.out_strides);
     for (int64_t j = 0; j < a_.frames; j += kKeyBlock) {
@@ -151,6 +160,25 @@ void forward_typed(Types<T, Unit>, const ForwardArgs& a, int64_t begin, int64_t 
   }
 }
 
+// Writes a slice of the map of blocks of frames: the sums over each block's queries, divided by the
+// number of sequences.
+inline void write_block_map(const ForwardArgs& a, const MapSlice& slice, const float* sums,
+                            int64_t map_queries) {
+  const double sequences = static_cast<double>(a.space * a.heads);
+  float* cell = slice.map;
+  for (int64_t begin = slice.query_begin; begin < slice.query_end; begin += a.map_block) {
+    const int64_t end = min64(begin + a.map_block, slice.query_end);
+    for (int64_t block = 0; block < a.map_blocks; ++block, ++cell) {
+      double sum = 0;
+      for (int64_t query = begin; query < end; ++query) {
+        sum += sums[block * map_queries + query - slice.query_begin];
+      }
+      const float mean = static_cast<float>(sum / sequences);
+      *cell = slice.accumulate ? *cell + mean : mean;
+    }
+  }
+}
+
 // Writes a slice of the mean map: the sums' transpose, divided by the number of sequences.
 inline void write_map(const ForwardArgs& a, const MapSlice& slice, const float* sums,
                       int64_t map_queries) {
@@ -164,7 +192,7 @@ inline void write_map(const ForwardArgs& a, const MapSlice& slice, const float* 
       for (int j = 0; j < kLanes; ++j) block[j] = load(sums + (key + j) * map_queries);
       transpose(block);
       for (int i = 0; i < queries; ++i) {
-        float* cell = slice.map + (query + i) * a.frames + key;
+        float* cell = slice.map + (query + i - slice.query_begin) * a.frames + key;
         Vec mean = mul(block[i], factor);
         if (slice.accumulate) mean = add(mean, load_partial(cell, keys));
         store_partial(cell, mean, keys);
@@ -178,14 +206,15 @@ void forward_map_typed(Types<T, Unit>, const ForwardArgs& a, const MapSlice& sli
                        float* scratch) {
   const ForwardPlan plan(a);
   float* sums = scratch + plan.map_sums;
-  for (int64_t i = 0; i < a.frames * plan.map_queries; i += kLanes) store(sums + i, zero());
+  for (int64_t i = 0; i < a.map_blocks * plan.map_queries; i += kLanes) store(sums + i, zero());
   for (int64_t index = slice.sequence_begin; index < slice.sequence_end; ++index) {
     SequenceForward<T, Unit> sequence(a, plan, index, scratch);
     // Often the next slice is this thread's too.
     if (index + 1 < a.batch * a.space * a.heads) sequence.fetch_ahead(index + 1);
     sequence.compute(slice.query_begin, slice.query_end, sums);
   }
-  write_map(a, slice, sums, plan.map_queries);
+  const auto write = a.map_block == 1 ? write_map : write_block_map;
+  write(a, slice, sums, plan.map_queries);
 }
 
 inline void forward(const ForwardArgs& a, int64_t begin, int64_t end, float* scratch) {

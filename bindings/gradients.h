@@ -20,11 +20,18 @@ VSTAR_STAGE void row_argmax(int64_t keys, const float* logits, const float* row_
   }
 }
 
-// Adds factor * b to a.
+// Adds factor * b to the cells a, where b has one row of cells for each block of keys.
 template <int VECTORS>
-VSTAR_STAGE void add_cells(int64_t keys, float factor, const float* b, float* a) {
-  for (int64_t i = 0; i < keys * VECTORS * kLanes; i += kLanes) {
-    store(a + i, fma(broadcast(factor), load(b + i), load(a + i)));
+VSTAR_STAGE void add_block_cells(int64_t keys, int64_t block, float factor, const float* b,
+                                 float* a) {
+  constexpr int lanes = VECTORS * kLanes;
+  for (int64_t begin = 0; begin < keys; begin += block, b += lanes) {
+    const int64_t end = min64(begin + block, keys);
+    for (int64_t j = begin; j < end; ++j, a += lanes) {
+      for (int c = 0; c < lanes; c += kLanes) {
+        store(a + c, fma(broadcast(factor), load(b + c), load(a + c)));
+      }
+    }
   }
 }
 

@@ -14,6 +14,7 @@ constexpr int64_t kKeyBlock = 128;
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.693147180559945309417f;
 constexpr float kInfinity = __builtin_inff();
+constexpr float kNaN = __builtin_nanf("");
 
 // Returns 2^x for x <= 0, to float32 rounding; zero below 2^-126, NaN for NaN.
 inline Vec exp2_nonpositive(Vec x) {
@@ -156,6 +157,29 @@ VSTAR_STAGE void add_to_sums(int64_t keys, const float* factor, const float* cel
         float* sum = sums + j * key_stride + c * kLanes;
         store(sum, fma(f[c], load(cells), load(sum)));
       }
+    }
+  }
+}
+
+// Adds factor[i] times the sum of cells[j][i] over each block of keys to sums[block][i], whose rows
+// are `stride` apart.
+template <int VECTORS>
+VSTAR_STAGE void add_to_block_sums(int64_t keys, int64_t block, const float* factor,
+                                   const float* cells, int64_t stride, float* sums) {
+  for (int64_t begin = 0; begin < keys; begin += block, sums += stride) {
+    const int64_t end = min64(begin + block, keys);
+    for (int c = 0; c < VECTORS; ++c) {
+      Vec total = zero();
+      for (int64_t start = begin; start < end; start += kKeyBlock) {
+        const int64_t stop = min64(start + kKeyBlock, end);
+        Vec sum = zero();
+        for (int64_t j = start; j < stop; ++j) {
+          sum = add(sum, load(cells + (j * VECTORS + c) * kLanes));
+        }
+        total = add(total, sum);
+      }
+      float* out = sums + c * kLanes;
+      store(out, fma(load(factor + c * kLanes), total, load(out)));
     }
   }
 }

@@ -70,12 +70,18 @@ void check_contiguous(const Tensor& t, const char* name) {
                   " must be a contiguous float32 tensor");
 }
 
-void check_map(const Tensor& map, const Tensor& query, const Layout& layout, const char* name) {
+// Returns in how many blocks the frames of a map are that has passed the checks.
+int64_t check_map(const Tensor& map, const Tensor& query, const Layout& layout, int64_t block,
+                  const char* name) {
   const int64_t frames = query.size(layout.frame);
+  STD_TORCH_CHECK(block >= 1 && (block <= frames || block == 1),
+                  "map_block must be 1 to ", frames, ", got ", block);
+  const int64_t blocks = (frames + block - 1) / block;
   check_contiguous(map, name);
-  STD_TORCH_CHECK(map.dim() == 3 && map.size(0) == query.size(0) && map.size(1) == frames &&
-                      map.size(2) == frames,
-                  name, " must be (batch, frames, frames)");
+  STD_TORCH_CHECK(map.dim() == 3 && map.size(0) == query.size(0) && map.size(1) == blocks &&
+                      map.size(2) == blocks,
+                  name, " must be (batch, blocks, blocks), blocks of map_block frames");
+  return blocks;
 }
 
 void check_stat(const Tensor& stat, const Tensor& query, const char* name) {
@@ -179,13 +185,17 @@ vstar::Threads threads() {
 
 void cpu_forward(Tensor out, std::optional<Tensor> map, Tensor query, Tensor key, Tensor value,
                  std::optional<Tensor> delta, std::optional<Tensor> stat_tensor, int64_t form,
-                 double strength, int64_t stat, bool clamp_negative, double scale) {
+                 double strength, int64_t stat, bool clamp_negative, double scale,
+                 int64_t map_block) {
   const Arguments arguments = {query, key,      value, delta,          stat_tensor,
                                form,  strength, stat,  clamp_negative, scale};
   const Layout layout = arguments.check();
   check_like(out, query, "out");
-  if (map) check_map(*map, query, layout, "map");
   vstar::ForwardArgs args = {};
+  if (map) {
+    args.map_blocks = check_map(*map, query, layout, map_block, "map");
+    args.map_block = map_block;
+  }
   const vstar::UserDelta user_delta = arguments.set(args, layout);
   if (vstar::is_empty(args)) {
     if (map) torch::stable::fill_(*map, __builtin_nan(""));  // the mean of nothing
@@ -201,7 +211,7 @@ void cpu_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value,
                   Tensor grad_out, std::optional<Tensor> grad_map, Tensor query, Tensor key,
                   Tensor value, std::optional<Tensor> delta, std::optional<Tensor> stat_tensor,
                   int64_t form, double strength, int64_t stat, bool clamp_negative,
-                  bool detach_stat, double scale) {
+                  bool detach_stat, double scale, int64_t map_block) {
   const Arguments arguments = {query, key,      value, delta,          stat_tensor,
                                form,  strength, stat,  clamp_negative, scale};
   const Layout layout = arguments.check();
@@ -209,7 +219,11 @@ void cpu_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value,
   check_like(grad_key, query, "grad_key");
   check_like(grad_value, query, "grad_value");
   check_like_but_strides(grad_out, query, "grad_out");
-  if (grad_map) check_map(*grad_map, query, layout, "grad_map");
+  vstar::BackwardArgs args = {};
+  if (grad_map) {
+    args.map_blocks = check_map(*grad_map, query, layout, map_block, "grad_map");
+    args.map_block = map_block;
+  }
   if (grad_delta) {
     check_contiguous(*grad_delta, "grad_delta");
     STD_TORCH_CHECK(delta && has_shape(*grad_delta, *delta, delta->dim()),
@@ -220,7 +234,6 @@ void cpu_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value,
     check_stat(*grad_stat, query, "grad_stat");
   }
 
-  vstar::BackwardArgs args = {};
   const vstar::UserDelta user_delta = arguments.set(args, layout);
   // The kernels write the gradients that there are.
   const bool is_empty = vstar::is_empty(args);

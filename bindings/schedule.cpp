@@ -1,8 +1,14 @@
 #include "schedule.h"
 
 #include <pthread.h>
+#if defined(__linux__)
+#include <dirent.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <new>
 
@@ -50,10 +56,38 @@ int64_t items_per_thread(double operations_of_item) {
 
 // OpenMP keeps a thread's team of helpers with that thread. A fork copies the thread that calls it
 // but not the team, for which GNU's runtime would then wait for ever, as it does under torch's own
-// operators: such a thread computes alone.
-thread_local bool has_team = false, lost_team = false;
+// operators: such a thread computes alone. Whether it has a team cannot be asked, and torch's other
+// operators make one too, but without a second thread in the process there is none.
+thread_local bool has_team = false, may_lose_team = false;
+
+bool may_have_team() {
+#if defined(__linux__)
+  DIR* const tasks = opendir("/proc/self/task");
+  if (!tasks) return true;
+  int entries = 0;
+  while (readdir(tasks)) ++entries;
+  closedir(tasks);
+  return entries > 3;  // ".", ".." and the calling thread
+#else
+  return has_team;
+#endif
+}
+
+// The thread that has forked before this library was loaded; 0: none.
+std::atomic<int64_t> thread_of_early_fork{0};
+
+bool is_thread_of_early_fork() {
+#if defined(__linux__)
+  return syscall(SYS_gettid) == thread_of_early_fork.load();
+#else
+  return false;
+#endif
+}
+
+thread_local bool lost_team = is_thread_of_early_fork();
 [[maybe_unused]] const int watching_forks =
-    pthread_atfork(nullptr, nullptr, [] { lost_team = lost_team || has_team; });
+    pthread_atfork([] { may_lose_team = may_have_team(); }, nullptr,
+                   [] { lost_team = lost_team || may_lose_team; });
 
 // Calls body(begin, end, scratch) for ranges of items, each with a scratch of its own.
 template <typename Body>
@@ -132,3 +166,9 @@ void run_backward(BackwardArgs& args, const UserDelta& delta, float* grad_delta,
 }
 
 }  // namespace vstar
+
+// Python calls this where the library is loaded in a process that was forked before: the thread of
+// this number (0: none) may have lost a team in that fork.
+extern "C" __attribute__((visibility("default"))) void vstar_kernels_forked(int64_t thread) {
+  vstar::thread_of_early_fork.store(thread);
+}

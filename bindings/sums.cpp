@@ -7,16 +7,19 @@ namespace {
 
 // So many groups are enough for any number of cores, and few enough to be added up for nothing.
 constexpr int64_t kGroups = 64;
-constexpr int64_t kMaxPartialFloats = int64_t{1} << 24;
+// How much memory their sums may take: 16 MiB for a map, 64 MiB for Δ's gradient.
+constexpr int64_t kMaxMapFloats = int64_t{1} << 22, kMaxDeltaFloats = int64_t{1} << 24;
 // A long running sum would lose a bit for every fourfold of its length, so a group is added up in
 // runs.
 constexpr int64_t kRun = 64;
 // How many queries' rows of a map are summed up at once, so that the sums stay in the caches.
 constexpr int64_t kMapQueries = 256;
 
+int64_t divide_up(int64_t x, int64_t divisor) { return (x + divisor - 1) / divisor; }
+
 // Returns into how many groups of sums, of this many floats each, the sequences are cut.
-int64_t groups(int64_t wanted, int64_t floats, int64_t sequences) {
-  const int64_t most = std::min(kMaxPartialFloats / floats, sequences);
+int64_t groups(int64_t wanted, int64_t floats, int64_t max_floats, int64_t sequences) {
+  const int64_t most = std::min(max_floats / floats, sequences);
   return std::max<int64_t>(1, std::min(wanted, most));
 }
 
@@ -27,15 +30,17 @@ void add(const float* terms, int64_t count, float* sums) {
 }  // namespace
 
 MapTasks::MapTasks(ForwardArgs& args) : args_(args) {
-  args.wants_map = true;
-  args.queries_per_item = std::min(args.frames, kMapQueries);
-  chunks_ = (args.frames + args.queries_per_item - 1) / args.queries_per_item;
-  groups_ = groups((kGroups + args.batch - 1) / args.batch,
-                   args.batch * args.frames * args.frames, sequences());
+  parts_ = divide_up(args.map_block, kMapQueries);
+  const int64_t blocks_at_once = std::max<int64_t>(1, kMapQueries / args.map_block);
+  args.queries_per_item =
+      std::min(args.frames, divide_up(blocks_at_once * args.map_block, parts_));
+  chunks_ = divide_up(args.map_blocks, blocks_at_once) * parts_;
+  groups_ = groups(divide_up(kGroups, args.batch), args.batch * group_size(), kMaxMapFloats,
+                   sequences());
 }
 
 int64_t MapTasks::group_floats() const {
-  return groups_ == 1 ? 0 : args_.batch * groups_ * args_.frames * args_.frames;
+  return groups_ == 1 && parts_ == 1 ? 0 : args_.batch * groups_ * group_size();
 }
 
 void MapTasks::run(const Kernels& kernels, int64_t task, float* map, float* group_sums,
@@ -43,10 +48,18 @@ void MapTasks::run(const Kernels& kernels, int64_t task, float* map, float* grou
   const int64_t chunk = task % chunks_;
   const int64_t group_index = task / chunks_;  // of all batch elements
   const int64_t batch = group_index / groups_, group = group_index % groups_;
+  const int64_t blocks_at_once = std::max<int64_t>(1, kMapQueries / args_.map_block);
+  const int64_t block = chunk / parts_ * blocks_at_once, part = chunk % parts_;
+  const int64_t block_end = (block + blocks_at_once) * args_.map_block;
   MapSlice slice = {};
-  slice.query_begin = chunk * args_.queries_per_item;
-  slice.query_end = std::min(slice.query_begin + args_.queries_per_item, args_.frames);
-  slice.map = (groups_ == 1 ? map : group_sums) + group_index * args_.frames * args_.frames;
+  slice.query_begin = block * args_.map_block + part * args_.queries_per_item;
+  slice.query_end = std::min({slice.query_begin + args_.queries_per_item, block_end, args_.frames});
+  slice.map = (group_floats() == 0 ? map : group_sums) + group_index * group_size() +
+              (block * parts_ + part) * args_.map_blocks;
+  if (slice.query_begin >= slice.query_end) {  // of a last block with fewer frames
+    std::fill(slice.map, slice.map + args_.map_blocks, 0.0f);
+    return;
+  }
   slice.sequence_end = batch * sequences() + group * sequences() / groups_;
   const int64_t end = batch * sequences() + (group + 1) * sequences() / groups_;
   while (slice.sequence_end < end) {
@@ -58,12 +71,14 @@ void MapTasks::run(const Kernels& kernels, int64_t task, float* map, float* grou
 }
 
 void MapTasks::finish(const float* group_sums, float* map) const {
-  if (groups_ == 1) return;
-  const int64_t size = args_.frames * args_.frames;
+  if (group_floats() == 0) return;
+  const int64_t blocks = args_.map_blocks, size = blocks * blocks;
   for (int64_t batch = 0; batch < args_.batch; ++batch, map += size) {
     std::fill(map, map + size, 0.0f);
-    for (int64_t group = 0; group < groups_; ++group, group_sums += size) {
-      add(group_sums, size, map);
+    for (int64_t group = 0; group < groups_; ++group) {
+      for (int64_t row = 0; row < blocks * parts_; ++row, group_sums += blocks) {
+        add(group_sums, blocks, map + row / parts_ * blocks);
+      }
     }
   }
 }
@@ -79,7 +94,7 @@ DeltaTasks::DeltaTasks(const Kernels& kernels, const BackwardArgs& args, const U
   const int64_t head_size = is_table ? lanes * layout_.key_stride : args.frames * padded;
   layout_.head_stride = delta.heads > 1 ? head_size : 0;
   size_ = delta.heads * head_size;
-  groups_ = groups(kGroups, size_, args.batch * args.space * args.heads);
+  groups_ = groups(kGroups, size_, kMaxDeltaFloats, args.batch * args.space * args.heads);
 }
 
 void DeltaTasks::run(int64_t task, float* group_sums, float* scratch) const {

@@ -10,16 +10,17 @@
 
 namespace vstar {
 
-// The mean map. Its tasks are (batch element, group, chunk of queries), and can run in any order,
-// at the same time.
+// The mean map, whose blocks of frames the arguments give. Its tasks are (batch element, group,
+// chunk of queries), and can run in any order, at the same time. A chunk is whole blocks of queries,
+// or a part of one block: then the sums have a row for each part, and finish() adds those up.
 class MapTasks {
  public:
   // Sets what forward_scratch() needs to know.
   explicit MapTasks(ForwardArgs& args);
 
   int64_t count() const { return args_.batch * groups_ * chunks_; }
-  // Returns how many floats all groups' sums take: none where a batch element is one group, which
-  // goes straight into the map.
+  // Returns how many floats all groups' sums take: none where a batch element is one group of whole
+  // blocks, which goes straight into the map.
   int64_t group_floats() const;
   void run(const Kernels& kernels, int64_t task, float* map, float* group_sums,
            float* scratch) const;
@@ -28,8 +29,10 @@ class MapTasks {
 
  private:
   int64_t sequences() const { return args_.space * args_.heads; }  // of a batch element
+  int64_t group_size() const { return args_.map_blocks * parts_ * args_.map_blocks; }
 
   const ForwardArgs& args_;
+  int64_t parts_;  // of a block of queries
   int64_t groups_, chunks_;
 };
 

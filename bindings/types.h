@@ -46,6 +46,10 @@ struct Problem {
   bool clamp_negative;
   const float* stat_tensor;  // Stat::tensor only
   Strides stat_strides;
+
+  // The mean map is summed over blocks of so many frames (at most all of them), of which there are
+  // map_blocks; both 0 where there is no map, and backward, where it has no gradient.
+  int64_t map_block, map_blocks;
 };
 
 struct ForwardArgs : Problem {
@@ -53,16 +57,15 @@ struct ForwardArgs : Problem {
   Strides out_strides;
   // A sequence's queries are shared out in items of this many; any value gives the same bits.
   int64_t queries_per_item;
-  bool wants_map;  // the scratch has room for the map's sums
 };
 
 // A slice of the mean map's computation: the rows of some queries, at most queries_per_item, over
 // some sequences of one batch element.
 struct MapSlice {
   int64_t sequence_begin, sequence_end;
-  int64_t query_begin, query_end;
-  float* map;       // (frames, frames), of that batch element
-  bool accumulate;  // whether to add to what is there
+  int64_t query_begin, query_end;  // whole blocks of them, or a part of one block
+  float* map;                      // the rows of these blocks, of map_blocks floats
+  bool accumulate;                 // whether to add to what is there
 };
 
 // Sums for Δ's gradient, over runs of sequences. They are kept so that vectors of queries are added
@@ -83,7 +86,7 @@ struct BackwardArgs : Problem {
   const void* grad_out;
   Strides grad_out_strides;
   int64_t grad_out_dim_stride;  // the only tensor that need not be contiguous in head_dim
-  const float* grad_map;        // (batch, frames, frames); null: zero
+  const float* grad_map;        // (batch, map_blocks, map_blocks); null: zero
   void* grad_query;
   void* grad_key;
   void* grad_value;

@@ -54,7 +54,7 @@ for isa in library.isas:
 # An exception on its way from the library's C++ through torch's into Python.
 try:
     torch.ops.vstar_kernels.cpu_forward(
-        q, None, q, k.double(), v, None, None, 0, 0.0, 0, False, 1.0
+        q, None, q, k.double(), v, None, None, 0, 0.0, 0, False, 1.0, 1
     )
 except RuntimeError as error:
     assert "key must have query's type" in str(error), error

@@ -25,9 +25,12 @@ struct Shape {
   int64_t extra = 0;  // frames that a table reaches beyond the call's
   vstar::Stat stat = vstar::Stat::row_max;
   bool clamp_negative = false;
+  int64_t map_block = 1;  // frames over which the map is summed
   // Of the backward.
   bool detach_stat = false, delta_gradient = true, map_gradient = false;
   int64_t grad_out_dim_stride = 1;  // 0: one number for each row
+
+  int64_t map_blocks() const { return (frames + map_block - 1) / map_block; }
 
   std::string name() const {
     return "N=" + std::to_string(frames) + " D=" + std::to_string(head_dim) +
@@ -37,6 +40,7 @@ struct Shape {
            (heads_first ? " heads first" : "") + (per_head ? " per head" : "") +
            (clamp_negative ? " clamped" : "") + (detach_stat ? " detached" : "") +
            (map_gradient ? " map" : "") +
+           (map_block == 1 ? "" : " blocks of " + std::to_string(map_block)) +
            (grad_out_dim_stride == 1 ? "" : " grad_out " + std::to_string(grad_out_dim_stride));
   }
 };
@@ -140,6 +144,11 @@ class Inputs {
       p.stat_tensor = random_floats(allocate, s.batch * s.space * s.frames * s.heads);
       p.stat_strides = {s.space * s.frames * s.heads, s.frames * s.heads, s.heads, 1};
     }
+  }
+
+  void set_map(vstar::Problem& p) const {
+    p.map_block = shape_.map_block;
+    p.map_blocks = shape_.map_blocks();
   }
 
   void* result(const Allocate& allocate, size_t size) {
@@ -269,7 +278,7 @@ class MapCall : public Inputs {
  public:
   MapCall(const Shape& s, const vstar::Kernels& kernels, const Allocate& allocate)
       : Inputs(s), kernels_(kernels), args_(make_args(allocate)), tasks_(args_) {
-    map_ = result_floats(allocate, s.batch * s.frames * s.frames);
+    map_ = result_floats(allocate, s.batch * s.map_blocks() * s.map_blocks());
     allocate_scratch(allocate, kernels.forward_scratch(args_), tasks_.group_floats());
     poison();
   }
@@ -292,6 +301,7 @@ class MapCall : public Inputs {
   vstar::ForwardArgs make_args(const Allocate& allocate) {
     vstar::ForwardArgs a = {};
     set(a, allocate);
+    set_map(a);
     a.out = result(allocate, bytes());
     a.out_strides = strides_;
     return a;
@@ -363,7 +373,10 @@ class BackwardCall : public Inputs {
     const int64_t count = dim == 1 ? size_
                                    : s.batch * a.grad_out_strides.batch - (dim == 0 ? 0 : dim - 1);
     a.grad_out = random(allocate(static_cast<size_t>(count * element_)), count);
-    if (s.map_gradient) a.grad_map = random_floats(allocate, s.batch * s.frames * s.frames);
+    if (s.map_gradient) {
+      set_map(a);
+      a.grad_map = random_floats(allocate, s.batch * s.map_blocks() * s.map_blocks());
+    }
     a.grad_query = result(allocate, bytes());
     a.grad_key = result(allocate, bytes());
     a.grad_value = result(allocate, bytes());

@@ -150,7 +150,7 @@ class WholeCall {
     const int64_t rows = delta_.is_table() ? 1 : delta_.length;
     results.grad_delta.assign(delta_.heads * rows * delta_.length, 0);
     results.grad_stat.assign(p_.batch * p_.space * p_.frames * p_.heads, 0);
-    results.map.assign(p_.batch * p_.frames * p_.frames, 0);
+    results.map.assign(p_.batch * p_.map_blocks * p_.map_blocks, 0);
     for (int64_t b = 0; b < p_.batch; ++b)
       for (int64_t s = 0; s < p_.space; ++s)
         for (int64_t h = 0; h < p_.heads; ++h) add<Real>(b, s, h, backward, results);
@@ -181,8 +181,8 @@ class WholeCall {
     }
     f.forward();
     const Real sequences = static_cast<Real>(p_.space * p_.heads);
-    for (int64_t cell = 0; cell < N * N; ++cell) {
-      results.map[b * N * N + cell] += f.weights[cell] / sequences;
+    for (int64_t cell = 0; p_.map_block && cell < N * N; ++cell) {
+      results.map[map_cell(b, cell)] += f.weights[cell] / sequences;
     }
     for (int64_t i = 0; i < N * D; ++i) {
       results.out[row(p_.query_strides, b, s, i / D, h) + i % D] = f.out[i];
@@ -190,7 +190,7 @@ class WholeCall {
     if (!backward) return;
     Numbers<Real> through_map(N * N, 0);
     for (int64_t cell = 0; backward->grad_map && cell < N * N; ++cell) {
-      through_map[cell] = backward->grad_map[b * N * N + cell] / sequences;
+      through_map[cell] = backward->grad_map[map_cell(b, cell)] / sequences;
     }
     f.backward(read<Real>(backward->grad_out, backward->grad_out_strides,
                           backward->grad_out_dim_stride, b, s, h),
@@ -207,6 +207,12 @@ class WholeCall {
     for (int64_t cell = 0; p_.delta && cell < N * N; ++cell) {
       results.grad_delta[delta_at(h, cell / N, cell % N)] += f.grad_delta[cell];
     }
+  }
+
+  // Returns where the map holds a cell of the N x N weights of batch element b.
+  int64_t map_cell(int64_t b, int64_t cell) const {
+    const int64_t i = cell / p_.frames / p_.map_block, j = cell % p_.frames / p_.map_block;
+    return (b * p_.map_blocks + i) * p_.map_blocks + j;
   }
 
   // Returns where Δ of query i and key j is in its user's layout, as bias.py says it.

@@ -1,5 +1,6 @@
 // The backward kernel and the mean map against the formula in double precision, with NaN in what
 // they write, in the scratch and around the tensors, over sizes on both sides of every border.
+#include <algorithm>
 #include <cmath>
 
 #include "call.h"
@@ -104,6 +105,16 @@ void sizes(const vstar::Kernels& kernels) {
     shape.map_gradient = true;
     expect_gradients(kernels, shape);
     expect_map(kernels, shape);
+  }
+  // Blocks of the map: many in a chunk of queries, one, a part of one, and all frames in one.
+  for (int64_t frames : {35, 300, 700}) {
+    for (int64_t block : {2, 3, 35, 200, 257, 300, 601}) {
+      Shape shape = {.batch = 2, .space = 3, .frames = frames, .heads = 1, .head_dim = 9};
+      shape.map_block = std::min(block, frames);
+      shape.map_gradient = true;
+      expect_map(kernels, shape);
+      if (frames < 700) expect_gradients(kernels, shape);
+    }
   }
   // More groups than one for a batch element, more than one run for a group.
   expect_map(kernels, {.batch = 2, .space = 70, .frames = 5, .heads = 3});

@@ -88,6 +88,7 @@ void test(const vstar::Kernels& kernels) {
       shape.heads_first = frames % 3 == 0;
       shape.gap = frames % 5 == 0 ? 3 : 0;
       shape.map_gradient = frames % 2 == 0;
+      shape.map_block = std::min<int64_t>(frames, 1 + frames % 4 * 3);
       shape.extra = frames % 6 == 0 ? 2 : 0;
       shape.grad_out_dim_stride = frames % 7 == 0 ? 3 : 1;
       all_forms(bounds, kernels, shape);

@@ -160,7 +160,11 @@ void test_tasks(const vstar::Kernels& kernels, ScalarType type) {
   shape.stat = vstar::Stat::tensor;
   expect_same_tasks<BackwardCall>(kernels, shape, 30);
   // A map's queries in chunks, its sequences in groups.
-  expect_same_tasks<MapCall>(kernels, {.batch = 1, .frames = 300, .heads = 2, .type = type}, 10);
+  Shape longer = {.batch = 1, .frames = 300, .heads = 2, .type = type};
+  for (const int64_t block : {1, 7, 257, 300}) {
+    longer.map_block = block;
+    expect_same_tasks<MapCall>(kernels, longer, block == 1 ? 10 : 3);
+  }
 }
 
 void test_calls(const vstar::Kernels& kernels, ScalarType type) {

@@ -68,13 +68,13 @@ class Call:
         """The forward operator's, with an output and a map of NaN to write."""
         out = torch.full_like(self.query, math.nan)
         mean_map = torch.full((self.query.shape[0], self.frames, self.frames), math.nan)
-        return out, mean_map if with_map else None, *self.inputs(), self.scale
+        return out, mean_map if with_map else None, *self.inputs(), self.scale, 1
 
     def backward_arguments(self) -> tuple:
         """The backward operator's, the first five of which are gradients of NaN to write."""
         tensors = (self.query, self.key, self.value, self.delta, self.stat_tensor)
         grads = (None if x is None else torch.full_like(x, math.nan) for x in tensors)
-        return *grads, self.grad_out, self.grad_map, *self.inputs(), self.detach, self.scale
+        return *grads, self.grad_out, self.grad_map, *self.inputs(), self.detach, self.scale, 1
 
     def gradients(self) -> dict[str, Tensor]:
         """The kernel's gradients, in which an element left unwritten is NaN."""

@@ -241,7 +241,7 @@ def test_opcheck(stat, test_utils):
     [
         ("grad_out", torch.rand(2, 6, 3, 7), "grad_out must have query's shape"),
         ("grad_out", torch.rand(2, 6, 3, 8).half(), "grad_out must have query's type"),
-        ("grad_map", torch.rand(2, 6, 5), r"grad_map must be \(batch, frames, frames\)"),
+        ("grad_map", torch.rand(2, 6, 5), r"grad_map must be \(batch, blocks, blocks\)"),
         ("grad_map", torch.rand(2, 6, 6).mT, "grad_map must be a contiguous float32"),
         ("key", torch.rand(2, 5, 3, 8), "key must have query's shape"),
     ],

@@ -88,6 +88,52 @@ def test_in_a_forked_child():
     assert run.returncode == 0, f"child: {run.returncode} (242: hung)\n{run.stderr}"
 
 
+FORK_AFTER_TORCH = """
+import signal
+torch.set_num_threads(3)
+{before}
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # ends a child that hangs
+    {compute}
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256)
+"""
+TORCHS_THREADS = "torch.rand(1000, 1000).exp()"
+LONG_MAP = (
+    "q = torch.ones(1, 600, 1, 8, requires_grad=True)\n"
+    "    out, m = vk.tar_attention(q, q, q, vk.GaussianBias(1.0), backend='cpu', return_map=True, "
+    "map_block=200)\n"
+    "    m.square().sum().backward()\n"
+    "    assert abs(m.sum().item() - 600) < 0.01"
+)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize(
+    ("before", "compute"),
+    [
+        (TORCHS_THREADS, "call(0)"),
+        (f"{TORCHS_THREADS}; native.load()", "call(0)"),
+        ("call(0)", LONG_MAP),
+        (TORCHS_THREADS, LONG_MAP),
+    ],
+    ids=["library not loaded", "library loaded", "block sums", "block sums, not loaded"],
+)
+def test_in_a_child_of_a_process_that_used_threads(before, compute):
+    """Torch's own operators hang there; nothing in a call of a CPU kernel does."""
+    imports = "import vstar_kernels as vk\nfrom vstar_kernels.attention import native\n"
+    # Not run_script, which loads the library.
+    header = "import os, sys, torch\n" + imports
+    define = (
+        "def call(i):\n"
+        "    q = torch.ones(1, 128, 2, 40)\n"
+        "    return vk.tar_attention(q, q, q, vk.GaussianBias(1.0), backend='cpu')\n"
+    )
+    run = run_python(header + define + FORK_AFTER_TORCH.format(before=before, compute=compute))
+    assert run.returncode == 0, f"child: {run.returncode} (242: hung)\n{run.stderr}"
+
+
 FORKED_POOL = """
 import multiprocessing
 expected = [call(i) for i in range(6)]

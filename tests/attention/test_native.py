@@ -21,11 +21,6 @@ def test_the_environment_forces_an_instruction_set(isa):
 
 
 def test_unknown_instruction_set_is_an_error(isa):
-    run = run_python(
-        "from vstar_kernels.attention import native; native.load()", VSTAR_KERNELS_CPU_ISA="sse9"
-    )
-    assert "VSTAR_KERNELS_CPU_ISA must be one of" in run.stderr
-    assert "'sse9'" in run.stderr
     with pytest.raises(ValueError, match="instruction set must be one of"):
         native.load().select_isa("sse9")
 

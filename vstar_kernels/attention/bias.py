@@ -9,6 +9,7 @@ All three forms give the same result where they describe the same matrix.
 
 from __future__ import annotations
 
+import array
 import functools
 import math
 from abc import ABC, abstractmethod
@@ -21,6 +22,7 @@ from torch import Tensor
 STATS = ("row_max", "map_max", "none")
 # How Δ's entries are held: not at all, by σ, in a table over |j−i| or over j−i, in a matrix.
 FORMS = ("none", "gaussian", "symmetric", "signed", "dense")
+MANY_SIGMAS = 1e3  # a distance at which a Gaussian is zero, and whose square is a number
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +217,7 @@ def dims(form: str) -> int:
 def matrix(form: str, sigma: float, entries: Tensor | None, num_frames: int) -> Tensor:
     """Returns the matrix Δ, ``(N, N)`` or ``(heads, N, N)``, that entries of a form stand for."""
     if form == "gaussian":
-        table = gaussian_table(sigma, num_frames)
+        table = _gaussian_table(sigma, num_frames)
     else:
         assert entries is not None  # the other forms that have a Δ hold it
         if form == "dense":
@@ -233,15 +235,34 @@ def entries_gradient(form: str, entries: Tensor, matrix_gradient: Tensor) -> Ten
     return table_gradient(form, entries, _diagonal_sums(matrix_gradient))
 
 
-@functools.lru_cache(maxsize=64)
 def gaussian_table(sigma: float, num_frames: int) -> Tensor:
-    """Returns Δ over j−i = −(N−1) … N−1 in float32, on the CPU; it is shared, to be read only.
+    """Returns Δ over j−i = −(N−1) … N−1 in float32, on the CPU; it is to be read only.
 
     Values below float32's normal range are zero: a subnormal operand can cost a hundred cycles.
+
+    The numbers are kept from call to call; the tensor is this call's own. A tensor that is kept
+    would be of whatever was on when it was made: a default device, inference mode, fake tensors, a
+    transform of torch.func. For the same reason none of torch's operators is called, some of which
+    wait for ever in a forked process besides.
     """
+    return torch.frombuffer(_gaussian_numbers(sigma, num_frames), dtype=torch.float32)
+
+
+@functools.lru_cache(maxsize=64)
+def _gaussian_numbers(sigma: float, num_frames: int) -> array.array[float]:
+    half = [1.0]
+    for distance in range(1, num_frames):
+        # Divided before it is squared: σ² leaves the range of floating point long before σ does.
+        ratio = distance / sigma if sigma > 0 else math.inf
+        value = math.exp(-0.5 * min(ratio, MANY_SIGMAS) ** 2)
+        half.append(value if value >= torch.finfo(torch.float32).tiny else 0.0)
+    return array.array("f", [*half[:0:-1], *half])
+
+
+def _gaussian_table(sigma: float, num_frames: int) -> Tensor:
+    """Returns :func:`gaussian_table` by torch's operators, as what traces the reference needs it."""
     distance = torch.arange(num_frames, dtype=torch.float64, device="cpu")
     half = torch.ones(num_frames, dtype=torch.float64, device="cpu")
-    # Divided before it is squared: σ² leaves the range of floating point long before σ does.
     half[1:] = torch.exp(-0.5 * (distance[1:] / sigma) ** 2) if sigma > 0 else 0.0
     half[half < torch.finfo(torch.float32).tiny] = 0.0
     return torch.cat([half[1:].flip(0), half]).float()

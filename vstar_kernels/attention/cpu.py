@@ -14,8 +14,6 @@ from vstar_kernels.attention.call import (
     Forward,
     Gradients,
     Wanted,
-    block_gradient,
-    block_sums,
     empty_like,
 )
 
@@ -50,12 +48,10 @@ def forward(call: Call, *, save: bool = False) -> Forward:
     out = empty_like(call.query)
     mean_map = None
     if call.options.map_block:
-        mean_map = call.query.new_empty(
-            (call.shape[0], call.frames, call.frames), dtype=torch.float32
-        )
-    torch.ops.vstar_kernels.cpu_forward(out, mean_map, *_inputs(call), call.options.scale)
-    if mean_map is not None:
-        mean_map = block_sums(mean_map, call.options.map_block)
+        mean_map = call.query.new_empty(call.map_shape, dtype=torch.float32)
+    torch.ops.vstar_kernels.cpu_forward(
+        out, mean_map, *_inputs(call), call.options.scale, call.options.map_block
+    )
     return Forward(out, mean_map)
 
 
@@ -74,8 +70,6 @@ def backward(
     contiguous = torch.contiguous_format
     grad_delta = torch.empty_like(delta, memory_format=contiguous) if wanted.delta else None
     grad_stat = torch.empty_like(stat) if wanted.stat and stat is not None else None
-    if grad_map is not None:
-        grad_map = block_gradient(grad_map, call.options.map_block, call.frames).contiguous()
     torch.ops.vstar_kernels.cpu_backward(
         grad_query,
         grad_key,
@@ -83,10 +77,11 @@ def backward(
         grad_delta,
         grad_stat,
         call.query.new_zeros(()).expand_as(call.query) if grad_out is None else grad_out,
-        grad_map,
+        None if grad_map is None else grad_map.contiguous(),
         *inputs,
         call.options.detach_stat,
         call.options.scale,
+        call.options.map_block,
     )
     if grad_delta is not None and call.delta is not None:
         grad_delta = grad_delta.to(call.delta.dtype)

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,13 @@ _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? delta, Tensor? stat_tensor, int form, "
     "float strength, int stat, bool clamp_negative"
 )
-LIBRARY.define(f"cpu_forward(Tensor(a!) out, Tensor(b!)? map, {_INPUTS}, float scale) -> ()")
+LIBRARY.define(
+    f"cpu_forward(Tensor(a!) out, Tensor(b!)? map, {_INPUTS}, float scale, int map_block) -> ()"
+)
 LIBRARY.define(
     "cpu_backward(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, "
     "Tensor(d!)? grad_delta, Tensor(e!)? grad_stat, Tensor grad_out, Tensor? grad_map, "
-    f"{_INPUTS}, bool detach_stat, float scale) -> ()"
+    f"{_INPUTS}, bool detach_stat, float scale, int map_block) -> ()"
 )
 for _name in ("cpu_forward", "cpu_backward"):
     # They write what they are given and return nothing.
@@ -43,11 +46,12 @@ STAT_NUMBERS = {"none": 0, "row_max": 1, "map_max": 2, "tensor": 3}
 
 DIRECTORY = Path(__file__).parents[1] / "lib"
 ISA_VARIABLE = "VSTAR_KERNELS_CPU_ISA"
+INTERFACE = 2  # of the operators above, as vstar_kernels_interface() in bindings/dispatch.cpp says it
 
 
 @dataclass(frozen=True)
 class Native:
-    """The loaded library, or the reasons there is none."""
+    """The loaded library, or the reasons that it cannot be used."""
 
     path: Path
     handle: ctypes.CDLL | None = None
@@ -77,36 +81,105 @@ class Native:
 
 
 def build_record() -> dict[str, Any]:
-    """Returns what the build wrote, ``{"built": bool, "reason": str}``; empty if it never ran."""
+    """Returns what the build wrote, ``{"built": bool, "reason": str}``; empty if it never ran.
+
+    Of a record that cannot be read, the reason says so.
+    """
     path = DIRECTORY / "build.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        return {"reason": f"{path} cannot be read: {error}; {_cure()}"}
+    if isinstance(record, dict) and isinstance(record.get("reason"), str):
+        return record
+    return {"reason": f"{path} is damaged; {_cure()}"}
 
 
 @functools.cache
 def load() -> Native:
-    """Loads the library, once.
+    """Loads the library, once. What is wrong with it, or with its environment, is a problem of it.
 
-    Raises:
-        ValueError: ``VSTAR_KERNELS_CPU_ISA`` names an instruction set that cannot run here.
+    It is not an exception, because ``info`` and ``backends.available`` are there to say it.
     """
     suffix = ".dylib" if sys.platform == "darwin" else ".so"
     path = DIRECTORY / f"libvstar_kernels{suffix}"
     if not path.exists():
-        reason = build_record().get("reason", "the package was not built")
+        reason = build_record().get("reason") or f"{_what_was_not_built()}; {_cure()}"
         return Native(path, problems=[f"no native library at {path}: {reason}"])
     try:
         torch.ops.load_library(path)
         handle = ctypes.CDLL(str(path))
     except (OSError, RuntimeError) as error:
         return Native(path, problems=[f"the native library did not load: {error}"])
+    # Libraries from before there was such a number are without the function.
+    interface = getattr(handle, "vstar_kernels_interface", int)()
+    if interface != INTERFACE:
+        built = f"{path} was built from other sources (interface {interface}, not {INTERFACE})"
+        return Native(path, problems=[f"{built}; {_cure()}"])
     handle.vstar_kernels_isa.restype = ctypes.c_char_p
     handle.vstar_kernels_selected_isa.restype = ctypes.c_char_p
+    handle.vstar_kernels_forked(ctypes.c_int64(_forks.thread))
     native = Native(path, handle)
-    if wanted := os.environ.get(ISA_VARIABLE):
-        if wanted not in native.isas:
-            raise ValueError(
-                f"{ISA_VARIABLE} must be one of {', '.join(native.isas)} on this processor, "
-                f"got {wanted!r}"
-            )
+    wanted = os.environ.get(ISA_VARIABLE)
+    if wanted and wanted not in native.isas:
+        allowed = ", ".join(native.isas)
+        problem = f"{ISA_VARIABLE} must be one of {allowed} on this processor, got {wanted!r}"
+        return Native(path, handle, [problem])
+    if wanted:
         native.select_isa(wanted)
     return native
+
+
+def _what_was_not_built() -> str:
+    if _is_checkout():
+        return f"{DIRECTORY.parents[1]} is a source checkout that was not built"
+    return "the package was not built"
+
+
+def _cure() -> str:
+    """Returns what makes the library, for messages."""
+    if _is_checkout():
+        root = DIRECTORY.parents[1]
+        return (
+            f"build it ('make setup' or 'pip install --no-build-isolation -e .' in {root}), "
+            "or, if another vstar_kernels is installed, start Python in another folder to import it"
+        )
+    return "install the package again, with --no-build-isolation and torch there to build against"
+
+
+def _is_checkout() -> bool:
+    return (DIRECTORY.parents[1] / "setup.py").exists()
+
+
+# ---- forks before the library is loaded ----
+
+
+class _Forks:
+    """Notices a fork that the library, not loaded yet, cannot notice itself.
+
+    The thread that forks goes on in the child without its team of OpenMP threads, which torch's
+    operators may have made; see bindings/schedule.cpp.
+    """
+
+    def __init__(self) -> None:
+        self.thread = 0  # of this process, that may have lost its team in a fork; 0: none
+        self._with_threads = False
+
+    def before(self) -> None:
+        """Notes whether the process has more threads than the one that forks."""
+        try:
+            self._with_threads = len(os.listdir("/proc/self/task")) > 1
+        except OSError:
+            self._with_threads = True
+
+    def after_in_child(self) -> None:
+        """Notes the thread that has forked."""
+        if self._with_threads or self.thread:
+            self.thread = threading.get_native_id()
+
+
+_forks = _Forks()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_forks.before, after_in_child=_forks.after_in_child)
