@@ -260,7 +260,7 @@ def _gaussian_numbers(sigma: float, num_frames: int) -> array.array[float]:
 
 
 def _gaussian_table(sigma: float, num_frames: int) -> Tensor:
-    """Returns :func:`gaussian_table` by torch's operators, as what traces the reference needs it."""
+    """Returns :func:`gaussian_table` by torch's operators, which can be traced."""
     distance = torch.arange(num_frames, dtype=torch.float64, device="cpu")
     half = torch.ones(num_frames, dtype=torch.float64, device="cpu")
     half[1:] = torch.exp(-0.5 * (distance[1:] / sigma) ** 2) if sigma > 0 else 0.0

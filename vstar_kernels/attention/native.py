@@ -46,7 +46,7 @@ STAT_NUMBERS = {"none": 0, "row_max": 1, "map_max": 2, "tensor": 3}
 
 DIRECTORY = Path(__file__).parents[1] / "lib"
 ISA_VARIABLE = "VSTAR_KERNELS_CPU_ISA"
-INTERFACE = 2  # of the operators above, as vstar_kernels_interface() in bindings/dispatch.cpp says it
+INTERFACE = 2  # of these operators; vstar_kernels_interface() in bindings/dispatch.cpp says it too
 
 
 @dataclass(frozen=True)
