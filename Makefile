@@ -13,12 +13,14 @@ PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check
 STAMP := build/setup$(subst /,-,$(abspath $(PYTHON)))
 NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp cmake/*)
 
-.PHONY: help demo test native native-neon sanitize fuzz setup lint format bench bench-pytest \
-	codegen tune wheel clean
+.PHONY: help demo test test-install native native-neon sanitize fuzz setup lint format bench \
+	bench-pytest codegen tune wheel clean
 
 help:
 	@echo "make demo       denoise a video three ways: stock, eager TAR, vstar_kernels"
 	@echo "make test       every test: the C++ ones, pytest, the Triton kernels interpreted"
+	@echo "make test-install  the README's install lines in new virtual environments (minutes;"
+	@echo "                ARGS='--python PATH' for another Python)"
 	@echo "make native     build and run the C++ tests alone; native-neon for Arm, emulated"
 	@echo "make sanitize   the C++ tests under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make fuzz       10,000 new calls between guard pages (CALLS= for another number),"
@@ -28,7 +30,7 @@ help:
 	@echo "make codegen    compile every GPU configuration and check the code; needs no GPU"
 	@echo "make tune       choose those configurations: on a GPU by time, without by the code"
 	@echo "make wheel      dist/*.whl, one for every Python and torch, and checks it"
-	@echo "make lint       ruff, mypy and the layers' import contracts; make format rewrites"
+	@echo "make lint       ruff, mypy, the layers' import contracts, bandit; make format rewrites"
 	@echo "make clean      remove what was built"
 
 demo: $(STAMP)
@@ -49,6 +51,10 @@ OR_NO_TEST = $(if $(ARGS),|| [ $$? -eq 5 ])
 test: native $(STAMP)
 	$(PYTEST) $(ARGS) $(OR_NO_TEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/attention/test_triton.py $(ARGS) $(OR_NO_TEST)
+
+# With the Python of the environment, or another; everything else is fetched anew.
+test-install: | $(PYTHON)
+	$(PYTHON) tools/check_install.py $(ARGS)
 
 BENCH_TOOLS = $(PYTHON) -c "import seaborn, xformers, pytest_benchmark" 2>/dev/null \
 	|| $(PIP) -c constraints.txt rich seaborn xformers pytest-benchmark
@@ -111,11 +117,13 @@ wheel: $(STAMP)
 	$(PYTHON) tools/check_wheel.py dist/*.whl $(ARGS)
 
 lint: $(STAMP)
-	$(PIP) -c constraints.txt import-linter mypy ruff
+	$(PIP) -c constraints.txt "bandit[toml]" import-linter mypy ruff
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(dir $(PYTHON))lint-imports
+	$(PYTHON) -m bandit --quiet --configfile pyproject.toml --recursive \
+		vstar_kernels benchmarks tools examples docs setup.py
 
 format: $(STAMP)
 	$(PIP) -c constraints.txt ruff

@@ -30,15 +30,35 @@ class CannotBuildError(Exception):
     """There will be no native library, for the reason that this says."""
 
 
+# pip keeps the wheel that it built of an archive, and what is installed already.
+AGAIN = "then this package again, with pip's --no-cache-dir --force-reinstall --no-deps"
+FIND_TORCH = "import importlib.util as u; s = u.find_spec('torch'); print(s and s.origin or '')"
+OLDEST_TORCH = (2, 11)
+
+
 def find_torch() -> Path:
-    """Returns the folder of the installed torch, found without importing it."""
+    """Returns the folder of the torch to build against, found without importing it.
+
+    pip builds in an environment of its own, which hides torch, but with the Python of the
+    environment that it installs into. That one finds its torch once it does without pip's
+    ``PYTHONPATH``.
+    """
     spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
+    outside = [sys.executable, "-E", "-c", FIND_TORCH]
+    origin = spec.origin if spec else subprocess.check_output(outside, cwd=sys.prefix, text=True)
+    if not (origin or "").strip():
         raise CannotBuildError(
-            "torch was not there to build against (pip's build isolation hides it): "
-            "install torch first, then 'pip install --no-build-isolation vstar-kernels'"
+            f"torch was not there to build against: install torch first, {AGAIN} (tools other than "
+            "pip hide torch unless they are told --no-build-isolation)"
         )
-    return Path(spec.origin).parent
+    torch = Path(origin.strip()).parent
+    version = re.search(r"__version__ = '((\d+)\.(\d+).*)'", (torch / "version.py").read_text())
+    if version and tuple(map(int, version.groups()[1:])) < OLDEST_TORCH:
+        raise CannotBuildError(
+            f"the kernels need torch {'.'.join(map(str, OLDEST_TORCH))} or later to build against, "
+            f"and {version[1]} is there: upgrade torch first, {AGAIN}"
+        )
+    return torch
 
 
 # pip installs cmake and ninja beside its own Python, which need not be on the PATH.
@@ -61,9 +81,13 @@ def run(*command: object) -> None:
 
 def reason_of(output: str) -> str:
     """Returns one line for what a failed CMake run printed."""
+    if "CMAKE_MAKE_PROGRAM is not set" in output:
+        return f"cmake found neither ninja nor make: pip install ninja, {AGAIN}"
     if "CMAKE_CXX_COMPILER" in output:
-        return "cmake found no working C++ compiler"
-    lines = [line.strip() for line in output.splitlines() if re.search(r"\berror\b", line, re.I)]
+        return f"cmake found no working C++ compiler: install GCC or Clang, {AGAIN}"
+    # CMake says where in a line of its own, and then what.
+    lines = re.sub(r"(CMake Error at .*:)\s+", r"\1 ", output).splitlines()
+    lines = [line.strip() for line in lines if re.search(r"\berror\b", line, re.I)]
     return f"the C++ build failed: {lines[0] if lines else 'see its output'}"
 
 
@@ -72,9 +96,12 @@ def build_library(build: Path) -> Path:
     torch = find_torch()
     cmake = shutil.which("cmake", path=PATH)
     if cmake is None:
-        raise CannotBuildError("cmake was not found")
+        raise CannotBuildError(f"cmake was not found: pip install cmake ninja, {AGAIN}")
     generator = ["-G", "Ninja"] if shutil.which("ninja", path=PATH) else []
     build.mkdir(parents=True, exist_ok=True)
+    # What an earlier build found: a ninja that went with pip's environment, another compiler.
+    for found in (build / "CMakeCache.txt", *build.glob("CMakeFiles/*/CMakeCXXCompiler.cmake")):
+        found.unlink(missing_ok=True)
     run(cmake, "-S", ROOT, "-B", build, *generator, f"-DTORCH_DIR={torch}", "-DVSTAR_TESTS=OFF")
     run(cmake, "--build", build, "--parallel")
     return build / LIBRARY

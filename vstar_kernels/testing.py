@@ -21,6 +21,9 @@ from vstar_kernels.attention.bias import Bias
 from vstar_kernels.attention.frames.layout import Frames, Layout
 from vstar_kernels.attention.frames.rules import FrameRule
 
+if not __debug__:
+    raise ImportError("vstar_kernels.testing checks by assert, which python -O leaves out")
+
 EPS = torch.finfo(torch.float32).eps
 ROW_SUM = 4e-6  # how much a row of a float32 map may miss 1 by
 CELL = 16 * EPS  # how much a weight of a float32 map may err by

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
+import pickle  # nosec B403
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,7 +45,8 @@ def inspect(case: Case) -> Binary:
     kernel = compile_case(case)
     path = CACHE / f"{kernel.hash}-{READER}.pickle"
     if path.exists():
-        return pickle.loads(path.read_bytes())
+        # The lines below wrote it, into the user's own cache.
+        return pickle.loads(path.read_bytes())  # nosec B301
     found = binary.read(kernel)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, pickle.dumps(found))

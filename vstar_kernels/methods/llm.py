@@ -546,10 +546,13 @@ def _load(model: Any, tokenizer: Any, device: str | None) -> tuple[Any, Any]:
     if not isinstance(model, str):
         return model, tokenizer
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # Which model, and whether its newest revision or a downloaded one, is the caller's to choose.
     try:
         if tokenizer is None:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model)  # nosec B615
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(  # nosec B615
+            model, dtype="auto"
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {model} cannot be loaded: {shorten(str(error))}") from error
     return loaded.eval().to(device), tokenizer
