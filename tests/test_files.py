@@ -1,10 +1,12 @@
 import os
+import signal
 import stat
 import threading
+from pathlib import Path
 
 import pytest
 
-from vstar_kernels.files import results_folder, write_atomically
+from vstar_kernels.files import IncompleteError, results_folder, write_atomically
 
 NAMES = ("video.mp4", "maps.png", "record.json")
 
@@ -169,42 +171,116 @@ def test_a_body_that_raises_changes_nothing(tmp_path, earlier, error, overwrite)
     assert os.listdir(tmp_path) == ["output"]
 
 
-@pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("at", range(4))
-def test_an_exchange_that_is_interrupted_is_undone(earlier, monkeypatch, error, at):
+def test_an_exchange_that_is_interrupted_is_undone(earlier, monkeypatch, kind, at):
     before, rename, moves = contents(earlier), os.rename, []
 
     def interrupted(source, target):
         if len(moves) == at:
             moves.append(None)
-            raise error
+            raise kind("full")
         moves.append(source)
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", interrupted)
     with (
-        pytest.raises(type(error)) as caught,
+        pytest.raises(kind) as caught,
         results_folder(earlier, NAMES, overwrite=True) as folder,
     ):
         save(folder, video_mp4="new video", maps_png="new maps")
-    kept = [path for path in earlier.iterdir() if path.is_dir()]
-    if isinstance(error, OSError):
-        assert str(caught.value) == f"full; the results are in {kept[0]}"
-        assert contents(kept[0]) == {"video.mp4": "new video", "maps.png": "new maps"}
-    else:
-        assert not kept
-    assert {path.name: path.read_text() for path in earlier.iterdir() if path not in kept} == before
+    (kept,) = (path for path in earlier.iterdir() if path.is_dir())
+    assert f"the results are in {kept}" in str(caught.value)
+    assert contents(kept) == {"video.mp4": "new video", "maps.png": "new maps"}
+    assert {path.name: path.read_text() for path in earlier.iterdir() if path != kept} == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals to oneself are POSIX's")
+@pytest.mark.parametrize("at", range(4))
+def test_a_signal_waits_until_an_exchange_is_done(earlier, monkeypatch, at):
+    rename, moves = os.rename, []
+
+    def interrupted(source, target):
+        if len(moves) == at:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        moves.append(source)
+        rename(source, target)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(os, "rename", interrupted)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            results_folder(earlier, NAMES, overwrite=True) as folder,
+        ):
+            save(folder, video_mp4="new video", maps_png="new maps")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(moves) == 4
+    assert contents(earlier) == {
+        "video.mp4": "new video",
+        "maps.png": "new maps",
+        "notes.txt": "mine",
+    }
+
+
+def test_in_a_thread_there_are_no_signals_to_wait_for(earlier):
+    def run():
+        with results_folder(earlier, NAMES, overwrite=True) as folder:
+            save(folder, video_mp4="new video")
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert contents(earlier) == {"video.mp4": "new video", "notes.txt": "mine"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_incomplete_results_are_kept(tmp_path, earlier, overwrite):
+    output = earlier if overwrite else tmp_path / "new"
+    before = contents(earlier)
+    with (  # noqa: PT012
+        pytest.raises(OSError, match=r"no maps; the results are in .*") as caught,
+        results_folder(output, NAMES, overwrite=overwrite) as folder,
+    ):
+        save(folder, video_mp4="new video")
+        raise IncompleteError("no maps")
+    kept = Path(str(caught.value).rpartition(" ")[2])
+    assert contents(kept) == {"video.mp4": "new video"}
+    assert {path.name: path.read_text() for path in earlier.iterdir() if path.is_file()} == before
+
+
+def test_a_folder_in_a_files_place_is_found_before(earlier):
+    (earlier / "record.json").mkdir()
+    with (
+        pytest.raises(OSError, match=r"record\.json is a folder"),
+        results_folder(earlier, NAMES, overwrite=True),
+    ):
+        raise AssertionError  # nothing is computed in vain
+    (earlier / "record.json").rmdir()
+    assert contents(earlier) == {
+        "video.mp4": "old video",
+        "maps.png": "old maps",
+        "notes.txt": "mine",
+    }
 
 
 def test_a_folder_in_a_files_place_is_not_deleted(earlier):
-    (earlier / "record.json").mkdir()
-    with (
+    with (  # noqa: PT012
         pytest.raises(OSError, match=r"record\.json is a folder.*the results are in"),
         results_folder(earlier, NAMES, overwrite=True) as folder,
     ):
         save(folder, video_mp4="new video")
+        (earlier / "record.json").mkdir()
     assert (earlier / "video.mp4").read_text() == "old video"
     assert (earlier / "maps.png").read_text() == "old maps"
+
+
+def test_a_folder_that_is_not_empty_is_found_before(earlier):
+    with pytest.raises(OSError, match="output is not empty"), results_folder(earlier, NAMES):
+        raise AssertionError  # nothing is computed in vain
 
 
 @pytest.mark.parametrize("existed", [False, True])

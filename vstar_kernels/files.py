@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: str | Path, data: str | bytes) -> None:
@@ -34,12 +37,18 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
         # Not tempfile: it makes files for their owner only, whatever the umask says.
         with scratch.open("xb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())  # or a new name could outlive a power cut without its content
         if existed:
             shutil.copymode(place, scratch)
         os.replace(scratch, place)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+class IncompleteError(OSError):
+    """Some results could not be written; those that are in their folder are to be kept."""
 
 
 @contextmanager
@@ -49,9 +58,10 @@ def results_folder(
     """Gives an empty folder to write results into, which are all put into their place at the end.
 
     A new folder appears with all of its files at once. In one that is there already, the files of
-    an earlier run are exchanged for the new ones, all or none, and other files stay. If the body
-    raises, nothing has changed. If the results are complete and cannot be put into their place,
-    they are kept, and the error says where.
+    an earlier run are exchanged for the new ones, all or none, and other files stay. Signals wait
+    until that is done. If the body raises, nothing has changed, and what it wrote is deleted. If
+    the results are complete and cannot be put into their place, or if the body raises an
+    IncompleteError, they are kept, and the error says where.
 
     Args:
         path: The folder of the results; missing folders above it are made. A link is followed.
@@ -59,40 +69,87 @@ def results_folder(
         overwrite: Whether the folder may hold something already.
 
     Raises:
-        OSError: The results cannot be written, or cannot be put into their place.
+        OSError: The results cannot be written, which is found before the body runs as far as it can
+            be, or cannot be put into their place.
     """
     place = _resolve(path)
     existed = place.exists()
+    if existed:
+        _check_exchange(place, names, overwrite=overwrite)
     missing = [parent for parent in place.parents if not parent.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
     # Within a folder that is there: it may be a mounted one, or the one we are in.
     scratch = _free_name(place / "results" if existed else place)
     scratch.mkdir()
+    complete = False
     try:
         yield scratch
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        with suppress(OSError):  # somebody else may have put something there
-            for parent in missing:
-                parent.rmdir()
-        raise
-    try:
-        if existed or (overwrite and place.exists()):
-            _exchange_files(scratch, place, names, overwrite=overwrite)
-        else:
-            os.rename(scratch, place)  # fails where a folder with files has been made meanwhile
-    except OSError as error:
+        complete = True
+        with _signals_wait():
+            if existed or (overwrite and place.exists()):
+                _exchange_files(scratch, place, names, overwrite=overwrite)
+            else:
+                os.rename(scratch, place)  # fails where a folder with files has been made meanwhile
+    except BaseException as error:
         if not scratch.exists():
             raise
-        kept = scratch.with_name(scratch.name.lstrip("."))
-        try:
-            os.rename(scratch, kept)
-        except OSError:
-            kept = scratch
-        raise OSError(f"{error}; the results are in {kept}") from error
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if not complete and not isinstance(error, IncompleteError):
+            shutil.rmtree(scratch, ignore_errors=True)
+            with suppress(OSError):  # somebody else may have put something there
+                for parent in missing:
+                    parent.rmdir()
+            raise
+        kept = f"the results are in {_without_dot(scratch)}"
+        if isinstance(error, OSError):
+            raise OSError(f"{error}; {kept}") from error
+        error.args = (*error.args, kept)
         raise
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Has interrupts, and requests to end, wait until the body is done.
+
+    Only the main thread has handlers, and only it is interrupted.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    handlers: dict[int, Any] = {}
+    try:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(name) is not None:  # None: it is not Python's
+                handlers[name] = signal.signal(name, lambda number, _: came.append(number))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
+def _without_dot(scratch: Path) -> Path:
+    """Returns where a hidden folder now is in sight, if it can be renamed."""
+    kept = scratch.with_name(scratch.name.lstrip("."))
+    try:
+        os.rename(scratch, kept)
+    except OSError:
+        return scratch
+    return kept
+
+
+def _check_exchange(
+    folder: Path, names: Collection[str], *, overwrite: bool, besides: Path | None = None
+) -> list[Path]:
+    """Returns what else is in a folder; raises OSError where results cannot take its place."""
+    entries = [entry for entry in folder.iterdir() if entry != besides]
+    if entries and not overwrite:
+        raise OSError(f"{folder} is not empty")
+    for entry in entries:
+        if entry.name in names and entry.is_dir() and not entry.is_symlink():
+            raise OSError(f"{entry} is a folder, not a file of an earlier run")
+    return entries
 
 
 def _exchange_files(
@@ -100,15 +157,10 @@ def _exchange_files(
 ) -> None:
     """Moves the files of ``scratch`` into ``folder``, and those of an earlier run away.
 
-    The old files are deleted when all of the new ones are there. Until then any exception, an
-    interrupt too, moves everything back.
+    The old files are deleted when all of the new ones are there. Until then any exception moves
+    everything back.
     """
-    others = [entry for entry in folder.iterdir() if entry != scratch]
-    if others and not overwrite:
-        raise OSError(f"{folder} is not empty any more")
-    for entry in others:
-        if entry.name in names and entry.is_dir() and not entry.is_symlink():
-            raise OSError(f"{entry} is a folder, not a file of an earlier run")
+    others = _check_exchange(folder, names, overwrite=overwrite, besides=scratch)
     old = _free_name(folder / "old")
     old.mkdir()
     moves = [(entry, old / entry.name) for entry in others if entry.name in names]

@@ -68,19 +68,28 @@ class _Problem:
         self.message = message
 
 
-def read_text(path: str | Path, largest: int = LARGEST_FILE) -> str:
-    """Returns the text of a file, and does not wait for whoever writes into a pipe.
+def read_bytes(path: str | Path, largest: int = LARGEST_FILE) -> bytes:
+    """Returns the content of a file, and does not wait for whoever writes into a pipe.
 
     Raises:
         OSError: It cannot be read, is no regular file, or has more bytes than the largest.
-        FormatError: It is not UTF-8.
     """
     with open(path, "rb", opener=_open_regular) as file:
         content = file.read(largest + 1)
     if len(content) > largest:
         raise OSError(f"{path} has more than {largest} bytes")
+    return content
+
+
+def read_text(path: str | Path, largest: int = LARGEST_FILE) -> str:
+    """Returns the text of a file, as :func:`read_bytes` its content.
+
+    Raises:
+        OSError: See there.
+        FormatError: It is not UTF-8.
+    """
     try:
-        return content.decode("utf-8-sig")
+        return read_bytes(path, largest).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise FormatError(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
 

@@ -1,7 +1,12 @@
 """``vstar-kernels generate`` from its command line to its folder, on tiny pipelines."""
 
 import json
+import os
+import re
+import signal
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,26 +237,95 @@ def test_other_folders_are_left_alone(generate, output):
     assert names(output.parent) == {output.name}
 
 
-@pytest.mark.parametrize(
-    "broken", ["diffusers.utils.export_utils.export_to_gif", "vstar_kernels.cli.generate.write_mp4"]
-)
-def test_nothing_half_written(generate, output, monkeypatch, broken):
-    def full(*_):
-        raise OSError("no space left on device")
+def full(*_, **__):
+    raise OSError("no space left on device")
 
+
+@pytest.mark.parametrize(
+    ("broken", "lost"),
+    [
+        ("diffusers.utils.export_utils.export_to_gif", "video.gif"),
+        ("vstar_kernels.cli.generate.write_mp4", "video.mp4"),
+        ("vstar_kernels.cli.generate.plot_maps", "maps.png"),
+    ],
+)
+def test_what_has_been_computed_is_kept(generate, output, monkeypatch, broken, lost):
     monkeypatch.setattr(broken, full)
     status, printed = generate("--prompt", PROMPT)
     assert status == 2
-    assert "--output: no space left on device" in printed
-    assert_nothing_written(output)
+    error = printed.splitlines()[-1]
+    assert f"--output: {lost}: no space left on device; the results are in " in error
+    assert not output.exists()
+    kept = Path(error.rpartition(" ")[2])
+    assert names(kept) == ALL - {lost}
+    assert names(kept.parent) == {kept.name}
 
 
-def test_a_place_that_cannot_be_written_is_found_before_sampling(generate, output, monkeypatch):
-    output.parent.joinpath("file").write_text("")
-    monkeypatch.setattr("vstar_kernels.cli.generate.VSTAR", None)
-    status, printed = generate("--prompt", PROMPT, "--output", output.parent / "file" / "x")
+def test_what_finds_no_place_is_written_elsewhere(generate, output, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def full_there(path, *_):
+        if "vstar-kernels-" not in str(path):
+            path.write_bytes(b"half")
+            full()
+        path.write_bytes(b"video")
+
+    monkeypatch.setattr("vstar_kernels.cli.generate.write_mp4", full_there)
+    status, printed = generate("--prompt", PROMPT)
     assert status == 2
-    assert "generate: error: --output: " in printed
+    (elsewhere,) = tmp_path.glob("vstar-kernels-*")
+    assert f"no space left on device (it is {elsewhere / 'video.mp4'}); the results" in printed
+    assert (elsewhere / "video.mp4").read_bytes() == b"video"
+    kept = Path(printed.splitlines()[-1].rpartition(" ")[2])
+    assert names(kept) == ALL - {"video.mp4"}
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("file/x", "Not a directory|File exists"),
+        ("/proc/x", "No such file|not permitted|denied"),
+        ("x" * 300, "name too long"),
+        ("link", "[Ll]oop|link"),
+        ("earlier", "video.mp4 is a folder, not a file of an earlier run"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_found_before_loading(
+    generate, output, monkeypatch, place, message
+):
+    folder = output.parent
+    (folder / "file").write_text("")
+    (folder / "link").symlink_to(folder / "link")
+    (folder / "earlier" / "video.mp4").mkdir(parents=True)
+    monkeypatch.setattr("vstar_kernels.cli.generate._load", None)
+    status, printed = generate("--prompt", PROMPT, "--output", folder / place, "--overwrite")
+    assert status == 2
+    assert re.search(f"generate: error: --output: .*({message})", printed)
+    assert names(folder) == {"file", "link", "earlier"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+@pytest.mark.parametrize("option", ["--config", "--synopsis", "--image"])
+def test_a_pipe_is_not_waited_for(generate, output, monkeypatch, option):
+    os.mkfifo(output.parent / "pipe")
+    monkeypatch.setattr("vstar_kernels.cli.generate._load", None)
+    status, printed = generate("--prompt", PROMPT, option, output.parent / "pipe")
+    assert status == 2
+    assert "pipe is not a regular file" in printed.splitlines()[-1]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGTERM"), reason="there are no such signals")
+def test_a_request_to_end_leaves_nothing(generate, output, monkeypatch):
+    def ended(path, *_):
+        path.write_bytes(b"half")
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("vstar_kernels.cli.generate.write_mp4", ended)
+    with pytest.raises(SystemExit) as exit_:
+        generate("--prompt", PROMPT)
+    assert exit_.value.code == 128 + signal.SIGTERM
+    assert_nothing_written(output)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -290,6 +364,11 @@ def test_a_video_of_odd_size(tmp_path):
     ("arguments", "message"),
     [
         ([], "--prompt or --synopsis must be given"),
+        (["--prompt", ""], "--prompt must not be empty"),
+        (["--prompt", " "], "--prompt must not be empty"),
+        (["--prompt", "\udc80"], "--prompt must hold no halves of characters"),
+        (["--prompt", "p", "--negative-prompt", "\udc80"], "--negative-prompt must hold no halves"),
+        (["--prompt", "p", "--model", "/no\x1b[31mwhere"], "there is no folder /nowhere"),
         (["--prompt", "p", "--stages", "3"], "--stages is for a writer"),
         (["--prompt", "p", "--refresh"], "--refresh is for a writer"),
         (["--prompt", "p", "--synopsis", "f", "--writer", "m"], "--synopsis and --writer"),
@@ -322,7 +401,9 @@ def test_errors_name_the_option(generate, output, monkeypatch, arguments, messag
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--frames", "0"], "Error parsing --frames: must be an integer of at least 1, got '0'"),
+        (["--frames", "0"], "Error parsing --frames: must be an integer of at least 1, at most "),
+        (["--frames", "10001"], "Error parsing --frames: must be an integer of at least 1, at "),
+        (["--output", ""], "Error parsing --output: must be the name of a folder, got ''"),
         (
             ["--stages", "13"],
             "Error parsing --stages: must be an integer of at least 2, at most 12, got '13'",

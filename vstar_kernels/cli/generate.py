@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,13 @@ from vstar_kernels.analysis.plots import plot_maps
 from vstar_kernels.cli.info import info
 from vstar_kernels.cli.options import (
     MAX_STEPS,
+    SHOWN,
     CommandError,
     check_device,
     check_model,
+    check_output,
     check_packages,
+    folder,
     integer,
     number,
     option,
@@ -27,7 +31,10 @@ from vstar_kernels.cli.options import (
     parsed,
     several,
     size,
+    write_results,
 )
+from vstar_kernels.files import write_atomically
+from vstar_kernels.methods.arguments import check_text
 from vstar_kernels.methods.vstar.embeddings import Interpolation
 from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.methods.vstar.vstar import PAPER, VSTAR, Generation
@@ -38,7 +45,7 @@ from vstar_kernels.methods.vstar.writer import (
     SynopsisWriter,
 )
 from vstar_kernels.models.config import TARConfig
-from vstar_kernels.reading import shorten
+from vstar_kernels.reading import read_bytes, shorten
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,6 +55,7 @@ FILES = ("video.mp4", "video.gif", "maps.png", "generation.json", "synopsis.json
 MIN_SIZE = 8  # pixels
 MAX_SEED = 2**32 - 1
 MAX_FPS = 120
+MAX_FRAMES = 10_000
 MAPS_DPI = 120
 CONSTANT_RATE_FACTOR = "18"  # x264's: hardly to be told from the original
 
@@ -70,7 +78,7 @@ class VideoOptions:
     """What it should not be."""
     image: Annotated[Path | None, option("FILE")] = None
     """The image to animate, for I2VGen-XL."""
-    frames: Annotated[int, parsed(integer(1), "N")] = 16
+    frames: Annotated[int, parsed(integer(1, MAX_FRAMES), "N")] = 16
     """How many frames."""
     size: Annotated[
         tuple[int, int] | None,
@@ -140,7 +148,7 @@ class RegularizationOptions:
 class OutputOptions:
     """What is written."""
 
-    output: Annotated[Path, option("FOLDER")]
+    output: Annotated[Path, parsed(folder, "FOLDER")]
     """A new folder, or an empty one."""
     overwrite: bool = False
     """Replace the files of an earlier run in --output."""
@@ -171,18 +179,19 @@ class GenerateOptions:
         check_model(self.video.model)
         if self.video.prompt is None and self.synopsis.synopsis is None:
             raise CommandError("--prompt or --synopsis must be given")
+        try:
+            if self.video.prompt is not None:
+                check_text("--prompt", self.video.prompt)
+            if self.video.negative_prompt:
+                check_text("--negative-prompt", self.video.negative_prompt)
+        except ValueError as error:
+            raise CommandError(str(error)) from None
         self._check_sources()
         steps = self.video.steps
         late = [step for step in self.output.map_steps or () if step >= steps]
         if late:
             raise CommandError(f"--map-steps must be below --steps, {steps}, got {late[0]}")
-        folder = self.output.output
-        if folder.exists() and not folder.is_dir():
-            raise CommandError(f"--output must be a folder, {folder} is a file")
-        if folder.exists() and any(folder.iterdir()) and not self.output.overwrite:
-            raise CommandError(
-                f"--output: {folder} is not empty: choose another folder, or give --overwrite"
-            )
+        check_output(self.output.output, overwrite=self.output.overwrite)
 
     def _check_sources(self) -> None:
         options = self.synopsis
@@ -234,9 +243,9 @@ class GenerateOptions:
         check_device(device)
         config, writer = _config(self.regularization), _writer(self.synopsis)
         prompt, image = _prompt(self), _image(self.video.image)
-        pipe = _load(self.video, device)
         output = self.output.output
-        with output_folder(output, FILES, overwrite=self.output.overwrite) as folder:
+        with output_folder(output, FILES, overwrite=self.output.overwrite) as scratch:
+            pipe = _load(self.video, device)
             with _errors_of_the_call():
                 vstar = VSTAR(
                     pipe,
@@ -255,14 +264,12 @@ class GenerateOptions:
                     **self.settings,
                     **image,
                 )
-            _write(folder, generation, self.output.fps)
             record = _record(self, type(pipe).__name__, generation, device)
-            text = json.dumps(record, ensure_ascii=False, indent=1)
-            (folder / "generation.json").write_text(text + "\n", encoding="utf-8")
+            write_results(scratch, _writers(generation, record, self.output.fps))
         for index, stage in enumerate(generation.synopsis.stages, start=1):
-            print(f"stage {index}: {stage}")
+            print(f"stage {index}: {shorten(stage, SHOWN)}")
         print(f"seed {generation.seed}, TAR on {len(generation.layers)} layers")
-        print(f"video: {output / 'video.mp4'}")
+        print(f"video: {shorten(str(output / 'video.mp4'), SHOWN)}")
         return 0
 
 
@@ -318,9 +325,10 @@ def _image(path: Path | None) -> dict[str, Any]:
     from PIL import Image
 
     try:
-        return {"image": Image.open(path).convert("RGB")}
-    except OSError as error:
-        raise CommandError(f"--image: {error}") from error
+        return {"image": Image.open(io.BytesIO(read_bytes(path))).convert("RGB")}
+    # Of a picture that would be larger than memory, or is not what its header says.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CommandError(f"--image: {path}: {error}") from error
 
 
 def _load(options: VideoOptions, device: str) -> Any:
@@ -378,16 +386,26 @@ def _record(
     }
 
 
-def _write(folder: Path, generation: Generation, fps: int) -> None:
+def _writers(
+    generation: Generation, record: dict[str, Any], fps: int
+) -> dict[str, Callable[[Path], object]]:
+    """Returns what writes each of the files."""
     from diffusers.utils.export_utils import export_to_gif
 
-    write_mp4(folder / "video.mp4", generation.frames, fps)
-    export_to_gif(list(generation.frames), str(folder / "video.gif"), fps)
-    if generation.maps is not None:
-        means = mean_maps(generation.maps, by=("level", "step"))
-        plot_maps(means).savefig(folder / "maps.png", dpi=MAPS_DPI)
-    generation.synopsis.save(folder / "synopsis.json")
-    generation.config.save(folder / "config.json")
+    frames = generation.frames
+    text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
+    writers: dict[str, Callable[[Path], object]] = {
+        "video.mp4": lambda path: write_mp4(path, frames, fps),
+        "video.gif": lambda path: export_to_gif(list(frames), str(path), fps),
+        "synopsis.json": generation.synopsis.save,
+        "config.json": generation.config.save,
+        "generation.json": lambda path: write_atomically(path, text),
+    }
+    if (maps := generation.maps) is not None:
+        writers["maps.png"] = lambda path: plot_maps(mean_maps(maps, by=("level", "step"))).savefig(
+            path, dpi=MAPS_DPI
+        )
+    return writers
 
 
 def write_mp4(path: Path, frames: Sequence[Image], fps: int) -> None:

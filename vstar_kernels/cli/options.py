@@ -8,7 +8,10 @@ from __future__ import annotations
 import importlib
 import math
 import re
+import signal
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +19,11 @@ from typing import Any, Protocol, TypeVar
 
 import tyro
 
-from vstar_kernels.files import results_folder
+from vstar_kernels.files import IncompleteError, results_folder
+from vstar_kernels.reading import shorten
 
 T = TypeVar("T")
+SHOWN = 2000  # characters of a message
 MAX_STEPS = 1000  # of the schedulers' training
 
 
@@ -50,13 +55,39 @@ def run_command(
         command: Command = tyro.extras.subcommand_cli_from_dict(
             dict(commands), prog=prog, description=description, args=arguments, config=config
         )
-        return command.run()
+        with _ended_in_order():
+            return command.run()
     except CommandError as error:
-        print(f"{prog} {arguments[0]}: error: {error}", file=sys.stderr)
+        print(f"{prog} {arguments[0]}: error: {shorten(str(error), SHOWN)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{prog} {arguments[0]}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        where = "".join(f"; {shorten(str(part), SHOWN)}" for part in error.args)
+        print(f"{prog} {arguments[0]}: interrupted{where}", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Has a request to end, as batch systems send it, end the body as an exception does."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def folder(text: str) -> Path:
+    """Reads the name of a folder."""
+    if not text.strip() or "\0" in text:
+        raise ValueError(f"must be the name of a folder, got {text!r}")
+    return Path(text)
 
 
 def option(metavar: str | None = None, *, default: str | None = None) -> Any:
@@ -136,6 +167,19 @@ def size(least: int) -> Callable[[str], tuple[int, int]]:
     return parse
 
 
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Raises CommandError unless a folder of results may be there."""
+    try:
+        if path.exists() and not path.is_dir():
+            raise CommandError(f"--output must be a folder, {path} is a file")
+        if not overwrite and path.exists() and any(path.iterdir()):
+            raise CommandError(
+                f"--output: {path} is not empty: choose another folder, or give --overwrite"
+            )
+    except OSError as error:
+        raise CommandError(f"--output: {error}") from error
+
+
 @contextmanager
 def output_folder(path: Path, names: Collection[str], *, overwrite: bool) -> Iterator[Path]:
     """Gives the folder to write results into, before they are computed: see `results_folder`.
@@ -149,6 +193,38 @@ def output_folder(path: Path, names: Collection[str], *, overwrite: bool) -> Ite
             yield folder
     except OSError as error:
         raise CommandError(f"--output: {error}") from error
+
+
+def write_results(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Writes files of results, each by a function of its path.
+
+    What has been computed is not thrown away where some of it cannot be written: the other files
+    are, and the one that finds no place in the folder is written to the system's for such files.
+
+    Raises:
+        IncompleteError: Not all files are in the folder; the message says why, and where they are.
+    """
+    problems = []
+    for name, write in writers.items():
+        problem = _write_one(folder / name, write)
+        if problem:
+            elsewhere = Path(tempfile.mkdtemp(prefix="vstar-kernels-")) / name
+            saved = not _write_one(elsewhere, write)
+            if not saved:
+                elsewhere.parent.rmdir()
+            problems.append(f"{name}: {problem}" + (f" (it is {elsewhere})" if saved else ""))
+    if problems:
+        raise IncompleteError("; ".join(problems))
+
+
+def _write_one(path: Path, write: Callable[[Path], object]) -> str:
+    """Writes a file that is complete or not there; returns why it is not."""
+    try:
+        write(path)
+    except Exception as error:  # whatever the libraries for videos and pictures raise
+        path.unlink(missing_ok=True)
+        return shorten(str(error)) or type(error).__name__
+    return ""
 
 
 def check_model(model: str) -> None:

@@ -22,7 +22,9 @@ from vstar_kernels.cli.options import (
     CommandError,
     check_device,
     check_model,
+    check_output,
     check_packages,
+    folder,
     integer,
     number,
     option,
@@ -30,6 +32,7 @@ from vstar_kernels.cli.options import (
     parsed,
     several,
     size,
+    write_results,
 )
 from vstar_kernels.models.front_end import temporal_layers
 
@@ -85,13 +88,12 @@ class DemoOptions:
     """Decides weights and noise."""
     device: Annotated[str, option("NAME")] = "cpu"
     """Where the model runs."""
-    output: Annotated[Path, option("FOLDER")] = Path("demo-output")
+    output: Annotated[Path, parsed(folder, "FOLDER")] = Path("demo-output")
     """For the report."""
 
     def __post_init__(self) -> None:
         """Raises CommandError for what can be found wrong without loading anything."""
-        if self.output.exists() and not self.output.is_dir():
-            raise CommandError(f"--output must be a folder, {self.output} is a file")
+        check_output(self.output, overwrite=True)
         if self.model is not None:
             check_model(self.model)
 
@@ -107,8 +109,8 @@ class DemoOptions:
         check_packages(PACKAGES, extra="demo")
         check_device(self.device)
         start = time.perf_counter()
-        demo = prepare(self)
-        with output_folder(self.output, FILES, overwrite=True) as folder:
+        with output_folder(self.output, FILES, overwrite=True) as scratch:
+            demo = prepare(self)
             _denoise(demo)
             results = {
                 "settings": dataclasses.asdict(self) | {"output": str(self.output)},
@@ -116,9 +118,16 @@ class DemoOptions:
                 "total_seconds": time.perf_counter() - start,
             }
             print(f"\n{report.table(results)}\n")
-            videos = _write_videos(folder, demo)
-            (folder / "results.json").write_text(json.dumps(results, indent=1))
-            (folder / "report.html").write_text(report.page(results, videos), encoding="utf-8")
+            videos = _write_videos(scratch, demo)
+            write_results(
+                scratch,
+                {
+                    "results.json": lambda path: path.write_text(json.dumps(results, indent=1)),
+                    "report.html": lambda path: path.write_text(
+                        report.page(results, videos), encoding="utf-8"
+                    ),
+                },
+            )
         print(f"report: {self.output / 'report.html'}   ({results['total_seconds']:.0f} s in all)")
         if results["agrees"]:
             return 0
