@@ -42,7 +42,6 @@ def test_maps_are_the_same_with_a_graph(unet):
 def test_without_gradients_it_keeps_no_graph_and_no_hooks(unet):
     with vk.capture_maps(unet, differentiable=True) as capture, torch.no_grad():
         run(unet, models.noise(*SHAPE))
-        assert hooks(unet) == [unet]
     assert not any(item.map.requires_grad for item in capture.maps)
     assert not hooks(unet)
 

@@ -1,3 +1,7 @@
+import contextlib
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -238,15 +242,24 @@ def test_removing_leaves_nothing_behind(model):
     assert not hooks(model)
 
 
-def test_no_context_is_kept_after_a_forward_that_fails(unet, monkeypatch):
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_no_context_is_kept_after_a_forward_that_fails(unet, monkeypatch, error):
+    contexts = []
+
     def fail(_):
-        raise KeyError
+        raise error
+
+    def see(block, args, kwargs):
+        contexts.append(weakref.ref(kwargs["encoder_hidden_states"]))
 
     monkeypatch.setattr(unet.conv_out, "forward", fail)
-    with vk.condition_frames(unet, draw(FRAMES, TOKENS, CHANNELS)) as handle:
-        with pytest.raises(KeyError):
+    with vk.condition_frames(unet, draw(FRAMES, TOKENS, CHANNELS)):
+        seen = unet.mid_block.register_forward_pre_hook(see, with_kwargs=True)
+        with contextlib.suppress(error):
             call(unet, draw(1, TOKENS, CHANNELS))
-        assert handle._replaced == (None, None)
+        seen.remove()
+        gc.collect()
+        assert [context() for context in contexts] == [None]
 
 
 def test_a_second_handle_must_wait_for_the_first(unet):

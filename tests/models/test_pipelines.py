@@ -224,7 +224,10 @@ def test_perturbed_attention_guidance():
     pipe.set_pag_applied_layers("mid_block.*attn1")
     with (
         vk.apply_tar(pipe, TAR),
-        pytest.raises(ValueError, match=r"mid_block\.motion_modules.*restrict pag_applied_layers"),
+        pytest.raises(
+            ValueError,
+            match=r"mid_block\.motion_modules.* TAR and perturbed .*Restrict pag_applied_layers",
+        ),
     ):
         run(pipe, pag_scale=3.0)
 

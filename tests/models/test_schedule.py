@@ -31,7 +31,7 @@ def scheduler_of(name, steps=STEPS):
 
 
 def gate(steps, scheduler=None):
-    return StepGate(steps, lambda: scheduler)
+    return StepGate(steps, lambda model: scheduler)
 
 
 def loop(scheduler, visit, timesteps=None):
@@ -86,13 +86,13 @@ def test_a_late_entry_after_the_last_regularized_step_is_an_error():
     scheduler = scheduler_of("EulerDiscreteScheduler")
     scheduler.set_begin_index(14)
     with pytest.raises(ValueError, match=r"regularizes no step: .* entered at step 14"):
-        gate(13, scheduler).is_on(scheduler.timesteps[14])
+        gate(13, scheduler).is_on(None, scheduler.timesteps[14])
     with pytest.raises(ValueError, match="regularizes no step"):
-        gate(0.5, scheduler).is_on(scheduler.timesteps[14])
-    assert not gate(lambda step, t: False, scheduler).is_on(scheduler.timesteps[14])
+        gate(0.5, scheduler).is_on(None, scheduler.timesteps[14])
+    assert not gate(lambda step, t: False, scheduler).is_on(None, scheduler.timesteps[14])
     scheduler.set_begin_index(13)
-    assert gate(13, scheduler).is_on(scheduler.timesteps[13])
-    assert not gate(13, scheduler).is_on(scheduler.timesteps[14])
+    assert gate(13, scheduler).is_on(None, scheduler.timesteps[13])
+    assert not gate(13, scheduler).is_on(None, scheduler.timesteps[14])
 
 
 @pytest.mark.parametrize("guidance", [1, 2, 3])
@@ -128,7 +128,7 @@ def test_fractional_timesteps():
 def test_index_and_share(steps, on, name):
     scheduler, seen = scheduler_of(name), []
     step_gate = gate(steps, scheduler)
-    loop(scheduler, lambda t: seen.append(step_gate.is_on(t)))
+    loop(scheduler, lambda t: seen.append(step_gate.is_on(None, t)))
     calls = min(on * scheduler.order, len(scheduler.timesteps))
     assert seen == [True] * calls + [False] * (len(seen) - calls)
 
@@ -136,20 +136,20 @@ def test_index_and_share(steps, on, name):
 def test_a_predicate_gets_step_and_timestep():
     scheduler, seen = scheduler_of("DDIMScheduler", 4), []
     step_gate = gate(lambda step, timestep: seen.append((step, timestep)) or step % 2, scheduler)
-    assert [step_gate.is_on(t) for t in scheduler.timesteps] == [False, True, False, True]
+    assert [step_gate.is_on(None, t) for t in scheduler.timesteps] == [False, True, False, True]
     assert seen == list(enumerate(map(float, scheduler.timesteps)))
 
 
 def test_all_steps_need_no_schedule():
-    assert gate(None).is_on(None)
+    assert gate(None).is_on(None, None)
 
 
 def test_announced_steps():
     step_gate = gate(13)
-    assert step_gate.is_on(999, step=13)
-    assert not step_gate.is_on(999, step=14)
-    step_gate.step = 14
-    assert not step_gate.is_on(999, step=13)
+    assert step_gate.is_on(None, 999, step=13)
+    assert not step_gate.is_on(None, 999, step=14)
+    step_gate.announced.set(14)
+    assert not step_gate.is_on(None, 999, step=13)
 
 
 class Schedule:
@@ -171,9 +171,9 @@ class Schedule:
 )
 def test_errors(schedule, timestep, message):
     with pytest.raises(ValueError, match=message):
-        gate(13, schedule).is_on(timestep)
+        gate(13, schedule).is_on(None, timestep)
 
 
 def test_a_share_of_an_unknown_schedule():
     with pytest.raises(ValueError, match=r"steps=0\.5 is a share of the schedule: give"):
-        gate(0.5).is_on(1, step=3)
+        gate(0.5).is_on(None, 1, step=3)

@@ -11,6 +11,7 @@ pytest.importorskip("diffusers")
 from diffusers import DDIMScheduler, LayerSkipConfig
 from diffusers.hooks import apply_group_offloading, apply_layer_skip, apply_layerwise_casting
 from diffusers.models.attention_processor import (
+    AttnProcessor,
     AttnProcessor2_0,
     FusedAttnProcessor2_0,
     SlicedAttnProcessor,
@@ -110,13 +111,38 @@ def test_processors_that_are_created_anew():
 
 
 @unets
-def test_default_processors_are_refused_by_diffusers_while_tar_is_on(name):
+def test_default_processors_leave_tar_in_place_and_reset_the_rest(name):
     model = make(name)
+    temporal = {f"{layer.name}.processor" for layer in temporal_layers(model)}
     with vk.apply_tar(model, TAR):
-        with pytest.raises(ValueError, match="set_default_attn_processor"):
+        expected = call(model, name)
+        for _ in range(2):
+            model.set_default_attn_processor()
+            rest = {k: p for k, p in model.attn_processors.items() if k not in temporal}
+            assert all(ours(model))
+            assert rest
+            assert all(type(p) is AttnProcessor for p in rest.values())
+            torch.testing.assert_close(call(model, name), expected, **CLOSE)
+    assert in_place(model, AttnProcessor)
+    assert type(model) is type(make(name))
+
+
+def test_default_processors_are_refused_because_of_others_only():
+    name = "UNet3DConditionModel"
+    model = make(name)
+
+    class Theirs(AttnProcessor2_0):
+        pass
+
+    spatial = model.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    spatial.set_processor(Theirs())
+    with vk.apply_tar(model, TAR):
+        expected = call(model, name)
+        with pytest.raises(ValueError, match="Cannot call `set_default_attn_processor`"):
             model.set_default_attn_processor()
         assert all(ours(model))
-    model.set_default_attn_processor()
+        assert torch.equal(call(model, name), expected)
+    assert in_place(model)
 
 
 def test_a_foreign_processor_during_tar_raises():

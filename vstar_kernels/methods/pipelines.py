@@ -132,12 +132,12 @@ def _text_model(pipe: Any) -> Iterator[None]:
     if hasattr(encoder, "text_model") or not hasattr(encoder, "final_layer_norm"):
         yield
         return
-    # Not by assignment, which would make the module a part of itself.
-    object.__setattr__(encoder, "text_model", encoder)
     try:
+        # Not by assignment, which would make the module a part of itself.
+        encoder.__dict__["text_model"] = encoder
         yield
     finally:
-        object.__delattr__(encoder, "text_model")
+        encoder.__dict__.pop("text_model", None)
 
 
 @contextmanager

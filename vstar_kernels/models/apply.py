@@ -6,6 +6,7 @@ from typing import Any
 
 from vstar_kernels.models.config import TARConfig
 from vstar_kernels.models.front_end import models_with_temporal_attention
+from vstar_kernels.models.hooks import Handle, put_back
 from vstar_kernels.models.layers import RegularizedLayer
 from vstar_kernels.models.regularized import RegularizedModel, check_keys
 from vstar_kernels.models.schedule import StepGate, scheduler_of
@@ -83,7 +84,7 @@ def apply_tar(
     return TARHandle(config, gate, regularized)
 
 
-class TARHandle:
+class TARHandle(Handle):
     """TAR on a model or pipeline, from :func:`apply_tar`: a context manager, with :meth:`remove`.
 
     Attributes:
@@ -106,13 +107,11 @@ class TARHandle:
     @property
     def step(self) -> int | None:
         """The step that the caller announces, which goes before the scheduler's; None for that."""
-        return self._gate.step
+        return self._gate.announced.get()
 
     @step.setter
     def step(self, step: int | None) -> None:
-        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
-            raise ValueError(f"step must be an index of at least 0 or None, got {step!r}")
-        self._gate.step = step
+        self._gate.announced.set(step)
 
     @property
     def layers(self) -> list[RegularizedLayer]:
@@ -133,8 +132,7 @@ class TARHandle:
 
         A module whose processor has been replaced since then keeps the replacement.
         """
-        for model in self._models:
-            model.remove()
+        put_back(*(model.remove for model in self._models))
 
     def _when(self) -> str:
         steps = self.config.steps
@@ -145,12 +143,6 @@ class TARHandle:
         if isinstance(steps, int):
             return f"at steps 0 to {steps}"
         return f"in the first {steps:.0%} of the steps"
-
-    def __enter__(self) -> TARHandle:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
 
 
 def _describe(layer: RegularizedLayer) -> str:

@@ -64,13 +64,13 @@ class TARAttnProcessor(RegularizedAttention):
             ValueError: The module or the call asks for more than temporal self-attention; the
                 message lists everything that it asks for.
         """
-        self.check_running()
-        if self.stock:
+        change = self.regularization()
+        if change.stock:
             return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         reasons = _why_not(attn, hidden_states, encoder_hidden_states, attention_mask)
         if reasons:
             raise ValueError(f"TARAttnProcessor does not support {'; '.join(reasons)}")
-        out = self.attend(attn, hidden_states)
+        out = self.attend(attn, hidden_states, change)
         for layer in attn.to_out:  # projection, dropout
             out = layer(out)
         if attn.residual_connection:
@@ -164,8 +164,9 @@ class ProcessorFrontEnd:
             return None
         if name.startswith("PAG"):
             return (
-                f"perturbed attention guidance ({name}) is applied to it: restrict "
-                "pag_applied_layers to spatial attention, e.g. 'mid_block.attentions.*attn1'"
+                f"TAR and perturbed attention guidance ({name}) are both to compute it. Restrict "
+                "pag_applied_layers to spatial attention, e.g. 'mid_block.attentions.*attn1': the "
+                "default 'mid_block.*attn1' takes motion modules too"
             )
         return f"it has a {name}, which TAR would replace"
 

@@ -7,29 +7,42 @@ model meanwhile, in whatever order, is seen as it is.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from vstar_kernels.analysis.maps import AttentionMap, Level, Place, mean_map
+from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
 from vstar_kernels.models.front_end import (
-    FrontEnd,
     find_front_end,
     models_with_temporal_attention,
     temporal_layers,
 )
-from vstar_kernels.models.hooks import Argument, HookHandle, ModelCall, is_compiled
+from vstar_kernels.models.hooks import (
+    Argument,
+    Handle,
+    Hooks,
+    ModelCall,
+    is_compiled,
+    put_back,
+)
 from vstar_kernels.models.layers import (
     OVERRIDE_MAPS,
     PLAIN,
     RegularizedAttention,
     TemporalLayer,
 )
-from vstar_kernels.models.schedule import find_step, scheduler_of, timestep_value
+from vstar_kernels.models.schedule import (
+    AnnouncedStep,
+    FindScheduler,
+    find_step,
+    scheduler_of,
+    timestep_value,
+)
 
 Chooses = Callable[[TemporalLayer], bool]
 
@@ -89,15 +102,14 @@ def capture_maps(
     if not any(chooses(layer) for model in models.values() for layer in temporal_layers(model)):
         raise ValueError("layers chooses none of the temporal attention layers")
 
-    get_scheduler = scheduler_of(pipe_or_model, scheduler)
-    return MapCapture(models, steps, chooses, get_scheduler, max_rows, differentiable)
+    find_scheduler = scheduler_of(pipe_or_model, scheduler)
+    return MapCapture(models, steps, chooses, find_scheduler, max_rows, differentiable)
 
 
-class MapCapture(HookHandle):
+class MapCapture(Handle):
     """The maps that :func:`capture_maps` captures: a context manager, with :meth:`remove`.
 
     Attributes:
-        step: The step that the caller announces, which goes before the scheduler's; None for that.
         chooses, max_rows, differentiable: See ``layers`` and the others of :func:`capture_maps`.
     """
 
@@ -106,21 +118,34 @@ class MapCapture(HookHandle):
         models: dict[str, nn.Module],
         steps: Collection[int] | None,
         chooses: Chooses,
-        get_scheduler: Callable[[], Any],
+        find_scheduler: FindScheduler,
         max_rows: int,
         differentiable: bool,
     ) -> None:
-        super().__init__()
-        self.step: int | None = None
         self.chooses = chooses
         self.max_rows = max_rows
         self.differentiable = differentiable
         self._steps = steps
-        self._get_scheduler = get_scheduler
+        self._announced = AnnouncedStep()
+        self._find_scheduler = find_scheduler
         self._maps: dict[tuple[Any, ...], AttentionMap] = {}
+        self._lock = threading.RLock()  # of the maps
         self._watches = [_ModelWatch(self, name, model) for name, model in models.items()]
-        for watch in self._watches:
-            self._hooks += watch.install()
+        try:
+            for watch_ in self._watches:
+                watch_.install()
+        except BaseException:
+            self.remove()
+            raise
+
+    @property
+    def step(self) -> int | None:
+        """The step that the caller announces, which goes before the scheduler's; None for that."""
+        return self._announced.get()
+
+    @step.setter
+    def step(self, step: int | None) -> None:
+        self._announced.set(step)
 
     @property
     def maps(self) -> list[AttentionMap]:
@@ -161,19 +186,18 @@ class MapCapture(HookHandle):
 
     def remove(self) -> None:
         """Takes the hooks off, and keeps the maps; nothing happens the second time."""
-        super().remove()
-        for watch in self._watches:
-            watch.unwatch()
+        put_back(*(watch_.remove for watch_ in self._watches))
 
-    def find_step(self, timestep: Any) -> int | None:
+    def find_step(self, model: nn.Module, timestep: Any) -> int | None:
         """Returns the step of a forward pass, None if it is not known.
 
         Raises:
             ValueError: It is not known, and ``steps`` asks for it.
         """
-        if self.step is not None:
-            return self.step
-        scheduler = self._get_scheduler()
+        announced = self._announced.get()
+        if announced is not None:
+            return announced
+        scheduler = self._find_scheduler(model)
         if scheduler is not None:
             return find_step(timestep, scheduler)
         if self._steps is not None:
@@ -187,17 +211,67 @@ class MapCapture(HookHandle):
         """Returns whether a step's maps are captured."""
         return self._steps is None or step in self._steps
 
-    def add(self, new: AttentionMap) -> None:
-        """Keeps a map, or takes it into the mean of those of its layer and step."""
-        key = (new.model, new.layer, new.step, new.timestep)
-        if key in self._maps:
-            self._maps[key].add(new.map)
-        else:
-            self._maps[key] = new
+    def add(self, found: list[AttentionMap]) -> None:
+        """Keeps the maps of a forward pass, or takes each into the mean of its layer and step."""
+        with self._lock:
+            for new in found:
+                key = (new.model, new.layer, new.step, new.timestep)
+                if key in self._maps:
+                    self._maps[key].add(new.map)
+                else:
+                    self._maps[key] = new
+
+
+class _WatchedPass(ForwardPass):
+    """One forward pass of a model whose maps are watched, and the maps that it has given so far.
+
+    Args:
+        call: The facts of the call.
+        step: The index of the denoising step, if it is known.
+        wanted: The names of the layers that are to be captured.
+        keeps_graph: Whether the maps are in autograd's graph.
+    """
+
+    def __init__(
+        self, call: ModelCall, step: int | None, wanted: set[str], *, keeps_graph: bool
+    ) -> None:
+        super().__init__()
+        self.batch: int = call.sample.shape[0]
+        self.step = step
+        self.timestep = timestep_value(call.timestep)
+        self.wanted = wanted
+        self.keeps_graph = keeps_graph
+        self.uncalled = set(wanted)
+        self.maps: list[AttentionMap] = []
+        # By thread, as backward passes of several devices may call one layer again at a time.
+        self.projected: dict[tuple[int, str, str], Tensor] = {}
+
+    def end(self) -> None:
+        """Lets go of what it holds of the model's activations."""
+        super().end()
+        self.maps, self.projected = [], {}
+
+    def take_projected(self, layer: str) -> dict[str, Tensor]:
+        """Returns what a layer's projections have made in this thread, and forgets it."""
+        thread = threading.get_ident()
+        found = {name: self.projected.pop((thread, layer, name), None) for name in ("query", "key")}
+        return {name: output for name, output in found.items() if output is not None}
+
+    def is_like(self, other: Any) -> bool:
+        """Returns whether a layer that is called again has a map of the same kind in both."""
+        return bool(
+            (self.batch, self.wanted, self.keeps_graph)
+            == (other.batch, other.wanted, other.keeps_graph)
+        )
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended; gradient checkpointing calls layers after that."""
+        return self.ended is None
 
 
 class _ModelWatch:
-    """The hooks on one model, which begin and end the watch over each of its forward passes.
+    """The hooks on one model and its layers, which capture the maps of its forward passes.
 
     Args:
         capture: What takes the maps, and says which ones it wants.
@@ -210,133 +284,91 @@ class _ModelWatch:
         self._name = name
         self._model = model
         self._front_end = find_front_end(model)
-        self._forward: _WatchedForward | None = None
+        self._passes: ForwardPasses[_WatchedPass] = ForwardPasses()
+        self._hooks = Hooks()
+        self._layers: dict[str, _LayerWatch] = {}
+        self._lock = threading.RLock()  # of the hooks
+        self._removed = False
 
-    def install(self) -> list[RemovableHandle]:
-        """Puts the hooks on the model, and returns what removes them."""
-        return [
-            self._model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self._model.register_forward_hook(self._check),
-            self._model.register_forward_hook(self._end, always_call=True),
-        ]
+    def install(self) -> None:
+        """Puts the hooks on the model; those on its layers come with the first forward pass."""
+        watch(self._model, self._passes)
+        self._hooks.add(self._model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._hooks.add(self._model.register_forward_hook(self._end))
 
-    def unwatch(self) -> None:
-        """Takes the hooks off the layers."""
-        if self._forward is not None:
-            self._forward.remove()
-        self._forward = None
-
-    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.unwatch()
-        call = self._front_end.read_call(model, args, kwargs)
-        step = self._capture.find_step(call.timestep)
-        if self._capture.wants(step):
-            self._forward = _WatchedForward(self._capture, self._name, self._front_end, call, step)
-            self._forward.watch(list(self._front_end.layers(model)))
-
-    def _check(self, *_: object) -> None:
-        if self._forward is not None:
-            self._forward.check_complete()
-
-    def _end(self, *_: object) -> None:
-        """Ends the forward pass, even one that raised."""
-        if self._forward is not None:
-            self._forward.running = False
-            if not self._forward.keeps_graph():
-                self.unwatch()
-
-
-class _WatchedForward(HookHandle):
-    """One forward pass of a model, with the hooks on its layers.
-
-    They last for one pass, so that layers and projections that are replaced between two of them
-    (FreeNoise, LoRA) are found again.
-
-    Args:
-        capture: What takes the maps.
-        model_name: The model's name in its pipeline.
-        front_end: The model's.
-        call: The facts of the call.
-        step: The index of the denoising step, if it is known.
-
-    Attributes:
-        running: Whether the pass has not ended; gradient checkpointing calls layers after that.
-    """
-
-    def __init__(
-        self,
-        capture: MapCapture,
-        model_name: str,
-        front_end: FrontEnd,
-        call: ModelCall,
-        step: int | None,
-    ) -> None:
-        super().__init__()
-        self.running = True
-        self._capture = capture
-        self._model_name = model_name
-        self._front_end = front_end
-        self._batch: int = call.sample.shape[0]
-        self._step = step
-        self._timestep = timestep_value(call.timestep)
-        self._uncalled: set[str] = set()
-
-    def watch(self, layers: list[TemporalLayer]) -> None:
-        """Puts hooks on those of the model's layers that are to be captured."""
-        for layer in filter(self._capture.chooses, layers):
-            self._uncalled.add(layer.name)
-            self._watch(layer)
-
-    def check_complete(self) -> None:
-        """Raises RuntimeError if a layer was not called."""
-        if self._uncalled:
-            raise RuntimeError(
-                f"{min(self._uncalled)} was not called in this forward pass, or is compiled: give "
-                "capture_maps layers= that leave it out"
+    def remove(self) -> None:
+        """Takes all hooks off; nothing happens the second time."""
+        self._removed = True
+        self._passes.close()
+        with self._lock:
+            put_back(
+                self._hooks.remove,
+                *(layer.hooks.remove for layer in self._layers.values()),
+                lambda: unwatch(self._model, self._passes),
             )
 
-    def keeps_graph(self) -> bool:
-        """Returns whether the maps are in autograd's graph."""
-        return self._capture.differentiable and torch.is_grad_enabled()
+    def _begin(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
+        if kwargs is None:  # another thread has just taken the hook off
+            return
+        call = self._front_end.read_call(model, args, kwargs)
+        step = self._capture.find_step(self._model, call.timestep)
+        wanted = self._watch_layers() if self._capture.wants(step) else set()
+        keeps_graph = self._capture.differentiable and torch.is_grad_enabled()
+        self._passes.begin(_WatchedPass(call, step, wanted, keeps_graph=keeps_graph))
 
-    def _watch(self, layer: TemporalLayer) -> None:
-        module: Any = layer.module
-        projected: dict[str, Tensor] = {}
-        hidden_states = Argument(module, 0)
+    def _end(self, *_: object) -> None:
+        forward = self._passes.current()
+        if forward is None or forward.is_cut:
+            return
+        if forward.uncalled:
+            raise RuntimeError(
+                f"{min(forward.uncalled)} was not called in this forward pass, or is compiled: "
+                "give capture_maps layers= that leave it out"
+            )
+        self._capture.add(forward.maps)
 
-        def keep(name: str) -> Callable[..., None]:
-            def hook(projection: nn.Module, args: Any, output: Tensor) -> None:
-                projected[name] = output
+    def _watch_layers(self) -> set[str]:
+        """Puts hooks on the layers that are to be captured, where they have none yet.
 
-            return hook
+        Layers and projections may have been replaced since the last forward pass (FreeNoise, LoRA).
+        """
+        layers = [x for x in self._front_end.layers(self._model) if self._capture.chooses(x)]
+        with self._lock:
+            for layer in [] if self._removed else layers:
+                old = self._layers.get(layer.name)
+                if old is None or not old.is_on(layer):
+                    new = _LayerWatch(self, layer)
+                    self._layers[layer.name] = new  # before the hooks, so that they can be undone
+                    if old is not None:
+                        old.hooks.remove()
+                    new.install()
+        return {layer.name for layer in layers}
 
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            shape = hidden_states.get(args, kwargs).shape
-            with torch.set_grad_enabled(self.keeps_graph()):
-                mean, positions = self._mean_map(layer, shape, projected)
-            projected.clear()
-            # Gradient checkpointing wants the same operations again, but not their result.
-            if self.running:
-                self._add(layer, mean, positions)
+    def current(self) -> _WatchedPass | None:
+        """Returns the forward pass in which a layer is called; None where it is not captured."""
+        forward = self._passes.current()
+        return None if forward is None or self._removed else forward
 
-        self._hooks += [
-            module.to_q.register_forward_hook(keep("query")),
-            module.to_k.register_forward_hook(keep("key")),
-            module.register_forward_hook(after, with_kwargs=True),
-        ]
-
-    def _mean_map(
-        self, layer: TemporalLayer, shape: torch.Size, projected: dict[str, Tensor]
+    def mean_map(
+        self,
+        layer: TemporalLayer,
+        forward: _WatchedPass,
+        shape: torch.Size,
+        projected: dict[str, Tensor],
     ) -> tuple[Tensor, int]:
         """Returns the map of a layer's call and the number of positions that it is the mean of.
 
         Args:
             layer: The layer.
+            forward: The forward pass that it is called in.
             shape: Of its input, ``(rows, frames, channels)``.
             projected: The outputs of its query and key projections, by name.
         """
         rows, frames, _ = shape
-        if rows % self._batch or (self.running and layer.name not in self._uncalled):
+        batch = forward.batch
+        if rows % batch or (forward.is_running and layer.name not in forward.uncalled):
             raise RuntimeError(
                 f"{layer.name} was called with a part of the video (FreeNoise, split inference), "
                 "and capture_maps cannot put the parts together"
@@ -347,32 +379,89 @@ class _WatchedForward(HookHandle):
         regularization = attention.regularization() if is_ours else PLAIN
         if regularization.override is not None:
             map_ = OVERRIDE_MAPS[regularization.override](frames)
-            return map_.repeat(self._batch, 1, 1), rows // self._batch
+            return map_.repeat(batch, 1, 1), rows // batch
         if set(projected) != {"query", "key"}:
             raise RuntimeError(
                 f"{layer.name} did not call its to_q and to_k, from which capture_maps takes the "
                 "map: undo what computes them otherwise (fuse_qkv_projections)"
             )
         query, key = (
-            projected[name].unflatten(0, (self._batch, -1)).unflatten(-1, (module.heads, -1))
+            projected[name].unflatten(0, (batch, -1)).unflatten(-1, (module.heads, -1))
             for name in ("query", "key")
         )
         bias = regularization.bias
         if bias is not None and isinstance(bias.stat, Tensor):
-            bias = replace(bias, stat=bias.stat.unflatten(0, (self._batch, -1)))
+            bias = replace(bias, stat=bias.stat.unflatten(0, (batch, -1)))
         return mean_map(query, key, bias, module.scale, max_rows=self._capture.max_rows)
 
-    def _add(self, layer: TemporalLayer, mean: Tensor, positions: int) -> None:
-        self._uncalled.remove(layer.name)
-        self._capture.add(
+    def add(
+        self, layer: TemporalLayer, forward: _WatchedPass, mean: Tensor, positions: int
+    ) -> None:
+        """Keeps the map of a layer's call until the forward pass has ended well."""
+        forward.uncalled.remove(layer.name)
+        forward.maps.append(
             AttentionMap(
-                model=self._model_name,
+                model=self._name,
                 layer=layer.name,
                 level=layer.level,
                 place=layer.place,
-                step=self._step,
-                timestep=self._timestep,
+                step=forward.step,
+                timestep=forward.timestep,
                 map=mean if self._capture.differentiable else mean.cpu(),
                 positions=positions,
             )
         )
+
+
+class _LayerWatch:
+    """The hooks on one layer.
+
+    Args:
+        model: What takes the maps of the layer.
+        layer: The layer.
+    """
+
+    def __init__(self, model: _ModelWatch, layer: TemporalLayer) -> None:
+        self.hooks = Hooks()
+        self._model = model
+        self._layer = layer
+        self._modules = self._modules_of(layer)
+        self._hidden_states = Argument(layer.module, 0)
+
+    def is_on(self, layer: TemporalLayer) -> bool:
+        """Returns whether the hooks are on the modules that the layer has now."""
+        now = self._modules_of(layer)
+        return all(one is other for one, other in zip(now, self._modules, strict=True))
+
+    def install(self) -> None:
+        """Puts the hooks on."""
+        module, to_q, to_k = self._modules
+        self.hooks.add(to_q.register_forward_hook(self._keep("query")))
+        self.hooks.add(to_k.register_forward_hook(self._keep("key")))
+        self.hooks.add(module.register_forward_hook(self._after, with_kwargs=True))
+
+    @staticmethod
+    def _modules_of(layer: TemporalLayer) -> tuple[Any, Any, Any]:
+        return layer.module, layer.module.to_q, layer.module.to_k
+
+    def _keep(self, name: str) -> Callable[..., None]:
+        def hook(projection: nn.Module, args: Any, output: Tensor) -> None:
+            forward = self._model.current()
+            if forward is not None and self._layer.name in forward.wanted:
+                forward.projected[threading.get_ident(), self._layer.name, name] = output
+
+        return hook
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        forward = self._model.current()
+        if forward is None or self._layer.name not in forward.wanted:
+            return
+        projected = forward.take_projected(self._layer.name)
+        # Gradient checkpointing wants the operations again that are in the graph, not their result.
+        if not forward.is_running and not forward.keeps_graph:
+            return
+        shape = self._hidden_states.get(args, kwargs).shape
+        with torch.set_grad_enabled(forward.keeps_graph and torch.is_grad_enabled()):
+            mean, positions = self._model.mean_map(self._layer, forward, shape, projected)
+        if forward.is_running:
+            self._model.add(self._layer, forward, mean, positions)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
 from vstar_kernels.models.front_end import models_with_temporal_attention
-from vstar_kernels.models.hooks import Argument, HookHandle, is_compiled
+from vstar_kernels.models.hooks import Argument, Handle, Hooks, is_compiled, put_back
 
 MODELS = (
     "UNet3DConditionModel",
@@ -171,29 +172,74 @@ class FramePrompts:
         return True
 
 
-class FramePromptsHandle(HookHandle):
+class _PromptedPass(ForwardPass):
+    """One forward pass of a model with frame prompts.
+
+    Args:
+        fit: How the frame prompts fit into it.
+    """
+
+    def __init__(self, fit: Fit) -> None:
+        super().__init__()
+        self.fit = fit
+        self.replaced: tuple[Any, Any] = (None, None)  # the blocks' context, and ours
+
+    def end(self) -> None:
+        """Lets go of the context."""
+        super().end()
+        self.replaced = (None, None)
+
+    def is_like(self, other: Any) -> bool:
+        """Returns whether the frame prompts fit into both in the same way."""
+        return bool(self.fit == other.fit)
+
+
+class FramePromptsHandle(Handle):
     """Frame prompts on a model: a context manager, with :meth:`remove`."""
 
     def __init__(self, model: nn.Module, prompts: FramePrompts) -> None:
-        super().__init__()
+        self._model = model
         self._prompts = prompts
         self._project = getattr(model, "caption_projection", nn.Identity())  # Latte's
-        self._fit: Fit | None = None
-        self._replaced: tuple[Any, Any] = (None, None)  # a forward pass's context, and ours
+        self._passes: ForwardPasses[_PromptedPass] = ForwardPasses(
+            f"condition_frames was removed from this {type(model).__name__} while it ran, in "
+            "another thread: a part of its blocks had the frames' texts and a part had not"
+        )
+        self._hooks = Hooks()
+        self._removed = False
 
         self._sample = Argument(model, 0)
         self._text = Argument(model, "encoder_hidden_states")
         parameters = inspect.signature(type(model).forward).parameters
         self._masks = [Argument(model, name) for name in MASKS if name in parameters]
-        self._hooks.append(model.register_forward_pre_hook(self._before_model, with_kwargs=True))
-        self._hooks.append(model.register_forward_hook(self._after_model, always_call=True))
+        self._untraced_begin = torch.compiler.disable(self._begin)
+        try:
+            self._install()
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Takes the hooks off; nothing happens the second time."""
+        self._removed = True
+        self._passes.close()
+        put_back(self._hooks.remove, lambda: unwatch(self._model, self._passes))
+
+    def _install(self) -> None:
+        model = self._model
+        watch(model, self._passes)
+        self._hooks.add(model.register_forward_pre_hook(self._before_model, with_kwargs=True))
         for block in _text_blocks(model):
             hook = self._before_block(Argument(block, "encoder_hidden_states"))
-            self._hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+            self._hooks.add(block.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _before_model(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> None:
+        if kwargs is not None:  # another thread has not just taken the hook off
+            self._untraced_begin(model, args, kwargs)
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for mask in self._masks:
             if mask.get(args, kwargs) is not None:
                 raise ValueError(f"frame prompts cannot be combined with {mask.name}")
@@ -203,30 +249,41 @@ class FramePromptsHandle(HookHandle):
                 f"{type(model).__name__} was called without encoder_hidden_states, "
                 "which frame prompts replace"
             )
-        self._fit = self._prompts.fit(self._sample.get(args, kwargs).shape, text)
-
-    def _after_model(self, *_: object) -> None:
-        self._replaced = (None, None)
+        fit = self._prompts.fit(self._sample.get(args, kwargs).shape, text)
+        self._passes.begin(_PromptedPass(fit))
 
     def _before_block(self, argument: Argument) -> Callable[..., Any]:
-        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def hook(
+            block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            if kwargs is None or self._removed:
+                return None
+            forward = self._passes.current()
+            if forward is None:
+                raise RuntimeError(
+                    "a block under condition_frames was called without its model's hooks: call "
+                    "the model itself, not its forward()"
+                )
             context = argument.get(args, kwargs)
-            if context is not self._replaced[0]:  # made once for all blocks of a forward pass
-                self._replaced = (context, self._replace(context))
-            return argument.replace(args, kwargs, self._replaced[1])
+            # Made once for all blocks of a forward pass; where there are gradients, in each block,
+            # as checkpointing wants each to do the same again.
+            if torch.is_grad_enabled():
+                return argument.replace(args, kwargs, self._replace(forward.fit, context))
+            if context is not forward.replaced[0]:
+                forward.replaced = (context, self._replace(forward.fit, context))
+            return argument.replace(args, kwargs, forward.replaced[1])
 
         return hook
 
-    def _replace(self, context: Any) -> Any:
+    def _replace(self, fit: Fit, context: Any) -> Any:
         """Returns the spatial blocks' context with our text in the place of the pipeline's.
 
         ``(batch · frames, tokens, channels)``, the text before any tokens of an image; or, with IP
         adapters, a pair of that and the images.
         """
         if isinstance(context, tuple):
-            return (self._replace(context[0]), *context[1:])
-        fit, prompts = self._fit, self._prompts
-        assert fit is not None
+            return (self._replace(fit, context[0]), *context[1:])
+        prompts = self._prompts
         if len(context) != fit.rows:
             raise ValueError(
                 "encoder_hidden_states must give every frame of the batch a text where frame "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,11 +67,37 @@ class ModelCall:
     step: int | None = None
 
 
-class HookHandle:
-    """Hooks on a model, as a context manager; :meth:`remove` takes them off, in any order."""
+class Handle:
+    """What a public function put on a model, as a context manager; :meth:`remove` takes it off."""
+
+    def remove(self) -> None:
+        """Puts everything back as it was, in any order; nothing happens the second time."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Says why a handle can be neither pickled nor copied."""
+        raise TypeError(
+            f"a {type(self).__name__} cannot be pickled or copied: it is what takes the hooks off "
+            "one model of this process. Keep what was applied (the TARConfig, the embeddings) or "
+            "found (the maps) instead, and apply it to the other model"
+        )
+
+
+class Hooks:
+    """Hooks on modules, which :meth:`remove` takes off in any order."""
 
     def __init__(self) -> None:
         self._hooks: list[RemovableHandle] = []
+
+    def add(self, *hooks: RemovableHandle) -> None:
+        """Adds hooks that are on a module already."""
+        self._hooks += hooks
 
     def remove(self) -> None:
         """Takes the hooks off; nothing happens the second time."""
@@ -78,11 +105,24 @@ class HookHandle:
             hook.remove()
         self._hooks.clear()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.remove()
+def put_back(*steps: Callable[[], object]) -> None:
+    """Runs steps that put things back: all of them, whatever is raised meanwhile.
+
+    Each step can be repeated. If one is stopped, by Ctrl-C for one, then they all are run a second
+    time before that is raised.
+    """
+    try:
+        _run_all(steps)
+    except BaseException:
+        _run_all(steps)
+        raise
+
+
+def _run_all(steps: tuple[Callable[[], object], ...]) -> None:
+    with ExitStack() as stack:
+        for step in reversed(steps):
+            stack.callback(step)
 
 
 def is_compiled(pipe_or_model: Any, name: str, model: nn.Module) -> bool:

@@ -44,13 +44,20 @@ class Regularization:
     """What changes one layer's attention: a bias, or a map in the place of its own (Fig. 4).
 
     Without either, the layer's attention stays plain.
+
+    Attributes:
+        bias: The regularization; None is plain attention.
+        override: What replaces the map, or None.
+        stock: Whether the layer is left to the attention that it had before TAR.
     """
 
     bias: Bias | None = None
     override: Override | None = None
+    stock: bool = False
 
 
 PLAIN = Regularization()
+STOCK = Regularization(stock=True)
 
 
 @dataclass(frozen=True)
@@ -85,10 +92,14 @@ class RegularizedLayer:
 
 
 class Controller(Protocol):
-    """The code that sets the attributes of a model's attentions before each forward pass."""
+    """What knows how the layers of a model under ``apply_tar`` are regularized."""
 
-    def check_running(self) -> None:
-        """Raises RuntimeError outside of a forward pass, where the attributes mean nothing."""
+    def regularization(self, layer: str) -> Regularization:
+        """Returns the change to a layer's attention in the forward pass that calls the layer.
+
+        Raises:
+            RuntimeError: The layer is called outside of a forward pass of its model.
+        """
 
 
 class RegularizedAttention:
@@ -98,12 +109,15 @@ class RegularizedAttention:
         bias: The regularization; None is plain attention.
         override: ``"identity"`` or ``"uniform"`` instead of the attention map (VSTAR, Fig. 4).
         backend: As for :func:`vstar_kernels.tar_attention`.
-        controller: What sets these attributes, where it is part of a model under ``apply_tar``.
-        previous: What it took the place of in that model.
-        stock: Whether to leave calls to ``previous``.
+        controller: What knows the regularization of each forward pass, where this is part of a
+            model under ``apply_tar``; ``bias`` and ``override`` are not looked at then.
+        layer: The layer's name in that model.
+        previous: What it took the place of in that model, and leaves calls to where it is stock.
+        stock: Whether it was part of such a model, and is left behind.
     """
 
     controller: Controller | None = None
+    layer: str = ""
     previous: Any = None
     stock: bool = False
 
@@ -119,30 +133,34 @@ class RegularizedAttention:
         self.backend = backend
 
     def regularization(self) -> Regularization:
-        """Returns the change to the attention in the call that has just ended."""
-        return PLAIN if self.stock else Regularization(self.bias, self.override)
+        """Returns the change to the attention in the call that runs, or that has just ended.
 
-    def check_running(self) -> None:
-        """Raises RuntimeError where the model is not in a forward pass under its hooks."""
-        if self.controller is not None:
-            self.controller.check_running()
+        Raises:
+            RuntimeError: The model is under ``apply_tar``, and not in a forward pass.
+        """
+        controller = self.controller  # which another thread may take away
+        if controller is not None:
+            return controller.regularization(self.layer)
+        return STOCK if self.stock else Regularization(self.bias, self.override)
 
-    def attend(self, module: Any, hidden_states: Tensor) -> Tensor:
+    def attend(self, module: Any, hidden_states: Tensor, change: Regularization) -> Tensor:
         """Attends over frames, up to the output projection; ``(rows, frames, channels)``.
 
         Args:
             module: Has ``to_q``, ``to_k``, ``to_v``, ``heads`` and ``scale``.
             hidden_states: ``(rows, frames, channels)``.
+            change: What :meth:`regularization` returned.
         """
         # The projections are called, not read: adapters, casting and offloading hook into the call.
-        if self.override is not None:
+        if change.override is not None:
             value: Tensor = module.to_v(hidden_states)
-            if self.override == "identity":
+            if change.override == "identity":
                 return value
             return value.mean(dim=1, keepdim=True).expand_as(value)
         query, key, value = (
             project(hidden_states).unflatten(-1, (module.heads, -1))
             for project in (module.to_q, module.to_k, module.to_v)
         )
-        out = tar_attention(query, key, value, self.bias, scale=module.scale, backend=self.backend)
+        bias, backend = change.bias, self.backend
+        out = tar_attention(query, key, value, bias, scale=module.scale, backend=backend)
         return out.flatten(-2)

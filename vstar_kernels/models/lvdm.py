@@ -50,15 +50,15 @@ class LvdmTARForward(RegularizedAttention):
         Raises:
             ValueError: The module or the call asks for more than temporal self-attention.
         """
-        self.check_running()
-        if self.stock:
+        change = self.regularization()
+        if change.stock:
             more = {} if time_index is None else {"time_index": time_index}
             return self.previous(x, context=context, mask=mask, **more, **unknown)
         module: Any = self.module
         reasons = _why_not(module, x, context, mask, unknown)
         if reasons:
             raise ValueError(f"TAR in {type(module).__name__} does not support {reasons}")
-        return module.to_out(self.attend(module, x))
+        return module.to_out(self.attend(module, x, change))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies the class's own forward, as nothing controls the copy of a model under TAR."""

@@ -2,76 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vstar_kernels.models.classes import ClassChange
 from vstar_kernels.models.layers import TemporalLayer
 
 FRAMES_DIM = 2  # of the samples of the models that have such embeddings
+_TABLES = "_vstar_kernels_tables"
+Tables = dict[str, Tensor]  # by the name of the module that they are read from
 
 
 class Positions:
     """The frame positions of ``UNetMotionModel``, ``SparseControlNetModel`` and Latte.
 
-    The other models have none, or compute them for any length.
+    The other models have none, or compute them for any length. Longer ones are sinusoidal too, so
+    they are computed. They are never put into the model: while a forward pass needs longer ones,
+    the thread in which it runs reads those in the place of the model's own.
 
     Args:
         model: The model.
-        extend: Make them as long as each sample, for the time of the forward pass, rather than
-            refuse it. They are sinusoidal, so longer ones are computed.
+        extend: Whether to make them as long as each sample, rather than to refuse it.
+        tables: Gives the longer positions of the forward pass that runs in this thread; none where
+            the model's own will do.
     """
 
-    def __init__(self, model: nn.Module, *, extend: bool) -> None:
+    def __init__(
+        self, model: nn.Module, *, extend: bool, tables: Callable[[], Tables | None]
+    ) -> None:
         self._model = model
         self._extend = extend
-        self._blocks: list[nn.Module] = []
-        self._extended: list[tuple[Tensor, Tensor]] = []  # a buffer, its own content
+        self._tables = tables
+        self._embeddings: dict[str, _Embedding] = {}
         self._longer: dict[Any, Tensor] = {}
 
     def find(self, layers: list[TemporalLayer]) -> None:
         """Finds the embeddings in the blocks of these layers, for :meth:`fit`."""
         names = dict.fromkeys(layer.name.rpartition(".")[0] for layer in layers)
-        blocks = (self._model.get_submodule(name) for name in names)
-        self._blocks = [b for b in blocks if hasattr(getattr(b, "pos_embed", None), "pe")]
+        found = {}
+        for name in names:
+            block = self._model.get_submodule(name)
+            if hasattr(getattr(block, "pos_embed", None), "pe"):
+                found[name] = _Embedding(block.pos_embed, "pe", block)  # type: ignore[arg-type]
+        if hasattr(self._model, "temp_pos_embed"):
+            found[""] = _Embedding(self._model, "temp_pos_embed", None)
+        for name, embedding in list(self._embeddings.items()):
+            if name not in found or found[name].owner is not embedding.owner:
+                self._put_back(name)
+        self._embeddings |= found  # before anything is changed
+        if self._extend:
+            for name, embedding in found.items():
+                embedding.owner.__dict__[_TABLES] = _Lookup(self._tables, name)
+                _CHANGES[embedding.buffer].put_on(embedding.owner)
 
-    def fit(self, sample: Tensor) -> None:
-        """Extends them, before a forward pass, where the sample has more frames, or raises.
+    def restore(self) -> None:
+        """Lets the model read its own positions again; nothing happens the second time."""
+        for name in list(self._embeddings):
+            self._put_back(name)
+
+    def fit(self, sample: Tensor) -> Tables:
+        """Returns the longer positions that a sample needs, none where the model's own will do.
 
         Raises:
             ValueError: There are too many frames and they are not to be extended; or they are not
                 sinusoidal, so that they cannot be.
         """
-        for buffer, name, frames in self._short(sample):
+        tables = {}
+        for name, buffer, limit, frames in self._short(sample):
             if not self._extend:
                 raise ValueError(
                     f"{type(self._model).__name__} has positions for {buffer.shape[1]} frames "
-                    f"({name}), got {frames}: use that many, or apply_tar(…, extend_positions=True)"
+                    f"({limit}), got {frames}: use that many, or apply_tar(…, "
+                    "extend_positions=True)"
                 )
-            self._extended.append((buffer, buffer.data))
-            buffer.data = self._sinusoidal(buffer, frames)
+            tables[name] = self._sinusoidal(buffer, frames)
+        return tables
 
-    def restore(self, *_: object) -> None:
-        """Undoes, after the forward pass, what :meth:`fit` did."""
-        for buffer, content in self._extended:
-            buffer.data = content
-        self._extended.clear()
+    def _put_back(self, name: str) -> None:
+        embedding = self._embeddings[name]
+        _CHANGES[embedding.buffer].take_off(embedding.owner)
+        embedding.owner.__dict__.pop(_TABLES, None)
+        self._embeddings.pop(name, None)
 
-    def _short(self, sample: Tensor) -> Iterator[tuple[Tensor, str, int]]:
-        """Yields each buffer that is too short, what limits it, and the frames it needs."""
+    def _short(self, sample: Tensor) -> Iterator[tuple[str, Tensor, str, int]]:
+        """Yields each embedding that is too short, what limits it, and the frames it needs."""
         num_frames = sample.shape[FRAMES_DIM]
-        for block in self._blocks:
-            # FreeNoise's blocks see one window at a time.
-            frames = min(num_frames, getattr(block, "context_length", num_frames))
-            buffer: Any = block.pos_embed.pe  # type: ignore[union-attr]
-            if frames > buffer.shape[1]:
-                yield buffer, "at most: motion_max_seq_length", frames
-        buffer = getattr(self._model, "temp_pos_embed", None)
-        # Latte adds the whole of it, and nothing to a single frame.
-        if buffer is not None and num_frames not in (1, buffer.shape[1]):
-            yield buffer, "exactly: video_length", num_frames
+        for name, embedding in list(self._embeddings.items()):
+            buffer: Any = embedding.owner._buffers[embedding.buffer]
+            if embedding.block is not None:
+                # FreeNoise's blocks see one window at a time.
+                frames = min(num_frames, getattr(embedding.block, "context_length", num_frames))
+                if frames > buffer.shape[1]:
+                    yield name, buffer, "at most: motion_max_seq_length", frames
+            # Latte adds the whole of it, and nothing to a single frame.
+            elif num_frames not in (1, buffer.shape[1]):
+                yield name, buffer, "exactly: video_length", num_frames
 
     def _sinusoidal(self, buffer: Tensor, frames: int) -> Tensor:
         """Returns the embedding, ``(1, length, channels)``, for another number of frames."""
@@ -88,6 +117,52 @@ class Positions:
             # Latte takes exactly as many as there are frames.
             self._longer[key] = table[:, :frames]
         return self._longer[key]
+
+
+@dataclass(frozen=True)
+class _Embedding:
+    """A position embedding: the module that has it, its name there, and the block it is in."""
+
+    owner: nn.Module
+    buffer: str
+    block: nn.Module | None
+
+
+class _Lookup:
+    """Finds the positions that a module is to read; a copy of the module reads its own."""
+
+    def __init__(self, tables: Callable[[], Tables | None], name: str) -> None:
+        self._tables = tables
+        self._name = name
+
+    def find(self) -> Tensor | None:
+        """Returns the longer positions of the forward pass that runs, None for the module's."""
+        tables = self._tables()
+        return None if tables is None else tables.get(self._name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Becomes None, which the copy of a module has no use for."""
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _read(buffer: str) -> ClassChange:
+    """Returns the change to a class that reads a buffer through :class:`_Lookup`."""
+
+    def read(module: nn.Module) -> Any:
+        own: Any = module._buffers[buffer]
+        lookup = module.__dict__.get(_TABLES)
+        longer = None if lookup is None else lookup.find()
+        # Offloading may have moved the module since the forward pass began.
+        return own if longer is None else longer.to(own.device, own.dtype)
+
+    return ClassChange(lambda base: {buffer: property(read)})
+
+
+_CHANGES = {name: _read(name) for name in ("pe", "temp_pos_embed")}
 
 
 def _motion_table(frames: int, channels: int) -> Tensor:

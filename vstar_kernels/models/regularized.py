@@ -2,34 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
 
 from vstar_kernels.analysis.maps import Level
+from vstar_kernels.models.classes import ClassChange
 from vstar_kernels.models.config import TARConfig
+from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
 from vstar_kernels.models.front_end import find_front_end
-from vstar_kernels.models.hooks import HookHandle
+from vstar_kernels.models.hooks import Hooks, put_back
 from vstar_kernels.models.layers import (
     PLAIN,
+    STOCK,
     Regularization,
     RegularizedAttention,
     RegularizedLayer,
     TemporalLayer,
 )
-from vstar_kernels.models.positions import Positions
+from vstar_kernels.models.positions import Positions, Tables
 from vstar_kernels.models.schedule import StepGate
 
+_INSTALLING = threading.RLock()
 
-class RegularizedModel(HookHandle):
+
+class RegularizedPass(ForwardPass):
+    """How one forward pass is regularized.
+
+    Args:
+        layers: The change to the attention of each layer, by the layer's name.
+        tables: Longer positions than the model has, where the sample needs them.
+    """
+
+    def __init__(self, layers: Mapping[str, Regularization], tables: Tables) -> None:
+        super().__init__()
+        self.layers = layers
+        self.tables = tables
+
+    def is_like(self, other: Any) -> bool:
+        """Returns whether another pass has the same regularizations and positions."""
+        return _same_values(self.layers, other.layers) and _same_values(self.tables, other.tables)
+
+
+def _same_values(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(one[key] is other[key] for key in one)
+
+
+class RegularizedModel:
     """TAR on one model; itself the hook on the whole model that runs before each forward pass.
 
     It makes sure that every layer still has our attention, which much in diffusers replaces, looks
-    up whether the step is regularized, and sets the attentions accordingly.
+    up whether the step is regularized, and begins the :class:`RegularizedPass`.
 
     Args:
         name: The model's name in its pipeline.
@@ -54,7 +81,6 @@ class RegularizedModel(HookHandle):
         stock_elsewhere: bool,
         extend_positions: bool,
     ) -> None:
-        super().__init__()
         self.name = name
         self.model = model
         self.front_end = find_front_end(model)
@@ -64,71 +90,103 @@ class RegularizedModel(HookHandle):
         self._regularizations = config.regularizations
         self._gate = gate
         self._backend = backend
-        self._stock_elsewhere = stock_elsewhere
-        self._positions = Positions(model, extend=extend_positions)
-        self._attentions: dict[nn.Module, RegularizedAttention] = {}
+        self._off = STOCK if stock_elsewhere else PLAIN
+        self._passes: ForwardPasses[RegularizedPass] = ForwardPasses(
+            f"apply_tar was removed from this {type(model).__name__} while it ran, in another "
+            "thread: a part of its layers was regularized and a part was not"
+        )
+        self._positions = Positions(model, extend=extend_positions, tables=self._tables)
+        self._hooks = Hooks()
+        self._lock = threading.RLock()  # of what is installed
+        self._removed = False
         # All that were ever put in: a model may keep one, and put it back later.
         self._made: WeakSet[RegularizedAttention] = WeakSet()
-        self._running = False
-        self._width: int | None = None
-        # torch.compile is to run them, not to trace them into a graph for each step. (Decorators
-        # would import torch._dynamo with this package.)
+        self._replaced: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+        self._width: int | None = None  # of the last forward pass, for descriptions
+        # torch.compile is to run it, not to trace it into a graph for each step. (A decorator would
+        # import torch._dynamo with this package.)
         self._untraced_before = torch.compiler.disable(self._before)
-        self.untraced_after = torch.compiler.disable(self._after)
         self._check_free()
 
     def install(self) -> None:
         """Puts the attentions and the hooks in."""
-        _remove_copied_hooks(self.model)
+        with _INSTALLING:
+            self._check_free()
+            _remove_copied_hooks(self.model)
+            self._hooks.add(self.model.register_forward_pre_hook(self, with_kwargs=True))
         self.front_end.register()
-        self._install_attentions()
-        self._hooks.append(self.model.register_forward_pre_hook(self, with_kwargs=True))
-        after = _After(self)
-        self._hooks.append(self.model.register_forward_hook(after, always_call=True))
+        watch(self.model, self._passes)
+        _RESETTING.put_on(self.model)
+        with self._lock:
+            self._install_attentions()
 
     def remove(self) -> None:
         """Takes the hooks off, and puts back what each attention replaced that is still there."""
-        super().remove()
-        for module, attention in self._attentions.items():
-            if self.front_end.get_attention(module) is attention:
-                self.front_end.set_attention(module, attention.previous)
-        self._attentions = {}
-        for attention in self._made:
-            attention.stock, attention.controller = True, None
-
-    def check_running(self) -> None:
-        """Raises RuntimeError outside of a forward pass of the model."""
-        if not self._running:
-            raise RuntimeError(
-                "temporal attention under apply_tar was called without its model's hooks, which "
-                "tell it the step: call the model itself, not its forward()"
+        self._removed = True
+        self._passes.close()
+        with self._lock:
+            put_back(
+                self._hooks.remove,
+                self._put_attentions_back,
+                self._positions.restore,
+                lambda: _RESETTING.take_off(self.model),
+                lambda: unwatch(self.model, self._passes),
             )
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Runs before each forward pass."""
-        self._untraced_before(args, kwargs)
+    def regularization(self, layer: str) -> Regularization:
+        """Returns the change to a layer's attention in the forward pass that calls the layer.
+
+        Raises:
+            RuntimeError: The layer is called outside of a forward pass of the model.
+        """
+        forward = self._passes.current()
+        if forward is not None:
+            return forward.layers[layer]
+        if self._removed:
+            return STOCK
+        raise RuntimeError(
+            "temporal attention under apply_tar was called without its model's hooks, which "
+            "tell it the step: call the model itself, not its forward()"
+        )
+
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Runs before each forward pass.
+
+        ``kwargs`` are missing where another thread has just taken the hook off.
+        """
+        if kwargs is not None:
+            self._untraced_before(args, kwargs)
 
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._running = False
-        self._keep_installed()
+        with self._lock:
+            if self._removed:
+                return
+            self._keep_installed()
         call = self.front_end.read_call(self.model, args, kwargs)
-        self._width = call.width
-        regularizations = {layer.name: self._regularization(layer) for layer in self.layers}
-        self._check_widths()
-        on = self._gate.is_on(call.timestep, call.step)
-        for layer in self.layers:
-            attention = self._attentions[layer.module]
-            regularization = regularizations[layer.name] if on else PLAIN
-            attention.bias, attention.override = regularization.bias, regularization.override
-            attention.stock = self._stock_elsewhere and regularization is PLAIN
-        self._positions.fit(call.sample)
-        self._running = True
+        layers = {layer.name: self._regularization(layer, call.width) for layer in self.layers}
+        self._check_widths(call.width)
+        if not self._gate.is_on(self.model, call.timestep, call.step):
+            layers = dict.fromkeys(layers, PLAIN)
+        layers = {name: self._off if x is PLAIN else x for name, x in layers.items()}
+        forward = RegularizedPass(layers, self._positions.fit(call.sample))
+        for peer in self.peers:  # which share the latents
+            peer._width = call.width
+        self._passes.begin(forward)
 
-    def _after(self) -> None:
-        """Ends the forward pass, even one that raised."""
-        self._positions.restore()
-        # Gradient checkpointing calls the layers again.
-        self._running = self._running and torch.is_grad_enabled()
+    def _tables(self) -> Tables | None:
+        forward = self._passes.current()
+        return None if forward is None else forward.tables
+
+    def reset_processors(self, reset: Callable[[], None]) -> None:
+        """Runs what resets the model's processors, as if TAR were not there; TAR stays."""
+        with self._lock:
+            try:
+                self._put_attentions_back()
+                reset()
+            finally:
+                self._install_attentions()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Becomes a hook that refuses to run in a copy of the model."""
@@ -137,49 +195,39 @@ class RegularizedModel(HookHandle):
     def describe(self) -> Iterator[RegularizedLayer]:
         """Yields the layers that are regularized; by width they are known after a forward pass."""
         for layer in self.layers:
-            regularization = self._regularization(layer)
+            regularization = self._regularization(layer, self._width)
             if regularization is not PLAIN:
                 yield RegularizedLayer(
                     self.name,
                     layer.name,
                     layer.level,
                     layer.place,
-                    self.width(layer.level),
+                    _width_at(layer.level, self._width),
                     regularization.bias,
                     regularization.override,
                 )
 
-    def keys(self) -> set[int]:
-        """Returns the levels or widths at which it has layers; no widths before a forward pass."""
-        keys = (self._key(layer) for layer in self.layers)
+    def keys(self, width: int | None = None) -> set[int]:
+        """Returns the levels at which it has layers, or the widths if level 0 has ``width``."""
+        keys = (self._key(layer, width) for layer in self.layers)
         return {key for key in keys if key is not None}
 
-    def width(self, level: Level) -> int | None:
-        """Returns the width at a level in the last forward pass."""
-        if self._width is None:
-            return None
-        halvings = 0 if level == "init" else level
-        return -(-self._width // 2**halvings)  # rounded up
-
-    def _key(self, layer: TemporalLayer) -> int | None:
+    def _key(self, layer: TemporalLayer, width: int | None) -> int | None:
         """Returns the level or width by which the configuration may name the layer."""
         if layer.level == "init" and not self._config.include_init:
             return None
         if self._config.key == "width":
-            return self.width(layer.level)
+            return _width_at(layer.level, width)
         return 0 if layer.level == "init" else layer.level
 
-    def _regularization(self, layer: TemporalLayer) -> Regularization:
-        key = self._key(layer)
+    def _regularization(self, layer: TemporalLayer, width: int | None) -> Regularization:
+        key = self._key(layer, width)
         return PLAIN if key is None else self._regularizations.get(key, PLAIN)
 
-    def _check_widths(self) -> None:
+    def _check_widths(self, width: int) -> None:
         """Raises unless every width has a layer in a model under the handle; they share latents."""
-        if self._config.key == "level":
-            return
-        for peer in self.peers:
-            peer._width = self._width
-        check_keys(self._regularizations, self.peers, "width")
+        if self._config.key == "width":
+            check_keys(self._regularizations, self.peers, "width", width)
 
     def _keep_installed(self) -> None:
         if not all(self._is_installed(layer) for layer in self.layers):
@@ -191,34 +239,45 @@ class RegularizedModel(HookHandle):
             in_place = self.model.get_submodule(layer.name) is layer.module
         except AttributeError:
             return False
-        attention = self._attentions.get(layer.module)
-        return in_place and self.front_end.get_attention(layer.module) is attention
+        return in_place and self._is_ours(self.front_end.get_attention(layer.module))
+
+    def _is_ours(self, attention: Any) -> bool:
+        return isinstance(attention, RegularizedAttention) and attention.controller is self
 
     def _install_attentions(self) -> None:
         found = {layer.module: self.front_end.get_attention(layer.module) for layer in self.layers}
         for layer in self.layers:
             if reason := self.front_end.why_not_replace(found[layer.module]):
                 raise ValueError(f"{layer.name} cannot be regularized: {reason}")
-        self._attentions = {
-            layer.module: self._install_attention(layer.module, found[layer.module])
-            for layer in self.layers
-        }
+        for layer in self.layers:
+            self._install_attention(layer, found[layer.module])
         self._positions.find(self.layers)
 
-    def _install_attention(self, module: nn.Module, found: Any) -> RegularizedAttention:
+    def _install_attention(self, layer: TemporalLayer, found: Any) -> None:
         """Puts ours in unless it is there; it knows what to put back in the end."""
-        if isinstance(found, RegularizedAttention) and found.controller is self:
-            return found
-        attention = self.front_end.make_attention(module, self._backend)
-        attention.controller = self
+        if self._is_ours(found):
+            found.layer = layer.name  # which may have changed: split inference wraps modules
+            return
+        attention = self.front_end.make_attention(layer.module, self._backend)
+        attention.controller, attention.layer = self, layer.name
         attention.previous = found
         if isinstance(found, RegularizedAttention):
             # Left behind by another handle, or ours as diffusers re-creates it: empty.
-            before = self._attentions.get(module)
-            attention.previous = before.previous if before else found.previous or found
+            attention.previous = self._replaced.get(layer.module, found.previous or found)
+        # Noted before it is done, so that it can be undone at any time.
         self._made.add(attention)
-        self.front_end.set_attention(module, attention)
-        return attention
+        self._replaced[layer.module] = attention.previous
+        self.front_end.set_attention(layer.module, attention)
+
+    def _put_attentions_back(self) -> None:
+        for module in list(self._replaced):
+            attention = self.front_end.get_attention(module)
+            if self._is_ours(attention):
+                self.front_end.set_attention(module, attention.previous)
+        if self._removed:
+            for attention in list(self._made):
+                attention.stock = True
+                attention.controller = None
 
     def _check_free(self) -> None:
         for hook in self.model._forward_pre_hooks.values():
@@ -229,13 +288,29 @@ class RegularizedModel(HookHandle):
                 )
 
 
-def check_keys(wanted: Mapping[int, Any], models: list[RegularizedModel], kind: str) -> None:
+def _width_at(level: Level, width: int | None) -> int | None:
+    """Returns the width at a level of a model whose level 0 has ``width``, None if not known."""
+    if width is None:
+        return None
+    halvings = 0 if level == "init" else level
+    return -(-width // 2**halvings)  # rounded up
+
+
+def check_keys(
+    wanted: Mapping[int, Any], models: list[RegularizedModel], kind: str, width: int | None = None
+) -> None:
     """Raises unless each level or width has a layer in one of the models.
+
+    Args:
+        wanted: What is wanted, by level or width.
+        models: The models under a handle.
+        kind: ``"level"`` or ``"width"``.
+        width: Of level 0, for widths.
 
     Raises:
         ValueError: One has none.
     """
-    present = set[int]().union(*(model.keys() for model in models))
+    present = set[int]().union(*(model.keys(width) for model in models))
     for key in wanted:
         if key not in present:
             raise ValueError(
@@ -244,17 +319,24 @@ def check_keys(wanted: Mapping[int, Any], models: list[RegularizedModel], kind: 
             )
 
 
-@dataclass
-class _After:
-    """The hook after each forward pass."""
+def _resetting(base: Any) -> dict[str, Callable[..., Any]]:
+    """Returns a ``set_default_attn_processor`` that leaves TAR in place and resets the rest.
 
-    model: RegularizedModel
+    diffusers' own refuses a model that has any processor that it does not know.
+    """
 
-    def __call__(self, *_: object) -> None:
-        self.model.untraced_after()
+    def reset(model: nn.Module) -> None:
+        for hook in model._forward_pre_hooks.values():
+            if isinstance(hook, RegularizedModel):
+                hook.reset_processors(lambda: base.set_default_attn_processor(model))
+                return
+        base.set_default_attn_processor(model)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _CopiedAfter, ()
+    name = "set_default_attn_processor"
+    return {name: reset} if hasattr(base, name) else {}
+
+
+_RESETTING = ClassChange(_resetting)
 
 
 class _CopiedHook:
@@ -271,17 +353,7 @@ class _CopiedHook:
         )
 
 
-class _CopiedAfter:
-    """The hook that such a copy has after each forward pass: it has no state to put back."""
-
-    def __call__(self, *_: object) -> None:
-        pass
-
-
 def _remove_copied_hooks(model: nn.Module) -> None:
-    for hooks, flags, kind in (
-        (model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs, _CopiedHook),
-        (model._forward_hooks, model._forward_hooks_always_called, _CopiedAfter),
-    ):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
-            del hooks[key], flags[key]
+    hooks = model._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _CopiedHook)]:
+        del hooks[key], model._forward_pre_hooks_with_kwargs[key]

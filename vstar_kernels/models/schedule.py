@@ -7,11 +7,13 @@ care.
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Steps = int | float | Callable[[int, float], bool] | None
 
@@ -46,58 +48,59 @@ class StepGate:
 
     Args:
         steps: See :class:`vstar_kernels.TARConfig`.
-        scheduler: Gives the scheduler when it is needed, so that it can be exchanged; None from it
-            means that there is none.
+        find_scheduler: See :func:`scheduler_of`.
 
     Attributes:
-        step: The step that the caller announces, instead of looking it up; None to look it up.
+        announced: The step that the caller announces, instead of looking it up.
     """
 
-    def __init__(self, steps: Steps, scheduler: Callable[[], Any]) -> None:
+    def __init__(self, steps: Steps, find_scheduler: FindScheduler) -> None:
         check_steps(steps)
         self.steps = steps
-        self.step: int | None = None
-        self._scheduler = scheduler
+        self.announced = AnnouncedStep()
+        self._find_scheduler = find_scheduler
 
-    def is_on(self, timestep: Any, step: int | None = None) -> bool:
-        """Returns whether TAR is on for a forward pass.
+    def is_on(self, model: nn.Module, timestep: Any, step: int | None = None) -> bool:
+        """Returns whether TAR is on for a forward pass that begins in this thread.
 
         Args:
+            model: The model.
             timestep: What the model is given: a number, or a tensor of equal ones.
             step: The step, where the model is told it (the official code).
 
         Raises:
             ValueError: The step cannot be known, or the schedule has been cut so that no step is
                 regularized.
+            RuntimeError: Several other threads have announced a step, and this one has not.
         """
         if self.steps is None:
             return True
-        announced = self.step if self.step is not None else step
+        announced = self.announced.get()
+        announced = step if announced is None else announced
+        scheduler = self._find_scheduler(model)
         if announced is not None:
-            return self._decide(announced, timestep)
-        scheduler = self._scheduler()
+            return self._decide(announced, timestep, scheduler)
         if scheduler is None:
             raise ValueError(
                 f"steps={self.steps!r} needs the step of each forward pass: give apply_tar the "
                 "scheduler=, announce it by handle.step = i, or use steps=None for all steps"
             )
         step = find_step(timestep, scheduler)
-        on = self._decide(step, timestep)
+        on = self._decide(step, timestep, scheduler)
         if not on and not callable(self.steps):
             self._check_begin(scheduler, timestep)
         return on
 
-    def _decide(self, step: int, timestep: Any) -> bool:
+    def _decide(self, step: int, timestep: Any, scheduler: Any) -> bool:
         if callable(self.steps):
             return bool(self.steps(step, timestep_value(timestep)))
         if isinstance(self.steps, int):
             return step <= self.steps
         assert self.steps is not None
         # 0.56 × 25 is a little more than 14 in floating point.
-        return step < round(self.steps * self._num_steps(), 6)
+        return step < round(self.steps * self._num_steps(scheduler), 6)
 
-    def _num_steps(self) -> int:
-        scheduler = self._scheduler()
+    def _num_steps(self, scheduler: Any) -> int:
         if scheduler is None:
             raise ValueError(
                 f"steps={self.steps} is a share of the schedule: give apply_tar the scheduler=, or "
@@ -110,24 +113,103 @@ class StepGate:
         if not begin:
             return
         first_step = begin // scheduler.order
-        if not self._decide(first_step, timestep):
+        if not self._decide(first_step, timestep, scheduler):
             raise ValueError(
                 f"steps={self.steps!r} regularizes no step: the schedule is entered at step "
                 f"{first_step} (strength of the pipeline), and step indices are those of the whole "
-                f"schedule of {self._num_steps()}. Allow more steps, or use steps=None"
+                f"schedule of {self._num_steps(scheduler)}. Allow more steps, or use steps=None"
             )
 
 
-def scheduler_of(pipe_or_model: Any, scheduler: Any) -> Callable[[], Any]:
-    """Returns a function that gives the scheduler: the given one, else the pipeline's, else None.
+class AnnouncedStep:
+    """The step that the caller announces, by the thread that announces it.
 
-    The function looks the pipeline's up at each call, because it can be exchanged.
+    A thread that announces none is at the step of the thread that does: a pool of threads may run
+    what one thread directs.
     """
 
-    def get() -> Any:
+    def __init__(self) -> None:
+        self._steps: dict[int, int] = {}  # by the identity of the thread
+
+    def get(self) -> int | None:
+        """Returns the step of this thread's forward pass, or None if none is announced.
+
+        Raises:
+            RuntimeError: Several other threads have announced one.
+        """
+        steps = dict(self._steps)
+        thread = threading.get_ident()
+        if thread in steps or len(steps) < 2:
+            return steps.get(thread, next(iter(steps.values()), None))
+        raise RuntimeError(
+            f"{len(steps)} threads have announced a step, and the one that calls the model has "
+            "not: announce it in that thread"
+        )
+
+    def set(self, step: int | None) -> None:
+        """Announces the step of this thread, None to announce none.
+
+        Raises:
+            ValueError: It is not an index.
+        """
+        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
+            raise ValueError(f"step must be an index of at least 0 or None, got {step!r}")
+        threads = {thread.ident for thread in threading.enumerate()}
+        for thread in list(self._steps):
+            if thread not in threads:
+                self._steps.pop(thread, None)
+        if step is None:
+            self._steps.pop(threading.get_ident(), None)
+        else:
+            self._steps[threading.get_ident()] = step
+
+
+FindScheduler = Callable[[nn.Module], Any]
+
+
+def scheduler_of(pipe_or_model: Any, scheduler: Any) -> FindScheduler:
+    """Returns a function that finds the scheduler of a model that is called in this thread.
+
+    That is the scheduler of the pipeline that calls the model, which may be another one than the
+    handle was made for; where no pipeline calls it, the scheduler that was given, else that of
+    ``pipe_or_model``, else None. It is looked up at each call, because it can be exchanged.
+    """
+
+    def find(model: nn.Module) -> Any:
+        running = running_scheduler(model)
+        if running is not None:
+            return running
         return scheduler if scheduler is not None else getattr(pipe_or_model, "scheduler", None)
 
-    return get
+    return find
+
+
+def running_scheduler(model: nn.Module) -> Any:
+    """Returns the scheduler of the pipeline that is calling a model, None if there is none.
+
+    Several pipelines may share the model, each with a scheduler of its own, and nothing that the
+    model is given says which of them calls it. Hence the pipeline is looked for in the call stack:
+    the innermost method of an object with a ``scheduler`` that has the model among its
+    ``components``.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_argcount and code.co_varnames[0] == "self":
+            owner = frame.f_locals.get("self")
+            if not isinstance(owner, nn.Module) and _holds(owner, model):
+                return owner.scheduler  # type: ignore[union-attr]
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _holds(owner: Any, model: nn.Module) -> bool:
+    if getattr(owner, "scheduler", None) is None:
+        return False
+    components = getattr(owner, "components", None)
+    if not isinstance(components, dict):
+        return False
+    return any(getattr(part, "_orig_mod", part) is model for part in components.values())
 
 
 def find_step(timestep: Any, scheduler: Any, *, last: bool = False) -> int:

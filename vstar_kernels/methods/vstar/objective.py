@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from vstar_kernels.methods.vstar.real_videos import (
 )
 from vstar_kernels.models.capture import MapCapture, capture_maps
 from vstar_kernels.models.front_end import temporal_layers
+from vstar_kernels.models.hooks import put_back
 from vstar_kernels.models.layers import TemporalLayer
 
 References = Tensor | Mapping[Level, Tensor] | RealVideoMaps | MapCapture | Iterable[AttentionMap]
@@ -158,16 +161,48 @@ def _targets(references: References, layers: list[TemporalLayer]) -> dict[str, T
 
 
 @contextlib.contextmanager
+def exclusive(model: nn.Module) -> Iterator[None]:
+    """Keeps others from optimising noise for the model at the same time.
+
+    What that changes in the model (its parameters' gradients, its blocks' ``forward``) can only be
+    put back in the reverse order.
+
+    Raises:
+        RuntimeError: Somebody else does so already.
+    """
+    lock = _LOCKS.setdefault(model, threading.Lock())
+    is_ours = False
+    try:
+        is_ours = lock.acquire(blocking=False)
+        if not is_ours:
+            raise RuntimeError(
+                f"noise is being optimised for this {type(model).__name__} already, in another "
+                "thread: wait for that, or give each thread a model of its own"
+            )
+        yield
+    finally:
+        if is_ours:
+            lock.release()
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
+
+
+@contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Keeps no gradients of the model's own parameters, nor what they would need, meanwhile."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
+
+    def thaw() -> None:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        put_back(thaw)
 
 
 @contextlib.contextmanager
@@ -176,18 +211,22 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
 
     Few of diffusers' video models can do so by themselves (``UNet3DConditionModel`` cannot).
     """
-    replaced: list[tuple[nn.Module, Any]] = []
+    # What an offloading hook has put in the place of the class's own, else None.
+    replaced = {block: block.__dict__.get("forward") for block in _blocks(model)}
+
+    def restore() -> None:
+        for block, before in replaced.items():
+            if before is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = before
+
     try:
-        for block in _blocks(model):
-            replaced.append((block, block.__dict__.get("forward")))
+        for block in replaced:
             block.forward = _checkpointing(block.forward)
         yield
     finally:
-        for block, before in replaced:
-            if before is None:
-                del block.forward
-            else:  # an offloading hook's
-                block.forward = before
+        put_back(restore)
 
 
 def _checkpointing(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from vstar_kernels.methods.vstar.noise import (
     min_stable_beta,
     standard_normal,
 )
-from vstar_kernels.methods.vstar.objective import MapObjective, References
+from vstar_kernels.methods.vstar.objective import MapObjective, References, exclusive
 
 MARGIN = 1e-3  # of β above its least, and of |γ| below 1
 
@@ -128,6 +128,7 @@ def optimize_noise(
         TypeError: An argument is of the wrong kind.
         ValueError: An argument is out of range, or the maps do not fit the model or the shape.
         FloatingPointError: The loss is not finite.
+        RuntimeError: Noise is being optimised for the model in another thread.
         ImportError: ``progress`` without ``tqdm``.
     """
     _check(mean, kl_weight, iterations, learning_rate, patience, draws)
@@ -146,21 +147,23 @@ def optimize_noise(
     distribution = Distribution(initial or NoisePrior(), shape, frame_dim, mean, like)
     adam = torch.optim.Adam(distribution.parameters, lr=learning_rate)
     descent = Descent(patience, tolerance)
-    for _ in _progress(iterations, descent, progress):
-        adam.zero_grad()
-        loss = _backward(objective, distribution, standard, kl_weight)
-        if descent.record(loss, distribution):
-            break
-        adam.step()
-        distribution.project()
-    assert descent.prior is not None  # there is at least one iteration
-    distribution = Distribution(descent.prior, shape, frame_dim, mean, like)
-    with torch.no_grad():
-        noises = [distribution.transform(x) for x in standard]
+    with exclusive(objective.model):
+        for _ in _progress(iterations, descent, progress):
+            adam.zero_grad()
+            loss = _backward(objective, distribution, standard, kl_weight)
+            if descent.record(loss, distribution):
+                break
+            adam.step()
+            distribution.project()
+        assert descent.prior is not None  # there is at least one iteration
+        distribution = Distribution(descent.prior, shape, frame_dim, mean, like)
+        with torch.no_grad():
+            noises = [distribution.transform(x) for x in standard]
+        maps = objective.maps(noises)
     return OptimizedNoise(
         descent.prior,
         torch.cat(noises),
-        objective.maps(noises),
+        maps,
         descent.losses,
         descent.best,
         descent.stopped,

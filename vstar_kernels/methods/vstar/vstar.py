@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from vstar_kernels.methods.pipelines import PipelineCall, check_pipeline
 from vstar_kernels.methods.vstar.embeddings import MODES, Interpolation, interpolate_embeddings
 from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.methods.vstar.writer import SynopsisWriter
-from vstar_kernels.models.apply import apply_tar
+from vstar_kernels.models.apply import TARHandle, apply_tar
 from vstar_kernels.models.capture import MapCapture, capture_maps
 from vstar_kernels.models.config import TARConfig
 from vstar_kernels.models.frame_prompts import condition_frames
@@ -128,24 +128,25 @@ class VSTAR:
         call = PipelineCall(self._pipe, options)
         self._check(prompt, num_frames, seed, num_stages)
         seed = secrets.randbelow(SEEDS) if seed is None else seed
-        with ExitStack() as stack:
-            tar = stack.enter_context(self._regularize())  # first, as it finds most mistakes
+        with self._regularize() as tar:  # first, as it finds most mistakes
             synopsis = self._synopsis(prompt, num_stages, refresh)
             stages, negative = call.encode(tuple(synopsis.stages))
             embeddings = interpolate_embeddings(stages, num_frames, synopsis.anchors, self._mode)
             if negative is not None:
                 negative = negative.expand(num_frames, -1, -1)
-            stack.enter_context(
-                condition_frames(self._pipe, embeddings, negative=negative, guidance=call.guided)
-            )
-            capture = None
-            if maps is not False:
-                steps = None if maps is True else maps
-                capture = stack.enter_context(capture_maps(self._pipe, steps=steps))
-            frames = call.sample(synopsis.prompt, num_frames, seed)
+            with (
+                condition_frames(self._pipe, embeddings, negative=negative, guidance=call.guided),
+                self._capture(maps) as capture,
+            ):
+                frames = call.sample(synopsis.prompt, num_frames, seed)
             return Generation(frames, synopsis, self._config, seed, tar.layers, capture)
 
-    def _regularize(self) -> Any:
+    def _capture(self, maps: bool | Collection[int]) -> AbstractContextManager[MapCapture | None]:
+        if maps is False:
+            return nullcontext()
+        return capture_maps(self._pipe, steps=None if maps is True else maps)
+
+    def _regularize(self) -> TARHandle:
         return apply_tar(
             self._pipe,
             self._config,
