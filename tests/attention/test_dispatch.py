@@ -22,7 +22,7 @@ def no_library(monkeypatch):
 
 
 def test_available_names_every_backend():
-    assert list(vk.backends.available()) == ["cpu", "triton", "reference"]
+    assert list(vk.backends.available()) == ["cpu", "triton", "reference", "composed"]
     assert vk.backends.available()["reference"] == []
 
 

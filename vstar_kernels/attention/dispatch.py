@@ -16,6 +16,7 @@ from torch import Tensor
 from vstar_kernels.attention import cpu, reference, triton
 from vstar_kernels.attention.bias import Bias
 from vstar_kernels.attention.call import Call, Forward, Gradients, Wanted, check_call
+from vstar_kernels.attention.frames import composed
 from vstar_kernels.attention.frames import reference as frames_reference
 from vstar_kernels.attention.frames.call import FrameCall, FrameGradients, FrameWanted
 from vstar_kernels.attention.frames.call import check_call as check_frame_call
@@ -137,7 +138,7 @@ TAR_ATTENTION: Operation[Call, Wanted, Gradients] = Operation(
     "tar_attention", {"cpu": cpu, "triton": triton, "reference": reference}
 )
 FRAME_ATTENTION: Operation[FrameCall, FrameWanted, FrameGradients] = Operation(
-    "frame_attention", {"reference": frames_reference}
+    "frame_attention", {"composed": composed, "reference": frames_reference}
 )
 
 
