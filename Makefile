@@ -13,8 +13,8 @@ PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check
 STAMP := build/setup$(subst /,-,$(abspath $(PYTHON)))
 NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp cmake/*)
 
-.PHONY: help demo test test-install native native-neon sanitize fuzz setup lint format bench \
-	bench-pytest codegen tune wheel clean
+.PHONY: help demo test test-install native native-neon sanitize fuzz setup lint audit format \
+	bench bench-pytest codegen tune wheel clean
 
 help:
 	@echo "make demo       denoise a video three ways: stock, eager TAR, vstar_kernels"
@@ -31,6 +31,7 @@ help:
 	@echo "make tune       choose those configurations: on a GPU by time, without by the code"
 	@echo "make wheel      dist/*.whl, one for every Python and torch, and checks it"
 	@echo "make lint       ruff, mypy, the layers' import contracts, bandit; make format rewrites"
+	@echo "make audit      known vulnerabilities of the pinned packages, by pip-audit"
 	@echo "make clean      remove what was built"
 
 demo: $(STAMP)
@@ -124,6 +125,11 @@ lint: $(STAMP)
 	$(dir $(PYTHON))lint-imports
 	$(PYTHON) -m bandit --quiet --configfile pyproject.toml --recursive \
 		vstar_kernels benchmarks tools examples docs setup.py
+
+# Strictly: a package that could not be looked up is a failure too.
+audit: | $(PYTHON)
+	$(PIP) -c constraints.txt pip-audit
+	$(PYTHON) -m pip_audit --strict --requirement constraints.txt
 
 format: $(STAMP)
 	$(PIP) -c constraints.txt ruff
