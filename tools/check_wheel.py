@@ -256,7 +256,7 @@ def check(args: argparse.Namespace) -> None:
     with zipfile.ZipFile(args.wheel) as wheel, tempfile.TemporaryDirectory() as folder:
         check_files(wheel, version)
         source = wheel.read("vstar_kernels/attention/native.py").decode()
-        called = set(re.findall(r"\bhandle\.(vstar_kernels_\w+)", source))
+        called = set(re.findall(r"\bhandle(?:\.|, \")(vstar_kernels_\w+)", source))
         imports = check_library(Path(wheel.extract(LIBRARY, folder)), called)
     check_tag(tag, imports)
     newest = {name: dotted(imports.newest(name)) for name in ("GLIBC", "GLIBCXX", "CXXABI")}
