@@ -112,20 +112,33 @@ def test_what_is_missing_has_a_cure(tmp_path, before, reason):
 
 
 @pytest.mark.parametrize(
-    ("version", "message"),
+    ("source", "there"),
     [
-        ("65.5.0", "vstar_kernels is built by setuptools 77 or later, and there is 65.5.0: "),
-        (None, "vstar_kernels is built by setuptools 77 or later, and there is none: "),
+        ("__version__ = '65.5.0'", "65.5.0"),
+        (None, "none"),
+        ("import pkgutil; pkgutil.ImpImporter_", "one that this Python cannot import"),
+        ("import distutils_", "one that this Python cannot import"),
     ],
 )
-def test_old_setuptools_are_one_line_with_the_command(tmp_path, version, message):
-    """They come with Python 3.11's virtual environments; 3.12's have none."""
-    fake = "import sys, types\nsys.modules['setuptools'] = "
-    fake += f"types.SimpleNamespace(__version__={version!r})" if version else "None"
-    code = f"{fake}\nsys.path.insert(0, 'tools')\nimport build_backend"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+def test_old_setuptools_are_one_line_with_the_command(tmp_path, source, there):
+    """They come with Python 3.11's virtual environments; 3.12's have none, and 65 breaks there."""
+    code = "import sys; sys.path.insert(0, 'tools')\n"
+    if source is None:
+        code += "sys.modules['setuptools'] = None\n"
+    else:
+        (tmp_path / "setuptools.py").write_text(source)
+        code += f"sys.path.insert(0, {str(tmp_path)!r})\n"
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}import build_backend"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 1
-    assert run.stderr == f"{message}pip install 'setuptools>=77' cmake ninja\n"
+    assert run.stderr == (
+        f"vstar_kernels is built by setuptools 77 or later, and there is {there}: "
+        "pip install 'setuptools>=77' cmake ninja\n"
+    )
 
 
 def test_the_backend_is_setuptools_own():

@@ -15,11 +15,13 @@ def missing() -> str | None:
     """Returns what is against building with this Python's setuptools; None where nothing is."""
     try:
         from setuptools import __version__ as found
-    except ImportError:
-        found = None
-    if found is not None and int(found.split(".")[0]) >= NEEDED:
-        return None
-    return f"vstar_kernels is built by setuptools {NEEDED} or later, and there is {found or 'none'}"
+    except Exception as error:  # Python 3.12 lacks what setuptools 65 imports
+        none = isinstance(error, ModuleNotFoundError) and error.name == "setuptools"
+        found = "none" if none else "one that this Python cannot import"
+    else:
+        if int(found.split(".")[0]) >= NEEDED:
+            return None
+    return f"vstar_kernels is built by setuptools {NEEDED} or later, and there is {found}"
 
 
 if problem := missing():
