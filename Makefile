@@ -25,6 +25,7 @@ help:
 	@echo "make sanitize   the C++ tests under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make fuzz       10,000 new calls between guard pages (CALLS= for another number),"
 	@echo "                and new cases for every test that draws them"
+	@echo "make fuzz-inputs  1,000 damaged documents for every reader (DOCUMENTS= for another number)"
 	@echo "make bench      every peer on every model's shapes (ARGS=--quick for 3 minutes)"
 	@echo "make bench-pytest  some of it under pytest-benchmark, for developers"
 	@echo "make codegen    compile every GPU configuration and check the code; needs no GPU"
@@ -106,6 +107,13 @@ CALLS ?= 10000
 fuzz: $(STAMP)
 	$(PYTHON) -m tests.fuzz.fuzz_cpu --calls $(CALLS) $(ARGS)
 	$(ONE_THREAD) HYPOTHESIS_PROFILE=fuzz $(PYTHON) -m pytest --numprocesses $(JOBS) -m hypothesis
+
+# The same documents every time with HYPOTHESIS_PROFILE=ci, otherwise new ones.
+DOCUMENTS ?= 1000
+HYPOTHESIS_PROFILE ?= fuzz
+fuzz-inputs: $(STAMP)
+	$(ONE_THREAD) DOCUMENTS=$(DOCUMENTS) HYPOTHESIS_PROFILE=$(HYPOTHESIS_PROFILE) $(PYTHON) -m pytest \
+		--numprocesses $(JOBS) --dist worksteal tests/fuzz/test_fuzz_inputs.py $(ARGS)
 
 # From nothing, so that no file of an earlier build gets in. torch brings its own library.
 wheel: $(STAMP)

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 
 from benchmarks.cases import Case
 from vstar_kernels.cli.options import CommandError
+from vstar_kernels.reading import FormatError, decode, format_error, read_bytes, shorten
 
 SCHEMA = 1
 MEASURED = "measured"
@@ -145,20 +146,25 @@ RUN, RECORD = TypeAdapter(Run), TypeAdapter(Record)
 
 def create(path: Path, environment: dict[str, Any], plan: Plan) -> None:
     """Begins a run's file; an existing one is not touched."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     line = RUN.dump_json(Run(environment, plan), by_alias=True, exclude={"records"})
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as file:
             file.write(line + b"\n")
-    except FileExistsError:
-        raise ResultsError(f"{path} exists; --resume goes on with it") from None
+    except OSError as error:
+        if isinstance(error, FileExistsError) and path.is_file():
+            raise ResultsError(f"{path} exists; --resume goes on with it") from None
+        raise ResultsError(f"cannot write {path}: {error}") from error
 
 
 def append(path: Path, record: Record) -> None:
     """Adds a case that has ended."""
     line = RECORD.dump_json(record, by_alias=True)
-    with path.open("ab") as file:
-        file.write(line + b"\n")
+    try:
+        with path.open("ab") as file:
+            file.write(line + b"\n")
+    except OSError as error:
+        raise ResultsError(f"cannot write {path}: {error}") from error
 
 
 def load(path: Path) -> Run:
@@ -168,19 +174,39 @@ def load(path: Path) -> Run:
         ResultsError: It is not such a file, or one of another schema.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
         raise ResultsError(f"cannot read {path}: {error}") from error
-    complete = content.split(b"\n")[:-1]  # what follows the last newline is empty or torn
+    first, *others = content.split(b"\n")[:-1] or [b""]  # what follows the last is empty or torn
     try:
-        schema = json.loads(complete[0])["schema"]
-        if schema != SCHEMA:
-            raise ResultsError(f"{path} has schema {schema}, this program reads schema {SCHEMA}")
-        run = RUN.validate_json(complete[0])
-        run.records.extend(RECORD.validate_json(line) for line in complete[1:])
-    except (LookupError, TypeError, ValueError) as error:
-        raise ResultsError(f"{path} is not a run of these benchmarks: {error!r}") from None
+        run: Run = _read_line(RUN, first, 1)
+        keys = set()
+        for number, line in enumerate(others, start=2):
+            record: Record = _read_line(RECORD, line, number)
+            if record.key in keys:
+                raise FormatError(f"line {number}: {shorten(record.key)} is there twice")
+            keys.add(record.key)
+            run.records.append(record)
+    except FormatError as error:
+        raise ResultsError(f"{path} is not a run of these benchmarks: {error}") from None
     return run
+
+
+def _read_line(adapter: TypeAdapter[Any], line: bytes, number: int) -> Any:
+    try:
+        decoded = decode(line.decode())
+        schema = decoded.get("schema", SCHEMA) if isinstance(decoded, dict) else SCHEMA
+        if schema != SCHEMA:
+            shown = shorten(repr(schema), 40)
+            raise FormatError(f"it has schema {shown}, this program reads schema {SCHEMA}")
+        # As JSON, where lists may be tuples and objects dataclasses.
+        return adapter.validate_json(json.dumps(decoded), strict=True)
+    except UnicodeDecodeError:
+        raise FormatError(f"line {number}: it is not UTF-8") from None
+    except FormatError as error:
+        raise FormatError(f"line {number}: {error}") from None
+    except ValidationError as error:
+        raise FormatError(f"line {number}: {format_error(error)}") from None
 
 
 def drop_torn_line(path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
+    from pydantic import BaseModel, ValidationError
 
 SHOWN = 300  # characters of somebody else's text in a message
 SHOWN_ERRORS = 3  # of a document with many
@@ -190,11 +190,16 @@ def validate(form: type[Form], value: Any) -> Form:
     try:
         return form.model_validate(value, strict=True)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
+        raise format_error(error) from None
+
+
+def format_error(error: ValidationError) -> FormatError:
+    """Returns one of pydantic's errors in one line, with the paths to the fields."""
+    problems = error.errors(include_url=False)
     described = [_describe(problem) for problem in problems[:SHOWN_ERRORS]]
     if len(problems) > SHOWN_ERRORS:
         described.append(f"and {len(problems) - SHOWN_ERRORS} more")
-    raise FormatError("; ".join(described))
+    return FormatError("; ".join(described))
 
 
 def require_pydantic() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks import results
+from benchmarks.peers import PEERS
 from benchmarks.report import figures
 from benchmarks.report.plots import all_plots
 from benchmarks.report.tables import IN_THE_TERMINAL, all_tables, console
 from benchmarks.results import ResultsError, Run
 from vstar_kernels.cli import page
+from vstar_kernels.files import write_atomically
+from vstar_kernels.reading import shorten
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 
@@ -23,13 +26,18 @@ def write_report(file: Path, output: Path) -> None:
     run = results.load(file)
     if not run.records:
         raise ResultsError(f"{file} has no results yet")
+    if unknown := {peer for record in run.records for peer in record.peers} - set(PEERS):
+        raise ResultsError(f"{file}: there is no peer {shorten(min(unknown))}")
     screen, tables = console(), all_tables(run)
     for table in tables:
         if table.title in IN_THE_TERMINAL:
             screen.print(table.for_terminal() if table.rows else table.note)
     text = "\n".join([f"# {describe(run)}\n", *(table.markdown() for table in tables)])
-    output.with_suffix(".md").write_text(text, encoding="utf-8")
-    output.with_suffix(".html").write_text(render(run), encoding="utf-8")
+    try:
+        write_atomically(output.with_suffix(".md"), text)
+        write_atomically(output.with_suffix(".html"), render(run))
+    except (OSError, ValueError) as error:  # ValueError where there is no name for a suffix
+        raise ResultsError(f"cannot write the report at {output}: {error}") from error
     screen.print(f"{output.with_suffix('.md')} and {output.with_suffix('.html')}")
 
 

@@ -8,6 +8,7 @@ from benchmarks.report import figures, page, plots, tables
 from benchmarks.report.page import write_report
 from benchmarks.results import FAILED, MEASURED, Outcome, Record, Run
 from tests.benchmarks.conftest import a_plan, small_cases
+from tests.browser import HOSTILE, scripts_run
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +114,25 @@ def test_failures_are_in_the_report(run):
 def test_what_is_published_is_that_of_the_kept_results(page, name, make):
     text = (publish.ROOT / page).read_text(encoding="utf-8")
     assert f"<!-- {name} -->\n\n{make()}\n\n<!-- end -->" in text
+
+
+def test_no_script_of_a_file_runs_in_the_report(run, tmp_path):
+    environment = {
+        name: value + HOSTILE if isinstance(value, str) else value
+        for name, value in run.environment.items()
+    }
+    reasons = Outcome(FAILED, reason=HOSTILE, note=HOSTILE)
+    records = [
+        dataclasses.replace(record, failure=HOSTILE, peers={**record.peers, "eager": reasons})
+        for record in run.records
+    ]
+    text = page.render(dataclasses.replace(run, environment=environment, records=records))
+    assert "dataset.ran" in text
+    assert not scripts_run(text, tmp_path)
+
+
+def test_a_peer_that_nobody_knows_is_refused(finished, tmp_path):
+    text = finished.read_text().replace('"eager":', '"eagle":')
+    (tmp_path / "run.jsonl").write_text(text)
+    with pytest.raises(results.ResultsError, match="there is no peer eagle"):
+        write_report(tmp_path / "run.jsonl", tmp_path / "report")

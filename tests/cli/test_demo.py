@@ -24,6 +24,7 @@ from diffusers.models.attention_processor import Attention
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from tests.browser import HOSTILE, scripts_run
 from vstar_kernels.analysis import band_share
 from vstar_kernels.cli import measure
 from vstar_kernels.cli.demo import denoise, report
@@ -324,3 +325,19 @@ def test_the_peak_of_memory_is_that_since_the_reset():
     assert measure.read_peak_memory(cpu) - before > 0.9 * size
     measure.reset_peak_memory(cpu)
     assert measure.read_peak_memory(cpu) - before < 0.5 * size
+
+
+def test_no_script_of_a_text_runs_in_the_report(small, tmp_path):
+    def hostile(value):
+        if isinstance(value, str):
+            return value + HOSTILE
+        if isinstance(value, list):
+            return [hostile(item) for item in value]
+        return {k: hostile(x) for k, x in value.items()} if isinstance(value, dict) else value
+
+    results = hostile(read_results(small))
+    gif = tmp_path / "x.gif"
+    gif.write_bytes(b"GIF")
+    text = report.page(results, {HOSTILE: gif})
+    assert "dataset.ran" in text
+    assert not scripts_run(text, tmp_path)

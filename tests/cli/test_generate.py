@@ -274,7 +274,7 @@ def test_what_finds_no_place_is_written_elsewhere(generate, output, monkeypatch,
     status, printed = generate("--prompt", PROMPT)
     assert status == 2
     (elsewhere,) = tmp_path.glob("vstar-kernels-*")
-    assert f"no space left on device (it is {elsewhere / 'video.mp4'}); the results" in printed
+    assert f"no space left on device; video.mp4 is in {elsewhere}; the results" in printed
     assert (elsewhere / "video.mp4").read_bytes() == b"video"
     kept = Path(printed.splitlines()[-1].rpartition(" ")[2])
     assert names(kept) == ALL - {"video.mp4"}

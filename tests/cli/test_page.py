@@ -1,5 +1,7 @@
 import pytest
 
+from tests.browser import HOSTILE as SCRIPTS
+from tests.browser import RUN, scripts_run
 from vstar_kernels.cli.page import data_uri, figure_uri, render
 
 jinja2 = pytest.importorskip("jinja2")
@@ -36,6 +38,17 @@ def test_whatever_a_page_shows_is_escaped(page):
     assert "<script" not in text
     assert "' onload=" not in text
     assert text.count("&lt;script&gt;") == 11
+
+
+def test_no_script_of_a_text_runs(page, tmp_path):
+    text = page(
+        "{% call ui.section(x) %}{{ x }}{% endcall %}{{ ui.facts([(x, x)]) }}"
+        "{{ ui.table([x], [[x]], ours=0) }}{{ ui.figure(x, x, [x, x], dark=x) }}",
+        x=SCRIPTS,
+    )
+    assert not scripts_run(text, tmp_path)
+    for way in (f"<script>{RUN}</script>", f"<img src=x onerror={RUN}>"):
+        assert scripts_run(text + way, tmp_path)  # the browser does run scripts
 
 
 def test_a_value_that_a_template_lacks_is_an_error(page):

@@ -204,17 +204,18 @@ def write_results(folder: Path, writers: Mapping[str, Callable[[Path], object]])
     Raises:
         IncompleteError: Not all files are in the folder; the message says why, and where they are.
     """
-    problems = []
-    for name, write in writers.items():
-        problem = _write_one(folder / name, write)
-        if problem:
-            elsewhere = Path(tempfile.mkdtemp(prefix="vstar-kernels-")) / name
-            saved = not _write_one(elsewhere, write)
-            if not saved:
-                elsewhere.parent.rmdir()
-            problems.append(f"{name}: {problem}" + (f" (it is {elsewhere})" if saved else ""))
-    if problems:
-        raise IncompleteError("; ".join(problems))
+    failed = {name: _write_one(folder / name, write) for name, write in writers.items()}
+    failed = {name: problem for name, problem in failed.items() if problem}
+    if not failed:
+        return
+    elsewhere = Path(tempfile.mkdtemp(prefix="vstar-kernels-"))
+    saved = [name for name in failed if not _write_one(elsewhere / name, writers[name])]
+    problems = [f"{name}: {problem}" for name, problem in failed.items()]
+    if saved:
+        problems.append(f"{', '.join(saved)} {'is' if len(saved) == 1 else 'are'} in {elsewhere}")
+    else:
+        elsewhere.rmdir()
+    raise IncompleteError("; ".join(problems))
 
 
 def _write_one(path: Path, write: Callable[[Path], object]) -> str:

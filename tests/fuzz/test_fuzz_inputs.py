@@ -1,0 +1,276 @@
+"""``make fuzz-inputs``: whatever is read from outside is a valid object or one kind of error.
+
+Valid documents are changed (``documents.py``). What comes of each is either an object that is the
+same after it was written and read again, or the error that the reader promises: in one line,
+without a key or a control character. Every document that ever failed is an example below.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from contextlib import suppress
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+
+import vstar_kernels as vk
+from tests.fuzz.documents import KEY, documents
+
+pytest.importorskip("openai")
+pytest.importorskip("pydantic")
+from vstar_kernels.methods import llm
+from vstar_kernels.methods.cache import Cache
+from vstar_kernels.methods.secrets import redact
+from vstar_kernels.methods.vstar.writer import SynopsisError, conversation, stages_form
+from vstar_kernels.reading import FormatError, clean, decode
+
+LONGEST_MESSAGE = 2000
+many = settings(max_examples=int(os.environ.get("DOCUMENTS", "100")))
+
+CONFIGS = [
+    vk.TARConfig(1.0),
+    vk.TARConfig({0: 1.0, 1: 8.0}, strength={0: 1.0, 1: 0.5}, steps=0.5, stat="map_max"),
+    vk.TARConfig(by_width={64: 1.0}, override={32: "identity"}, steps=None, clamp_negative=True),
+    vk.TARConfig(bias=vk.ToeplitzBias(torch.tensor([1.0, 0.5, 0.0]))),
+    vk.TARConfig(bias={0: vk.DenseBias(torch.eye(3)), 2: vk.DenseBias(torch.ones(2, 2, 2))}),
+    vk.TARConfig(bias=vk.ToeplitzBias(torch.ones(2, 5).bfloat16(), signed=True), include_init=True),
+]
+SYNOPSES = [
+    {"prompt": "A pond.", "stages": ["Water.", "Ice."]},
+    {"prompt": "A pond.", "subprompts": ["Water.", "Thin ice.", "Ice."], "anchors": [0, 4, 9]},
+]
+STAGES = {"stages": ["Water in a pond.", "Ice on a pond."]}
+TEXT = json.dumps(STAGES)
+
+
+def assert_told(error: BaseException | str) -> None:
+    """A message is one short line without a key or a control character."""
+    message = str(error)
+    assert message
+    assert len(message) <= LONGEST_MESSAGE
+    assert message.isprintable()
+    assert_hidden(message)
+
+
+def assert_hidden(text: str) -> None:
+    """No key can be made out in a text."""
+    assert redact(text, [KEY]) == text
+
+
+def assert_clean(*texts: str) -> None:
+    for text in texts:
+        assert clean(text) == text
+        text.encode()
+
+
+@many
+@given(documents([json.loads(config.to_json()) for config in CONFIGS]))
+@example(b'{"bias": {"form": "dense", "delta": [[1]], "dtype": "float4_e2m1fn_x2"}}')
+def test_configurations(tmp_path_factory, document):
+    path = place(tmp_path_factory, document)
+    try:
+        config = vk.TARConfig.load(path)
+    except FormatError as error:
+        assert_told(redact(str(error), [KEY]))
+        return
+    text = config.to_json()
+    assert vk.TARConfig.from_json(text).to_json() == text
+
+
+@many
+@given(documents([*SYNOPSES, SYNOPSES, [SYNOPSES[1]]]))
+def test_synopses(document):
+    text = document.decode("utf-8", "replace")
+    for read in (lambda text: [vk.Synopsis.from_json(text)], vk.Synopsis.list_from_json):
+        try:
+            synopses = read(text)
+        except FormatError as error:
+            assert_told(redact(str(error), [KEY]))
+            continue
+        for synopsis in synopses:
+            assert_clean(synopsis.prompt, *synopsis.stages)
+            assert vk.Synopsis.from_json(synopsis.to_json()) == synopsis
+        assert vk.Synopsis.list_from_json(vk.Synopsis.list_to_json(synopses)) == synopses
+
+
+@many
+@given(documents([*SYNOPSES, SYNOPSES, STAGES, STAGES["stages"]]))
+def test_synopsis_files(tmp_path_factory, document):
+    path = place(tmp_path_factory, document)
+    try:
+        synopsis = vk.SynopsisWriter.from_file(path, least_stages=1).write("A pond.")
+    except SynopsisError as error:
+        assert_told(redact(str(error), [KEY]))
+        return
+    assert synopsis.prompt == "A pond."
+    assert 1 <= len(synopsis.stages) <= 12
+    assert_clean(*synopsis.stages)
+    assert vk.Synopsis.from_json(synopsis.to_json()) == synopsis
+
+
+def place(tmp_path_factory, document):
+    """A file that holds the document, always the same one."""
+    path = tmp_path_factory.getbasetemp() / "document.json"
+    path.write_bytes(document)
+    return path
+
+
+class Says:
+    """A language model that has one answer, and a key."""
+
+    name, key = "it", None
+
+    def __init__(self, text):
+        self.text, self.asked = text, []
+
+    def answer(self, messages, schema):
+        self.asked.append(messages)
+        return self.text
+
+    def redact(self, text):
+        return redact(text, [KEY])
+
+
+FENCED = f"<think>{{1. Water}}</think>\nHere it is:\n```json\n{TEXT}\n```\n"
+
+
+@many
+@given(documents([STAGES, STAGES, FENCED, f"Of {KEY}: {TEXT}"]))
+def test_answers_of_language_models(document):
+    model = Says(document.decode("utf-8", "replace"))
+    try:
+        answer = llm.ask(model, conversation("A pond.", 2, 12), stages_form_2_12, attempts=2)
+    except llm.AnswerError as error:
+        assert_told(error)
+        assert len(model.asked) == 2
+        assert_hidden(model.asked[1][-2]["content"] + model.asked[1][-1]["content"])
+        return
+    assert 2 <= len(answer.stages) <= 12
+    assert_clean(*answer.stages)
+    for stage in answer.stages:
+        assert_hidden(stage)
+
+
+stages_form_2_12 = stages_form(2, 12)
+MESSAGE = {"role": "assistant", "content": TEXT}
+COMPLETION = {"id": "1", "choices": [{"index": 0, "message": MESSAGE}]}
+REFUSAL = {"choices": [{"message": {"content": None, "refusal": f"I will not, {KEY}."}}]}
+FAILURES = [{"error": {"message": f"wrong key {KEY}", "code": 3}}, {"error": "no"}]
+
+
+@many
+@given(documents([COMPLETION, REFUSAL, *FAILURES, "<html>busy</html>"]))
+def test_responses_of_servers(document):
+    endpoint = llm.Endpoint("m", base_url="http://localhost:1/v1", api_key=KEY)
+    text = document.decode("utf-8", "replace")
+    with suppress(llm.NoText):
+        assert isinstance(endpoint._content(text), str)
+    try:
+        endpoint._content(text)
+    except llm.NoText as error:
+        assert_told(error)
+    response = SimpleNamespace(is_redirect=False, text=text)
+    assert_told(endpoint._status_failure(SimpleNamespace(response=response, status_code=400)))
+
+
+REQUEST = {"model": {"base_url": "http://localhost:1/v1/"}, "messages": [], "schema": {}}
+
+
+@many
+@given(documents([{"request": REQUEST, "answer": STAGES}]))
+def test_entries_of_the_cache(tmp_path_factory, document):
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    cache = Cache(folder)
+    folder.mkdir(exist_ok=True)
+    cache._path(REQUEST).write_bytes(document)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        answer = cache.get(REQUEST, stages_form_2_12)
+    for warning in caught:
+        assert_told(redact(str(warning.message), [KEY]))
+    assert (answer is None) == bool(caught)
+    if answer is not None:
+        assert_clean(*answer.stages)
+        cache.put(REQUEST, answer)
+        assert cache.get(REQUEST, stages_form_2_12) == answer
+
+
+KEYS = [
+    f"{KEY}\n",
+    f"\ufeff{KEY}\r\n",
+    f'OPENAI_API_KEY="{KEY}"\n',
+    f"# mine\n{KEY}\n",
+    f" {KEY}\t",
+]
+
+
+@many
+@given(documents(KEYS))
+def test_keys_as_files_hold_them(document):
+    text = document.decode("utf-8", "surrogateescape")
+    try:
+        endpoint = llm.Endpoint("m", base_url="http://localhost:1/v1", api_key=text)
+    except ValueError as error:
+        told = str(error)
+        assert told == "api_key must be one word of printable ASCII characters"
+        return
+    kept = endpoint._settings["api_key"]
+    assert kept == text.strip() or not text.strip()
+    assert all("!" <= character <= "~" for character in kept)
+    if len(kept) >= 8:
+        assert kept not in endpoint.redact(f"so {kept} it is")
+        assert kept not in endpoint.name + json.dumps(endpoint.key)
+
+
+def result_lines():
+    from benchmarks import results
+
+    folder = os.path.dirname(results.__file__)
+    found = os.path.join(folder, "results", "cpu-amd-epyc-zen5-2-cores", "float32.jsonl")
+    with open(found, encoding="utf-8") as file:
+        first, *others = file.read().splitlines()
+    plan = json.loads(first)
+    plan["plan"]["tasks"] = plan["plan"]["tasks"][:2]
+    return plan, [json.loads(line) for line in others[:2]]
+
+
+RUN, RECORDS = result_lines()
+
+
+@many
+@given(documents([RUN, *RECORDS]))
+def test_results_of_benchmarks(tmp_path_factory, document):
+    from benchmarks import results
+
+    lines = [json.dumps(RUN).encode(), document, json.dumps(RECORDS[0]).encode()]
+    for data in (b"\n".join([*lines, b""]), document + b"\n"):
+        path = place(tmp_path_factory, data)
+        try:
+            run = results.load(path)
+        except results.ResultsError as error:
+            assert_told(redact(str(error), [KEY]))
+            continue
+        again = tmp_path_factory.getbasetemp() / "again.jsonl"
+        again.unlink(missing_ok=True)
+        results.create(again, run.environment, run.plan)
+        for record in run.records:
+            results.append(again, record)
+        assert results.load(again) == run
+
+
+@many
+@given(documents([{"a": [1, {"b": "text"}], "c": None}]))
+def test_any_json(document):
+    """Whatever is decoded can be written, and is the same when it is read again."""
+    try:
+        decoded = decode(document.decode("utf-8", "replace"))
+    except FormatError as error:
+        assert_told(redact(str(error), [KEY]))
+        return
+    text = json.dumps(decoded, allow_nan=False, ensure_ascii=False)
+    text.encode()
+    assert decode(text) == decoded
