@@ -73,6 +73,19 @@ def test_dense_is_itself():
         (lambda: vk.DenseBias(torch.ones(3, 4)), r"square, got shape \(3, 4\)"),
         (lambda: vk.DenseBias(torch.ones(3)), r"\(N, N\) or \(heads, N, N\)"),
         (lambda: vk.DenseBias(torch.ones(3, 3)).matrix(4), "3 frames, asked for 4"),
+        (lambda: vk.ToeplitzBias(torch.ones(3)).matrix(5), "reaches 3 frames.*asked for 5"),
+        (lambda: vk.GaussianBias(1.0).matrix(0), "num_frames must be 1 to .*got 0"),
+        (lambda: vk.GaussianBias(1.0).matrix(10**400), "num_frames must be.*1329 bits"),
+        (lambda: vk.GaussianBias(10**400), "sigma must fit a float.*1329 bits"),
+        (lambda: vk.GaussianBias(-(10**400)), "sigma must be at least 0"),
+        (lambda: vk.GaussianBias(1.0, strength=10**400), "strength must be finite.*1329 bits"),
+        (lambda: vk.GaussianBias(1.0, strength=-1e39), "strength must be finite, in float32 too"),
+        (lambda: vk.GaussianBias(1.0, strength=math.nan), "strength must be finite"),
+        (lambda: vk.DenseBias(torch.ones(3, 3).to_sparse()), "delta must be an ordinary"),
+        (
+            lambda: vk.GaussianBias(1.0, stat=torch.ones(2, 2).to_sparse()),
+            "stat tensor must be an ordinary",
+        ),
     ],
 )
 def test_bad_values(make, message):
@@ -89,6 +102,12 @@ def test_bad_values(make, message):
         (lambda: vk.GaussianBias(1.0, stat=3), "stat must be a string or a tensor, got int"),
         (lambda: vk.ToeplitzBias([1.0, 0.5]), "table must be a torch.Tensor, got list"),
         (lambda: vk.DenseBias(1.0), "delta must be a torch.Tensor, got float"),
+        (lambda: vk.GaussianBias(1.0, clamp_negative="no"), "clamp_negative must be.*got str"),
+        (lambda: vk.GaussianBias(1.0, detach_stat=1), "detach_stat must be True or False, got int"),
+        (lambda: vk.ToeplitzBias(torch.ones(3), signed="no"), "signed must be.*got str"),
+        (lambda: vk.GaussianBias(1j), "sigma must be a number, got complex"),
+        (lambda: vk.GaussianBias(1.0).matrix(5.0), "num_frames must be an integer, got float"),
+        (lambda: vk.ToeplitzBias(torch.ones(3)).matrix(True), "num_frames must be an integer"),
     ],
 )
 def test_wrong_kinds(make, message):

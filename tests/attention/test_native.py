@@ -1,4 +1,6 @@
 import json
+import os
+import re
 
 import pytest
 import torch
@@ -36,6 +38,77 @@ def test_a_missing_library_tells_what_the_build_said(tmp_path, monkeypatch):
     (tmp_path / "build.json").write_text(json.dumps({"built": False, "reason": "no compiler"}))
     monkeypatch.setattr(native, "DIRECTORY", tmp_path)
     assert native.load.__wrapped__().problems[0].endswith("no compiler")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_text("{"),
+        lambda path: path.write_text(""),
+        lambda path: path.write_text("[1]"),
+        lambda path: path.write_text('{"built": true}'),
+        lambda path: path.write_text('{"reason": 3}'),
+        lambda path: path.write_text("[" * 100_000),
+        lambda path: path.write_bytes(b"\xff\xfe\x00"),
+        lambda path: path.mkdir(),
+        lambda path: path.symlink_to("nowhere"),
+        lambda path: os.mkfifo(path),
+    ],
+)
+def test_a_damaged_build_record_is_told(tmp_path, monkeypatch, damage):
+    damage(tmp_path / "build.json")
+    monkeypatch.setattr(native, "DIRECTORY", tmp_path)
+    (problem,) = native.load.__wrapped__().problems
+    assert re.search(r"build.json (cannot be read|is damaged).*; .*install", problem), problem
+
+
+def test_a_build_record_cannot_write_to_the_terminal(tmp_path, monkeypatch):
+    (tmp_path / "build.json").write_text(json.dumps({"reason": "no\x1b[31m compiler\n"}))
+    monkeypatch.setattr(native, "DIRECTORY", tmp_path)
+    assert native.load.__wrapped__().problems[0].endswith("no?[31m compiler?")
+
+
+def test_a_checkout_that_was_not_built_names_cause_and_cure(tmp_path, monkeypatch):
+    (tmp_path / "setup.py").touch()
+    monkeypatch.setattr(native, "DIRECTORY", tmp_path / "vstar_kernels" / "lib")
+    (problem,) = native.load.__wrapped__().problems
+    assert f"{tmp_path} is a source checkout that was not built" in problem
+    assert "build it ('make setup' or 'pip install --no-build-isolation -e .'" in problem
+    assert "start Python in another folder" in problem
+
+
+def test_a_library_built_from_other_sources_is_not_called(monkeypatch):
+    """Its operators would take their arguments for others."""
+    monkeypatch.setattr(native, "INTERFACE", native.INTERFACE + 1)
+    library = native.load.__wrapped__()
+    if library.path.exists():
+        assert "was built from other sources" in library.problems[0]
+        assert "make setup" in library.problems[0]
+        assert library.handle is None
+
+
+REPORT = """
+import warnings, torch
+import vstar_kernels as vk
+q = torch.ones(1, 4, 1, 8)
+print(vk.backends.available()["cpu"], vk.info()["native library"])
+with warnings.catch_warnings(record=True) as found:
+    vk.tar_attention(q, q, q)
+print(found[0].category.__name__, found[0].message)
+try:
+    vk.tar_attention(q, q, q, backend="cpu")
+except ValueError as error:
+    print("error", error)
+"""
+
+
+@pytest.mark.skipif(bool(native.load().problems), reason="no native library")
+def test_a_wrong_instruction_set_in_the_environment_is_told():
+    run = run_python(REPORT, VSTAR_KERNELS_CPU_ISA="non\x1bsense")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("VSTAR_KERNELS_CPU_ISA must be one of") == 4
+    assert "\x1b" not in run.stdout
+    assert "SlowBackendWarning" in run.stdout
 
 
 @pytest.mark.usefixtures("isa")

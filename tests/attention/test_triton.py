@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import vstar_kernels as vk
+from tests.attention import not_finite
 from tests.pairwise import pairwise
 from vstar_kernels import testing
 from vstar_kernels.attention import triton as backend
@@ -734,3 +735,34 @@ def test_split_holds_a_head_and_little_more(head_dim):
     assert main + rest <= max(16, 1 << (head_dim - 1).bit_length())
     if head_dim in (40, 64, 72, 80, 96, 128, 160):
         assert main + rest - head_dim <= 8
+
+
+# ---- what is not finite, or huge ----
+
+
+@pytest.mark.parametrize("frames", [6, 140])
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("query", "map_max"),
+        ("query", "map_max clamped"),
+        ("query", "row_max"),
+        ("key", "map_max"),
+        ("value", "map_max"),
+        ("stat", "tensor"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_not_finite_is_where_the_formula_has_it(frames, place, name):
+    if not backend.interpreted():
+        pytest.skip("the tensors are on the CPU")
+    for bad in (NAN, float("inf")):
+        not_finite.assert_as_the_reference("triton", frames, name, place, bad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("frames", [100, 300])
+def test_largest_values(frames, dtype):
+    if not backend.interpreted():
+        pytest.skip("the tensors are on the CPU")
+    not_finite.assert_largest_values("triton", frames, dtype)

@@ -4,6 +4,7 @@ import pytest
 
 import vstar_kernels as vk
 from tests.helpers import run_python
+from vstar_kernels.attention import triton
 from vstar_kernels.cli import info
 from vstar_kernels.cli.main import main
 
@@ -80,3 +81,19 @@ def test_unknown_command(arguments, capsys):
         main(arguments)
     assert exit_.value.code == 2
     assert "info" in capsys.readouterr().err
+
+
+def test_neither_info_nor_available_raises(monkeypatch):
+    """Whatever is damaged: both are there to say it."""
+
+    def broken(*arguments):
+        raise RuntimeError("damaged")
+
+    monkeypatch.setattr(info.importlib.metadata, "version", broken)
+    monkeypatch.setattr(info.torch.cuda, "is_available", broken)
+    monkeypatch.setattr(info, "_processor", broken)
+    monkeypatch.setattr(triton, "unavailable", broken)
+    assert vk.backends.available()["triton"] == ["RuntimeError: damaged"]
+    facts = vk.info()
+    assert facts["gpu"] == facts["processor"] == facts["triton"] == "unknown: RuntimeError: damaged"
+    assert facts["backend triton"] == "RuntimeError: damaged"

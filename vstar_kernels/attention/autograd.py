@@ -55,6 +55,8 @@ def attention(call: Call, backend: str | None) -> Tensor | tuple[Tensor, Tensor]
         run = torch.ops.vstar_kernels.attention
     elif _func_is_active():
         run = _ForFunc.apply
+    elif call.query.is_meta:
+        run = torch.ops.vstar_kernels.attention
     else:
         return _Eager.apply(*tensors, call.options, backend)
     out, mean_map = run(*tensors, *call.options, backend)
@@ -149,7 +151,8 @@ def _gradient(ctx: Any, grad_out: Tensor | None, grad_map: Tensor | None) -> tup
     arguments = (grad_out, grad_map, out, *wanted, *tensors, *ctx.options, ctx.backend)
     if _func_is_active():
         gradients = _BackwardForFunc.apply(*arguments)
-    elif torch.is_grad_enabled() or type(out) not in PLAIN:  # create_graph, or traced
+    elif torch.is_grad_enabled() or type(out) not in PLAIN or out.is_meta:
+        # create_graph, traced, or there is nothing to compute.
         gradients = _backward_operator(*arguments)
     else:
         call, name = _split((*tensors, *ctx.options, ctx.backend))

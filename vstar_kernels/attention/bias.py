@@ -12,6 +12,7 @@ from __future__ import annotations
 import array
 import functools
 import math
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass
 
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MAX_FRAMES = 2**31 - 1
+FLOAT32_MAX = torch.finfo(torch.float32).max
 STATS = ("row_max", "map_max", "none")
 # How Δ's entries are held: not at all, by σ, in a table over |j−i| or over j−i, in a matrix.
 FORMS = ("none", "gaussian", "symmetric", "signed", "dense")
@@ -48,10 +51,11 @@ class _Bias(ABC):
     detach_stat: bool = False
 
     def __post_init__(self) -> None:
-        _check_real(self.strength, "strength")
-        if not math.isfinite(self.strength):
-            raise ValueError(f"strength must be finite, got {self.strength}")
+        check_finite(self.strength, "strength")
+        check_flag(self.clamp_negative, "clamp_negative")
+        check_flag(self.detach_stat, "detach_stat")
         if isinstance(self.stat, Tensor):
+            check_strided(self.stat, "a stat tensor")
             if self.stat.dtype != torch.float32:
                 raise ValueError(f"a stat tensor must be float32, got {self.stat.dtype}")
         elif not isinstance(self.stat, str):
@@ -95,7 +99,9 @@ class GaussianBias(_Bias):
         super().__post_init__()
         _check_real(self.sigma, "sigma")
         if not self.sigma >= 0:
-            raise ValueError(f"sigma must be at least 0 (frames), got {self.sigma}")
+            raise ValueError(f"sigma must be at least 0 (frames), got {shown(self.sigma)}")
+        if isinstance(self.sigma, int) and self.sigma > sys.float_info.max:
+            raise ValueError(f"sigma must fit a float, got {shown(self.sigma)}")
 
     @property
     def form(self) -> str:
@@ -106,6 +112,7 @@ class GaussianBias(_Bias):
         return None
 
     def matrix(self, num_frames: int) -> Tensor:
+        _check_count(num_frames)
         return matrix(self.form, float(self.sigma), None, num_frames)
 
     def check(self, num_frames: int, num_heads: int) -> None:
@@ -129,6 +136,7 @@ class ToeplitzBias(_Bias):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_flag(self.signed, "signed")
         _check_tensor(self.table, "table", dims=(1, 2), shape="(L,) or (heads, L)")
         if self.table.shape[-1] == 0:
             raise ValueError("table must hold at least one distance, got an empty one")
@@ -147,16 +155,21 @@ class ToeplitzBias(_Bias):
         return self.table
 
     def matrix(self, num_frames: int) -> Tensor:
+        _check_count(num_frames)
+        self._check_frames(num_frames)
         return matrix(self.form, 0.0, self.table, num_frames)
 
     def check(self, num_frames: int, num_heads: int) -> None:
         _check_heads(self.table, 1, num_heads, "table")
+        self._check_frames(num_frames)
+
+    def _check_frames(self, num_frames: int) -> None:
         max_frames = table_frames(self.form, self.table)
         if num_frames > max_frames:
             raise ValueError(
                 f"the table of ToeplitzBias reaches {max_frames} frames "
                 f"(table of shape {tuple(self.table.shape)}, signed={self.signed}), "
-                f"query has {num_frames}"
+                f"asked for {num_frames}"
             )
 
 
@@ -188,6 +201,7 @@ class DenseBias(_Bias):
         return self.delta
 
     def matrix(self, num_frames: int) -> Tensor:
+        _check_count(num_frames)
         self._check_frames(num_frames)
         return self.delta
 
@@ -304,6 +318,41 @@ def _diagonal_sums(matrix: Tensor) -> Tensor:
 # ---- checks ----
 
 
+def check_finite(value: float, name: str) -> None:
+    """Raises TypeError or ValueError unless a value is a number in the range of float32."""
+    _check_real(value, name)
+    if not -FLOAT32_MAX <= value <= FLOAT32_MAX:  # of integers too, and false for NaN
+        raise ValueError(f"{name} must be finite, in float32 too, got {shown(value)}")
+
+
+def check_flag(value: bool, name: str) -> None:
+    """Raises TypeError unless a value is True or False: "no" and 0 would pass for one of them."""
+    if not isinstance(value, bool):
+        kind = f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+        raise TypeError(f"{name} must be True or False, got {kind}")
+
+
+def check_strided(value: Tensor, name: str) -> None:
+    """Raises ValueError for tensors without strides, such as sparse ones."""
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested one" if value.is_nested else str(value.layout)
+        raise ValueError(f"{name} must be an ordinary (strided) tensor, got {kind}")
+
+
+def _check_count(num_frames: int) -> None:
+    if isinstance(num_frames, bool) or not isinstance(num_frames, int | torch.SymInt):
+        raise TypeError(f"num_frames must be an integer, got {type(num_frames).__name__}")
+    if not 1 <= num_frames <= MAX_FRAMES:
+        raise ValueError(f"num_frames must be 1 to {MAX_FRAMES}, got {shown(num_frames)}")
+
+
+def shown(value: float) -> str:
+    """Returns a number for a message: of many digits, only how large it is."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    return str(value)
+
+
 def _check_real(value: float, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -312,6 +361,7 @@ def _check_real(value: float, name: str) -> None:
 def _check_tensor(value: Tensor, name: str, dims: tuple[int, ...], shape: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    check_strided(value, name)
     if value.ndim not in dims:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
     if not value.is_floating_point():

@@ -11,9 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vstar_kernels.attention import bias as bias_forms
-from vstar_kernels.attention.bias import Bias, DenseBias, GaussianBias, ToeplitzBias
+from vstar_kernels.attention.bias import (
+    Bias,
+    DenseBias,
+    GaussianBias,
+    ToeplitzBias,
+    check_finite,
+    check_flag,
+    check_strided,
+    shown,
+)
 
 LAYOUTS = "(batch, frames, heads, head_dim) or (batch, space, frames, heads, head_dim)"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CONSTRUCTORS = {  # of each form of Δ, for messages
     "none": "none (strength 0)",
     "gaussian": "GaussianBias",
@@ -203,13 +213,15 @@ def check_call(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if torch.is_autocast_enabled(query.device.type):
+        check_strided(tensor, name)
+    if has_autocast(query.device) and torch.is_autocast_enabled(query.device.type):
         query, key, value = autocast(query), autocast(key), autocast(value)
     shape, dtype, device = query.shape, query.dtype, query.device
     if len(shape) not in (4, 5):
         raise ValueError(f"query must be {LAYOUTS}, got shape {tuple(shape)}")
-    if not dtype.is_floating_point:
-        raise ValueError(f"query must be of a floating-point type, got {dtype}")
+    if dtype not in DTYPES:
+        allowed = ", ".join(str(allowed) for allowed in DTYPES)
+        raise ValueError(f"query must be of a floating-point type, {allowed}, got {dtype}")
     if shape[-3] == 0 or shape[-1] == 0:
         raise ValueError(
             f"query must have at least one frame and one element of head_dim, got {tuple(shape)}"
@@ -224,10 +236,7 @@ def check_call(
         if tensor.device != device:
             raise ValueError(f"{name} must be on query's device {device}, got {tensor.device}")
     if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, int | float):
-            raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-        if not math.isfinite(scale):
-            raise ValueError(f"scale must be finite, got {scale}")
+        check_finite(scale, "scale")
     if bias is not None:
         if not isinstance(bias, GaussianBias | ToeplitzBias | DenseBias):
             raise TypeError(
@@ -235,11 +244,15 @@ def check_call(
                 f"got {type(bias).__name__}"
             )
         bias.check(shape[-3], shape[-2])
+        _check_delta(bias, query)
         _check_stat(bias, query)
+    check_flag(return_map, "return_map")
     if isinstance(map_block, bool) or not isinstance(map_block, int):
         raise TypeError(f"map_block must be an integer, got {type(map_block).__name__}")
     if map_block < 1:
-        raise ValueError(f"map_block must be at least 1 frame, got {map_block}")
+        raise ValueError(f"map_block must be at least 1 frame, got {shown(map_block)}")
+    if map_block > shape[-3]:
+        map_block = shape[-3]  # all frames are one block
     return make_call(query, key, value, bias, scale, map_block if return_map else 0)
 
 
@@ -248,6 +261,25 @@ def autocast(tensor: Tensor) -> Tensor:
     if tensor.is_floating_point() and tensor.dtype != torch.float64:
         return tensor.to(torch.get_autocast_dtype(tensor.device.type))
     return tensor
+
+
+def has_autocast(device: torch.device) -> bool:
+    """Returns whether there is autocast for a device: there is none for meta tensors."""
+    return device.type != "meta"
+
+
+def _check_delta(bias: Bias, query: Tensor) -> None:
+    entries = bias.entries
+    if entries is None or entries.device == query.device:
+        return
+    if entries.device.type == "meta":
+        raise ValueError(
+            f"the bias is on the meta device and holds no numbers, query is on {query.device}"
+        )
+    if query.device.type == "meta" and entries.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"query is on the meta device, where the bias, on {entries.device}, has no gradient"
+        )
 
 
 def _check_stat(bias: Bias, query: Tensor) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
@@ -95,8 +96,10 @@ class Operation(Generic[C, W_contra, G_co]):
 
         Raises:
             ValueError: The name is unknown, or that backend cannot run the call.
+            TypeError: The name is no string.
         """
         if name is not None:
+            self.check_name(name)
             return self._check_choice(call, name)
         reasons = {}
         for name, backend in self.backends.items():
@@ -107,10 +110,17 @@ class Operation(Generic[C, W_contra, G_co]):
                 return name
         raise AssertionError("the reference runs any checked call")
 
-    def _check_choice(self, call: C, name: str) -> str:
+    def check_name(self, name: str | None) -> None:
+        """Raises TypeError or ValueError unless a backend has this name, or it is None."""
+        if name is None:
+            return
+        allowed = ", ".join(map(repr, self.backends))
+        if not isinstance(name, str):
+            raise TypeError(f"backend must be one of {allowed} or None, got {type(name).__name__}")
         if name not in self.backends:
-            allowed = ", ".join(map(repr, self.backends))
             raise ValueError(f"backend must be one of {allowed} or None, got {name!r}")
+
+    def _check_choice(self, call: C, name: str) -> str:
         reasons = self.backends[name].why_not(call)
         if reasons:
             raise ValueError(
@@ -146,10 +156,20 @@ FRAME_ATTENTION: Operation[FrameCall, FrameWanted, FrameGradients] = Operation(
 
 
 def available() -> dict[str, list[str]]:
-    """Returns each backend's reasons why it cannot run here; an empty list if it can."""
+    """Returns each backend's reasons why it cannot run here; an empty list if it can.
+
+    It never raises: what a backend raises when it is asked is its reason.
+    """
     every: dict[str, Any] = {**FRAME_ATTENTION.backends, **TAR_ATTENTION.backends}
     names = [*TAR_ATTENTION.backends, *(x for x in every if x not in TAR_ATTENTION.backends)]
-    return {name: every[name].unavailable() for name in names}
+    return {name: _told(every[name].unavailable) for name in names}
+
+
+def _told(unavailable: Callable[[], list[str]]) -> list[str]:
+    try:
+        return unavailable()
+    except Exception as error:  # whatever a damaged installation raises
+        return [f"{type(error).__name__}: {error}"]
 
 
 def why_not(

@@ -86,14 +86,16 @@ def build_record() -> dict[str, Any]:
     Of a record that cannot be read, the reason says so.
     """
     path = DIRECTORY / "build.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return {}
+    try:
+        # Of a pipe, reading would wait for ever.
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError, RecursionError) as error:
-        return {"reason": f"{path} cannot be read: {error}; {_cure()}"}
+        return {"reason": f"{path} cannot be read ({error}); {_cure()}"}
     if isinstance(record, dict) and isinstance(record.get("reason"), str):
-        return record
+        reason = "".join(x if x.isprintable() else "?" for x in record["reason"])
+        return {**record, "reason": reason}
     return {"reason": f"{path} is damaged; {_cure()}"}
 
 
@@ -105,7 +107,7 @@ def load() -> Native:
     """
     suffix = ".dylib" if sys.platform == "darwin" else ".so"
     path = DIRECTORY / f"libvstar_kernels{suffix}"
-    if not path.exists():
+    if not os.path.exists(path):
         reason = build_record().get("reason") or f"{_what_was_not_built()}; {_cure()}"
         return Native(path, problems=[f"no native library at {path}: {reason}"])
     try:

@@ -12,6 +12,7 @@ statistic, its backward pass, which the kernels compute too, is::
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -26,6 +27,7 @@ from vstar_kernels.attention.call import (
     block_gradient,
     block_sums,
     empty_like,
+    has_autocast,
     make_call,
 )
 
@@ -61,7 +63,7 @@ def why_not(call: Call) -> list[str]:
 
 def forward(call: Call, *, save: bool = False) -> Forward:
     """Computes the output and, where it is wanted, the mean map; saves nothing."""
-    with torch.autocast(call.device.type, enabled=False):
+    with _without_autocast(call.device):
         _, weights = _logits_and_weights(call)
         v = heads_first(call.value)
         out = empty_like(call.query).copy_((weights @ v).transpose(-3, -2))
@@ -69,6 +71,12 @@ def forward(call: Call, *, save: bool = False) -> Forward:
         return Forward(out)
     mean = weights.mean(dim=tuple(range(1, weights.ndim - 2)))
     return Forward(out, block_sums(mean, call.options.map_block).float())
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    if has_autocast(device):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def heads_first(x: Tensor) -> Tensor:

@@ -77,7 +77,10 @@ def tar_attention(
     call = check_call(
         query, key, value, bias, scale=scale, return_map=return_map, map_block=map_block
     )
-    if torch.compiler.is_compiling() and backend != "reference":
+    dispatch.TAR_ATTENTION.check_name(backend)
+    # Of meta tensors there is nothing to compute: the operator knows the results' shapes.
+    is_meta = call.query.is_meta and backend is None
+    if is_meta or (torch.compiler.is_compiling() and backend != "reference"):
         return autograd.attention(call, backend)
     chosen = dispatch.TAR_ATTENTION.choose(call, backend)
     if chosen != "reference" and autograd.needed(call):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,10 @@ class Info:
 
 
 def info() -> dict[str, str]:
-    """Returns versions, the processor, the native library and each backend's state, by name."""
+    """Returns versions, the processor, the native library and each backend's state, by name.
+
+    It never raises: of what cannot be found out, it says why.
+    """
     library = native.load()
     facts = {
         "vstar_kernels": __version__,
@@ -41,11 +45,11 @@ def info() -> dict[str, str]:
         "platform": platform.platform(),
         "torch": str(torch.__version__),
     }
-    facts |= {name: _version(name) for name in OPTIONAL_PACKAGES}
+    facts |= {name: _told(_version, name) for name in OPTIONAL_PACKAGES}
     facts |= {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "processor": _processor(),
-        "memory": _memory(),
+        "gpu": _told(_gpu),
+        "processor": _told(_processor),
+        "memory": _told(_memory),
         "threads": str(torch.get_num_threads()),
         "torch cpu capability": torch.backends.cpu.get_cpu_capability(),
         "native library": "; ".join(library.problems) or str(library.path),
@@ -54,6 +58,18 @@ def info() -> dict[str, str]:
     for name, reasons in available().items():
         facts[f"backend {name}"] = "available" if not reasons else "; ".join(reasons)
     return facts
+
+
+def _told(find: Callable[..., str], *arguments: str) -> str:
+    """Returns what is found, or why it is not: what says what is wrong must not fail of it."""
+    try:
+        return find(*arguments)
+    except Exception as error:  # whatever a damaged installation raises
+        return f"unknown: {type(error).__name__}: {error}"
+
+
+def _gpu() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
 
 
 def _version(package: str) -> str:
@@ -69,11 +85,7 @@ def _processor() -> str:
         import cpuinfo
     except ImportError:
         return "unknown: py-cpuinfo is not installed"
-    try:
-        found = cpuinfo.get_cpu_info()
-    # It raises plain Exceptions for architectures that it does not know.
-    except Exception as error:
-        return f"unknown: {error}"
+    found = cpuinfo.get_cpu_info()  # raises for architectures that it does not know
     return found.get("brand_raw") or platform.machine()
 
 

@@ -24,6 +24,7 @@ from vstar_kernels.attention.triton.primitives import (
     Sizes,
     delta_block,
     inner_products,
+    larger,
     load_heads,
     locate,
     logits,
@@ -125,7 +126,7 @@ def maps_kernel(
                 )
             b_dot = tl.load(t.row_dot + o_row, mask=m_i, other=0.0)  # (QUERIES,)
             if BIAS.CLAMP:
-                b_stat = tl.maximum(b_stat, 0.0)
+                b_stat = larger(b_stat, 0.0)
             b_ds = b_p * (b_dp - tl.expand_dims(b_dot, 1))
             factor = numbers.strength * numbers.exp2_scale / LOG2E
             b_sum += b_ds * tl.expand_dims(b_stat * factor, 1)

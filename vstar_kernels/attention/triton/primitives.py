@@ -234,10 +234,29 @@ def delta_block(
 
 
 @triton.jit
+def larger(x, y):
+    """Returns the larger number, NaN where either is: tl.maximum drops it."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def nan_or(b_max, b, KEEP_DIMS: tl.constexpr):
+    """Returns the maxima ``b_max`` of the last dimension of ``b``, NaN where tl.max dropped one."""
+    nan = tl.max((b != b).to(tl.int32), -1, keep_dims=KEEP_DIMS)
+    return tl.where(nan != 0, float("nan"), b_max)
+
+
+@triton.jit
+def largest(b):
+    """Returns the maxima of the last dimension, NaN where there is one."""
+    return nan_or(tl.max(b, -1), b, False)
+
+
+@triton.jit
 def regularized(b_s, b_stat, b_delta, strength, BIAS: tl.constexpr):
     """Returns s + strength · stat · Δ; ``b_stat`` is one number or one for each row, as s is."""
     if BIAS.CLAMP:
-        b_stat = tl.maximum(b_stat, 0.0)
+        b_stat = larger(b_stat, 0.0)
     return b_s + tl.expand_dims(strength * b_stat, -1) * b_delta
 
 

@@ -33,6 +33,8 @@ from vstar_kernels.attention.triton.primitives import (
     delta_block,
     exponentials,
     frame_offsets,
+    larger,
+    largest,
     load_heads,
     locate,
     logits,
@@ -126,7 +128,7 @@ def stream_kernel(
             b_stat = float("-inf")
             for n in range(query_blocks):
                 p_stat = t.stat + i_sequence.to(tl.int64) * query_blocks + n
-                b_stat = tl.maximum(b_stat, tl.load(p_stat))
+                b_stat = larger(b_stat, tl.load(p_stat))
         elif STAT == "tensor":
             o_stat = statistic_offsets(strides.stat, place, i, HEAD)
             b_stat = tl.load(t.stat + o_stat, mask=m_i, other=0.0) * (LOG2E / numbers.exp2_scale)
@@ -201,9 +203,9 @@ def map_max_kernel(
     for n in tl.range(0, tl.cdiv(frames, KEYS), num_stages=STAGES):
         j = n * KEYS + tl.arange(0, KEYS)
         b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)  # (KEYS, D)
-        b_max = tl.maximum(b_max, tl.max(logits(b_q, b_k, j, frames, HEAD), 1))
+        b_max = larger(b_max, largest(logits(b_q, b_k, j, frames, HEAD)))
     b_max = tl.where(i < frames, b_max, float("-inf"))
-    tl.store(t.maxima + tl.program_id(0).to(tl.int64), tl.max(b_max, 0))
+    tl.store(t.maxima + tl.program_id(0).to(tl.int64), largest(b_max))
 
 
 @dataclass(frozen=True)

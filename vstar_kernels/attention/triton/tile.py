@@ -23,6 +23,8 @@ from vstar_kernels.attention.triton.primitives import (
     delta_block,
     exponentials,
     frame_offsets,
+    larger,
+    largest,
     load_heads,
     locate,
     logits,
@@ -142,8 +144,8 @@ def attend(
             m_i = (i_sequence < i_end) & (i < sizes.frames)
             b_q = load_heads(t.q, o_q + frame_offsets(strides.q, i, HEAD), m_i, HEAD)
             b_s = logits(b_q, b_k, j, sizes.frames, HEAD)  # (QUERIES, FRAMES)
-            b_max = tl.where(i < sizes.frames, tl.max(b_s, -1), float("-inf"))  # (QUERIES,)
-            b_stat = tl.maximum(b_stat, tl.max(b_max, -1))
+            b_max = tl.where(i < sizes.frames, largest(b_s), float("-inf"))  # (QUERIES,)
+            b_stat = larger(b_stat, largest(b_max))
         if SEQUENCES > 1:
             b_stat = tl.expand_dims(b_stat, 1)  # (SEQUENCES, 1)
 

@@ -25,10 +25,12 @@ from vstar_kernels.attention.triton.primitives import (
     delta_block,
     exponentials,
     inner_products,
+    larger,
     load_heads,
     locate,
     logits,
     map_gradient,
+    nan_or,
     offsets,
     regularized,
     statistic_offsets,
@@ -145,8 +147,9 @@ def gradients(
         b_stat, b_argmax = tl.max(b_s, -1, return_indices=True)  # (FRAMES,)
         m_maximum = j == tl.expand_dims(b_argmax, -1)  # (FRAMES, FRAMES)
         if STAT == "map_max":
-            b_max = tl.where(i < sizes.frames, b_stat, float("-inf"))
+            b_max = tl.where(i < sizes.frames, nan_or(b_stat, b_s, False), float("-inf"))
             b_stat, i_max = tl.max(b_max, -1, return_indices=True, keep_dims=True)  # (1,)
+            b_stat = nan_or(b_stat, b_max, True)
             m_maximum = m_maximum & tl.expand_dims(i == i_max, -1)
     elif STAT == "tensor":
         o_stat = statistic_offsets(strides.stat, place, i, HEAD)
@@ -187,7 +190,7 @@ def gradients(
             else:
                 b_ds += tl.where(m_maximum, tl.expand_dims(b_d_stat, -1), 0.0)
         if BIAS.CLAMP:
-            b_stat = tl.maximum(b_stat, 0.0)
+            b_stat = larger(b_stat, 0.0)
         factor = numbers.strength * numbers.exp2_scale / LOG2E
         b_d_delta *= tl.expand_dims(b_stat * factor, -1)
 

@@ -1,0 +1,84 @@
+"""NaN, infinities and huge values: what every backend does with them alike."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+import vstar_kernels as vk
+from vstar_kernels.attention.bias import Bias
+from vstar_kernels.testing import inputs
+
+BATCH, HEADS, HEAD_DIM = 2, 3, 8
+PLACES = ("query", "key", "value", "stat")
+
+
+def make_bias(name: str, frames: int) -> Bias | None:
+    """One of the biases whose statistics meet what is not finite in their own ways."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "none": lambda: None,
+        "row_max": lambda: vk.GaussianBias(1.0, clamp_negative=True),
+        "map_max": lambda: vk.GaussianBias(1.0, stat="map_max"),
+        "map_max clamped": lambda: vk.ToeplitzBias(
+            torch.rand(frames, generator=generator), stat="map_max", clamp_negative=True
+        ),
+        "tensor": lambda: vk.GaussianBias(
+            1.0, stat=torch.rand(BATCH, frames, HEADS, generator=generator), clamp_negative=True
+        ),
+    }[name]()
+
+
+BIASES = ("none", "row_max", "map_max", "map_max clamped", "tensor")
+
+
+def results(backend: str, tensors: list[Tensor], bias: Bias | None) -> dict[str, Tensor]:
+    """The output, the mean map and the gradients of both."""
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    out, mean_map = vk.tar_attention(*leaves, bias, return_map=True, backend=backend)
+    weights = torch.arange(mean_map[0].numel()).view(mean_map.shape[1:]).to(mean_map)
+    gradients = torch.autograd.grad(out.sum() + (weights * mean_map).sum(), leaves)
+    names = ("out", "map", "grad_query", "grad_key", "grad_value")
+    return dict(zip(names, (out.detach(), mean_map.detach(), *gradients), strict=True))
+
+
+def assert_as_the_reference(backend: str, frames: int, name: str, place: str, bad: float) -> None:
+    """NaN is exactly where the reference has it, and what has none is as without it."""
+    bias, row = make_bias(name, frames), frames // 2
+    tensors = list(inputs(BATCH, frames, HEADS, HEAD_DIM))
+    clean = results(backend, tensors, bias)
+    if place == "stat":
+        assert bias is not None
+        bias.stat[1, row, 1] = bad
+    else:
+        tensors[PLACES.index(place)][1, row, 1, 3] = bad
+    found, expected = results(backend, tensors, bias), results("reference", tensors, bias)
+    for result, tensor in found.items():
+        assert torch.equal(tensor.isnan(), expected[result].isnan()), result
+    # Nothing of it in another sequence or head; a map is of all heads of its batch element.
+    for result in ("out", "grad_query", "grad_key", "grad_value"):
+        elsewhere = torch.ones_like(found[result], dtype=torch.bool)
+        elsewhere[1, :, 1] = False
+        assert torch.equal(found[result][elsewhere], clean[result][elsewhere]), result
+    assert torch.equal(found["map"][0], clean["map"][0])
+    rows = torch.arange(frames) != row  # of a query, nothing in another row but by map_max
+    if place in ("query", "stat") and not name.startswith("map_max"):
+        assert torch.equal(found["out"][:, rows], clean["out"][:, rows])
+    if math.isnan(bad):
+        touched = found["out"][1, :, 1]
+        by_map = place == "query" and name.startswith("map_max")
+        where = touched[:, 3] if place == "value" else touched
+        all_rows = place in ("key", "value") or by_map
+        assert (where if all_rows else where[row]).isnan().all()
+
+
+def assert_largest_values(backend: str, frames: int, dtype: torch.dtype) -> None:
+    """Values up to float32's largest number over the number of frames do not overflow."""
+    largest = min(torch.finfo(torch.float32).max / frames, torch.finfo(dtype).max) * 0.99
+    query = torch.zeros(1, frames, 2, HEAD_DIM, dtype=dtype)
+    value = torch.full_like(query, largest)
+    value[..., 1::2] *= -1
+    out = vk.tar_attention(query, query, value, vk.GaussianBias(1.0), backend=backend)
+    torch.testing.assert_close(out, value, rtol=max(1e-5, 8 * torch.finfo(dtype).eps), atol=0)
