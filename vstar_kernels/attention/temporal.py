@@ -57,12 +57,15 @@ def tar_attention(
             ``(batch, space, frames, heads, head_dim)``. Same shape, type and device; any strides,
             though the kernels need head_dim contiguous. They are never copied to be made
             contiguous. Under autocast they are cast as for scaled_dot_product_attention.
+            Meta tensors give meta tensors. Values of a magnitude beyond float32's largest number
+            over the number of frames may overflow.
         bias: Δ and its weight: a :class:`GaussianBias`, :class:`ToeplitzBias` or
             :class:`DenseBias`. None, or a strength of 0, is plain scaled-dot-product attention.
         scale: Factor on QKᵀ; 1/√head_dim if None.
         return_map: Also return the mean of A′ over space and heads (4-D: over heads),
             ``(batch, frames, frames)`` in float32.
-        map_block: Return the map's sums over blocks of so many frames instead, for long videos.
+        map_block: Return the map's sums over blocks of so many frames instead, for long videos;
+            on the CPU the whole map is then never in memory.
         backend: A name of :func:`vstar_kernels.backends.available`, which then runs or raises.
             None takes the fastest that can run the call, and warns once when that is the reference.
 
