@@ -182,7 +182,8 @@ class MapCapture(Handle):
 
     def clear(self) -> None:
         """Forgets the maps captured so far."""
-        self._maps.clear()
+        with self._lock:
+            self._maps = {}
 
     def remove(self) -> None:
         """Takes the hooks off, and keeps the maps; nothing happens the second time."""
@@ -214,12 +215,15 @@ class MapCapture(Handle):
     def add(self, found: list[AttentionMap]) -> None:
         """Keeps the maps of a forward pass, or takes each into the mean of its layer and step."""
         with self._lock:
+            maps = dict(self._maps)
             for new in found:
                 key = (new.model, new.layer, new.step, new.timestep)
-                if key in self._maps:
-                    self._maps[key].add(new.map)
+                if key in maps:
+                    maps[key] = replace(maps[key])
+                    maps[key].add(new.map)
                 else:
-                    self._maps[key] = new
+                    maps[key] = new
+            self._maps = maps  # all of them, or where something is raised none
 
 
 class _WatchedPass(ForwardPass):
@@ -293,19 +297,22 @@ class _ModelWatch:
     def install(self) -> None:
         """Puts the hooks on the model; those on its layers come with the first forward pass."""
         watch(self._model, self._passes)
-        self._hooks.add(self._model.register_forward_pre_hook(self._begin, with_kwargs=True))
-        self._hooks.add(self._model.register_forward_hook(self._end))
+        self._hooks.before(self._model, self._begin)
+        self._hooks.after(self._model, self._end)
 
     def remove(self) -> None:
         """Takes all hooks off; nothing happens the second time."""
-        self._removed = True
-        self._passes.close()
         with self._lock:
             put_back(
+                self._close,
                 self._hooks.remove,
                 *(layer.hooks.remove for layer in self._layers.values()),
                 lambda: unwatch(self._model, self._passes),
             )
+
+    def _close(self) -> None:
+        self._removed = True
+        self._passes.close()
 
     def _begin(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
@@ -436,18 +443,18 @@ class _LayerWatch:
     def install(self) -> None:
         """Puts the hooks on."""
         module, to_q, to_k = self._modules
-        self.hooks.add(to_q.register_forward_hook(self._keep("query")))
-        self.hooks.add(to_k.register_forward_hook(self._keep("key")))
-        self.hooks.add(module.register_forward_hook(self._after, with_kwargs=True))
+        self.hooks.after(to_q, self._keep("query"))
+        self.hooks.after(to_k, self._keep("key"))
+        self.hooks.after(module, self._after)
 
     @staticmethod
     def _modules_of(layer: TemporalLayer) -> tuple[Any, Any, Any]:
         return layer.module, layer.module.to_q, layer.module.to_k
 
     def _keep(self, name: str) -> Callable[..., None]:
-        def hook(projection: nn.Module, args: Any, output: Tensor) -> None:
+        def hook(projection: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
             forward = self._model.current()
-            if forward is not None and self._layer.name in forward.wanted:
+            if forward is not None and output is not None and self._layer.name in forward.wanted:
                 forward.projected[threading.get_ident(), self._layer.name, name] = output
 
         return hook

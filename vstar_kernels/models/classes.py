@@ -47,9 +47,16 @@ class ClassChange:
         if found is not None:
             return found
 
+        own = base  # without any change
+        while _BASE in own.__dict__:
+            own = own.__dict__[_BASE]
+
         def reduce(module: nn.Module, protocol: Any) -> Any:
             make, arguments, *rest = base.__reduce_ex__(module, protocol)
-            return make, tuple(base if x is derived else x for x in arguments), *rest
+            if derived not in arguments:
+                return make, arguments, *rest
+            # pickle refuses copyreg's own function for another class than the module's.
+            return _new, tuple(own if x is derived else x for x in arguments), *rest
 
         names = ("__module__", "__qualname__", "__doc__")
         derived: type = type(
@@ -63,3 +70,7 @@ class ClassChange:
         )
         self._made[base] = derived
         return derived
+
+
+def _new(cls: type, *arguments: Any) -> Any:
+    return cls.__new__(cls, *arguments)

@@ -221,17 +221,19 @@ class FramePromptsHandle(Handle):
 
     def remove(self) -> None:
         """Takes the hooks off; nothing happens the second time."""
+        put_back(self._close, self._hooks.remove, lambda: unwatch(self._model, self._passes))
+
+    def _close(self) -> None:
         self._removed = True
         self._passes.close()
-        put_back(self._hooks.remove, lambda: unwatch(self._model, self._passes))
 
     def _install(self) -> None:
         model = self._model
         watch(model, self._passes)
-        self._hooks.add(model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        self._hooks.before(model, self._before_model)
         for block in _text_blocks(model):
             hook = self._before_block(Argument(block, "encoder_hidden_states"))
-            self._hooks.add(block.register_forward_pre_hook(hook, with_kwargs=True))
+            self._hooks.before(block, hook)
 
     def _before_model(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -90,20 +90,49 @@ class Handle:
 
 
 class Hooks:
-    """Hooks on modules, which :meth:`remove` takes off in any order."""
+    """Hooks on modules, which :meth:`remove` takes off in any order.
+
+    Each is noted before it is put on, so that no interrupt can leave one behind: what registering
+    it returns would be lost.
+    """
 
     def __init__(self) -> None:
-        self._hooks: list[RemovableHandle] = []
+        self._noted: list[tuple[nn.Module, Callable[..., Any]]] = []
 
-    def add(self, *hooks: RemovableHandle) -> None:
-        """Adds hooks that are on a module already."""
-        self._hooks += hooks
+    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Puts on a hook ``(module, args, kwargs)`` that runs before the module's forward."""
+        self._noted.append((module, hook))
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Puts on a hook ``(module, args, kwargs, output)`` that runs after a forward returned."""
+        self._noted.append((module, hook))
+        module.register_forward_hook(hook, with_kwargs=True)
 
     def remove(self) -> None:
-        """Takes the hooks off; nothing happens the second time."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        """Takes the hooks off; nothing happens the second time.
+
+        A forward pass in another thread may have looked them up already: it calls them without
+        ``kwargs`` then, as torch looks up only now whether they take them.
+        """
+        for module, hook in self._noted:
+            take_off(module, functools.partial(operator.is_, hook))
+        self._noted.clear()
+
+
+def take_off(module: nn.Module, is_meant: Callable[[Any], bool]) -> None:
+    """Takes those hooks off a module that are meant."""
+    for hooks, *flags in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (
+            module._forward_hooks,
+            module._forward_hooks_with_kwargs,
+            module._forward_hooks_always_called,
+        ),
+    ):
+        for key in [key for key, hook in list(hooks.items()) if is_meant(hook)]:
+            for found in (*flags, hooks):
+                found.pop(key, None)  # type: ignore[attr-defined]
 
 
 def put_back(*steps: Callable[[], object]) -> None:

@@ -62,7 +62,11 @@ class LvdmTARForward(RegularizedAttention):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies the class's own forward, as nothing controls the copy of a model under TAR."""
-        return types.MethodType, (type(self.module).forward, self.module)
+        return _own_forward, (self.module,)
+
+
+def _own_forward(module: Any) -> Any:
+    return types.MethodType(type(module).forward, module)
 
 
 def _why_not(

@@ -15,7 +15,7 @@ from vstar_kernels.models.classes import ClassChange
 from vstar_kernels.models.config import TARConfig
 from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
 from vstar_kernels.models.front_end import find_front_end
-from vstar_kernels.models.hooks import Hooks, put_back
+from vstar_kernels.models.hooks import Hooks, put_back, take_off
 from vstar_kernels.models.layers import (
     PLAIN,
     STOCK,
@@ -112,8 +112,8 @@ class RegularizedModel:
         """Puts the attentions and the hooks in."""
         with _INSTALLING:
             self._check_free()
-            _remove_copied_hooks(self.model)
-            self._hooks.add(self.model.register_forward_pre_hook(self, with_kwargs=True))
+            take_off(self.model, lambda hook: isinstance(hook, _CopiedHook))
+            self._hooks.before(self.model, self)
         self.front_end.register()
         watch(self.model, self._passes)
         _RESETTING.put_on(self.model)
@@ -122,16 +122,19 @@ class RegularizedModel:
 
     def remove(self) -> None:
         """Takes the hooks off, and puts back what each attention replaced that is still there."""
-        self._removed = True
-        self._passes.close()
         with self._lock:
             put_back(
+                self._close,
                 self._hooks.remove,
                 self._put_attentions_back,
                 self._positions.restore,
                 lambda: _RESETTING.take_off(self.model),
                 lambda: unwatch(self.model, self._passes),
             )
+
+    def _close(self) -> None:
+        self._removed = True
+        self._passes.close()
 
     def regularization(self, layer: str) -> Regularization:
         """Returns the change to a layer's attention in the forward pass that calls the layer.
@@ -351,9 +354,3 @@ class _CopiedHook:
             f"this {type(model).__name__} is a copy of one under apply_tar, made without TAR: "
             "apply_tar(copy, …) regularizes it, and remove() of that handle makes it stock"
         )
-
-
-def _remove_copied_hooks(model: nn.Module) -> None:
-    hooks = model._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, _CopiedHook)]:
-        del hooks[key], model._forward_pre_hooks_with_kwargs[key]
