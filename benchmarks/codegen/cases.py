@@ -246,7 +246,7 @@ def plan_key(entry: Entry, variant: Variant, head_dim: int) -> PlanKey:
 
 def this_gpu() -> Device:
     """Returns the package's description of the first GPU."""
-    return plan._device(torch.device("cuda", 0))
+    return plan.device_of(torch.device("cuda", 0))
 
 
 def shipped(entry: Entry) -> list[Case]:

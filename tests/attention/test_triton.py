@@ -620,7 +620,7 @@ def test_a_launch_without_a_tensor_that_it_writes_is_an_error():
 def plan_key(shape, dtype=torch.bfloat16, strides=None, **changes):
     tensor = torch.empty(shape, dtype=dtype, device="meta")
     call = make_call(tensor, tensor, tensor, None, 1.0, 0)
-    on_device = plan._device(torch.device(DEVICE))
+    on_device = plan.device_of(torch.device(DEVICE))
     with mock.patch.object(plan, "_device", return_value=on_device):
         made = plan.forward_key(call, tensor)
     if strides:

@@ -15,6 +15,7 @@ from typing import Any
 
 FILE = Path(__file__).with_name("configs.json")
 BACKWARD_FILE = Path(__file__).with_name("configs_backward.json")
+FRAMES_FILE = Path(__file__).with_name("configs_frames.json")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 KINDS = ("16-bit", "tf32", "ieee")  # how products are computed
 TILE_FRAMES = (16, 32, 64, 128)
@@ -51,6 +52,18 @@ class StreamConfig:
     def of_kernel(self, kernel: str) -> StreamConfig:
         """Returns a kernel's override, or else this configuration."""
         return self.overrides.get(kernel, self)
+
+
+@dataclass(frozen=True)
+class FramesConfig:
+    """How :mod:`frames_forward` covers a problem, with so many ``programs`` on a processor."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    programs: int
+    shared: int
 
 
 def stream_config(
@@ -99,6 +112,11 @@ def tile_backward(architecture: str, kind: str, frames: int, head_dim: int) -> T
 def stream_backward(architecture: str, kind: str, head_dim: int) -> StreamConfig:
     """Returns the gradients' configuration for any number of frames."""
     return _table(BACKWARD_FILE, "stream", stream_config)[architecture, kind, None, width(head_dim)]
+
+
+def frames(architecture: str, kind: str, head_dim: int) -> FramesConfig:
+    """Returns the configuration for attention over frames of tokens."""
+    return _table(FRAMES_FILE, "frames", FramesConfig)[architecture, kind, None, width(head_dim)]
 
 
 def width(head_dim: int) -> int:

@@ -94,9 +94,7 @@ class PlanKey(NamedTuple):
     @property
     def kind(self) -> str:
         """How products are computed, one of ``configs.KINDS``."""
-        if self.dtype != torch.float32:
-            return "16-bit"
-        return "ieee" if self.ieee else "tf32"
+        return product_kind(self.dtype, ieee=self.ieee)
 
     @property
     def has_bias(self) -> bool:
@@ -139,10 +137,17 @@ class PlanKey(NamedTuple):
         return self.through_stat and not self.given_stat
 
 
+def product_kind(dtype: torch.dtype, *, ieee: bool) -> str:
+    """Returns how products of a type are computed, one of ``configs.KINDS``."""
+    if dtype != torch.float32:
+        return "16-bit"
+    return "ieee" if ieee else "tf32"
+
+
 def forward_key(call: Call, out: Tensor, *, save: bool = False) -> PlanKey:
     """Returns the key of a forward pass."""
     return PlanKey(
-        device=_device(call.device),
+        device=device_of(call.device),
         dtype=call.dtype,
         ieee=torch.get_float32_matmul_precision() == "highest",
         shape=tuple(call.shape),
@@ -375,6 +380,15 @@ class Launch:
                 raise ValueError(f"{self.kernel.__name__} {fault} {name}, {given} given")
         self.kernel[(self.programs,)](tensors, *self.arguments, **self.constants)
 
+    def on(self, **tensors: Tensor | None) -> None:
+        """Launches the kernel on those of the named tensors that it needs.
+
+        Raises:
+            ValueError: One of them is not there.
+        """
+        pairs = self.needed._asdict().items()
+        self(type(self.needed)(*(tensors.get(name) if needed else None for name, needed in pairs)))
+
 
 def map_weight(call: Call) -> float:
     """Returns 1 / (space · heads), the weight of one map in the mean map."""
@@ -392,7 +406,8 @@ def new(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 @functools.cache
-def _device(device: torch.device) -> Device:
+def device_of(device: torch.device) -> Device:
+    """Returns what matters of a device."""
     if device.type != "cuda":  # interpreted, or only planned: any architecture's configuration does
         return Device("sm_80", shared=sys.maxsize, processors=1)
     from triton.runtime import driver
