@@ -79,20 +79,6 @@ class Tensors(NamedTuple):
     mass: Any  # (batch, heads, entries, key frames + 1), zero where no slot is
 
 
-class Rule(NamedTuple):
-    """The constants of a call: which of the tables there are, and how keys are found."""
-
-    STAT: str
-    CLAMP: bool
-    DELTA: bool
-    OFFSET: bool
-    FACTOR: bool
-    SPAN: bool
-    BAND: bool
-    LENGTHS: bool
-    ORDERED: bool  # rows and keys are found through row_order and key_order
-
-
 class Weights(NamedTuple):
     """What the tables say of a slot, each one number for each row, ``(ROWS,)``; or 0, unread."""
 
@@ -483,14 +469,19 @@ class FramesPlan:
     launch: Launch
     tables: dict[str, Tensor]
     scratch: dict[str, tuple[int, ...]]
-    saved: dict[str, torch.dtype]
+    saved: tuple[str, ...]  # the names of what is saved for backward
     mass: tuple[int, ...]  # the shape, where a map is wanted
     map: MapPlan | None
 
     def run(self, call: FrameCall, out: Tensor) -> Forward:
         """Fills ``out``; returns it with the map and what backward needs, where they are wanted."""
         rows = (call.batch, call.heads, call.tokens)
-        saved = {name: plan.new(out, *rows, dtype=dtype) for name, dtype in self.saved.items()}
+        saved = {
+            name: plan.new(
+                out, *rows, dtype=torch.int32 if name == "stat_frame" else torch.float32
+            )
+            for name in self.saved
+        }
         mass = torch.zeros(self.mass, device=out.device) if self.map else None
         scratch = {
             name: plan.new(
@@ -521,7 +512,7 @@ def part_type(dtype: torch.dtype) -> torch.dtype:
 
 def make_plan(key: FramesKey, device: torch.device) -> FramesPlan:
     """Returns the plan of a call, with its tables on the device."""
-    config = configs.frames(key.device.architecture, key.kind, key.head_dim)
+    config = configs.frames(key.device.architecture, key.kind, key.head_dim, "forward")
     made = plan_frames(key, config)
     tables = {name: x.to(device) for name, x in made.tables.items()}
     found = made.map
@@ -533,7 +524,82 @@ def make_plan(key: FramesKey, device: torch.device) -> FramesPlan:
 def plan_frames(key: FramesKey, config: FramesConfig) -> FramesPlan:
     """Returns the plan with a configuration, which need not be the one in the table."""
     rule = key.rule_tables()
-    stat = key.options.stat if rule.delta is not None else "none"
+    stat = key.statistic(rule)
+    split = stat in ("row_max", "frame_max")
+    by_frame = key.has_map or stat == "frame_max"
+    made = frames_plan.tile_tables(
+        key.tables.query_runs.tensor().tolist(),
+        key.tables.key_runs.tensor().tolist(),
+        rule,
+        rows=config.rows,
+        keys=config.keys,
+        by_frame=by_frame,
+    )
+    head = key.head()
+    tiles = made.tiles.shape[1]
+    tasks = key.batch * key.heads * tiles
+    programs = min(tasks, key.device.processors * config.programs)
+    entries = made.entry_frame.numel()
+    tables = frames_plan.named_tables(rule, made)
+    if key.has_map:
+        tables |= {"entries": made.entries, "entry_frame": made.entry_frame}
+    scratch: dict[str, tuple[int, ...]]
+    saved: tuple[str, ...]  # the names of what is saved for backward
+    mass: tuple[int, ...]  # the shape, where a map is wanted
+    map: MapPlan | None
+
+    def run(self, call: FrameCall, out: Tensor) -> Forward:
+        """Fills ``out``; returns it with the map and what backward needs, where they are wanted."""
+        rows = (call.batch, call.heads, call.tokens)
+        saved = {
+            name: plan.new(
+                out, *rows, dtype=torch.int32 if name == "stat_frame" else torch.float32
+            )
+            for name in self.saved
+        }
+        mass = torch.zeros(self.mass, device=out.device) if self.map else None
+        scratch = {
+            name: plan.new(
+                out, *shape, dtype=part_type(call.dtype) if name == "part" else torch.float32
+            )
+            for name, shape in self.scratch.items()
+        }
+        self.launch.on(
+            q=call.query,
+            k=call.key,
+            v=call.value,
+            out=out,
+            key_lengths=call.key_lengths,
+            stat=call.stat,
+            mass=mass,
+            **self.tables,
+            **scratch,
+            **saved,
+        )
+        found = self.map(mass, call.map_shape) if self.map and mass is not None else None
+        return Forward(out, found, tuple(saved.values()))
+
+
+def part_type(dtype: torch.dtype) -> torch.dtype:
+    """Returns the type of the partial outputs of a call of this type."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
+
+
+def make_plan(key: FramesKey, device: torch.device) -> FramesPlan:
+    """Returns the plan of a call, with its tables on the device."""
+    config = configs.frames(key.device.architecture, key.kind, key.head_dim, "forward")
+    made = plan_frames(key, config)
+    tables = {name: x.to(device) for name, x in made.tables.items()}
+    found = made.map
+    if found is not None:
+        found = replace(found, tables=tuple(x.to(device) for x in found.tables))
+    return replace(made, tables=tables, map=found)
+
+
+def plan_frames(key: FramesKey, config: FramesConfig) -> FramesPlan:
+    """Returns the plan with a configuration, which need not be the one in the table."""
+    rule = key.rule_tables()
+    stat = key.statistic(rule)
     split = stat in ("row_max", "frame_max")
     by_frame = key.has_map or stat == "frame_max"
     made = frames_plan.tile_tables(
@@ -577,11 +643,7 @@ def plan_frames(key: FramesKey, config: FramesConfig) -> FramesPlan:
             scratch["part_size"] = rows
     if key.has_map:
         scratch["frame_lse"] = (programs, key.key_frames + 1, config.rows)
-    saved = {"lse": torch.float32} if key.save else {}
-    if key.save and split:
-        saved["row_stat"] = torch.float32
-    if key.save and stat == "frame_max":
-        saved |= {"stat_frame": torch.int32, "stat_lse": torch.float32}
+    saved = frames_plan.saved(stat) if key.save else ()
     named = {"q", "k", "v", "out", *tables, *scratch, *saved}
     named |= {"key_lengths"} if key.lengths else set()
     named |= {"stat"} if stat == "tensor" else set()
@@ -614,17 +676,7 @@ def plan_frames(key: FramesKey, config: FramesConfig) -> FramesPlan:
         ),
         {
             "HEAD": head,
-            "RULE": Rule(
-                STAT=stat,
-                CLAMP=key.options.clamp_negative,
-                DELTA=rule.delta is not None,
-                OFFSET=rule.offset is not None,
-                FACTOR=rule.factor is not None,
-                SPAN=rule.span is not None,
-                BAND=rule.band is not None,
-                LENGTHS=key.lengths,
-                ORDERED=made.row_order is not None,
-            ),
+            "RULE": frames_plan.constants(key, rule, made),
             "SPLIT": split,
             "MAP": key.has_map,
             "SAVE": key.save,
@@ -646,6 +698,6 @@ def _plan_map(key: FramesKey, made: TileTables) -> MapPlan | None:
     return MapPlan(
         key.batch * key.heads // summed * key.frames,
         (summed, made.entry_frame.numel(), key.frames),
-        (made.frame_first, made.frame_entries, made.frame_weight / summed),
+        (made.frame_first, made.frame_entries, frames_plan.frame_weights(key)),
         key.key_frames + 1,
     )

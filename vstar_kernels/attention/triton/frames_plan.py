@@ -18,7 +18,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from vstar_kernels.attention.triton import configs, plan
 from vstar_kernels.attention.triton.plan import Device, Head, Strides
 
 if TYPE_CHECKING:
-    from vstar_kernels.attention.frames.call import FrameCall, FrameOptions
+    from vstar_kernels.attention.frames.call import FrameCall, FrameGradients, FrameOptions
 
 TEXT = -1  # the frame of what belongs to none
 SMALLEST_SCALE = 1e-30  # negligible, and still possible to divide by
@@ -38,6 +38,20 @@ NEGLIGIBLE = {torch.float32: 2.0**-26, torch.bfloat16: 2.0**-16, torch.float16: 
 
 Run = tuple[int, int, int, int]  # start, end, frame, place of its first token within the frame
 Range = tuple[int, int, int, int]  # start, end, place − key, the frame that it ends or −1
+
+
+class Rule(NamedTuple):
+    """The constants of a call: which of the tables there are, and how keys are found."""
+
+    STAT: str
+    CLAMP: bool
+    DELTA: bool
+    OFFSET: bool
+    FACTOR: bool
+    SPAN: bool
+    BAND: bool
+    LENGTHS: bool
+    ORDERED: bool  # rows and keys are found through row_order and key_order
 
 
 class Contents(NamedTuple):
@@ -97,6 +111,12 @@ class FramesKey(NamedTuple):
     out: Strides
     stat: Strides = ()
     save: bool = False  # for the backward pass
+    # Backward only:
+    grad_out: Strides = ()
+    grad_query: Strides = ()
+    grad_key: Strides = ()
+    grad_value: Strides = ()
+    grad_map: bool = False
 
     @property
     def kind(self) -> str:
@@ -107,6 +127,10 @@ class FramesKey(NamedTuple):
     def has_map(self) -> bool:
         """Whether the map is wanted."""
         return self.options.mean_map != "none"
+
+    def statistic(self, rule: RuleTables) -> str:
+        """Returns the statistic that is needed."""
+        return self.options.stat if rule.delta is not None else "none"
 
     def rule_tables(self) -> RuleTables:
         """Returns the rule's tables."""
@@ -136,21 +160,20 @@ class FramesKey(NamedTuple):
     def _unit(self) -> int:
         """Returns the largest number of a vector's elements that divides every stride."""
         longest = plan.VECTOR_BYTES // self.dtype.itemsize
-        return math.gcd(longest, *self.query, *self.key, *self.value, *self.out)
+        of_rows = (*self.query, *self.out, *self.grad_out, *self.grad_query)
+        return math.gcd(longest, *of_rows, *self.key, *self.value, *self.grad_key, *self.grad_value)
 
     def _largest_offset(self) -> int:
         """Returns the offset of the last head of the tensor that reaches furthest, and beyond."""
-        of_rows = (self.batch, self.tokens, self.heads)
-        of_keys = (self.batch, self.keys, self.key_heads)
+        of_rows = (self.query, self.out, self.stat, self.grad_out, self.grad_query)
+        of_keys = (self.key, self.value, self.grad_key, self.grad_value)
         reaches = [
             sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=False))
-            for sizes, strides in (
-                (of_rows, self.query),
-                (of_keys, self.key),
-                (of_keys, self.value),
-                (of_rows, self.out),
-                (of_rows, self.stat),
+            for sizes, tensors in (
+                ((self.batch, self.tokens, self.heads), of_rows),
+                ((self.batch, self.keys, self.key_heads), of_keys),
             )
+            for strides in tensors
         ]
         return max(reaches) + self.head_dim
 
@@ -181,6 +204,75 @@ def frames_key(call: FrameCall, out: Tensor, *, save: bool = False) -> FramesKey
     )
 
 
+def backward_key(
+    call: FrameCall,
+    out: Tensor,
+    grad_out: Tensor,
+    grad_map: Tensor | None,
+    gradients: FrameGradients,
+) -> FramesKey:
+    """Returns the key of a backward pass, which fills these ``gradients``."""
+    return frames_key(call, out)._replace(
+        grad_out=_strides(grad_out),
+        grad_query=_strides(gradients.query),
+        grad_key=_strides(gradients.key),
+        grad_value=_strides(gradients.value),
+        grad_map=grad_map is not None,
+    )
+
+
+def saved(stat: str) -> tuple[str, ...]:
+    """Returns the names of what the forward pass saves of each row."""
+    return {
+        "row_max": ("lse", "row_stat"),
+        "frame_max": ("lse", "row_stat", "stat_frame", "stat_lse"),
+    }.get(stat, ("lse",))
+
+
+def frame_weights(key: FramesKey) -> Tensor:
+    """Returns the weight in the map of a row of each query frame, ``(frames,)``."""
+    tokens = torch.zeros(key.frames)
+    for start, end, frame, _ in key.tables.query_runs.tensor().tolist():
+        if frame != TEXT:
+            tokens[frame] += end - start
+    return 1 / (tokens * (1 if key.options.mean_map == "heads" else key.heads))
+
+
+def constants(key: FramesKey, rule: RuleTables, made: TileTables) -> Rule:
+    """Returns the constants of a call's kernels."""
+    return Rule(
+        STAT=key.statistic(rule),
+        CLAMP=key.options.clamp_negative,
+        DELTA=rule.delta is not None,
+        OFFSET=rule.offset is not None,
+        FACTOR=rule.factor is not None,
+        SPAN=rule.span is not None,
+        BAND=rule.band is not None,
+        LENGTHS=key.lengths,
+        ORDERED=made.row_order is not None,
+    )
+
+
+def named_tables(rule: RuleTables, made: TileTables) -> dict[str, Tensor]:
+    """Returns the tables that kernels read, by their names there."""
+    places = rule.band is not None or rule.span is not None
+    found = {
+        "delta": rule.delta,
+        "offset": rule.offset,
+        "factor": rule.factor,
+        "span": rule.span,
+        "band": rule.band,
+        "row_frame": made.row_frame,
+        "row_place": made.row_place if places else None,
+        "row_order": made.row_order,
+        "key_order": made.key_order,
+        "tiles": made.tiles,
+        "slots": made.slots,
+        "ranges": made.ranges,
+    }
+    return {name: x for name, x in found.items() if x is not None}
+
+
 def _strides(tensor: Tensor) -> Strides:
     """Returns strides of (batch, tokens, heads); 0 for sizes of 1, where any would do."""
     pairs = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
@@ -206,6 +298,25 @@ class RuleTables:
         tables = (self.delta, self.offset, self.factor)
         return next((x.shape[-3] for x in tables if x is not None and self.per_head), 1)
 
+    def transposed(self) -> RuleTables:
+        """Returns the tables of keys that attend to queries."""
+        delta, offset, factor = (
+            None if x is None else x.mT.contiguous() for x in (self.delta, self.offset, self.factor)
+        )
+        span, band = (
+            None if x is None else -x.mT.flip(0).contiguous() for x in (self.span, self.band)
+        )
+        return replace(
+            self,
+            frames=self.key_frames,
+            key_frames=self.frames,
+            delta=delta,
+            offset=offset,
+            factor=factor,
+            span=span,
+            band=band,
+        )
+
 
 @dataclass(frozen=True)
 class TileTables:
@@ -223,7 +334,6 @@ class TileTables:
     most_slots: int  # of a tile
     frame_first: Tensor  # (frames + 1,): where each query frame's entries begin in frame_entries
     frame_entries: Tensor  # the entries by query frame
-    frame_weight: Tensor  # (frames,): 1 / tokens
 
 
 def rule_tables(tables: Tables, *, frames: int, key_frames: int, dtype: torch.dtype) -> RuleTables:
@@ -257,11 +367,13 @@ def tile_tables(
     *,
     rows: int,
     keys: int,
-    by_frame: bool,
+    by_frame: bool = False,
+    alone: bool = False,
 ) -> TileTables:
     """Returns the slots and ranges of every tile of ``rows`` rows, for blocks of ``keys`` keys.
 
-    ``by_frame`` keeps each key frame's ranges together and says where they end.
+    ``by_frame`` keeps each key frame's ranges together and says where they end; with ``alone``
+    every key frame has a slot of its own.
     """
     ordered = interleaved(query_runs, rows) or interleaved(key_runs, keys)
     row_order, row_runs = in_order(query_runs) if ordered else (None, list(query_runs))
@@ -274,7 +386,7 @@ def tile_tables(
     sets = [_rows_of_frames(row_runs, start, rows) for start in _starts(row_runs, rows)]
     tiles = torch.empty(rule.heads, len(sets), 2, dtype=torch.int32)
     for head in range(rule.heads):
-        groups = _SlotFrames(rule, head)
+        groups = _SlotFrames(rule, head, alone=alone)
         for n, places in enumerate(sets):
             slots = [
                 (frames[0], ranges)
@@ -287,10 +399,6 @@ def tile_tables(
     entry_frame = [frame for of_tile in entries for frame in of_tile]
     by_query_frame = sorted(range(len(entry_frame)), key=lambda n: entry_frame[n])
     counts = torch.bincount(_int32(entry_frame), minlength=rule.frames)
-    tokens = torch.zeros(rule.frames)
-    for start, end, frame, _ in query_runs:
-        if frame != TEXT:
-            tokens[frame] += end - start
     return TileTables(
         row_frame=row_frame,
         row_place=row_place,
@@ -304,7 +412,6 @@ def tile_tables(
         most_slots=made.most,
         frame_first=torch.cat([torch.zeros(1), counts.cumsum(0)]).to(torch.int32),
         frame_entries=_int32(by_query_frame),
-        frame_weight=1 / tokens,
     )
 
 
@@ -334,7 +441,8 @@ def in_order(runs: Iterable[Run]) -> tuple[Tensor, list[Run]]:
 class _SlotFrames:
     """The sets of key frames that have equal weights in all rows of some query frames."""
 
-    def __init__(self, rule: RuleTables, head: int) -> None:
+    def __init__(self, rule: RuleTables, head: int, *, alone: bool) -> None:
+        self.alone = alone
         self.key_frames = rule.key_frames
         tables = [
             x[..., head, :, :].reshape(-1, rule.frames, rule.key_frames) if rule.per_head else x
@@ -359,6 +467,8 @@ class _SlotFrames:
     def _group(self, frames: tuple[int, ...]) -> list[list[int]]:
         video = [frame for frame in frames if frame != TEXT]
         columns = self.weights[:, video].flatten(0, 1).T.tolist()
+        if self.alone:
+            columns = [[frame] for frame in range(self.key_frames)]
         seen = self.seen[video].any(0).tolist() if TEXT not in frames else [True] * self.key_frames
         groups = defaultdict[tuple[float, ...], list[int]](list)
         for frame in range(self.key_frames):
