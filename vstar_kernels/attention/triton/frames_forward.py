@@ -205,7 +205,10 @@ def frames_kernel(
                         b_q, b_k, m_j, o_j + shift, b_place, weights, HEAD, RULE
                     )  # (ROWS, KEYS)
                     if RULE.STAT == "frame_max":
-                        b_count += tl.sum(m_s.to(tl.float32), 1)
+                        if RULE.BAND:
+                            b_count += tl.sum(m_s.to(tl.float32), 1)
+                        else:
+                            b_count += tl.sum(m_j.to(tl.float32), 0)
                     b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * exp2_scale + b_bias)
                     m_none = b_new_max == float("-inf")  # nothing is seen so far
                     b_shrink = tl.exp2(b_max - tl.where(m_none, 0.0, b_new_max))
@@ -334,7 +337,7 @@ def find_keys(p_key_order, o_j, end, length, RULE: tl.constexpr):
     m_j = o_j < end
     j = o_j
     if RULE.ORDERED:
-        j = tl.load(p_key_order + o_j, mask=m_j, other=0)
+        j = tl.load(p_key_order + o_j, mask=m_j, other=-1)
         if RULE.LENGTHS:
             m_j = m_j & (j < length)
     return j, m_j
