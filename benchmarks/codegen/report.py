@@ -137,7 +137,7 @@ def _bytes_of_a_thread(case: Case, target: Target) -> int:
     if "FRAMES" in constants:
         height = constants["FRAMES"] * constants["SEQUENCES"]
     else:
-        height = min(constants["QUERIES"], constants["KEYS"])
+        height = min(constants[x] for x in ("QUERIES", "ROWS", "KEYS") if x in constants)
     return height * width * case.dtype.itemsize // (constants["num_warps"] * target.lanes)
 
 

@@ -29,6 +29,7 @@ from vstar_kernels.attention.triton.frames_forward import (
     find_keys,
     frame_logits,
     key_length,
+    read_range,
     read_weights,
     slot_bias,
 )
@@ -164,11 +165,10 @@ def grad_query_kernel(
             for i_range in tl.range(
                 tl.load(t.slots + i_slot * 3 + 1), tl.load(t.slots + i_slot * 3 + 2), num_stages=1
             ):
-                start, end, shift = read_range(t.ranges, i_range)
+                start, end, shift = read_range(t.ranges, i_range, length, RULE)
                 for n in tl.range(start, end, KEYS, num_stages=1):
                     o_j = n + tl.arange(0, KEYS)
                     j, m_j = find_keys(t.key_order, o_j, end, length, RULE)
-                    m_j = m_j & (j < length)
                     b_k = load_heads(p_k, j.to(HEAD.OFFSET) * k_token * HEAD.UNIT, m_j, HEAD)
                     b_s, _, _ = frame_logits(
                         b_q, b_k, m_j, o_j + shift, b_place, weights, HEAD, RULE
@@ -198,11 +198,10 @@ def grad_query_kernel(
         for i_range in tl.range(
             tl.load(t.slots + i_slot * 3 + 1), tl.load(t.slots + i_slot * 3 + 2), num_stages=1
         ):
-            start, end, shift = read_range(t.ranges, i_range)
+            start, end, shift = read_range(t.ranges, i_range, length, RULE)
             for n in tl.range(start, end, KEYS, num_stages=STAGES):
                 o_j = n + tl.arange(0, KEYS)
                 j, m_j = find_keys(t.key_order, o_j, end, length, RULE)
-                m_j = m_j & (j < length)
                 b_k = load_heads(p_k, j.to(HEAD.OFFSET) * k_token * HEAD.UNIT, m_j, HEAD)
                 b_v = load_heads(p_v, j.to(HEAD.OFFSET) * v_token * HEAD.UNIT, m_j, HEAD)
                 b_s, b_a, _ = frame_logits(
@@ -267,11 +266,10 @@ def grad_query_kernel(
                         tl.load(t.slots + i_slot * 3 + 2),
                         num_stages=1,
                     ):
-                        start, end, shift = read_range(t.ranges, i_range)
+                        start, end, shift = read_range(t.ranges, i_range, length, RULE)
                         for n in tl.range(start, end, KEYS, num_stages=1):
                             o_j = n + tl.arange(0, KEYS)
                             j, m_j = find_keys(t.key_order, o_j, end, length, RULE)
-                            m_j = m_j & (j < length)
                             o_k = j.to(HEAD.OFFSET) * k_token * HEAD.UNIT
                             b_k = load_heads(p_k, o_k, m_j, HEAD)  # (KEYS, D)
                             b_s, b_a, _ = frame_logits(
@@ -284,13 +282,6 @@ def grad_query_kernel(
                             b_dq = add_weighted_sums(b_dq, b_ds.to(b_k[0].dtype), b_k, HEAD)
     o_dq = (i_batch * dq_batch + i_head * dq_head + i * dq_token) * HEAD.UNIT
     store_heads(t.grad_q, o_dq, m_i, times(b_dq, scale), HEAD)
-
-
-@triton.jit
-def read_range(p_ranges, i_range):
-    """Returns the first and the end of a range of keys, and what is added for places in frames."""
-    p = p_ranges + i_range * 4
-    return tl.load(p), tl.load(p + 1), tl.load(p + 2)
 
 
 @triton.jit
@@ -372,7 +363,7 @@ def grad_key_kernel(
             for i_range in tl.range(
                 tl.load(t.slots + i_slot * 3 + 1), tl.load(t.slots + i_slot * 3 + 2), num_stages=1
             ):
-                start, end, shift = read_range(t.ranges, i_range)
+                start, end, shift = read_range(t.ranges, i_range, tokens, RULE)
                 for n in tl.range(start, end, KEYS, num_stages=STAGES):
                     o_i = n + tl.arange(0, KEYS)
                     m_i = o_i < end

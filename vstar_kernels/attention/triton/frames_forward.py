@@ -190,13 +190,8 @@ def frames_kernel(
             for i_range in tl.range(
                 tl.load(t.slots + i_slot * 3 + 1), tl.load(t.slots + i_slot * 3 + 2), num_stages=1
             ):
-                p_range = t.ranges + i_range * 4
-                start = tl.load(p_range)
-                end = tl.load(p_range + 1)
-                shift = tl.load(p_range + 2)
-                ends = tl.load(p_range + 3)
-                if RULE.LENGTHS and not RULE.ORDERED:
-                    end = tl.minimum(end, length)
+                start, end, shift = read_range(t.ranges, i_range, length, RULE)
+                ends = tl.load(t.ranges + i_range * 4 + 3)
                 for n in tl.range(start, end, KEYS, num_stages=STAGES):
                     o_j = n + tl.arange(0, KEYS)
                     j, m_j = find_keys(t.key_order, o_j, end, length, RULE)
@@ -329,6 +324,16 @@ def key_length(p_key_lengths, i_batch, keys, RULE: tl.constexpr):
     if RULE.LENGTHS:
         length = tl.minimum(tl.maximum(tl.load(p_key_lengths + i_batch), 0), keys)
     return length
+
+
+@triton.jit
+def read_range(p_ranges, i_range, length, RULE: tl.constexpr):
+    """Returns the first and the end of a range of keys, and what is added for places in frames."""
+    p = p_ranges + i_range * 4
+    end = tl.load(p + 1)
+    if RULE.LENGTHS and not RULE.ORDERED:
+        end = tl.minimum(end, length)
+    return tl.load(p), end, tl.load(p + 2)
 
 
 @triton.jit
