@@ -127,7 +127,9 @@ class FrameCase:
     def name(self) -> str:
         """The case in words."""
         entry = self.entry
-        return f"{entry.architecture} {self.kernel} {entry.kind} D={self.head_dim} {self.variant.name}"
+        return (
+            f"{entry.architecture} {self.kernel} {entry.kind} D={self.head_dim} {self.variant.name}"
+        )
 
 
 def entries() -> list[FrameEntry]:
@@ -140,9 +142,7 @@ def entries() -> list[FrameEntry]:
     return found
 
 
-def entry(
-    architecture: str, kind: str, width: int, table: str, config: FramesConfig
-) -> FrameEntry:
+def entry(architecture: str, kind: str, width: int, table: str, config: FramesConfig) -> FrameEntry:
     """Returns the entry of a table with a configuration."""
     backward = table.startswith("grad")
     return FrameEntry(architecture, kind, None, width, backward, table=table, config=config)
@@ -160,7 +160,9 @@ def subset(every: list[FrameCase]) -> list[FrameCase]:
     for case in every:
         x = case.entry
         plain = x.table in ("forward", "grad_query", "grad_key")
-        if x.width == (128 if plain else 64) and x.kind == ("16-bit" if plain else kinds[x.architecture]):
+        if x.width == (128 if plain else 64) and x.kind == (
+            "16-bit" if plain else kinds[x.architecture]
+        ):
             found.setdefault((x.architecture, x.table), case)
     return list(found.values())
 
@@ -168,7 +170,9 @@ def subset(every: list[FrameCase]) -> list[FrameCase]:
 def plan_key(entry: FrameEntry, variant: Variant, head_dim: int) -> FramesKey:
     """Describes a call on contiguous tensors: 21 frames of 1,560 tokens, and text."""
     tokens = FRAMES * TOKENS + TEXT
-    strides, key_strides = ((tokens * n * head_dim, n * head_dim, head_dim) for n in (HEADS, KEY_HEADS))
+    strides, key_strides = (
+        (tokens * n * head_dim, n * head_dim, head_dim) for n in (HEADS, KEY_HEADS)
+    )
     if variant.wide:
         strides = (2**33, *strides[1:])
     target = TARGETS[entry.architecture]
@@ -191,6 +195,8 @@ def plan_key(entry: FrameEntry, variant: Variant, head_dim: int) -> FramesKey:
             variant.clamp,
             (-1 if variant.negative else 1) * head_dim**-0.5,
             variant.map,
+            FRAMES,
+            FRAMES,
         ),
         tables=Tables(runs, runs, **{name: made[name] for name in variant.tables}),
         lengths=variant.lengths,

@@ -23,6 +23,7 @@ from vstar_kernels.attention.frames.call import FrameCall, FrameGradients, Frame
 from vstar_kernels.attention.frames.call import check_call as check_frame_call
 from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.attention.frames.rules import FrameRule
+from vstar_kernels.attention.triton import frames as frames_triton
 
 
 class Describable(Protocol):
@@ -148,7 +149,8 @@ TAR_ATTENTION: Operation[Call, Wanted, Gradients] = Operation(
     "tar_attention", {"cpu": cpu, "triton": triton, "reference": reference}
 )
 FRAME_ATTENTION: Operation[FrameCall, FrameWanted, FrameGradients] = Operation(
-    "frame_attention", {"composed": composed, "reference": frames_reference}
+    "frame_attention",
+    {"triton": frames_triton, "composed": composed, "reference": frames_reference},
 )
 
 

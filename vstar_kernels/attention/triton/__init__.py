@@ -50,23 +50,30 @@ def unavailable() -> list[str]:
     return []
 
 
-def why_not(call: Call) -> list[str]:
-    """Returns why the kernels cannot take this call."""
+def why_not_tensors(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    """Returns why no kernel can take these tensors, ``(…, head_dim)``."""
     place = "cpu" if interpreted() else "cuda"
-    if call.device.type != place:
-        return [f"takes {place} tensors, query is on {call.device}", *unavailable()]
+    if query.device.type != place:
+        return [f"takes {place} tensors, query is on {query.device}", *unavailable()]
     if unavailable():
         return list(unavailable())
-    reasons = _too_old(call.device)
-    if call.dtype not in DTYPES:
+    reasons = _too_old(query.device)
+    if query.dtype not in DTYPES:
         allowed = ", ".join(str(dtype) for dtype in DTYPES)
-        reasons.append(f"takes {allowed}, query is {call.dtype}")
-    if call.head_dim > MAX_HEAD_DIM:
-        reasons.append(f"takes head_dim up to {MAX_HEAD_DIM}, query has {call.head_dim}")
-    for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
+        reasons.append(f"takes {allowed}, query is {query.dtype}")
+    head_dim = query.shape[-1]
+    if head_dim > MAX_HEAD_DIM:
+        reasons.append(f"takes head_dim up to {MAX_HEAD_DIM}, query has {head_dim}")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         stride = tensor.stride(-1)
-        if stride != 1 and call.head_dim > 1:
+        if stride != 1 and head_dim > 1:
             reasons.append(f"takes contiguous head_dim, {name} has stride {stride} in it")
+    return reasons
+
+
+def why_not(call: Call) -> list[str]:
+    """Returns why the kernels cannot take this call."""
+    reasons = why_not_tensors(call.query, call.key, call.value)
     rows = math.prod(call.shape[:-1])
     if rows > MAX_ROWS:
         reasons.append(f"takes up to {MAX_ROWS} rows of head_dim, query has {rows}")
@@ -89,7 +96,7 @@ def forward(call: Call, *, save: bool = False) -> Forward:
         return Forward(out, None if blocks is None else plan.new(out, *blocks).zero_())
     call = _with_delta_here(call)
     key = plan.forward_key(call, out, save=save)
-    with _on(call.device):
+    with on(call.device):
         return _forward_plan(key).run(call, out)
 
 
@@ -119,7 +126,7 @@ def backward(
         grad_map = grad_map.contiguous()
     given, call = call, _with_delta_here(call)
     key = plan.backward_key(call, out, saved, grad_out, grad_map, gradients, wanted)
-    with _on(call.device):
+    with on(call.device):
         made = _backward_plan(key)
         grad_matrix = made.run(call, out, saved, grad_out, grad_map, gradients)
     if grad_matrix is not None:
@@ -149,7 +156,7 @@ def _with_delta_here(call: Call) -> Call:
     return dataclasses.replace(call, delta=call.delta.to(call.device))
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+def on(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Returns a context in which Triton launches on the device."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()

@@ -114,12 +114,9 @@ def stream_backward(architecture: str, kind: str, head_dim: int) -> StreamConfig
     return _table(BACKWARD_FILE, "stream", stream_config)[architecture, kind, None, width(head_dim)]
 
 
-def frames(architecture: str, kind: str, head_dim: int, kernel: str) -> FramesConfig:
-    """Returns the configuration of a kernel of attention over frames of tokens.
-
-    ``kernel`` is "forward", "grad_query" or "grad_key".
-    """
-    return _table(FRAMES_FILE, kernel, FramesConfig)[architecture, kind, None, width(head_dim)]
+def frames(architecture: str, kind: str, head_dim: int, table: str) -> FramesConfig:
+    """Returns a configuration for attention over frames of tokens, from one of its tables."""
+    return _table(FRAMES_FILE, table, FramesConfig)[architecture, kind, None, width(head_dim)]
 
 
 def width(head_dim: int) -> int:

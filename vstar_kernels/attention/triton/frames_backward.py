@@ -7,8 +7,8 @@
   transposed.
 
 Nothing is added up between programs. With P the weights, dP = dO Vᵀ + the map's gradient,
-dS = P ∘ (dP − rowsum(P ∘ dP)), the logit a · φ has the gradient dS + (dr / d(a·φ)) · Σⱼ dS Δ: at the
-row's maximum, or over the frame whose mean is the row's, by that frame's softmax. Products of
+dS = P ∘ (dP − rowsum(P ∘ dP)), the logit a · φ has the gradient dS + (dr / d(a·φ)) · Σⱼ dS Δ: at
+the row's maximum, or over the frame whose mean is the row's, by that frame's softmax. Products of
 S×S_k×D: 3 and 4, one more for the map's gradient, and for frame_max two over the chosen frames.
 """
 
@@ -479,19 +479,16 @@ class FramesBackwardPlan:
 
 def make_plan(key: FramesKey, device: torch.device) -> FramesBackwardPlan:
     """Returns the plan of a backward pass, with its tables on the device."""
+    rule = key.rule_tables()
     by_rows, by_keys = (
-        configs.frames(key.device.architecture, key.kind, key.head_dim, kernel)
+        configs.frames(key.device.architecture, key.kind, key.head_dim, key.table(kernel, rule))
         for kernel in ("grad_query", "grad_key")
     )
     made = plan_frames(key, by_rows, by_keys)
-    return replace(
-        made, grad_query=made.grad_query.to(device), grad_key=made.grad_key.to(device)
-    )
+    return replace(made, grad_query=made.grad_query.to(device), grad_key=made.grad_key.to(device))
 
 
-def plan_frames(
-    key: FramesKey, by_rows: FramesConfig, by_keys: FramesConfig
-) -> FramesBackwardPlan:
+def plan_frames(key: FramesKey, by_rows: FramesConfig, by_keys: FramesConfig) -> FramesBackwardPlan:
     """Returns the plan with configurations, which need not be those in the table."""
     rule = key.rule_tables()
     stat = key.statistic(rule)
@@ -528,7 +525,7 @@ def _plan_sweep(
         others,
         rule,
         rows=config.rows,
-        keys=config.keys,
+        ordered=key.ordered,
         alone=key.grad_map or (stat == "frame_max" and not by_keys),
     )
     tables = frames_plan.named_tables(rule, made)

@@ -386,9 +386,7 @@ def slot_bias(t, o_rule, i_frame, m_rule, b_stat, RULE: tl.constexpr):
 
 
 @triton.jit
-def frame_logits(
-    b_q, b_k, m_j, j_place, b_place, weights, HEAD: tl.constexpr, RULE: tl.constexpr
-):
+def frame_logits(b_q, b_k, m_j, j_place, b_place, weights, HEAD: tl.constexpr, RULE: tl.constexpr):
     """Returns a·φ / |scale|, −∞ where a key is not seen, the factor a, and which keys are.
 
     All are ``(ROWS, KEYS)``, and the factor only where there is one.
@@ -485,9 +483,7 @@ class FramesPlan:
         """Fills ``out``; returns it with the map and what backward needs, where they are wanted."""
         rows = (call.batch, call.heads, call.tokens)
         saved = {
-            name: plan.new(
-                out, *rows, dtype=torch.int32 if name == "stat_frame" else torch.float32
-            )
+            name: plan.new(out, *rows, dtype=torch.int32 if name == "stat_frame" else torch.float32)
             for name in self.saved
         }
         mass = torch.zeros(self.mass, device=out.device) if self.map else None
@@ -520,7 +516,8 @@ def part_type(dtype: torch.dtype) -> torch.dtype:
 
 def make_plan(key: FramesKey, device: torch.device) -> FramesPlan:
     """Returns the plan of a call, with its tables on the device."""
-    config = configs.frames(key.device.architecture, key.kind, key.head_dim, "forward")
+    table = key.table("forward", key.rule_tables())
+    config = configs.frames(key.device.architecture, key.kind, key.head_dim, table)
     made = plan_frames(key, config)
     tables = {name: x.to(device) for name, x in made.tables.items()}
     found = made.map
@@ -540,7 +537,7 @@ def plan_frames(key: FramesKey, config: FramesConfig) -> FramesPlan:
         key.tables.key_runs.tensor().tolist(),
         rule,
         rows=config.rows,
-        keys=config.keys,
+        ordered=key.ordered,
         by_frame=by_frame,
     )
     head = key.head()
@@ -551,98 +548,6 @@ def plan_frames(key: FramesKey, config: FramesConfig) -> FramesPlan:
     tables = frames_plan.named_tables(rule, made)
     if key.has_map:
         tables |= {"entries": made.entries, "entry_frame": made.entry_frame}
-    scratch: dict[str, tuple[int, ...]]
-    saved: tuple[str, ...]  # the names of what is saved for backward
-    mass: tuple[int, ...]  # the shape, where a map is wanted
-    map: MapPlan | None
-
-    def run(self, call: FrameCall, out: Tensor) -> Forward:
-        """Fills ``out``; returns it with the map and what backward needs, where they are wanted."""
-        rows = (call.batch, call.heads, call.tokens)
-        saved = {
-            name: plan.new(
-                out, *rows, dtype=torch.int32 if name == "stat_frame" else torch.float32
-            )
-            for name in self.saved
-        }
-        mass = torch.zeros(self.mass, device=out.device) if self.map else None
-        scratch = {
-            name: plan.new(
-                out, *shape, dtype=part_type(call.dtype) if name == "part" else torch.float32
-            )
-            for name, shape in self.scratch.items()
-        }
-        self.launch.on(
-            q=call.query,
-            k=call.key,
-            v=call.value,
-            out=out,
-            key_lengths=call.key_lengths,
-            stat=call.stat,
-            mass=mass,
-            **self.tables,
-            **scratch,
-            **saved,
-        )
-        found = self.map(mass, call.map_shape) if self.map and mass is not None else None
-        return Forward(out, found, tuple(saved.values()))
-
-
-def part_type(dtype: torch.dtype) -> torch.dtype:
-    """Returns the type of the partial outputs of a call of this type."""
-    return torch.float32 if dtype == torch.float32 else torch.float16
-
-
-def make_plan(key: FramesKey, device: torch.device) -> FramesPlan:
-    """Returns the plan of a call, with its tables on the device."""
-    config = configs.frames(key.device.architecture, key.kind, key.head_dim, "forward")
-    made = plan_frames(key, config)
-    tables = {name: x.to(device) for name, x in made.tables.items()}
-    found = made.map
-    if found is not None:
-        found = replace(found, tables=tuple(x.to(device) for x in found.tables))
-    return replace(made, tables=tables, map=found)
-
-
-def plan_frames(key: FramesKey, config: FramesConfig) -> FramesPlan:
-    """Returns the plan with a configuration, which need not be the one in the table."""
-    rule = key.rule_tables()
-    stat = key.statistic(rule)
-    split = stat in ("row_max", "frame_max")
-    by_frame = key.has_map or stat == "frame_max"
-    made = frames_plan.tile_tables(
-        key.tables.query_runs.tensor().tolist(),
-        key.tables.key_runs.tensor().tolist(),
-        rule,
-        rows=config.rows,
-        keys=config.keys,
-        by_frame=by_frame,
-    )
-    head = key.head()
-    tiles = made.tiles.shape[1]
-    tasks = key.batch * key.heads * tiles
-    programs = min(tasks, key.device.processors * config.programs)
-    entries = made.entry_frame.numel()
-    tables = {
-        name: x
-        for name, x in {
-            "delta": rule.delta,
-            "offset": rule.offset,
-            "factor": rule.factor,
-            "span": rule.span,
-            "band": rule.band,
-            "row_frame": made.row_frame,
-            "row_place": made.row_place if rule.band is not None or rule.span is not None else None,
-            "row_order": made.row_order,
-            "key_order": made.key_order,
-            "tiles": made.tiles,
-            "slots": made.slots,
-            "ranges": made.ranges,
-            "entries": made.entries if key.has_map else None,
-            "entry_frame": made.entry_frame if key.has_map else None,
-        }.items()
-        if x is not None
-    }
     scratch: dict[str, tuple[int, ...]] = {}
     if split:
         rows = (programs, made.most_slots, config.rows)

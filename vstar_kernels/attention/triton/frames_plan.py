@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 TEXT = -1  # the frame of what belongs to none
 SMALLEST_SCALE = 1e-30  # negligible, and still possible to divide by
 INTERLEAVED = 1.25  # how many times the blocks may be that the same frames would fill in order
+BLOCK = 64  # tokens of such a block
 # Of a weight of the statistic, as the statistic's share of it: below what its type resolves.
 NEGLIGIBLE = {torch.float32: 2.0**-26, torch.bfloat16: 2.0**-16, torch.float16: 2.0**-16}
 
@@ -131,6 +132,25 @@ class FramesKey(NamedTuple):
     def statistic(self, rule: RuleTables) -> str:
         """Returns the statistic that is needed."""
         return self.options.stat if rule.delta is not None else "none"
+
+    @property
+    def ordered(self) -> bool:
+        """Whether kernels go through the tokens frame by frame."""
+        return any(interleaved(x.tensor().tolist()) for x in self.tables[:2])
+
+    def table(self, kernel: str, rule: RuleTables) -> str:
+        """Returns the table of configurations for "forward", "grad_query" or "grad_key".
+
+        Biases and masks by frames leave a kernel more registers than factors, bands and orders of
+        tokens do; with those, statistics of the logits and maps take the most.
+        """
+        plain = rule.factor is None and rule.band is None and not self.ordered
+        if kernel != "forward":
+            return kernel if plain and not self.grad_map else f"{kernel}_full"
+        if plain:
+            return kernel
+        known = self.statistic(rule) in ("none", "tensor")
+        return "forward_masked" if known and not self.has_map else "forward_full"
 
     def rule_tables(self) -> RuleTables:
         """Returns the rule's tables."""
@@ -366,16 +386,15 @@ def tile_tables(
     rule: RuleTables,
     *,
     rows: int,
-    keys: int,
+    ordered: bool,
     by_frame: bool = False,
     alone: bool = False,
 ) -> TileTables:
-    """Returns the slots and ranges of every tile of ``rows`` rows, for blocks of ``keys`` keys.
+    """Returns the slots and ranges of every tile of ``rows`` rows.
 
     ``by_frame`` keeps each key frame's ranges together and says where they end; with ``alone``
     every key frame has a slot of its own.
     """
-    ordered = interleaved(query_runs, rows) or interleaved(key_runs, keys)
     row_order, row_runs = in_order(query_runs) if ordered else (None, list(query_runs))
     key_order, runs = in_order(key_runs) if ordered else (None, list(key_runs))
     row_frame = _of_rows([(end - start, frame, 0) for start, end, frame, _ in row_runs])
@@ -415,13 +434,13 @@ def tile_tables(
     )
 
 
-def interleaved(runs: Iterable[Run], block: int) -> bool:
+def interleaved(runs: Iterable[Run]) -> bool:
     """Tells whether the frames fill far fewer blocks of tokens in order than in their runs."""
     blocks, tokens = 0, defaultdict[int, int](int)
     for start, end, frame, _ in runs:
-        blocks += -(-(end - start) // block)
+        blocks += -(-(end - start) // BLOCK)
         tokens[frame] += end - start
-    return blocks > INTERLEAVED * sum(-(-count // block) for count in tokens.values())
+    return blocks > INTERLEAVED * sum(-(-count // BLOCK) for count in tokens.values())
 
 
 def in_order(runs: Iterable[Run]) -> tuple[Tensor, list[Run]]:

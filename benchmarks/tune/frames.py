@@ -1,0 +1,124 @@
+"""``python -m benchmarks.tune.frames``: chooses ``configs_frames.json`` by the compiled code.
+
+Of the candidates in ``frame_candidates.json``, (rows, keys, warps of 32 threads, stages) by kind of
+products and table, in the order of preference, a table gets the first that compiles without fault
+for all of its variants in ``benchmarks.codegen.frame_cases``. A head wider than 64 takes none that
+holds more than the target's registers, which its compiler would find out at length. Needs no GPU;
+the choice is to be corrected by one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from benchmarks.codegen import cases, frame_cases, report
+from benchmarks.codegen.compile import in_processes
+from benchmarks.codegen.frame_cases import VARIANTS, FrameEntry
+from benchmarks.codegen.targets import TARGETS
+from benchmarks.tune.choose import LEAST_SHARED, inspect_fit
+from vstar_kernels.attention.triton import configs
+from vstar_kernels.attention.triton.configs import FramesConfig
+
+SIZES = json.loads(Path(__file__).with_name("frame_candidates.json").read_text())
+
+
+@dataclass(frozen=True)
+class Options(cases.Selection):
+    """Which configurations to choose."""
+
+    table: tuple[Literal[tuple(VARIANTS)], ...] = tuple(VARIANTS)
+    """Tables of the file."""
+    jobs: int = 1
+    """Processes."""
+
+
+def candidates(architecture: str, kind: str, width: int, table: str) -> list[FrameEntry]:
+    """Returns the entries to try, best first; ``shared`` and ``programs`` are not known."""
+    name = f"{kind} {table.replace('_query', '').replace('_key', '')}"
+    ratio = TARGETS[architecture].lanes // 32
+    found = [
+        frame_cases.entry(
+            architecture,
+            kind,
+            width,
+            table,
+            FramesConfig(rows, keys, max(1, warps // ratio), stages, programs=1, shared=0),
+        )
+        for rows, keys, warps, stages in SIZES[name] + SIZES["small"]
+    ]
+    return [entry for entry in found if _holds(entry)]
+
+
+def _holds(entry: FrameEntry) -> bool:
+    """Tells whether the outputs of an entry's rows leave a thread any registers."""
+    outputs = entry.config.rows * entry.width * (2 if "key" in entry.table else 1)
+    threads = entry.config.warps * TARGETS[entry.architecture].lanes
+    return outputs <= 128 * threads
+
+
+def predicted(key: tuple[str, str, int, str]) -> FrameEntry | None:
+    """Returns the first of a key's candidates that compiles without fault."""
+    return next(filter(None, map(fit, candidates(*key))), None)
+
+
+def fit(entry: FrameEntry) -> FrameEntry | None:
+    """Returns the entry with what it needs, if none of its cases has a fault."""
+    found = []
+    for case in frame_cases.shipped(entry):
+        binary = inspect_fit(case)
+        if binary is None or binary.shared > LEAST_SHARED[entry.architecture]:
+            return None
+        found.append(binary)
+    target = TARGETS[entry.architecture]
+    programs = min(report.resident(x, entry.config.warps, target) for x in found)
+    shared = max(x.shared for x in found)
+    return replace(entry, config=replace(entry.config, programs=programs, shared=shared))
+
+
+def write(chosen: Iterable[FrameEntry]) -> None:
+    """Replaces the entries of the chosen keys in the file; the others stay."""
+    merged = {_key(x): x for x in [*frame_cases.entries(), *chosen]}
+    tables = []
+    for table in VARIANTS:
+        lines = ",\n    ".join(
+            _line(merged[key])
+            for architecture in configs.ARCHITECTURES
+            for kind in configs.KINDS
+            for width in configs.WIDTHS
+            if (key := (architecture, kind, width, table)) in merged
+        )
+        tables.append(f'  "{table}": [\n    {lines}\n  ]')
+    configs.FRAMES_FILE.write_text("{\n" + ",\n".join(tables) + "\n}\n")
+
+
+def _key(entry: FrameEntry) -> tuple[str, str, int, str]:
+    return entry.architecture, entry.kind, entry.width, entry.table
+
+
+def _line(entry: FrameEntry) -> str:
+    key = {"architecture": entry.architecture, "kind": entry.kind, "width": entry.width}
+    return json.dumps(key | asdict(entry.config))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Rewrites the file, after each kind and width."""
+    options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.tune.frames")
+    missing = []
+    for kind in options.kind:
+        for width in options.width:
+            todo = [(x, kind, width, table) for x in options.target for table in options.table]
+            chosen = in_processes(predicted, todo, options.jobs, unit="key")
+            write(filter(None, chosen))
+            missing += [key for key, entry in zip(todo, chosen, strict=True) if not entry]
+    if missing:
+        raise SystemExit(f"no configuration is fit for {missing}")
+
+
+if __name__ == "__main__":
+    main()

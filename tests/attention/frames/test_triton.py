@@ -1,0 +1,299 @@
+"""The Triton kernels of attention over frames: on a GPU, or interpreted on the CPU.
+
+The interpreter needs ``TRITON_INTERPRET=1`` from the start of its process; ``make test`` runs this
+file so.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+import vstar_kernels as vk
+from tests.attention.frames import cases
+from tests.pairwise import pairwise
+from vstar_kernels.attention import triton as backend
+from vstar_kernels.attention.frames.call import FrameWanted, check_call
+from vstar_kernels.testing import assert_frames, assert_gradients, eager_frames
+
+if backend.unavailable():
+    pytest.skip("; ".join(backend.unavailable()), allow_module_level=True)
+
+from vstar_kernels.attention.frames import reference
+from vstar_kernels.attention.triton import configs, frames, frames_plan, plan
+from vstar_kernels.attention.triton.configs import FramesConfig
+
+DEVICE = "cpu" if backend.interpreted() else "cuda"
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """What kernels fill starts as NaN or −1, so that an element left unwritten shows."""
+    for name in ("empty_like", "empty"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+def poisoned(allocate):
+    def run(*args, **options):
+        tensor = allocate(*args, **options)
+        return tensor.fill_(NAN if tensor.is_floating_point() else -1)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles that end within frames, fewer programs than tiles, plans that are made anew."""
+    config = FramesConfig(rows=32, keys=32, warps=4, stages=1, programs=3, shared=0)
+    monkeypatch.setattr(configs, "frames", lambda *key: config)
+    yield
+    frames._forward_plan.cache_clear()
+    frames._backward_plan.cache_clear()
+
+
+def on_device(x):
+    return x.to(DEVICE) if isinstance(x, torch.Tensor) else x
+
+
+def run(*arguments, **options):
+    """The kernels' result, on the CPU."""
+    options = {name: on_device(x) for name, x in options.items()}
+    found = vk.frame_attention(*map(on_device, arguments), **options, backend="triton")
+    return tuple(x.cpu() for x in found) if isinstance(found, tuple) else found.cpu()
+
+
+TINY = cases.OPTIONS | {
+    "tokens": [1, 7, 20],
+    "heads": [(2, 1), (2, 2)],
+    "head_dim": [16, 40],
+    "int64": [False, True],
+    "given": [False, True],
+}
+CASES = pairwise(TINY)[::4]  # the interpreter is slow
+
+
+@pytest.mark.parametrize("case", CASES, ids=cases.identify)
+def test_options(case, monkeypatch):
+    if case["int64"]:
+        monkeypatch.setattr(plan, "INT32_MAX", -1)
+    arguments, options = cases.make(case)
+    if case["given"] and arguments[4] is not None:
+        arguments = (*arguments[:4], cases.with_given_statistic(arguments[4], arguments[0]))
+    assert_frames(run(*arguments, **options), *arguments, **options)
+
+
+# ---- gradients ----
+
+RULES = {
+    "none": lambda: None,
+    "tar row_max": lambda: vk.FrameRule.tar(1.0, stat="row_max"),
+    "tar row_max clamped": lambda: vk.FrameRule.tar(1.0, -0.7, "row_max", True),
+    "tar frame_max": lambda: vk.FrameRule.tar(1.0) + vk.FrameRule.window(1),
+    "given": lambda: vk.FrameRule.tar(1.0),
+    "factor, band": lambda: (
+        vk.FrameRule.tar(1.0) + vk.FrameRule.attenuate(0.6, 1) + vk.FrameRule.band(3)
+    ),
+    "factor": lambda: vk.FrameRule.tar(1.0, stat="row_max") + vk.FrameRule.attenuate(0.6, 0),
+}
+GRADIENTS = {
+    "layout": ["text on both sides", "grid", "sizes differ"],
+    "keys": ["same", "cache before"],
+    "tokens": [1, 20],
+    "rule": list(RULES),
+    "lengths": ["none", "some", "zero and one"],
+    "strides": ["contiguous", "heads outermost", "expanded"],
+    "heads": [(2, 1), (2, 2)],
+    "head_dim": [16, 40],
+    "map": ["none", "mean", "heads"],
+    "dtype": [torch.float32, torch.float16],
+    "scale": [None, -0.2],
+}
+
+
+def gradients(attention, tensors, weights):
+    """The gradients of the weighted sum of an attention's results, by name."""
+    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+    results = attention(**leaves)
+    results = results if isinstance(results, tuple) else (results,)
+    loss = sum((x.double() * w).sum() for x, w in zip(results, weights, strict=True))
+    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+
+@pytest.mark.parametrize("case", pairwise(GRADIENTS)[::2], ids=cases.identify)
+def test_gradients(case):
+    """Those of float16 against the formula in float16; the interpreter truncates to bfloat16."""
+    (query, key, value, layout, _), options = cases.make({**case, "rule": "none"})
+    rule = RULES[case["rule"]]()
+    if case["rule"] == "given":
+        rule = cases.with_given_statistic(rule, query)
+    call = check_call(query, key, value, layout, rule, **options)
+    torch.manual_seed(0)
+    weights = [torch.randn(call.query.shape).to(call.dtype)]
+    if case["map"] != "none":
+        weights.append(20 * torch.randn(call.map_shape))
+
+    given = {} if call.stat is None else {"stat": call.stat}
+    moved = {name: on_device(getattr(call, name)) for name in ("query", "key", "value", *given)}
+    moved["key_lengths"] = on_device(call.key_lengths)
+    here = dataclasses.replace(call, **moved)
+    result = frames.forward(here, save=True)
+    wanted = FrameWanted(delta=False, offset=False, stat=bool(given))
+    made = frames.backward(
+        here, result.out, result.saved, *map(on_device, [*weights, None][:2]), wanted
+    )
+    found = {name: x.cpu() for name, x in made._asdict().items() if x is not None}
+
+    def attention(query, key, value, stat=None):
+        changed = rule
+        if stat is not None:
+            changed = vk.FrameRule(
+                rule.terms, stat=stat.float(), clamp_negative=rule.clamp_negative
+            )
+        plain = eager_frames if query.dtype == torch.float16 else reference.frame_attention
+        return plain(query, key, value, layout, changed, **options)
+
+    def compute(convert):
+        changed = {"query": query, "key": key, "value": value, **given}
+        return gradients(attention, {k: convert(x) for k, x in changed.items()}, weights)
+
+    assert_gradients(found, compute, vanishing=1e-2 if call.dtype == torch.float16 else 1e-5)
+
+
+# ---- what rows see ----
+
+
+def tables(rule, layout, **options):
+    """The slots of tiles of 16 rows, each with its key frames' representative and its ranges."""
+    key = plan_key(rule, layout)
+    found = frames_plan.tile_tables(
+        layout.run_table().tolist(),
+        layout.run_table().tolist(),
+        key.rule_tables(),
+        rows=16,
+        ordered=key.ordered,
+        **options,
+    )
+    return [
+        [
+            (frame, [tuple(x[:2]) for x in found.ranges[first:end].tolist()])
+            for frame, first, end in found.slots[slice(*tile)].tolist()
+        ]
+        for tile in found.tiles[0].tolist()
+    ]
+
+
+def plan_key(rule, layout, dtype=torch.bfloat16, **options):
+    x = torch.zeros(1, layout.tokens, 2, 16, dtype=dtype)
+    return frames_plan.frames_key(check_call(x, x, x, layout, rule, **options), x)
+
+
+def test_slots_are_frames_of_equal_weights():
+    layout = vk.Layout(vk.Text(16), vk.Frames(9, 16))
+    found = tables(vk.FrameRule.tar(1.0), layout)
+    everything = [(-1, [(0, 16)]), (0, [(16, 160)])]
+    assert found[0] == everything  # text sees every frame alike
+    of_frame_4 = dict(found[5])
+    # Beyond four frames Δ is nothing in 16 bits: none of nine is that far from the middle.
+    assert of_frame_4 == {
+        -1: [(0, 16)],
+        0: [(16, 32), (144, 160)],
+        1: [(32, 48), (128, 144)],
+        2: [(48, 64), (112, 128)],
+        3: [(64, 80), (96, 112)],
+        4: [(80, 96)],
+    }
+    far = dict(found[1])  # of frame 0
+    assert far[5] == [(96, 160)]  # neighbours are one range
+    assert len(far) == 7
+
+
+def test_frames_keep_their_ranges_where_sums_by_frame_are_wanted():
+    layout = vk.Layout(vk.Frames(9, 16))
+    found = dict(tables(vk.FrameRule.tar(1.0), layout, by_frame=True)[0])
+    assert found[5] == [(80, 96), (96, 112), (112, 128), (128, 144)]
+    assert [frame for frame, _ in tables(None, layout, alone=True)[0]] == list(range(9))
+
+
+def test_masked_frames_have_no_slot():
+    layout = vk.Layout(vk.Frames(8, 16))
+    for tile, slots in enumerate(tables(vk.FrameRule.window(1), layout)):
+        (slot,) = slots
+        assert slot[1] == [(16 * max(tile - 1, 0), 16 * min(tile + 2, 8))]
+
+
+def test_a_band_is_a_range_of_each_frame():
+    layout = vk.Layout(vk.Frames(2, 64))
+    found = tables(vk.FrameRule.band(3), layout)
+    assert found[1] == [(0, [(13, 35), (77, 99)])]
+
+
+def test_interleaved_frames_are_taken_in_order():
+    layout = vk.Layout(*[vk.Frames(4, 8)] * 8)  # a frame's tokens lie in eight runs
+    found = tables(vk.FrameRule.window(0), layout)
+    assert found[5] == [(1, [(64, 128)])]
+    assert plan_key(None, layout).ordered
+    assert not plan_key(None, vk.Layout(vk.Frames(4, 64), vk.Frames(1, 64, first=2))).ordered
+
+
+def test_a_plan_is_found_again_by_the_contents_of_the_rule():
+    layout = vk.Layout(vk.Frames(3, 16), vk.Text(2))
+    first, again = (plan_key(vk.FrameRule.tar(1.0), layout) for _ in range(2))
+    assert first == again
+    assert hash(first) == hash(again)
+    assert first != plan_key(vk.FrameRule.tar(1.1), layout)
+    assert frames._forward_plan(first, torch.device("cpu")) is frames._forward_plan(
+        again, torch.device("cpu")
+    )
+
+
+# ---- what kernels must not do ----
+
+
+def test_values_of_any_size():
+    """Partial outputs in 16 bits have the range of bfloat16 all the same."""
+    layout = vk.Layout(vk.Frames(3, 16))
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 48, 1, 16).bfloat16() for _ in range(3))
+    rule = vk.FrameRule.tar(1.0, stat="row_max")
+    expected = run(query, key, value, layout, rule)
+    for size in (2.0**100, 2.0**-60):
+        found = run(query, key, value * size, layout, rule)
+        torch.testing.assert_close(found / size, expected, rtol=0, atol=0)
+
+
+def test_keys_that_do_not_exist_may_hold_anything():
+    layout = vk.Layout(vk.Frames(2, 16), vk.Text(10))
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 42, 1, 16).unbind()
+    lengths = torch.tensor([35, 42], dtype=torch.int32)
+    rule = vk.FrameRule.tar(1.0)
+    expected = run(query, key, value, layout, rule, key_lengths=lengths)
+    key[0, 35:], value[0, 35:] = NAN, NAN
+    found = run(query, key, value, layout, rule, key_lengths=lengths)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_nan_stays_in_its_row():
+    layout = vk.Layout(vk.Frames(3, 16))
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 48, 1, 16).unbind()
+    query[0, 20] = NAN
+    found = run(query, key, value, layout, vk.FrameRule.tar(1.0))
+    assert found[0, 20].isnan().all()
+    assert found[0, :20].isfinite().all()
+    assert found[0, 21:].isfinite().all()
+
+
+def test_reasons_name_what_is_missing():
+    layout = vk.Layout(vk.Frames(2, 4))
+    x = torch.zeros(1, 8, 1, 16, device=DEVICE)
+
+    def why_not(*tensors, rule=None):
+        return frames.why_not(check_call(*tensors, layout, rule))
+
+    assert why_not(x, x, x) == []
+    assert why_not(*[x.double()] * 3)[0].startswith("takes torch.float32")
+    table = torch.zeros(2, 2, requires_grad=True)
+    (reason,) = why_not(x, x, x, rule=vk.FrameRule.bias(table, stat="row_max"))
+    assert "gradient of the rule's tables" in reason
