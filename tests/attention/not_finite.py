@@ -82,3 +82,14 @@ def assert_largest_values(backend: str, frames: int, dtype: torch.dtype) -> None
     value[..., 1::2] *= -1
     out = vk.tar_attention(query, query, value, vk.GaussianBias(1.0), backend=backend)
     torch.testing.assert_close(out, value, rtol=max(1e-5, 8 * torch.finfo(dtype).eps), atol=0)
+
+
+def assert_masks(backend: str, frames: int) -> None:
+    """−∞ in Δ masks keys, whichever block of them comes first; gradients too."""
+    future = torch.ones(frames, frames).tril(-1).bool()
+    bias = vk.DenseBias(torch.zeros(frames, frames).masked_fill(future, -math.inf), stat="none")
+    tensors = list(inputs(1, frames, 1, HEAD_DIM))
+    found, expected = results(backend, tensors, bias), results("reference", tensors, bias)
+    for result, tensor in found.items():
+        scale = expected[result].abs().max().item()
+        torch.testing.assert_close(tensor, expected[result], rtol=0, atol=1e-3 * scale)

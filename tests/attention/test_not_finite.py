@@ -32,6 +32,11 @@ def test_largest_values(isa, frames, dtype):
     not_finite.assert_largest_values("reference", frames, dtype)
 
 
+@pytest.mark.parametrize("frames", [20, 140, 700])
+def test_infinities_in_delta_mask_keys(isa, frames):
+    not_finite.assert_masks("cpu", frames)
+
+
 PEAK = """
 import resource, torch
 import vstar_kernels as vk

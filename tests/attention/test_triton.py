@@ -766,3 +766,10 @@ def test_largest_values(frames, dtype):
     if not backend.interpreted():
         pytest.skip("the tensors are on the CPU")
     not_finite.assert_largest_values("triton", frames, dtype)
+
+
+@pytest.mark.parametrize("frames", [20, 140])
+def test_infinities_in_delta_mask_keys(frames):
+    if not backend.interpreted():
+        pytest.skip("the tensors are on the CPU")
+    not_finite.assert_masks("triton", frames)

@@ -261,6 +261,12 @@ def regularized(b_s, b_stat, b_delta, strength, BIAS: tl.constexpr):
 
 
 @triton.jit
+def subtrahend(b_max):
+    """Returns what to subtract from logits: rows' maxima, 0 for rows masked (−∞) up to here."""
+    return tl.where(b_max == float("-inf"), 0.0, b_max)
+
+
+@triton.jit
 def exponentials(b_s, b_max, exp2_scale):
     """Returns exp(φ − its row maximum): one multiply-add and one exponential for each logit."""
     return tl.exp2(b_s * exp2_scale - tl.expand_dims(b_max * exp2_scale, -1))

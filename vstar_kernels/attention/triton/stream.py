@@ -43,6 +43,7 @@ from vstar_kernels.attention.triton.primitives import (
     sequence_offset,
     statistic_offsets,
     store_heads,
+    subtrahend,
     times,
     zero_heads,
 )
@@ -165,8 +166,9 @@ def accumulate(b_max, b_total, b_o, b_s, p_v, o_v, m_j, numbers, HEAD: tl.conste
     ``(QUERIES, D)``.
     """
     b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
-    b_shrink = tl.exp2((b_max - b_new_max) * numbers.exp2_scale)
-    b_p = exponentials(b_s, b_new_max, numbers.exp2_scale)  # (QUERIES, KEYS)
+    b_shift = subtrahend(b_new_max)
+    b_shrink = tl.exp2((b_max - b_shift) * numbers.exp2_scale)
+    b_p = exponentials(b_s, b_shift, numbers.exp2_scale)  # (QUERIES, KEYS)
     b_total = b_total * b_shrink + tl.sum(b_p, 1)
     b_v = load_heads(p_v, o_v, m_j, HEAD)  # (KEYS, D)
     b_o = times(b_o, tl.expand_dims(b_shrink, 1))

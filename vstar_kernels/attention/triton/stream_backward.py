@@ -46,6 +46,7 @@ from vstar_kernels.attention.triton.primitives import (
     sequence_offset,
     statistic_offsets,
     store_heads,
+    subtrahend,
     times,
     transposed,
     zero_heads,
@@ -184,8 +185,9 @@ def statistics_kernel(
 def add_exponentials(b_max, b_total, b_s, numbers):
     """Returns row maxima and sums of exponentials, ``(QUERIES,)``, with logits added to them."""
     b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
-    b_total = b_total * tl.exp2((b_max - b_new_max) * numbers.exp2_scale)
-    return b_new_max, b_total + tl.sum(exponentials(b_s, b_new_max, numbers.exp2_scale), 1)
+    b_shift = subtrahend(b_new_max)
+    b_total = b_total * tl.exp2((b_max - b_shift) * numbers.exp2_scale)
+    return b_new_max, b_total + tl.sum(exponentials(b_s, b_shift, numbers.exp2_scale), 1)
 
 
 @triton.jit(
