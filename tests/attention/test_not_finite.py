@@ -32,7 +32,7 @@ def test_largest_values(isa, frames, dtype):
     not_finite.assert_largest_values("reference", frames, dtype)
 
 
-@pytest.mark.parametrize("frames", [20, 140, 700])
+@pytest.mark.parametrize("frames", [20, 140])
 def test_infinities_in_delta_mask_keys(isa, frames):
     not_finite.assert_masks("cpu", frames)
 
