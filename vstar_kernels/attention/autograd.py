@@ -1,75 +1,60 @@
-"""``tar_attention`` as PyTorch's transformations see it: one operation with a gradient.
+"""The operations as PyTorch's transformations see them: each one operation with a gradient.
 
-``torch.compile`` and tensors that are not plain take the operator ``vstar_kernels::attention``,
-whose backend is chosen when it runs. ``torch.func``, which does not see through that operator's
-gradient, takes a function around it. Eager autograd takes a function without the operator, which
-would cost a small call several times its own time. A call that needs none of them does without.
+``torch.compile`` and tensors that are not plain take an operator, such as
+``vstar_kernels::attention``, whose backend is chosen when it runs. ``torch.func``, which does not
+see through that operator's gradient, takes a function around it. Eager autograd takes a function
+without the operator, which would cost a small call several times its own time. A call that needs
+none of them does without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, get_type_hints
 
 import torch
 from torch import Tensor
 
 from vstar_kernels.attention import dispatch
 from vstar_kernels.attention.call import Call, Gradients, Options, Wanted, empty_like
+from vstar_kernels.attention.frames.call import (
+    FrameCall,
+    FrameGradients,
+    FrameOptions,
+    FrameWanted,
+)
 from vstar_kernels.attention.native import LIBRARY
-
-# A call's tensors, then the fields of Options in their order, and the backend.
-_CALL = (
-    "Tensor query, Tensor key, Tensor value, Tensor? delta, Tensor? stat_tensor, "
-    "str form, float sigma, float strength, str stat, bool clamp_negative, bool detach_stat, "
-    "float scale, int map_block, str? backend"
-)
-_TENSORS = 5
-LIBRARY.define(f"attention({_CALL}) -> (Tensor, Tensor)")
-LIBRARY.define(
-    "attention_backward(Tensor? grad_out, Tensor? grad_map, Tensor out, bool delta_wanted, "
-    f"bool stat_wanted, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def needed(call: Call) -> bool:
-    """Returns whether a call has to go through :func:`attention`."""
-    return (
-        torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and call.requires_grad)
-        or _func_is_active()
-        or type(call.query) not in PLAIN
-    )
+class AnyCall(Protocol):
+    """What is the same of the calls of all operations."""
+
+    query: Tensor
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of the tensors requires a gradient."""
+
+    @property
+    def map_shape(self) -> tuple[int, ...]:
+        """The shape of the returned map."""
 
 
-def attention(call: Call, backend: str | None) -> Tensor | tuple[Tensor, Tensor]:
-    """Returns what :func:`vstar_kernels.tar_attention` returns, where :func:`needed`.
-
-    ``backend`` None leaves the choice to the moment when the operator runs.
-    """
-    tensors = (call.query, call.key, call.value, call.delta, call.stat)
-    run: Callable[..., Any]
-    if torch.compiler.is_compiling() or type(call.query) not in PLAIN:
-        run = torch.ops.vstar_kernels.attention
-    elif _func_is_active():
-        run = _ForFunc.apply
-    elif call.query.is_meta:
-        run = torch.ops.vstar_kernels.attention
-    else:
-        return _Eager.apply(*tensors, call.options, backend)
-    out, mean_map = run(*tensors, *call.options, backend)
-    return (out, mean_map) if call.options.map_block else out
+def needed(call: AnyCall) -> bool:
+    """Returns whether a call has to go through its operation's :class:`Operator`."""
+    return traced(call) or (torch.is_grad_enabled() and call.requires_grad) or _func_is_active()
 
 
-# ---- the operator and its gradient ----
+def traced(call: AnyCall) -> bool:
+    """Returns whether a call is not run, but traced, or is of tensors that have no numbers."""
+    query = call.query
+    return torch.compiler.is_compiling() or type(query) not in PLAIN or query.is_meta
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[Call, str | None]:
-    """Returns the call and the backend that an operator's arguments are."""
-    query, key, value, delta, stat, *options, backend = arguments
-    return Call(query, key, value, delta, stat, Options(*options)), backend
+def _func_is_active() -> bool:
+    return torch._C._are_functorch_transforms_active()
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -77,173 +62,247 @@ def _nothing(like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32)
 
 
-def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    call, name = _split(arguments)
-    out, mean_map, _ = dispatch.TAR_ATTENTION.backend(call, name).forward(call)
-    return out, _nothing(out) if mean_map is None else mean_map
+class Operator:
+    """An operation's operator, its gradient, and what runs one of them.
 
+    The operator takes a call's tensors, query, key and value first, then the fields of its options
+    in their order, and the backend. It returns the output and the map.
 
-def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    call, _ = _split(arguments)
-    out = empty_like(call.query)
-    if not call.options.map_block:
-        return out, _nothing(out)
-    return out, out.new_empty(call.map_shape, dtype=torch.float32)
+    Args:
+        operation: The operation and its backends.
+        name: The operator's, in the library ``vstar_kernels``.
+        tensors: The names and types of a call's tensors in its order, as a schema has them.
+        call, options, wanted, gradients: The classes of the operation's calls.
+        shared: Of the tensors, those that are the same for the whole batch.
+        has_map: Whether options ask for a map.
+    """
 
+    def __init__(
+        self,
+        operation: dispatch.Operation[Any, Any, Any],
+        name: str,
+        tensors: dict[str, str],
+        call: Callable[..., Any],
+        options: type[Any],
+        wanted: type[Any],
+        gradients: type[Any],
+        shared: tuple[str, ...],
+        has_map: Callable[[Any], bool],
+    ) -> None:
+        self.operation, self.name, self.tensors = operation, name, tuple(tensors)
+        self.call, self.options, self.has_map = call, options, has_map
+        self.wanted, self.gradients = wanted, gradients
+        self.shared = {self.tensors.index(x) for x in shared}
+        self.graded = tuple(self.tensors.index(x) for x in gradients._fields)
+        # A statistic's name and the tensor that it may be are both called stat.
+        typed = [f"{kind} {x}{'_tensor' * (x == 'stat')}" for x, kind in tensors.items()]
+        typed += [f"{kind.__name__} {x}" for x, kind in get_type_hints(options).items()]
+        arguments = ", ".join([*typed, "str? backend"])
+        flags = "".join(f"bool {x}_wanted, " for x in wanted._fields)
+        results = ", ".join(["Tensor"] * len(self.graded))
+        self._define(
+            name,
+            f"({arguments}) -> (Tensor, Tensor)",
+            self._run,
+            self._fake,
+            self._vmap,
+            self._keep,
+            _gradient,
+        )
+        self._define(
+            f"{name}_backward",
+            f"(Tensor? grad_out, Tensor? grad_map, Tensor out, {flags}{arguments}) -> ({results})",
+            self._run_backward,
+            self._fake_backward,
+            self._vmap_backward,
+            _keep_nothing,
+            self._refuse_second_derivative,
+        )
+        self.forward_operator = getattr(torch.ops.vstar_kernels, name)
+        self.backward_operator = getattr(torch.ops.vstar_kernels, f"{name}_backward")
 
-def _attention_backward(
-    grad_out: Tensor | None,
-    grad_map: Tensor | None,
-    out: Tensor,
-    delta_wanted: bool,
-    stat_wanted: bool,
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
-    call, name = _split(arguments)
-    backend, wanted = dispatch.TAR_ATTENTION.backend(call, name), Wanted(delta_wanted, stat_wanted)
-    gradients = backend.backward(call, out, (), grad_out, grad_map, wanted)
-    return _as_results(out, gradients)
+    def _define(
+        self,
+        name: str,
+        schema: str,
+        run: Callable[..., Any],
+        fake: Callable[..., Any],
+        vmap: Callable[..., Any],
+        setup: Callable[..., Any],
+        gradient: Callable[..., Any],
+    ) -> None:
+        qualified = f"vstar_kernels::{name}"
+        LIBRARY.define(name + schema)
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(qualified, fake, lib=LIBRARY)
+        torch.library.register_autograd(qualified, gradient, setup_context=setup, lib=LIBRARY)
+        torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
 
+    def __call__(self, call: Any, backend: str | None) -> Tensor | tuple[Tensor, Tensor]:
+        """Returns what the public function returns, where :func:`needed`.
 
-def _attention_backward_fake(
-    grad_out: Tensor | None,
-    grad_map: Tensor | None,
-    out: Tensor,
-    delta_wanted: bool,
-    stat_wanted: bool,
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
-    call, _ = _split(arguments)
-    query, key, value = (empty_like(tensor) for tensor in (call.query, call.key, call.value))
-    delta = torch.empty_like(call.delta) if delta_wanted and call.delta is not None else None
-    stat = torch.empty_like(call.stat) if stat_wanted and call.stat is not None else None
-    return _as_results(out, Gradients(query, key, value, delta, stat))
+        ``backend`` None leaves the choice to the moment when the operator runs.
+        """
+        tensors = [getattr(call, name) for name in self.tensors]
+        if _func_is_active() and not torch.compiler.is_compiling() and type(call.query) in PLAIN:
+            out, mean_map = _ForFunc.apply(*tensors, *call.options, backend, self)
+        elif traced(call):
+            out, mean_map = self.forward_operator(*tensors, *call.options, backend)
+        else:
+            return _Eager.apply(*tensors, call.options, backend, self)
+        return (out, mean_map) if self.has_map(call.options) else out
 
+    def split(self, arguments: tuple[Any, ...]) -> tuple[Any, str | None]:
+        """Returns the call and the backend that an operator's arguments are."""
+        tensors, options = arguments[: len(self.tensors)], arguments[len(self.tensors) : -1]
+        return self.call(*tensors, self.options(*options)), arguments[-1]
 
-def _as_results(out: Tensor, gradients: Gradients) -> tuple[Tensor, ...]:
-    """Returns gradients as an operator does: Δ's and the statistic's contiguous, none missing."""
-    *inputs, delta, stat = gradients
-    others = (_nothing(out) if x is None else x.contiguous() for x in (delta, stat))
-    return (*inputs, *others)
+    # ---- the operator ----
 
+    def _run(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        call, name = self.split(arguments)
+        out, mean_map, _ = self.operation.backend(call, name).forward(call)
+        return out, _nothing(out) if mean_map is None else mean_map
 
-def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    return torch.ops.vstar_kernels.attention_backward(*arguments)
+    def _fake(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        call, _ = self.split(arguments)
+        out = empty_like(call.query)
+        if not self.has_map(call.options):
+            return out, _nothing(out)
+        return out, out.new_empty(call.map_shape, dtype=torch.float32)
 
+    def _vmap(self, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        self._refuse_mapped(in_dims)
+        out, mean_map = self.forward_operator(*self._fold(arguments, in_dims, info.batch_size))
+        out = out.unflatten(0, (info.batch_size, -1))
+        if not mean_map.numel():
+            return (out, mean_map), (0, None)
+        return (out, mean_map.unflatten(0, (info.batch_size, -1))), (0, 0)
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:_TENSORS], output[0])
-    ctx.options, ctx.backend = Options(*inputs[_TENSORS:-1]), inputs[-1]
-    ctx.set_materialize_grads(False)
+    # ---- its gradient ----
+
+    def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keeps what the gradient needs of the operator's arguments and results."""
+        count = len(self.tensors)
+        ctx.save_for_backward(*inputs[:count], output[0])
+        ctx.options, ctx.backend = self.options(*inputs[count:-1]), inputs[-1]
+        ctx.operator = self
+        ctx.set_materialize_grads(False)
+
+    def _split_backward(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Returns the gradients of the results, the output, what is wanted, and the rest."""
+        first = 3 + len(self.wanted._fields)
+        return (*arguments[:3], self.wanted(*arguments[3:first]), arguments[first:])
+
+    def _run_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        grad_out, grad_map, out, wanted, rest = self._split_backward(arguments)
+        call, name = self.split(rest)
+        backend = self.operation.backend(call, name)
+        return self._as_results(out, backend.backward(call, out, (), grad_out, grad_map, wanted))
+
+    def _fake_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        _, _, out, wanted, rest = self._split_backward(arguments)
+        tensors = [rest[place] for place in self.graded]
+        others = (
+            torch.empty_like(tensor) if keep and tensor is not None else None
+            for tensor, keep in zip(tensors[3:], wanted, strict=True)
+        )
+        return self._as_results(out, self.gradients(*map(empty_like, tensors[:3]), *others))
+
+    def _as_results(self, out: Tensor, gradients: Any) -> tuple[Tensor, ...]:
+        """Returns gradients as an operator does: none missing, and all but three contiguous."""
+        others = (_nothing(out) if x is None else x.contiguous() for x in gradients[3:])
+        return (*gradients[:3], *others)
+
+    def _vmap_backward(
+        self, info: Any, in_dims: tuple[Any, ...], *arguments: Any
+    ) -> tuple[Any, Any]:
+        first = 3 + len(self.wanted._fields)
+        self._refuse_mapped(in_dims[first:])
+        places = zip(self.graded[3:], self._split_backward(arguments)[3], strict=True)
+        if any(wanted and place in self.shared for place, wanted in places):
+            self._refuse_mapped(None)
+        folded = self._fold(arguments, in_dims, info.batch_size, first=first)
+        gradients = self.backward_operator(*folded)
+        mapped = tuple(x.unflatten(0, (info.batch_size, -1)) if x.numel() else x for x in gradients)
+        return mapped, tuple(0 if x.numel() else None for x in gradients)
+
+    def _fold(
+        self, arguments: tuple[Any, ...], in_dims: tuple[Any, ...], size: int, first: int = 0
+    ) -> list[Any]:
+        """Returns arguments with the mapped dimension in each tensor's batch, but shared ones.
+
+        The call's tensors are the arguments from ``first`` on.
+        """
+
+        def fold(x: Any, dim: int | None) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+        pairs = enumerate(zip(arguments, in_dims, strict=True))
+        return [x if i - first in self.shared else fold(x, dim) for i, (x, dim) in pairs]
+
+    def _refuse_mapped(self, in_dims: tuple[Any, ...] | None) -> None:
+        """Raises if a tensor is mapped over that the batch shares, or, of None, its gradient is."""
+        if in_dims is None or any(in_dims[place] is not None for place in self.shared):
+            raise NotImplementedError(
+                f"vmap of {self.operation.name} maps over the batch; the entries of a bias are the "
+                "same for all of it, and so is their gradient"
+            )
+
+    def _refuse_second_derivative(self, ctx: Any, *gradients: Tensor) -> None:
+        raise NotImplementedError(
+            f"{self.operation.name}'s kernels have no second derivative; backend='reference' has"
+        )
 
 
 def _gradient(ctx: Any, grad_out: Tensor | None, grad_map: Tensor | None) -> tuple[Any, ...]:
     """Returns the gradients of a node's inputs, in their order: the tensors, then the rest."""
-    query, key, value, delta, stat, out, *saved = ctx.saved_tensors
-    tensors = (query, key, value, delta, stat)
-    needs = ctx.needs_input_grad
-    if not ctx.options.map_block:  # an empty map's gradient means nothing
+    operator: Operator = ctx.operator
+    count, needs = len(operator.tensors), ctx.needs_input_grad
+    kept_tensors = ctx.saved_tensors  # once: a checkpoint computes them
+    tensors, (out, *saved) = kept_tensors[:count], kept_tensors[count:]
+    if not operator.has_map(ctx.options):  # an empty map's gradient means nothing
         grad_map = None
     if grad_out is None and grad_map is None:
         return (None,) * len(needs)
-    wanted = Wanted(delta=needs[3], stat=needs[4] and not ctx.options.detach_stat)
+    kept = [needs[place] for place in operator.graded]
+    wanted = operator.wanted(*kept[3:])
     gradients: tuple[Tensor | None, ...]
     arguments = (grad_out, grad_map, out, *wanted, *tensors, *ctx.options, ctx.backend)
     if _func_is_active():
-        gradients = _BackwardForFunc.apply(*arguments)
+        gradients = _BackwardForFunc.apply(*arguments, operator)
     elif torch.is_grad_enabled() or type(out) not in PLAIN or out.is_meta:
         # create_graph, traced, or there is nothing to compute.
-        gradients = _backward_operator(*arguments)
+        gradients = operator.backward_operator(*arguments)
     else:
-        call, name = _split((*tensors, *ctx.options, ctx.backend))
-        backend = dispatch.TAR_ATTENTION.backend(call, name)
+        call = operator.call(*tensors, ctx.options)
+        backend = operator.operation.backend(call, ctx.backend)
         gradients = backend.backward(call, out, tuple(saved), grad_out, grad_map, wanted)
-    kept = (needs[0], needs[1], needs[2], *wanted)
-    of_tensors = (g if keep else None for g, keep in zip(gradients, kept, strict=True))
-    return (*of_tensors, *(None,) * (len(needs) - _TENSORS))
+    result: list[Tensor | None] = [None] * len(needs)
+    for place, gradient, keep in zip(operator.graded, gradients, kept, strict=True):
+        result[place] = gradient if keep else None
+    return tuple(result)
 
 
 def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keeps nothing: there is no second derivative that could want it."""
 
 
-def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
-    raise NotImplementedError(
-        "tar_attention's kernels have no second derivative; backend='reference' has"
-    )
-
-
-# ---- vmap: what is mapped over becomes part of the batch ----
-
-
-def _attention_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    _refuse_mapped_delta(in_dims[3])
-    folded = _fold(arguments, in_dims, info.batch_size, delta=3)
-    out, mean_map = torch.ops.vstar_kernels.attention(*folded)
-    out = out.unflatten(0, (info.batch_size, -1))
-    if not mean_map.numel():
-        return (out, mean_map), (0, None)
-    return (out, mean_map.unflatten(0, (info.batch_size, -1))), (0, 0)
-
-
-def _attention_backward_vmap(
-    info: Any, in_dims: tuple[Any, ...], *arguments: Any
-) -> tuple[Any, Any]:
-    delta_wanted, delta = arguments[3], 8  # in the order of the operator's schema
-    _refuse_mapped_delta(0 if delta_wanted else in_dims[delta])
-    folded = _fold(arguments, in_dims, info.batch_size, delta=delta)
-    gradients = _backward_operator(*folded)
-    mapped = tuple(x.unflatten(0, (info.batch_size, -1)) if x.numel() else x for x in gradients)
-    return mapped, tuple(0 if x.numel() else None for x in gradients)
-
-
-def _fold(
-    arguments: tuple[Any, ...], in_dims: tuple[Any, ...], size: int, *, delta: int
-) -> list[Any]:
-    """Returns arguments with the mapped dimension folded into each tensor's batch, but Δ's."""
-
-    def fold(x: Any, dim: int | None) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
-
-    pairs = enumerate(zip(arguments, in_dims, strict=True))
-    return [x if place == delta else fold(x, dim) for place, (x, dim) in pairs]
-
-
-def _refuse_mapped_delta(dim: int | None) -> None:
-    if dim is not None:
-        raise NotImplementedError(
-            "vmap of tar_attention maps over the batch; the entries of a bias are the same for all "
-            "of it, and so is their gradient"
-        )
-
-
-def _func_is_active() -> bool:
-    return torch._C._are_functorch_transforms_active()
-
-
-# ---- the functions around them ----
+# ---- the functions around the operators ----
 
 
 class _Eager(torch.autograd.Function):
     """One forward and one backward pass of a backend, without the operator."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        delta: Tensor | None,
-        stat: Tensor | None,
-        options: Options,
-        backend: str,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        call = Call(query, key, value, delta, stat, options)
-        out, mean_map, saved = dispatch.TAR_ATTENTION.backends[backend].forward(call, save=True)
-        ctx.save_for_backward(query, key, value, delta, stat, out, *saved)
-        ctx.options, ctx.backend = options, backend
+    def forward(ctx: Any, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
+        *tensors, options, backend, operator = arguments
+        call = operator.call(*tensors, options)
+        out, mean_map, saved = operator.operation.backends[backend].forward(call, save=True)
+        ctx.save_for_backward(*tensors, out, *saved)
+        ctx.options, ctx.backend, ctx.operator = options, backend, operator
         ctx.set_materialize_grads(False)
         return out if mean_map is None else (out, mean_map)
 
@@ -258,12 +317,23 @@ class _ForFunc(torch.autograd.Function):
     generate_vmap_rule = False
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return torch.ops.vstar_kernels.attention(*arguments)
+    def forward(*arguments: Any) -> Any:
+        *others, operator = arguments
+        return operator.forward_operator(*others)
 
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_gradient)
-    vmap = staticmethod(_attention_vmap)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *others, operator = inputs
+        operator._keep(ctx, tuple(others), output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_map: Tensor | None) -> Any:
+        return _gradient(ctx, grad_out, grad_map)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        *others, operator = arguments
+        return operator._vmap(info, in_dims[:-1], *others)
 
 
 class _BackwardForFunc(torch.autograd.Function):
@@ -272,35 +342,61 @@ class _BackwardForFunc(torch.autograd.Function):
     generate_vmap_rule = False
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _backward_operator(*arguments)
+    def forward(*arguments: Any) -> Any:
+        *others, operator = arguments
+        return operator.backward_operator(*others)
 
-    setup_context = staticmethod(_keep_nothing)
-    backward = staticmethod(_refuse_second_derivative)
-    vmap = staticmethod(_attention_backward_vmap)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.operator = inputs[-1]
 
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        ctx.operator._refuse_second_derivative(ctx, *gradients)
 
-def _register(
-    name: str,
-    run: Callable[..., Any],
-    fake: Callable[..., Any],
-    vmap: Callable[..., Any],
-    setup: Callable[..., Any],
-    gradient: Callable[..., Any],
-) -> None:
-    qualified = f"vstar_kernels::{name}"
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, fake, lib=LIBRARY)
-    torch.library.register_autograd(qualified, gradient, setup_context=setup, lib=LIBRARY)
-    torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        *others, operator = arguments
+        return operator._vmap_backward(info, in_dims[:-1], *others)
 
 
-_register("attention", _attention, _attention_fake, _attention_vmap, _setup_context, _gradient)
-_register(
-    "attention_backward",
-    _attention_backward,
-    _attention_backward_fake,
-    _attention_backward_vmap,
-    _keep_nothing,
-    _refuse_second_derivative,
+# ---- the operations ----
+
+attention = Operator(
+    dispatch.TAR_ATTENTION,
+    "attention",
+    {"query": "Tensor", "key": "Tensor", "value": "Tensor", "delta": "Tensor?", "stat": "Tensor?"},
+    Call,
+    Options,
+    Wanted,
+    Gradients,
+    shared=("delta",),
+    has_map=lambda options: options.map_block > 0,
 )
+
+frame_attention = Operator(
+    dispatch.FRAME_ATTENTION,
+    "frame_attention",
+    {
+        "query": "Tensor",
+        "key": "Tensor",
+        "value": "Tensor",
+        "key_lengths": "Tensor?",
+        "stat": "Tensor?",
+        "query_runs": "Tensor",
+        "key_runs": "Tensor",
+        "delta": "Tensor?",
+        "offset": "Tensor?",
+        "factor": "Tensor?",
+        "factor_span": "Tensor?",
+        "band": "Tensor?",
+    },
+    FrameCall,
+    FrameOptions,
+    FrameWanted,
+    FrameGradients,
+    shared=(
+        "query_runs", "key_runs", "delta", "offset", "factor", "factor_span", "band",
+    ),
+    has_map=lambda options: options.mean_map != "none",
+)  # fmt: skip

@@ -181,6 +181,7 @@ def make_call(
     stat, stat_name = None, bias.stat
     if isinstance(stat_name, Tensor):
         stat, stat_name = stat_name, "tensor"
+        stat = stat.detach() if bias.detach_stat else stat
     options = Options(
         bias.form,
         float(bias.sigma) if isinstance(bias, GaussianBias) else 0.0,

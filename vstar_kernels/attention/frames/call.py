@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vstar_kernels.attention.call import autocast
 from vstar_kernels.attention.frames.layout import Layout
-from vstar_kernels.attention.frames.rules import FrameRule
+from vstar_kernels.attention.frames.rules import FrameRule, Tables
 
 MAPS = ("none", "mean", "heads")
 
@@ -114,7 +114,14 @@ class FrameCall:
     @property
     def requires_grad(self) -> bool:
         """Whether any of the tensors requires a gradient."""
-        return any(tensor.requires_grad for tensor in self.tensors().values())
+        return (
+            self.query.requires_grad
+            or self.key.requires_grad
+            or self.value.requires_grad
+            or (self.stat is not None and self.stat.requires_grad)
+            or (self.delta is not None and self.delta.requires_grad)
+            or (self.offset is not None and self.offset.requires_grad)
+        )
 
     @property
     def map_shape(self) -> tuple[int, ...]:
@@ -193,7 +200,7 @@ def check_call(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if torch.is_autocast_enabled(query.device.type):
+    if not query.is_meta and torch.is_autocast_enabled(query.device.type):
         query, key, value = autocast(query), autocast(key), autocast(value)
     _check_shapes(query, key, value)
     if scale is not None:
@@ -208,7 +215,8 @@ def check_call(
         rule = FrameRule()
     elif not isinstance(rule, FrameRule):
         raise TypeError(f"rule must be a FrameRule or None, got {type(rule).__name__}")
-    tables = rule.tables(layout, key_layout)
+    query_runs, key_runs, *fixed = _constants(rule, layout, key_layout)
+    tables = rule.with_trained(Tables(*fixed), layout, key_layout)
     for name, table, dims in (("bias", tables.delta, 2), ("bias", tables.offset, 2)):
         if table is not None and table.ndim > dims and table.shape[0] != query.shape[2]:
             raise ValueError(
@@ -235,11 +243,24 @@ def check_call(
         value,
         key_lengths,
         stat,
-        layout.run_table(),
-        key_layout.run_table(),
+        query_runs,
+        key_runs,
         *tables,
         options,
     )
+
+
+# A tuple, because torch.compile tells tensors of several calls apart only within one.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constants(rule: FrameRule, layout: Layout, key_layout: Layout) -> tuple[Tensor | None, ...]:
+    """Returns the runs of both layouts and the rule's fixed tables: constants of a graph."""
+    if not (hasattr(rule, "terms") and hasattr(layout, "runs") and hasattr(key_layout, "runs")):
+        raise ValueError(
+            "under torch.compile the rule and the layouts have to be made outside of the compiled "
+            "function, where they are constants"
+        )
+    tables = rule.fixed_tables(layout, key_layout)
+    return (layout.run_table(), key_layout.run_table(), *tables)
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import functools
 import math
 from collections.abc import Sequence
@@ -84,6 +85,32 @@ class Run(NamedTuple):
     end: int
     frame: int
     place: int
+
+
+class Numbers(NamedTuple):
+    """A float32 or int32 tensor that is kept from call to call.
+
+    A kept tensor would be of whatever was on when it was made: inference mode, fake tensors, a
+    transform of torch.func. So the numbers are kept, and the tensor is each call's own.
+    """
+
+    numbers: array.array[Any]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Numbers:
+        """Returns the numbers of a tensor."""
+        code = "f" if tensor.is_floating_point() else "i"
+        return cls(array.array(code, tensor.flatten().tolist()), tuple(tensor.shape))
+
+    def tensor(self) -> Tensor:
+        """Returns a tensor of them on the CPU, to be read only."""
+        dtype = torch.float32 if self.numbers.typecode == "f" else torch.int32
+        if not self.numbers or torch._C._len_torch_dispatch_stack():  # a mode has to see it made
+            flat = torch.tensor(self.numbers.tolist(), dtype=dtype, device="cpu")
+        else:
+            flat = torch.frombuffer(self.numbers, dtype=dtype)
+        return flat.view(self.shape)
 
 
 class Layout:
@@ -201,11 +228,8 @@ class Layout:
         return self.tokens - sum(self.frame_tokens)
 
     def run_table(self) -> Tensor:
-        """Returns the runs, ``(R, 4)`` int32 on the CPU: start, end, frame, place.
-
-        It is shared, to be read only.
-        """
-        return _run_table(self)
+        """Returns the runs, ``(R, 4)`` int32 on the CPU: start, end, frame, place."""
+        return _run_numbers(self).tensor()
 
     def order(self) -> list[int]:
         """Returns the frames' numbers in the order of their coordinates."""
@@ -251,9 +275,10 @@ def _pieces(segments: Sequence[Frames | Text]) -> list[tuple[float | None, int]]
     return pieces
 
 
-@functools.lru_cache(maxsize=256)
-def _run_table(layout: Layout) -> Tensor:
-    return torch.tensor(layout.runs, dtype=torch.int32, device="cpu")
+@functools.lru_cache(maxsize=64)
+def _run_numbers(layout: Layout) -> Numbers:
+    flat = array.array("i", [number for run in layout.runs for number in run])
+    return Numbers(flat, (len(layout.runs), 4))
 
 
 def _vector(values: Tensor | Sequence[Any], name: str) -> Tensor:

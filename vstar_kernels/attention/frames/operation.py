@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from vstar_kernels.attention import dispatch
+from vstar_kernels.attention import autograd, dispatch
 from vstar_kernels.attention.call import empty_like
 from vstar_kernels.attention.frames.call import FrameCall, check_call
 from vstar_kernels.attention.frames.layout import Layout
@@ -111,9 +111,14 @@ def frame_attention(
     )
     if identity:
         out, mean_map = _identity(call, layout, key_layout)
-    else:
-        chosen = dispatch.FRAME_ATTENTION.choose(call, backend)
-        out, mean_map, _ = dispatch.FRAME_ATTENTION.backends[chosen].forward(call)
+        return out if mean_map is None else (out, mean_map)
+    dispatch.FRAME_ATTENTION.check_name(backend)
+    if autograd.traced(call):  # a backend is chosen when it runs
+        return autograd.frame_attention(call, backend)
+    chosen = dispatch.FRAME_ATTENTION.choose(call, backend)
+    if chosen != "reference" and autograd.needed(call):
+        return autograd.frame_attention(call, chosen)
+    out, mean_map, _ = dispatch.FRAME_ATTENTION.backends[chosen].forward(call)
     return out if mean_map is None else (out, mean_map)
 
 

@@ -18,8 +18,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from vstar_kernels.attention.frames.layout import Layout, check_count, check_number
+from vstar_kernels.attention.frames.layout import (
+    Layout,
+    Numbers,
+    check_count,
+    check_number,
+)
 
 STATS = ("frame_max", "row_max", "none")
 METRICS = ("frame", "token")
@@ -113,10 +119,10 @@ class _Draft:
     def tables(self) -> Tables:
         """Returns the tables as backends take them."""
         offset = self.offset
-        if offset is not None and not offset.requires_grad and not offset.any():
+        if offset is not None and not offset.any():
             offset = None
         delta = self.delta
-        if delta is not None and not delta.requires_grad and not delta.any():
+        if delta is not None and not delta.any():
             delta = None
         factor, span, band = self.factor, self.span, self.band
         if factor is None or bool((factor == 1).all()):
@@ -186,22 +192,28 @@ class Table:
         check_number(self.strength, "strength")
         if not table.requires_grad:  # so that nobody changes what a cache was made of
             object.__setattr__(self, "table", table.detach().to("cpu", torch.float32, copy=True))
-        values = self.table.detach()
         object.__setattr__(self, "_hash", self._make_hash())
+        if self.table.requires_grad:  # its values change
+            return
+        values = self.table
         allowed = "finite" if self.by_stat else "finite, or -inf to mask"
         bad = ~values.isfinite() if self.by_stat else values.isnan() | (values == math.inf)
         if bool(bad.any()):
             raise ValueError(f"table must be {allowed}, got {values[bad][0].item()}")
 
-    def enter(self, draft: _Draft) -> None:
-        if tuple(self.table.shape[-2:]) != draft.shape:
-            rows, columns = self.table.shape[-2:]
+    def fitting(self, shape: tuple[int, int]) -> Tensor:
+        """Returns the table on the CPU, if it is for so many frames of queries and of keys."""
+        rows, columns = self.table.shape[-2:]
+        if (rows, columns) != shape:
             raise ValueError(
                 f"the table of FrameRule.bias is for {rows} frames of queries and {columns} of "
-                f"keys (shape {tuple(self.table.shape)}), the layouts have {draft.shape[0]} and "
-                f"{draft.shape[1]}"
+                f"keys (shape {tuple(self.table.shape)}), the layouts have {shape[0]} and "
+                f"{shape[1]}"
             )
-        table = self.table.to("cpu", torch.float64)
+        return self.table.cpu()
+
+    def enter(self, draft: _Draft) -> None:
+        table = self.fitting(draft.shape).double()
         if self.strength == 0:
             table = table.masked_fill(table == -math.inf, 0.0)
         draft.weigh(self.strength * table, self.by_stat)
@@ -475,7 +487,8 @@ class FrameRule:
     ``clamp_negative`` uses max(stat, 0), so that a negative statistic does not invert the bias.
     """
 
-    terms: tuple[Term, ...] = ()
+    # No default that an instance without terms of its own, as torch.compile makes them, would show.
+    terms: tuple[Term, ...] = field(default_factory=tuple)
     stat: str | Tensor = field(default="none", kw_only=True)
     clamp_negative: bool = field(default=False, kw_only=True)
 
@@ -685,25 +698,45 @@ class FrameRule:
     def tables(self, layout: Layout, key_layout: Layout | None = None) -> Tables:
         """Returns the rule's tables for frames of queries and of keys, on the CPU.
 
-        They are made once for a rule and its layouts, but where a bias requires a gradient.
+        Their numbers are kept from call to call, but those of a bias that requires a gradient.
 
         Raises:
             ValueError: The rule does not fit the layouts.
         """
         key_layout = layout if key_layout is None else key_layout
-        if any(isinstance(term, Table) and term.table.requires_grad for term in self.terms):
-            return _make_tables(self.terms, layout, key_layout)
-        return _cached_tables(self.terms, layout, key_layout)
+        return self.with_trained(self.fixed_tables(layout, key_layout), layout, key_layout)
+
+    def fixed_tables(self, layout: Layout, key_layout: Layout) -> Tables:
+        """Returns :meth:`tables` without the biases that require a gradient."""
+        fixed = tuple(term for term in self.terms if not _is_trained(term))
+        kept = _numbers_of(fixed, layout, key_layout)
+        return Tables(*(None if x is None else x.tensor() for x in kept))
+
+    def with_trained(self, fixed: Tables, layout: Layout, key_layout: Layout) -> Tables:
+        """Returns :meth:`tables` for the fixed ones, by operators that autograd sees."""
+        delta, offset = fixed.delta, fixed.offset
+        for term in self.terms:
+            if not isinstance(term, Table) or not _is_trained(term):
+                continue
+            values = term.strength * term.fitting((layout.frames, key_layout.frames)).float()
+            if term.by_stat:
+                delta = values if delta is None else delta + values
+            else:
+                offset = values if offset is None else offset + values
+        return Tables(delta, offset, fixed.factor, fixed.factor_span, fixed.band)
 
 
-def _make_tables(terms: tuple[Term, ...], query: Layout, key: Layout) -> Tables:
-    draft = _Draft(query, key)
-    for term in terms:
-        term.enter(draft)
-    return draft.tables()
+def _is_trained(term: Term) -> bool:
+    return isinstance(term, Table) and term.table.requires_grad
 
 
-_cached_tables = functools.lru_cache(maxsize=64)(_make_tables)
+@functools.lru_cache(maxsize=64)
+def _numbers_of(terms: tuple[Term, ...], query: Layout, key: Layout) -> tuple[Numbers | None, ...]:
+    with _disable_current_modes():
+        draft = _Draft(query, key)
+        for term in terms:
+            term.enter(draft)
+        return tuple(None if x is None else Numbers.of(x) for x in draft.tables())
 
 
 def _is_none(stat: str | Tensor) -> bool:
