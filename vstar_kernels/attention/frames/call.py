@@ -13,7 +13,7 @@ from vstar_kernels.attention.call import autocast
 from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.attention.frames.rules import FrameRule, Tables
 
-MAPS = ("none", "mean", "heads")
+NO_RULE = FrameRule()
 
 
 class FrameOptions(NamedTuple):
@@ -212,7 +212,7 @@ def check_call(
     if key_lengths is not None:
         _check_lengths(key_lengths, query)
     if rule is None:
-        rule = FrameRule()
+        rule = NO_RULE
     elif not isinstance(rule, FrameRule):
         raise TypeError(f"rule must be a FrameRule or None, got {type(rule).__name__}")
     query_runs, key_runs, *fixed = _constants(rule, layout, key_layout)
