@@ -37,24 +37,6 @@ struct ForwardPlan : PanelPlan {
   }
 };
 
-// The types of a call: its tensors hold T, and QK' is computed in Units.
-template <typename T, typename Unit>
-struct Types {};
-
-// Calls body with the types of a call.
-template <typename Body>
-void with_types(const Problem& p, const Body& body) {
-  switch (p.type) {
-    case ScalarType::float32: return body(Types<float, float>());
-    case ScalarType::bfloat16:
-#if defined(VSTAR_BFLOAT16_PAIRS)
-      if (p.head_dim % 2 == 0) return body(Types<bfloat16, Pair>());
-#endif
-      return body(Types<bfloat16, float>());
-    case ScalarType::float16: return body(Types<float16, float>());
-  }
-}
-
 // Computes the output of one sequence.
 template <typename T, typename Unit>
 class SequenceForward {
@@ -218,11 +200,11 @@ void forward_map_typed(Types<T, Unit>, const ForwardArgs& a, const MapSlice& sli
 }
 
 inline void forward(const ForwardArgs& a, int64_t begin, int64_t end, float* scratch) {
-  with_types(a, [&](auto types) { forward_typed(types, a, begin, end, scratch); });
+  with_types(a.type, a.head_dim, [&](auto types) { forward_typed(types, a, begin, end, scratch); });
 }
 
 inline void forward_map(const ForwardArgs& a, const MapSlice& slice, float* scratch) {
-  with_types(a, [&](auto types) { forward_map_typed(types, a, slice, scratch); });
+  with_types(a.type, a.head_dim, [&](auto types) { forward_map_typed(types, a, slice, scratch); });
 }
 
 inline int64_t forward_scratch(const ForwardArgs& a) { return ForwardPlan(a).size; }

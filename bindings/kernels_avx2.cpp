@@ -5,6 +5,7 @@
 #include "simd_avx2.h"
 #include "backward.h"
 #include "forward.h"
+#include "frames_forward.h"
 
 namespace vstar {
 const Kernels kernels_avx2 = {"avx2",
@@ -14,5 +15,7 @@ const Kernels kernels_avx2 = {"avx2",
                               avx2::forward_map,
                               avx2::backward_scratch,
                               avx2::backward,
+                              avx2::frames_scratch,
+                              avx2::frames_forward,
                               avx2::exp2};
 }  // namespace vstar

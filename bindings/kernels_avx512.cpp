@@ -5,6 +5,7 @@
 #include "simd_avx512.h"
 #include "backward.h"
 #include "forward.h"
+#include "frames_forward.h"
 
 namespace vstar {
 const Kernels kernels_avx512 = {"avx512",
@@ -14,5 +15,7 @@ const Kernels kernels_avx512 = {"avx512",
                                 avx512::forward_map,
                                 avx512::backward_scratch,
                                 avx512::backward,
+                                avx512::frames_scratch,
+                                avx512::frames_forward,
                                 avx512::exp2};
 }  // namespace vstar

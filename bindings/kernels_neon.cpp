@@ -5,6 +5,7 @@
 #include "simd_neon.h"
 #include "backward.h"
 #include "forward.h"
+#include "frames_forward.h"
 
 namespace vstar {
 const Kernels kernels_neon = {"neon",
@@ -14,5 +15,7 @@ const Kernels kernels_neon = {"neon",
                               neon::forward_map,
                               neon::backward_scratch,
                               neon::backward,
+                              neon::frames_scratch,
+                              neon::frames_forward,
                               neon::exp2};
 }  // namespace vstar

@@ -5,6 +5,7 @@
 #include "simd_portable.h"
 #include "backward.h"
 #include "forward.h"
+#include "frames_forward.h"
 
 namespace vstar {
 const Kernels kernels_portable = {"portable",
@@ -14,5 +15,7 @@ const Kernels kernels_portable = {"portable",
                                   portable::forward_map,
                                   portable::backward_scratch,
                                   portable::backward,
+                                  portable::frames_scratch,
+                                  portable::frames_forward,
                                   portable::exp2};
 }  // namespace vstar

@@ -205,6 +205,24 @@ struct ProductOut {
     tile.rows -= row;
     return tile;
   }
+
+  // Takes the sum of row r in one vector of columns, the first `lanes` of it where it is partial.
+  template <bool PARTIAL>
+  VSTAR_INLINE void put(int r, int column, Vec y, int lanes) const {
+    float* sums = partial + r * partial_stride + column;
+    if (!is_first_block) y = add(y, load(sums));
+    if (!is_last_block) {
+      store(sums, y);
+    } else if (r < rows) {
+      y = mul(y, broadcast(scale + r * scale_stride));
+      T* to = out + r * stride + column;
+      if (PARTIAL) {
+        store_partial(to, y, lanes);
+      } else {
+        store(to, y);
+      }
+    }
+  }
 };
 
 // What a product of a panel's cells and rows x sums over. Over keys, its results are the panel's
@@ -214,10 +232,9 @@ enum class Over { keys, queries };
 
 // Computes kProductRows results of a product over `count` rows x, in COLUMNS vectors of head_dim;
 // with PARTIAL the last of them has `tail` lanes.
-template <Over OVER, int COLUMNS, bool PARTIAL, typename T>
+template <Over OVER, int COLUMNS, bool PARTIAL, typename Out>
 VSTAR_STAGE void product_tile(const float* cells, int64_t lanes, const float* x,
-                              int64_t x_stride, int64_t count, int tail,
-                              const ProductOut<T>& tile) {
+                              int64_t x_stride, int64_t count, int tail, const Out& tile) {
   Vec sum[kProductRows][COLUMNS];
   unrolled<kProductRows, COLUMNS>([&](auto r, auto c) VSTAR_INLINE { sum[r][c] = zero(); });
   for (int64_t n = 0; n < count; ++n) {
@@ -232,30 +249,17 @@ VSTAR_STAGE void product_tile(const float* cells, int64_t lanes, const float* x,
     });
   }
   unrolled<kProductRows, COLUMNS>([&](auto r, auto c) VSTAR_INLINE {
-    Vec y = sum[r][c];
-    float* partial = tile.partial + r * tile.partial_stride + c * kLanes;
-    if (!tile.is_first_block) y = add(y, load(partial));
-    if (!tile.is_last_block) {
-      store(partial, y);
-    } else if (r < tile.rows) {
-      y = mul(y, broadcast(tile.scale + r * tile.scale_stride));
-      T* out = tile.out + r * tile.stride + c * kLanes;
-      if (PARTIAL && c == COLUMNS - 1) {
-        store_partial(out, y, tail);
-      } else {
-        store(out, y);
-      }
-    }
+    tile.template put<PARTIAL && c == COLUMNS - 1>(r, c * kLanes, sum[r][c], tail);
   });
 }
 
 // Does as product_tile for numbers of columns and of the last one's lanes known only at run time.
-template <Over OVER, typename T, int COLUMNS = kProductVectors>
+template <Over OVER, int COLUMNS = kProductVectors, typename Out>
 void product_columns(int columns, const float* cells, int64_t lanes, const float* x,
-                     int64_t x_stride, int64_t count, int tail, const ProductOut<T>& tile) {
+                     int64_t x_stride, int64_t count, int tail, const Out& tile) {
   if constexpr (COLUMNS > 0) {
     if (columns != COLUMNS) {
-      product_columns<OVER, T, COLUMNS - 1>(columns, cells, lanes, x, x_stride, count, tail, tile);
+      product_columns<OVER, COLUMNS - 1>(columns, cells, lanes, x, x_stride, count, tail, tile);
     } else if (tail == 0) {
       product_tile<OVER, COLUMNS, false>(cells, lanes, x, x_stride, count, tail, tile);
     } else {
@@ -272,9 +276,9 @@ inline int column_tiles(int64_t head_dim) {
 
 // Computes a product, or before its last block the sums so far. Calls before_tiles() for each
 // column of tiles. Of cells and partial sums, whole tiles of rows are touched.
-template <Over OVER, typename T, typename BeforeTiles>
+template <Over OVER, typename Out, typename BeforeTiles>
 void product(const float* cells, int lanes, const float* x, int64_t x_stride, int64_t count,
-             int64_t head_dim, const ProductOut<T>& out, const BeforeTiles& before_tiles) {
+             int64_t head_dim, const Out& out, const BeforeTiles& before_tiles) {
   const int vectors = static_cast<int>(divide_up(head_dim, kLanes));
   const int tiles = column_tiles(head_dim);
   const int tail = static_cast<int>(head_dim % kLanes);

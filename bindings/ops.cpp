@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "frames_schedule.h"
 #include "schedule.h"
 
 namespace {
@@ -260,9 +261,139 @@ void cpu_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value,
                       grad_delta ? grad_delta->mutable_data_ptr<float>() : nullptr, threads());
 }
 
+// ---- attention over frames ----
+
+vstar::Strides token_strides(const Tensor& t) {
+  return {t.stride(0), 0, t.stride(1), t.stride(2)};
+}
+
+void check_tokens(const Tensor& t, const Tensor& query, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == query.scalar_type() && t.is_cpu() &&
+                      t.size(0) == query.size(0) && t.size(3) == query.size(3) &&
+                      dim_stride(t) == 1,
+                  name, " must be (batch, tokens, heads, head_dim) as query, contiguous in head_dim");
+}
+
+void check_int(const Tensor& t, int64_t dims, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_cpu() && t.is_contiguous() &&
+                      t.dim() == dims,
+                  name, " must be a contiguous int32 tensor of ", dims, " dimensions");
+}
+
+vstar::FrameRuns frame_runs(const Tensor& t, int64_t tokens, const char* name) {
+  check_int(t, 2, name);
+  STD_TORCH_CHECK(t.size(1) == 4, name, " must be (runs, 4)");
+  STD_TORCH_CHECK(tokens < (int64_t{1} << 31), "at most 2^31 - 1 tokens");
+  vstar::FrameRuns runs = {static_cast<const vstar::FrameRun*>(t.const_data_ptr()), t.size(0), 0};
+  for (int64_t r = 0; r < runs.count; ++r) {
+    const int64_t frames = int64_t{runs.runs[r].frame} + 1;
+    if (frames > runs.frames) runs.frames = frames;
+  }
+  STD_TORCH_CHECK(runs.frames <= tokens && vstar::are_valid(runs, tokens), name,
+                  " must cover all tokens and number their frames");
+  return runs;
+}
+
+// Returns a table over pairs of frames and sets what a head is apart in it.
+const float* frame_table(const Tensor& t, int64_t own_dims, int64_t heads, int64_t query_frames,
+                         int64_t key_frames, int64_t* head_stride, const char* name) {
+  check_contiguous(t, name);
+  const int64_t dims = t.dim();
+  STD_TORCH_CHECK((dims == own_dims || (dims == own_dims + 1 && t.size(dims - 3) == heads)) &&
+                      t.size(dims - 2) == query_frames && t.size(dims - 1) == key_frames,
+                  name, " must be a table of ", query_frames, " by ", key_frames, " frames");
+  *head_stride = dims == own_dims ? 0 : query_frames * key_frames;
+  return t.const_data_ptr<float>();
+}
+
+const int32_t* frame_bounds(const Tensor& t, int64_t query_frames, int64_t key_frames,
+                            const char* name) {
+  check_int(t, 3, name);
+  STD_TORCH_CHECK(t.size(0) == 2 && t.size(1) == query_frames && t.size(2) == key_frames, name,
+                  " must be two tables of ", query_frames, " by ", key_frames, " frames");
+  return t.const_data_ptr<int32_t>();
+}
+
+void cpu_frames_forward(Tensor out, std::optional<Tensor> map, Tensor query, Tensor key,
+                        Tensor value, std::optional<Tensor> key_lengths,
+                        std::optional<Tensor> stat_tensor, Tensor query_runs, Tensor key_runs,
+                        std::optional<Tensor> delta, std::optional<Tensor> offset,
+                        std::optional<Tensor> factor, std::optional<Tensor> factor_span,
+                        std::optional<Tensor> band, int64_t stat, bool clamp_negative,
+                        double scale, bool map_by_head) {
+  check_tokens(query, query, "query");
+  check_tokens(key, query, "key");
+  check_tokens(value, query, "value");
+  check_like(out, query, "out");
+  STD_TORCH_CHECK(has_shape(value, key, 4), "value must have key's shape");
+  vstar::FrameArgs args = {};
+  args.type = scalar_type(query);
+  args.batch = query.size(0);
+  args.heads = query.size(2);
+  args.key_heads = key.size(2);
+  args.head_dim = query.size(3);
+  STD_TORCH_CHECK(args.key_heads > 0 && args.heads % args.key_heads == 0,
+                  "query's heads must be a multiple of key's");
+  args.queries.tokens = query.size(1);
+  args.keys.tokens = key.size(1);
+  const vstar::FrameRuns queries = frame_runs(query_runs, query.size(1), "query_runs");
+  const vstar::FrameRuns keys = frame_runs(key_runs, key.size(1), "key_runs");
+  STD_TORCH_CHECK(stat >= 0 && stat <= 3, "stat must be 0 to 3, got ", stat);
+  args.stat = static_cast<vstar::FrameStat>(stat);
+  STD_TORCH_CHECK((args.stat == vstar::FrameStat::tensor) == stat_tensor.has_value(),
+                  "stat 3 goes with stat_tensor");
+  args.clamp_negative = clamp_negative;
+  args.scale = static_cast<float>(scale);
+  const int64_t heads = args.heads, f = queries.frames, g = keys.frames;
+  if (stat_tensor) {
+    check_stat(*stat_tensor, query, "stat_tensor");
+    args.stat_tensor = stat_tensor->const_data_ptr<float>();
+    args.stat_strides = token_strides(*stat_tensor);
+  }
+  if (key_lengths) {
+    check_int(*key_lengths, 1, "key_lengths");
+    STD_TORCH_CHECK(key_lengths->size(0) == args.batch, "key_lengths must be (batch)");
+    args.key_lengths = key_lengths->const_data_ptr<int32_t>();
+  }
+  if (delta) args.delta = frame_table(*delta, 2, heads, f, g, &args.delta_head_stride, "delta");
+  if (offset) {
+    args.offset = frame_table(*offset, 2, heads, f, g, &args.offset_head_stride, "offset");
+  }
+  if (factor) {
+    args.factor = frame_table(*factor, 3, heads, f, g, &args.factor_head_stride, "factor");
+    STD_TORCH_CHECK(factor->size(0) == 2, "factor must be two tables");
+    args.factor_sign_stride = factor->stride(0);
+    if (factor_span) args.factor_span = frame_bounds(*factor_span, f, g, "factor_span");
+  }
+  if (band) args.band = frame_bounds(*band, f, g, "band");
+  if (map) {
+    check_contiguous(*map, "map");
+    const bool fits = map->dim() == 3 + map_by_head && map->size(0) == args.batch &&
+                      (!map_by_head || map->size(1) == heads) &&
+                      map->size(map->dim() - 2) == f && map->size(map->dim() - 1) == g + 1;
+    STD_TORCH_CHECK(fits, "map must be (batch, [heads,] frames, frames + 1)");
+  }
+  if (args.batch * args.queries.tokens * heads * args.head_dim == 0) {
+    if (map) torch::stable::fill_(*map, __builtin_nan(""));  // the mean of nothing
+    return;
+  }
+  args.query = query.const_data_ptr();
+  args.key = key.const_data_ptr();
+  args.value = value.const_data_ptr();
+  args.query_strides = token_strides(query);
+  args.key_strides = token_strides(key);
+  args.value_strides = token_strides(value);
+  args.out = out.mutable_data_ptr();
+  args.out_strides = token_strides(out);
+  vstar::run_frames_forward(args, queries, keys,
+                            {map ? map->mutable_data_ptr<float>() : nullptr, map_by_head},
+                            threads());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(vstar_kernels, CPU, m) {
   m.impl("cpu_forward", TORCH_BOX(&cpu_forward));
   m.impl("cpu_backward", TORCH_BOX(&cpu_backward));
+  m.impl("cpu_frames_forward", TORCH_BOX(&cpu_frames_forward));
 }

@@ -36,20 +36,49 @@ struct UnitSource<bfloat16, Pair> {
 };
 #endif
 
-// Transposes `count` rows: packed[d][lane] is unit d of row `lane`, zero in the lanes from `count`
-// on. Rows are read as Source, which is their own type T or Pair.
-template <typename Source, typename T>
-VSTAR_STAGE void pack_queries(const T* rows, int64_t stride, int count, int lanes, int64_t units,
+// The types of a call: its tensors hold T, and QK' is computed in Units.
+template <typename T, typename Unit>
+struct Types {};
+
+// Calls body with the types of a call.
+template <typename Body>
+void with_types(ScalarType type, [[maybe_unused]] int64_t head_dim, const Body& body) {
+  switch (type) {
+    case ScalarType::float32: return body(Types<float, float>());
+    case ScalarType::bfloat16:
+#if defined(VSTAR_BFLOAT16_PAIRS)
+      if (head_dim % 2 == 0) return body(Types<bfloat16, Pair>());
+#endif
+      return body(Types<bfloat16, float>());
+    case ScalarType::float16: return body(Types<float16, float>());
+  }
+}
+
+// Rows that are a stride apart.
+template <typename T>
+struct StridedRows {
+  const T* rows;
+  int64_t stride;
+
+  const T* operator()(int64_t r) const { return rows + r * stride; }
+};
+
+// Transposes `count` rows: packed[d][lane] is unit d of row_at(lane), zero in the lanes from `count`
+// on. Rows are read as Source, which is their own type or Pair.
+template <typename Source, typename RowAt>
+VSTAR_STAGE void pack_queries(const RowAt& row_at, int count, int lanes, int64_t units,
                               float* packed) {
   for (int lane = 0; lane < lanes; lane += kLanes) {
     for (int64_t d = 0; d < units; d += kLanes) {
       const int columns = static_cast<int>(min64(kLanes, units - d));
       Vec block[kLanes];
       for (int r = 0; r < kLanes; ++r) {
-        const Source* row = reinterpret_cast<const Source*>(rows + (lane + r) * stride) + d;
         if (lane + r >= count) {
           block[r] = zero();
-        } else if (columns == kLanes) {
+          continue;
+        }
+        const Source* row = reinterpret_cast<const Source*>(row_at(lane + r)) + d;
+        if (columns == kLanes) {
           block[r] = load(row);
         } else {
           block[r] = load_partial(row, columns);
@@ -59,6 +88,12 @@ VSTAR_STAGE void pack_queries(const T* rows, int64_t stride, int count, int lane
       for (int c = 0; c < columns; ++c) store(packed + (d + c) * lanes + lane, block[c]);
     }
   }
+}
+
+template <typename Source, typename T>
+void pack_queries(const T* rows, int64_t stride, int count, int lanes, int64_t units,
+                  float* packed) {
+  pack_queries<Source>(StridedRows<T>{rows, stride}, count, lanes, units, packed);
 }
 
 // Copies rows densely, in units: 16-bit rows that are widened, or rows that lie too far apart for
@@ -73,6 +108,21 @@ VSTAR_STAGE void pack_rows(const T* rows, int64_t stride, int64_t count, int64_t
     if (d < units) {
       const int rest = static_cast<int>(units - d);
       store_partial(packed + d, load_partial(row + d, rest), rest);
+    }
+  }
+}
+
+// Copies rows, in floats, each of which begins with a vector; zeros fill its last one.
+template <typename T>
+VSTAR_STAGE void pack_padded_rows(const T* rows, int64_t stride, int64_t count, int64_t head_dim,
+                                  float* packed) {
+  for (int64_t r = 0; r < count; ++r) {
+    const T* row = rows + r * stride;
+    int64_t d = 0;
+    for (; d + kLanes <= head_dim; d += kLanes, packed += kLanes) store(packed, load(row + d));
+    if (d < head_dim) {
+      store(packed, load_partial(row + d, static_cast<int>(head_dim - d)));
+      packed += kLanes;
     }
   }
 }

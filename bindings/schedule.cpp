@@ -89,10 +89,10 @@ thread_local bool lost_team = is_thread_of_early_fork();
     pthread_atfork([] { may_lose_team = may_have_team(); }, nullptr,
                    [] { lost_team = lost_team || may_lose_team; });
 
-// Calls body(begin, end, scratch) for ranges of items, each with a scratch of its own.
-template <typename Body>
+}  // namespace
+
 void for_each_range(const Threads& threads, int64_t items, double operations_of_item,
-                    int64_t scratch_floats, const Body& body) {
+                    int64_t scratch_floats, const ScratchBody& body) {
   const auto with_scratch = [&](int64_t begin, int64_t end) {
     const Floats scratch = allocate(scratch_floats);
     body(begin, end, scratch.get());
@@ -102,6 +102,8 @@ void for_each_range(const Threads& threads, int64_t items, double operations_of_
   has_team = has_team || (items > grain && threads.count > 1);
   threads.parallel_for(items, grain, std::cref(with_scratch));
 }
+
+namespace {
 
 // Calls body(task, scratch) for all tasks.
 template <typename Body>

@@ -20,6 +20,12 @@ struct Threads {
   void (*parallel_for)(int64_t items, int64_t grain, const RangeBody& body);
 };
 
+// Calls body(begin, end, scratch) for ranges of items that together are [0, items), on the threads,
+// each with a scratch of so many floats of its own.
+using ScratchBody = std::function<void(int64_t begin, int64_t end, float* scratch)>;
+void for_each_range(const Threads& threads, int64_t items, double operations_of_item,
+                    int64_t scratch_floats, const ScratchBody& body);
+
 // Returns whether a call has nothing to compute.
 bool is_empty(const Problem& problem);
 

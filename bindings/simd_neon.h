@@ -30,6 +30,10 @@ inline Vec max(Vec a, Vec b) { return {vmaxq_f32(a.v, b.v)}; }
 inline Vec select_equal(Vec a, Vec b, Vec x, Vec y) {
   return {vbslq_f32(vceqq_f32(a.v, b.v), x.v, y.v)};
 }
+// Returns x in the lanes where a < b, y in the others.
+inline Vec select_less(Vec a, Vec b, Vec x, Vec y) {
+  return {vbslq_f32(vcltq_f32(a.v, b.v), x.v, y.v)};
+}
 
 inline Vec load(const float* p) { return {vld1q_f32(p)}; }
 inline void store(float* p, Vec x) { vst1q_f32(p, x.v); }

@@ -33,6 +33,10 @@ inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 inline Vec select_equal(Vec a, Vec b, Vec x, Vec y) {
   return {a.v == b.v ? x.v : y.v};
 }
+// Returns x in the lanes where a < b, y in the others.
+inline Vec select_less(Vec a, Vec b, Vec x, Vec y) {
+  return {a.v < b.v ? x.v : y.v};
+}
 
 inline float to_float(float x) { return x; }
 inline float to_float(bfloat16 x) {

@@ -96,6 +96,8 @@ struct BackwardArgs : Problem {
   DeltaSums delta_sums;
 };
 
+struct FrameArgs;  // frames.h
+
 // One instruction set's kernels.
 struct Kernels {
   const char* name;
@@ -110,6 +112,9 @@ struct Kernels {
   int64_t (*backward_scratch)(const BackwardArgs&);
   // Computes the gradients of sequences [begin, end).
   void (*backward)(const BackwardArgs&, int64_t begin, int64_t end, float* scratch);
+  int64_t (*frames_scratch)(const FrameArgs&);
+  // Computes one item; item = (batch * heads + head) * blocks + block.
+  void (*frames_forward)(const FrameArgs&, int64_t item, float* scratch);
   // Sets out[i] = 2^in[i], as the softmax computes it; for tests.
   void (*exp2)(const float* in, float* out, int64_t count);
 };

@@ -36,7 +36,13 @@ LIBRARY.define(
     "Tensor(d!)? grad_delta, Tensor(e!)? grad_stat, Tensor grad_out, Tensor? grad_map, "
     f"{_INPUTS}, bool detach_stat, float scale, int map_block) -> ()"
 )
-for _name in ("cpu_forward", "cpu_backward"):
+LIBRARY.define(
+    "cpu_frames_forward(Tensor(a!) out, Tensor(b!)? map, Tensor query, Tensor key, Tensor value, "
+    "Tensor? key_lengths, Tensor? stat_tensor, Tensor query_runs, Tensor key_runs, Tensor? delta, "
+    "Tensor? offset, Tensor? factor, Tensor? factor_span, Tensor? band, int stat, "
+    "bool clamp_negative, float scale, bool map_by_head) -> ()"
+)
+for _name in ("cpu_forward", "cpu_backward", "cpu_frames_forward"):
     # They write what they are given and return nothing.
     torch.library.register_fake(f"vstar_kernels::{_name}", lambda *arguments: None, lib=LIBRARY)
 
