@@ -178,19 +178,29 @@ class FrameBlock {
     for (int64_t first = rows_.begin; first < rows_.end; first += kPanelQueries) {
       begin_panel(panel_at(first));
     }
-    Chunk chunk;
+    // A chunk is computed when the next one is known, which is fetched meanwhile.
+    Chunk chunks[2];
+    Chunk *present = &chunks[0], *next = &chunks[1];
+    const auto compute_present = [&] {
+      if (present->keys > 0) compute_chunk(rules, *present, *next);
+      Chunk* const done = present;
+      present = next;
+      next = done;
+      next->pieces = next->keys = 0;
+    };
     for (int64_t frame = 0; frame <= a_.keys.frames; ++frame) {
       Rows keys = rules.visible_to_any(rows_, frame, rules.keys_of(frame));
       while (!keys.is_empty()) {
-        int64_t count = chunk_keys(keys.end - keys.begin);
-        if (chunk.keys + count > kKeyBlock) compute_chunk(rules, chunk);
-        chunk.piece[chunk.pieces++] = {frame, keys.begin, chunk.keys,
-                                       chunk.keys + static_cast<int>(count)};
-        chunk.keys += static_cast<int>(count);
+        const int64_t count = chunk_keys(keys.end - keys.begin);
+        if (next->keys + count > kKeyBlock) compute_present();
+        next->piece[next->pieces++] = {frame, keys.begin, next->keys,
+                                       next->keys + static_cast<int>(count)};
+        next->keys += static_cast<int>(count);
         keys.begin += count;
       }
     }
-    if (chunk.keys > 0) compute_chunk(rules, chunk);
+    compute_present();
+    compute_present();
     if (a_.map_sums) clear_map_rows();
     for (int64_t first = rows_.begin; first < rows_.end; first += kPanelQueries) {
       finish_panel(rules, panel_at(first));
@@ -250,13 +260,35 @@ class FrameBlock {
     }
   }
 
-  // Computes what a chunk adds to all panels, and empties it.
-  void compute_chunk(const FrameRules& rules, Chunk& chunk) {
+  // Computes what a chunk adds to all panels, and fetches the next one's rows.
+  void compute_chunk(const FrameRules& rules, const Chunk& chunk, const Chunk& next) {
     pack_keys(chunk);
+    const int64_t steps = divide_up(chunk.keys, kLogitsKeys) + column_tiles(plan_.padded_dim);
+    fetch_ = {&next, next.keys / (steps * plan_.panels) + 1, 0, 0};
     for (int64_t first = rows_.begin; first < rows_.end; first += kPanelQueries) {
       add_chunk(rules, chunk, panel_at(first));
     }
-    chunk.pieces = chunk.keys = 0;
+  }
+
+  // Fetches some more rows of the next chunk, between the microkernels' calls: a burst of fetches
+  // would overflow the processor's miss buffers and be dropped.
+  void fetch_some() {
+    const int64_t head = head_ / (a_.heads / a_.key_heads);
+    for (int64_t left = fetch_.keys_per_step; left > 0; --left) {
+      if (fetch_.piece == fetch_.chunk->pieces) return;
+      const Piece& piece = fetch_.chunk->piece[fetch_.piece];
+      const int64_t token = a_.keys.order[a_.keys.begin[piece.frame] + piece.place + fetch_.key];
+      fetch_row(row(a_.key, a_.key_strides, head, token));
+      fetch_row(row(a_.value, a_.value_strides, head, token));
+      if (++fetch_.key == piece.end - piece.begin) {
+        fetch_.key = 0;
+        ++fetch_.piece;
+      }
+    }
+  }
+  void fetch_row(const T* row) const {
+    constexpr int64_t kLineElements = 64 / sizeof(T);
+    for (int64_t d = 0; d < a_.head_dim; d += kLineElements) prefetch(row + d);
   }
 
   void pack_keys(const Chunk& chunk) const {
@@ -299,6 +331,7 @@ class FrameBlock {
     const auto* keys = reinterpret_cast<const Unit*>(scratch_ + plan_.keys);
     with_vectors(panel.vectors, [&](auto vectors) {
       for (int j = 0; j < chunk.keys; j += kLogitsKeys) {
+        fetch_some();
         logits_of_keys<vectors>(keys + j * units(), units(),
                                 static_cast<int>(min64(kLogitsKeys, chunk.keys - j)),
                                 panel.packed_queries, units(), a_.scale * kLog2E,
@@ -429,7 +462,7 @@ class FrameBlock {
     product<Over::keys>(cells + pieces[0].begin * lanes, lanes,
                         scratch_ + plan_.values + pieces[0].begin * plan_.padded_dim,
                         plan_.padded_dim, pieces[count - 1].end - pieces[0].begin,
-                        plan_.padded_dim, to, [] {});
+                        plan_.padded_dim, to, [this] { fetch_some(); });
   }
 
   // Returns whether nothing was added to a state yet.
@@ -603,9 +636,17 @@ class FrameBlock {
     }
   }
 
+  // Which rows of the next chunk are fetched next.
+  struct Fetch {
+    const Chunk* chunk;
+    int64_t keys_per_step;
+    int piece, key;
+  };
+
   const FrameArgs& a_;
   const FramesPlan& plan_;
   float* scratch_;
+  Fetch fetch_ = {};
   int64_t block_, batch_, head_;
   Rows rows_;
   int headroom_;  // log2 of the number of keys, rounded up
