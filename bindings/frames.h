@@ -61,4 +61,20 @@ struct FrameArgs {
   int64_t map_rows_per_head;
 };
 
+// What the gradients are asked for; out and the map's sums are not used. Factors have none.
+struct FrameBackwardArgs : FrameArgs {
+  const void* grad_out;
+  Strides grad_out_strides;
+  const float* grad_map;  // (batch, [heads,] query frames, key frames + 1); null: zero
+  bool map_by_head;
+  void* grad_query;
+  void* grad_key;
+  void* grad_value;
+  Strides grad_query_strides, grad_key_strides, grad_value_strides;
+  // An item is one of so many parts of the queries of a batch element and key head. Each has sums of
+  // dk and dv: two rows of head_dim, padded to whole vectors, for each key.
+  int64_t parts;
+  float* sums;
+};
+
 }  // namespace vstar

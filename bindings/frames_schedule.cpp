@@ -24,16 +24,41 @@ struct SortedTokens {
       begin[frame_of(runs.runs[r]) + 1] += runs.runs[r].end - runs.runs[r].start;
     }
     for (size_t f = 1; f < begin.size(); ++f) begin[f] += begin[f - 1];
+    std::vector<int64_t> next = begin;
     for (int64_t r = 0; r < runs.count; ++r) {
       const FrameRun& run = runs.runs[r];
-      int32_t* place = order.data() + begin[frame_of(run)] + run.index;
-      for (int32_t token = run.start; token < run.end; ++token) *place++ = token;
+      int64_t& place = next[frame_of(run)];
+      for (int32_t token = run.start; token < run.end; ++token) {
+        order[static_cast<size_t>(place++)] = token;
+      }
     }
     view = {tokens, runs.frames, order.data(), begin.data()};
   }
 };
 
 int64_t divide_up(int64_t x, int64_t divisor) { return (x + divisor - 1) / divisor; }
+
+// The orders of a call's tokens, which its arguments then refer to.
+class SortedCall {
+ public:
+  SortedCall(FrameArgs& args, const FrameRuns& query_runs, const FrameRuns& key_runs, bool has_map)
+      : frames_matter_(has_map || args.delta || args.offset || args.factor || args.band),
+        queries_(sorted(query_runs, args.queries.tokens)),
+        keys_(sorted(key_runs, args.keys.tokens)) {
+    args.queries = queries_.view;
+    args.keys = keys_.view;
+  }
+
+ private:
+  SortedTokens sorted(const FrameRuns& runs, int64_t tokens) const {
+    if (frames_matter_) return SortedTokens(runs, tokens);
+    const FrameRun text = {0, static_cast<int32_t>(tokens), -1, 0};
+    return SortedTokens({&text, 1, 0}, tokens);
+  }
+
+  bool frames_matter_;
+  SortedTokens queries_, keys_;
+};
 
 // Returns how many queries go over the keys together. The more, the less often keys are packed, but
 // a block's accumulators are to stay in the second cache, and blocks are to be enough for many
@@ -108,7 +133,7 @@ bool are_valid(const FrameRuns& runs, int64_t tokens) {
       return false;
     }
     int64_t& place = places[static_cast<size_t>(run.frame < 0 ? runs.frames : run.frame)];
-    if (run.index != place) return false;
+    if (run.frame >= 0 && run.index != place) return false;
     place += run.end - run.start;
     token = run.end;
   }
@@ -119,18 +144,7 @@ bool are_valid(const FrameRuns& runs, int64_t tokens) {
 void run_frames_forward(FrameArgs& args, const FrameRuns& query_runs, const FrameRuns& key_runs,
                         const FrameMap& map, const Threads& threads) {
   const Kernels& kernels = selected_kernels();
-  const bool has_rule = args.delta || args.offset || args.factor || args.band;
-  // Where frames make no difference, all tokens are alike.
-  const auto whole = [](int64_t tokens) {
-    return FrameRun{0, static_cast<int32_t>(tokens), -1, 0};
-  };
-  const FrameRun all_queries = whole(args.queries.tokens), all_keys = whole(args.keys.tokens);
-  const bool is_plain = !has_rule && !map.data;
-  const SortedTokens queries(is_plain ? FrameRuns{&all_queries, 1, 0} : query_runs,
-                             args.queries.tokens);
-  const SortedTokens keys(is_plain ? FrameRuns{&all_keys, 1, 0} : key_runs, args.keys.tokens);
-  args.queries = queries.view;
-  args.keys = keys.view;
+  const SortedCall sorted(args, query_runs, key_runs, map.data != nullptr);
   const bool split = args.delta && (args.stat == FrameStat::row_max ||
                                     args.stat == FrameStat::frame_max);
   args.queries_per_block = queries_per_block(args, split);
@@ -160,6 +174,37 @@ void run_frames_forward(FrameArgs& args, const FrameRuns& query_runs, const Fram
                    }
                  });
   if (map.data) add_up_map(args, map);
+}
+
+void run_frames_backward(FrameBackwardArgs& args, const FrameRuns& query_runs,
+                         const FrameRuns& key_runs, const Threads& threads) {
+  // So many items are enough for any number of threads, and few enough for their sums' memory.
+  constexpr int64_t kItems = 8, kQueriesOfPart = 128;
+  const Kernels& kernels = selected_kernels();
+  const SortedCall sorted(args, query_runs, key_runs, args.grad_map != nullptr);
+  const int64_t sequences = args.batch * args.key_heads;
+  const int64_t most = divide_up(args.queries.tokens, kQueriesOfPart);
+  args.parts = std::max<int64_t>(1, std::min(divide_up(kItems, sequences), most));
+  const int64_t padded_dim = divide_up(args.head_dim, kernels.lanes) * kernels.lanes;
+  const int64_t size = 2 * args.keys.tokens * padded_dim;
+  std::vector<float> sums(static_cast<size_t>(sequences * args.parts * size));
+  args.sums = sums.data();
+  const double operations =
+      10.0 * static_cast<double>(args.queries.tokens) * static_cast<double>(args.keys.tokens) *
+      static_cast<double>(args.head_dim * args.heads / args.key_heads / args.parts);
+  for_each_range(threads, sequences * args.parts, operations,
+                 kernels.frames_backward_scratch(args),
+                 [&](int64_t begin, int64_t end, float* scratch) {
+                   for (int64_t item = begin; item < end; ++item) {
+                     kernels.frames_backward(args, item, scratch);
+                   }
+                 });
+  for_each_range(threads, sequences, static_cast<double>(size * args.parts), 0,
+                 [&](int64_t begin, int64_t end, float*) {
+                   for (int64_t sequence = begin; sequence < end; ++sequence) {
+                     kernels.frames_backward_finish(args, sequence);
+                   }
+                 });
 }
 
 }  // namespace vstar

@@ -8,7 +8,7 @@
 namespace vstar {
 
 // A run of tokens of one frame: its tokens [start, end) are of that frame (-1: text), and the first
-// one has the place `index` among its frame's.
+// one has the place `index` among its frame's, which for text means nothing.
 struct FrameRun {
   int32_t start, end, frame, index;
 };
@@ -32,5 +32,9 @@ struct FrameMap {
 // tokens but for their numbers, and all that is about blocks and the map.
 void run_frames_forward(FrameArgs& args, const FrameRuns& queries, const FrameRuns& keys,
                         const FrameMap& map, const Threads& threads);
+
+// Computes the gradients. Sets what the caller leaves open, as above.
+void run_frames_backward(FrameBackwardArgs& args, const FrameRuns& queries, const FrameRuns& keys,
+                         const Threads& threads);
 
 }  // namespace vstar

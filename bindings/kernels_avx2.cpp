@@ -5,6 +5,7 @@
 #include "simd_avx2.h"
 #include "backward.h"
 #include "forward.h"
+#include "frames_backward.h"
 #include "frames_forward.h"
 
 namespace vstar {
@@ -17,5 +18,8 @@ const Kernels kernels_avx2 = {"avx2",
                               avx2::backward,
                               avx2::frames_scratch,
                               avx2::frames_forward,
+                              avx2::frames_backward_scratch,
+                              avx2::frames_backward,
+                              avx2::frames_backward_finish,
                               avx2::exp2};
 }  // namespace vstar

@@ -5,6 +5,7 @@
 #include "simd_avx512.h"
 #include "backward.h"
 #include "forward.h"
+#include "frames_backward.h"
 #include "frames_forward.h"
 
 namespace vstar {
@@ -17,5 +18,8 @@ const Kernels kernels_avx512 = {"avx512",
                                 avx512::backward,
                                 avx512::frames_scratch,
                                 avx512::frames_forward,
+                                avx512::frames_backward_scratch,
+                                avx512::frames_backward,
+                                avx512::frames_backward_finish,
                                 avx512::exp2};
 }  // namespace vstar

@@ -6,6 +6,7 @@
 #include "simd_avx512.h"
 #include "backward.h"
 #include "forward.h"
+#include "frames_backward.h"
 #include "frames_forward.h"
 
 namespace vstar {
@@ -18,5 +19,8 @@ const Kernels kernels_avx512_bf16 = {"avx512_bf16",
                                      avx512_bf16::backward,
                                      avx512_bf16::frames_scratch,
                                      avx512_bf16::frames_forward,
+                                     avx512_bf16::frames_backward_scratch,
+                                     avx512_bf16::frames_backward,
+                                     avx512_bf16::frames_backward_finish,
                                      avx512_bf16::exp2};
 }  // namespace vstar

@@ -5,6 +5,7 @@
 #include "simd_neon.h"
 #include "backward.h"
 #include "forward.h"
+#include "frames_backward.h"
 #include "frames_forward.h"
 
 namespace vstar {
@@ -17,5 +18,8 @@ const Kernels kernels_neon = {"neon",
                               neon::backward,
                               neon::frames_scratch,
                               neon::frames_forward,
+                              neon::frames_backward_scratch,
+                              neon::frames_backward,
+                              neon::frames_backward_finish,
                               neon::exp2};
 }  // namespace vstar

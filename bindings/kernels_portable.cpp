@@ -5,6 +5,7 @@
 #include "simd_portable.h"
 #include "backward.h"
 #include "forward.h"
+#include "frames_backward.h"
 #include "frames_forward.h"
 
 namespace vstar {
@@ -17,5 +18,8 @@ const Kernels kernels_portable = {"portable",
                                   portable::backward,
                                   portable::frames_scratch,
                                   portable::frames_forward,
+                                  portable::frames_backward_scratch,
+                                  portable::frames_backward,
+                                  portable::frames_backward_finish,
                                   portable::exp2};
 }  // namespace vstar

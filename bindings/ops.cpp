@@ -311,8 +311,97 @@ const int32_t* frame_bounds(const Tensor& t, int64_t query_frames, int64_t key_f
   check_int(t, 3, name);
   STD_TORCH_CHECK(t.size(0) == 2 && t.size(1) == query_frames && t.size(2) == key_frames, name,
                   " must be two tables of ", query_frames, " by ", key_frames, " frames");
-  return t.const_data_ptr<int32_t>();
+  return static_cast<const int32_t*>(t.const_data_ptr());
 }
+
+// The arguments that both operators over frames take, in their order.
+struct FrameArguments {
+  const Tensor& query;
+  const Tensor& key;
+  const Tensor& value;
+  const std::optional<Tensor>& key_lengths;
+  const std::optional<Tensor>& stat_tensor;
+  const Tensor& query_runs;
+  const Tensor& key_runs;
+  const std::optional<Tensor>& delta;
+  const std::optional<Tensor>& offset;
+  const std::optional<Tensor>& factor;
+  const std::optional<Tensor>& factor_span;
+  const std::optional<Tensor>& band;
+  int64_t stat;
+  bool clamp_negative;
+  double scale;
+  vstar::FrameRuns queries = {}, keys = {};
+
+  // Checks the arguments and sets the kernels'.
+  void set(vstar::FrameArgs& args) {
+    check_tokens(query, query, "query");
+    check_tokens(key, query, "key");
+    check_tokens(value, query, "value");
+    STD_TORCH_CHECK(has_shape(value, key, 4), "value must have key's shape");
+    args.type = scalar_type(query);
+    args.batch = query.size(0);
+    args.heads = query.size(2);
+    args.key_heads = key.size(2);
+    args.head_dim = query.size(3);
+    STD_TORCH_CHECK(args.key_heads > 0 && args.heads % args.key_heads == 0,
+                    "query's heads must be a multiple of key's");
+    args.queries.tokens = query.size(1);
+    args.keys.tokens = key.size(1);
+    queries = frame_runs(query_runs, query.size(1), "query_runs");
+    keys = frame_runs(key_runs, key.size(1), "key_runs");
+    args.query = query.const_data_ptr();
+    args.key = key.const_data_ptr();
+    args.value = value.const_data_ptr();
+    args.query_strides = token_strides(query);
+    args.key_strides = token_strides(key);
+    args.value_strides = token_strides(value);
+    args.scale = static_cast<float>(scale);
+    if (key_lengths) {
+      check_int(*key_lengths, 1, "key_lengths");
+      STD_TORCH_CHECK(key_lengths->size(0) == args.batch, "key_lengths must be (batch)");
+      args.key_lengths = static_cast<const int32_t*>(key_lengths->const_data_ptr());
+    }
+    set_rule(args);
+  }
+
+  // Returns a map's data after checking that it is one of this call.
+  float* map_data(const Tensor& map, bool by_head, const char* name) const {
+    check_contiguous(map, name);
+    const int64_t dims = map.dim();
+    STD_TORCH_CHECK(dims == 3 + by_head && map.size(0) == query.size(0) &&
+                        (!by_head || map.size(1) == query.size(2)) &&
+                        map.size(dims - 2) == queries.frames && map.size(dims - 1) == keys.frames + 1,
+                    name, " must be (batch, [heads,] frames, frames + 1)");
+    return static_cast<float*>(map.data_ptr());
+  }
+
+ private:
+  void set_rule(vstar::FrameArgs& args) const {
+    STD_TORCH_CHECK(stat >= 0 && stat <= 3, "stat must be 0 to 3, got ", stat);
+    args.stat = static_cast<vstar::FrameStat>(stat);
+    STD_TORCH_CHECK((args.stat == vstar::FrameStat::tensor) == stat_tensor.has_value(),
+                    "stat 3 goes with stat_tensor");
+    args.clamp_negative = clamp_negative;
+    const int64_t heads = args.heads, f = queries.frames, g = keys.frames;
+    if (stat_tensor) {
+      check_stat(*stat_tensor, query, "stat_tensor");
+      args.stat_tensor = stat_tensor->const_data_ptr<float>();
+      args.stat_strides = token_strides(*stat_tensor);
+    }
+    if (delta) args.delta = frame_table(*delta, 2, heads, f, g, &args.delta_head_stride, "delta");
+    if (offset) {
+      args.offset = frame_table(*offset, 2, heads, f, g, &args.offset_head_stride, "offset");
+    }
+    if (factor) {
+      args.factor = frame_table(*factor, 3, heads, f, g, &args.factor_head_stride, "factor");
+      STD_TORCH_CHECK(factor->size(0) == 2, "factor must be two tables");
+      args.factor_sign_stride = factor->stride(0);
+      if (factor_span) args.factor_span = frame_bounds(*factor_span, f, g, "factor_span");
+    }
+    if (band) args.band = frame_bounds(*band, f, g, "band");
+  }
+};
 
 void cpu_frames_forward(Tensor out, std::optional<Tensor> map, Tensor query, Tensor key,
                         Tensor value, std::optional<Tensor> key_lengths,
@@ -321,73 +410,55 @@ void cpu_frames_forward(Tensor out, std::optional<Tensor> map, Tensor query, Ten
                         std::optional<Tensor> factor, std::optional<Tensor> factor_span,
                         std::optional<Tensor> band, int64_t stat, bool clamp_negative,
                         double scale, bool map_by_head) {
-  check_tokens(query, query, "query");
-  check_tokens(key, query, "key");
-  check_tokens(value, query, "value");
-  check_like(out, query, "out");
-  STD_TORCH_CHECK(has_shape(value, key, 4), "value must have key's shape");
+  FrameArguments arguments = {query,  key,    value,       key_lengths, stat_tensor,
+                              query_runs, key_runs, delta, offset, factor,
+                              factor_span, band, stat, clamp_negative, scale};
   vstar::FrameArgs args = {};
-  args.type = scalar_type(query);
-  args.batch = query.size(0);
-  args.heads = query.size(2);
-  args.key_heads = key.size(2);
-  args.head_dim = query.size(3);
-  STD_TORCH_CHECK(args.key_heads > 0 && args.heads % args.key_heads == 0,
-                  "query's heads must be a multiple of key's");
-  args.queries.tokens = query.size(1);
-  args.keys.tokens = key.size(1);
-  const vstar::FrameRuns queries = frame_runs(query_runs, query.size(1), "query_runs");
-  const vstar::FrameRuns keys = frame_runs(key_runs, key.size(1), "key_runs");
-  STD_TORCH_CHECK(stat >= 0 && stat <= 3, "stat must be 0 to 3, got ", stat);
-  args.stat = static_cast<vstar::FrameStat>(stat);
-  STD_TORCH_CHECK((args.stat == vstar::FrameStat::tensor) == stat_tensor.has_value(),
-                  "stat 3 goes with stat_tensor");
-  args.clamp_negative = clamp_negative;
-  args.scale = static_cast<float>(scale);
-  const int64_t heads = args.heads, f = queries.frames, g = keys.frames;
-  if (stat_tensor) {
-    check_stat(*stat_tensor, query, "stat_tensor");
-    args.stat_tensor = stat_tensor->const_data_ptr<float>();
-    args.stat_strides = token_strides(*stat_tensor);
-  }
-  if (key_lengths) {
-    check_int(*key_lengths, 1, "key_lengths");
-    STD_TORCH_CHECK(key_lengths->size(0) == args.batch, "key_lengths must be (batch)");
-    args.key_lengths = key_lengths->const_data_ptr<int32_t>();
-  }
-  if (delta) args.delta = frame_table(*delta, 2, heads, f, g, &args.delta_head_stride, "delta");
-  if (offset) {
-    args.offset = frame_table(*offset, 2, heads, f, g, &args.offset_head_stride, "offset");
-  }
-  if (factor) {
-    args.factor = frame_table(*factor, 3, heads, f, g, &args.factor_head_stride, "factor");
-    STD_TORCH_CHECK(factor->size(0) == 2, "factor must be two tables");
-    args.factor_sign_stride = factor->stride(0);
-    if (factor_span) args.factor_span = frame_bounds(*factor_span, f, g, "factor_span");
-  }
-  if (band) args.band = frame_bounds(*band, f, g, "band");
-  if (map) {
-    check_contiguous(*map, "map");
-    const bool fits = map->dim() == 3 + map_by_head && map->size(0) == args.batch &&
-                      (!map_by_head || map->size(1) == heads) &&
-                      map->size(map->dim() - 2) == f && map->size(map->dim() - 1) == g + 1;
-    STD_TORCH_CHECK(fits, "map must be (batch, [heads,] frames, frames + 1)");
-  }
-  if (args.batch * args.queries.tokens * heads * args.head_dim == 0) {
+  arguments.set(args);
+  check_like(out, query, "out");
+  vstar::FrameMap frame_map = {nullptr, map_by_head};
+  if (map) frame_map.data = arguments.map_data(*map, map_by_head, "map");
+  if (query.numel() == 0) {
     if (map) torch::stable::fill_(*map, __builtin_nan(""));  // the mean of nothing
     return;
   }
-  args.query = query.const_data_ptr();
-  args.key = key.const_data_ptr();
-  args.value = value.const_data_ptr();
-  args.query_strides = token_strides(query);
-  args.key_strides = token_strides(key);
-  args.value_strides = token_strides(value);
   args.out = out.mutable_data_ptr();
   args.out_strides = token_strides(out);
-  vstar::run_frames_forward(args, queries, keys,
-                            {map ? map->mutable_data_ptr<float>() : nullptr, map_by_head},
-                            threads());
+  vstar::run_frames_forward(args, arguments.queries, arguments.keys, frame_map, threads());
+}
+
+void cpu_frames_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_out,
+                         std::optional<Tensor> grad_map, Tensor query, Tensor key, Tensor value,
+                         std::optional<Tensor> key_lengths, std::optional<Tensor> stat_tensor,
+                         Tensor query_runs, Tensor key_runs, std::optional<Tensor> delta,
+                         std::optional<Tensor> offset, std::optional<Tensor> factor,
+                         std::optional<Tensor> factor_span, std::optional<Tensor> band,
+                         int64_t stat, bool clamp_negative, double scale, bool map_by_head) {
+  FrameArguments arguments = {query,  key,    value,       key_lengths, stat_tensor,
+                              query_runs, key_runs, delta, offset, factor,
+                              factor_span, band, stat, clamp_negative, scale};
+  vstar::FrameBackwardArgs args = {};
+  arguments.set(args);
+  STD_TORCH_CHECK(!factor, "rules with factors have no gradients");
+  check_like(grad_query, query, "grad_query");
+  check_like(grad_out, query, "grad_out");
+  check_like(grad_key, key, "grad_key");
+  check_like(grad_value, key, "grad_value");
+  args.map_by_head = map_by_head;
+  if (grad_map) args.grad_map = arguments.map_data(*grad_map, map_by_head, "grad_map");
+  if (query.numel() == 0 || key.numel() == 0) {
+    for (Tensor* grad : {&grad_query, &grad_key, &grad_value}) torch::stable::zero_(*grad);
+    return;
+  }
+  args.grad_out = grad_out.const_data_ptr();
+  args.grad_out_strides = token_strides(grad_out);
+  args.grad_query = grad_query.mutable_data_ptr();
+  args.grad_key = grad_key.mutable_data_ptr();
+  args.grad_value = grad_value.mutable_data_ptr();
+  args.grad_query_strides = token_strides(grad_query);
+  args.grad_key_strides = token_strides(grad_key);
+  args.grad_value_strides = token_strides(grad_value);
+  vstar::run_frames_backward(args, arguments.queries, arguments.keys, threads());
 }
 
 }  // namespace
@@ -396,4 +467,5 @@ STABLE_TORCH_LIBRARY_IMPL(vstar_kernels, CPU, m) {
   m.impl("cpu_forward", TORCH_BOX(&cpu_forward));
   m.impl("cpu_backward", TORCH_BOX(&cpu_backward));
   m.impl("cpu_frames_forward", TORCH_BOX(&cpu_frames_forward));
+  m.impl("cpu_frames_backward", TORCH_BOX(&cpu_frames_backward));
 }

@@ -97,6 +97,7 @@ struct BackwardArgs : Problem {
 };
 
 struct FrameArgs;  // frames.h
+struct FrameBackwardArgs;
 
 // One instruction set's kernels.
 struct Kernels {
@@ -115,6 +116,11 @@ struct Kernels {
   int64_t (*frames_scratch)(const FrameArgs&);
   // Computes one item; item = (batch * heads + head) * blocks + block.
   void (*frames_forward)(const FrameArgs&, int64_t item, float* scratch);
+  int64_t (*frames_backward_scratch)(const FrameBackwardArgs&);
+  // Computes one item; item = (batch * key_heads + key head) * parts + part.
+  void (*frames_backward)(const FrameBackwardArgs&, int64_t item, float* scratch);
+  // Writes the gradients of keys and values of a sequence, batch * key_heads + key head.
+  void (*frames_backward_finish)(const FrameBackwardArgs&, int64_t sequence);
   // Sets out[i] = 2^in[i], as the softmax computes it; for tests.
   void (*exp2)(const float* in, float* out, int64_t count);
 };

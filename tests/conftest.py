@@ -27,6 +27,18 @@ def isa(request):
     library.select_isa(before)
 
 
+@pytest.fixture
+def isa_in_turn(request):
+    """One of the instruction sets, another for each number that the test has as its parameter."""
+    library = native.load()
+    if library.problems:
+        pytest.skip("; ".join(library.problems))
+    before = library.isa
+    library.select_isa(library.isas[request.param % len(library.isas)])
+    yield
+    library.select_isa(before)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For sizes that gain nothing from more, and lose much where the processor is busy."""

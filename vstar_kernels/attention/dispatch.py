@@ -18,6 +18,7 @@ from vstar_kernels.attention import cpu, reference, triton
 from vstar_kernels.attention.bias import Bias
 from vstar_kernels.attention.call import Call, Forward, Gradients, Wanted, check_call
 from vstar_kernels.attention.frames import composed
+from vstar_kernels.attention.frames import cpu as frames_cpu
 from vstar_kernels.attention.frames import reference as frames_reference
 from vstar_kernels.attention.frames.call import FrameCall, FrameGradients, FrameWanted
 from vstar_kernels.attention.frames.call import check_call as check_frame_call
@@ -150,7 +151,12 @@ TAR_ATTENTION: Operation[Call, Wanted, Gradients] = Operation(
 )
 FRAME_ATTENTION: Operation[FrameCall, FrameWanted, FrameGradients] = Operation(
     "frame_attention",
-    {"triton": frames_triton, "composed": composed, "reference": frames_reference},
+    {
+        "triton": frames_triton,
+        "cpu": frames_cpu,
+        "composed": composed,
+        "reference": frames_reference,
+    },
 )
 
 

@@ -36,23 +36,30 @@ LIBRARY.define(
     "Tensor(d!)? grad_delta, Tensor(e!)? grad_stat, Tensor grad_out, Tensor? grad_map, "
     f"{_INPUTS}, bool detach_stat, float scale, int map_block) -> ()"
 )
-LIBRARY.define(
-    "cpu_frames_forward(Tensor(a!) out, Tensor(b!)? map, Tensor query, Tensor key, Tensor value, "
-    "Tensor? key_lengths, Tensor? stat_tensor, Tensor query_runs, Tensor key_runs, Tensor? delta, "
-    "Tensor? offset, Tensor? factor, Tensor? factor_span, Tensor? band, int stat, "
-    "bool clamp_negative, float scale, bool map_by_head) -> ()"
+_FRAME_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? stat_tensor, "
+    "Tensor query_runs, Tensor key_runs, Tensor? delta, Tensor? offset, Tensor? factor, "
+    "Tensor? factor_span, Tensor? band, int stat, bool clamp_negative, float scale, "
+    "bool map_by_head"
 )
-for _name in ("cpu_forward", "cpu_backward", "cpu_frames_forward"):
+LIBRARY.define(f"cpu_frames_forward(Tensor(a!) out, Tensor(b!)? map, {_FRAME_INPUTS}) -> ()")
+LIBRARY.define(
+    "cpu_frames_backward(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, "
+    f"Tensor grad_out, Tensor? grad_map, {_FRAME_INPUTS}) -> ()"
+)
+for _name in ("cpu_forward", "cpu_backward", "cpu_frames_forward", "cpu_frames_backward"):
     # They write what they are given and return nothing.
     torch.library.register_fake(f"vstar_kernels::{_name}", lambda *arguments: None, lib=LIBRARY)
 
 # The numbers of vstar::Form in bindings/delta.h and of vstar::Stat in bindings/types.h.
 FORM_NUMBERS = {"none": 0, "gaussian": 1, "symmetric": 2, "signed": 3, "dense": 4}
 STAT_NUMBERS = {"none": 0, "row_max": 1, "map_max": 2, "tensor": 3}
+# Those of vstar::FrameStat in bindings/frames.h.
+FRAME_STAT_NUMBERS = {"none": 0, "row_max": 1, "frame_max": 2, "tensor": 3}
 
 DIRECTORY = Path(__file__).parents[1] / "lib"
 ISA_VARIABLE = "VSTAR_KERNELS_CPU_ISA"
-INTERFACE = 2  # of these operators; vstar_kernels_interface() in bindings/dispatch.cpp says it too
+INTERFACE = 3  # of these operators; vstar_kernels_interface() in bindings/dispatch.cpp says it too
 
 
 @dataclass(frozen=True)
