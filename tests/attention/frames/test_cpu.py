@@ -70,7 +70,7 @@ def test_given_statistic(name, clamp, isa):
     assert_frames(attend(q, k, v, layout, rule), q, k, v, layout, rule)
 
 
-@pytest.mark.parametrize("head_dim", [1, 2, 7, 31, 72, 80, 128, 160, 256])
+@pytest.mark.parametrize("head_dim", [1, 7, 72, 160, 256])
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
 def test_head_dims(head_dim, dtype, isa):
     layout = vk.Layout(vk.Frames(3, 13))
@@ -234,9 +234,9 @@ def test_errors():
     with pytest.raises(ValueError, match="key has stride 2 in it"):
         attend(q, torch.stack([k, k], -1)[..., 0], v, layout)
     with pytest.raises(ValueError, match="no gradients of rules with factors"):
-        attend(q, k, v.requires_grad_(), layout, R.reference(0.5))
+        attend(q, k, v.requires_grad_(), layout, R.attenuate(0.6, 0))
     with torch.no_grad():
-        attend(q, k, v, layout, R.reference(0.5))
+        attend(q, k, v, layout, R.attenuate(0.6, 0))
 
 
 def test_operator_refuses_what_would_leave_its_tensors():

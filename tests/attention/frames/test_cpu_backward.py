@@ -62,7 +62,8 @@ class Call:
 OPTIONS = {
     **cases.OPTIONS,
     "rule": [name for name in cases.RULES if "attenuate" not in name and name != "reference"],
-    "tokens": [1, 7, 40],
+    "tokens": [1, 7, 20],
+    "head_dim": [16, 23],
     "dtype": [torch.float32, torch.bfloat16],
     "strides": [name for name in cases.STRIDES if name != "expanded"],
 }
@@ -76,7 +77,8 @@ OPTIONS = {
 )
 @pytest.mark.usefixtures("isa_in_turn")
 def test_options(case):
-    Call(*cases.make(case)).check()
+    # A query that sees one key has no gradient: what is left is rounding.
+    Call(*cases.make(case)).check(vanishing=1e-5)
 
 
 def inputs(layout, heads=2, head_dim=16, dtype=torch.float32):
@@ -125,14 +127,6 @@ def test_given_statistic():
     Call((q, k, v, layout, rule), {}).check()
 
 
-def test_autograd():
-    layout = vk.Layout(vk.Frames(3, 20))
-    q, k, v = (x.requires_grad_() for x in inputs(layout))
-    out, mean_map = vk.frame_attention(q, k, v, layout, R.tar(1.0), return_map=True, backend="cpu")
-    (out.square().sum() + mean_map.square().sum()).backward()
-    assert all(x.grad.isfinite().all() for x in (q, k, v))
-
-
 def test_bits_do_not_depend_on_threads():
     layout = vk.Layout(vk.Frames(4, 100))
     call = Call((*inputs(layout), layout, R.tar(1.0)), {"return_map": True})
@@ -152,7 +146,7 @@ def test_bits_do_not_depend_on_threads():
 def test_refused():
     layout = vk.Layout(vk.Frames(2, 4))
     q, k, v = inputs(layout)
-    call = check_call(q, k, v, layout, R.reference(0.5))
+    call = check_call(q, k, v, layout, R.attenuate(0.6, 0))
     with pytest.raises(NotImplementedError, match="rules with factors"):
         cpu.backward(call, q, (), q, None, FrameWanted(False, False, False))
     call = check_call(q, k, v, layout, R.tar(1.0))
