@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vstar_kernels.attention.call import autocast
+from vstar_kernels.attention.bias import check_finite, check_flag, check_strided
+from vstar_kernels.attention.call import autocast, has_autocast
 from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.attention.frames.rules import FrameRule, Tables
 
@@ -200,14 +201,12 @@ def check_call(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if not query.is_meta and torch.is_autocast_enabled(query.device.type):
+        check_strided(tensor, name)
+    if has_autocast(query.device) and torch.is_autocast_enabled(query.device.type):
         query, key, value = autocast(query), autocast(key), autocast(value)
     _check_shapes(query, key, value)
     if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, int | float):
-            raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-        if not math.isfinite(scale):
-            raise ValueError(f"scale must be finite, got {scale}")
+        check_finite(scale, "scale")
     key_layout = _check_layouts(query, key, layout, key_layout)
     if key_lengths is not None:
         _check_lengths(key_lengths, query)
@@ -355,9 +354,8 @@ def _check_stat(stat: Tensor, query: Tensor) -> None:
 
 
 def _map_name(return_map: bool, map_heads: bool) -> str:
-    for name, value in (("return_map", return_map), ("map_heads", map_heads)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+    check_flag(return_map, "return_map")
+    check_flag(map_heads, "map_heads")
     if map_heads and not return_map:
         raise ValueError("map_heads=True needs return_map=True")
     return "none" if not return_map else "heads" if map_heads else "mean"

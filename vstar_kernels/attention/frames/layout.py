@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vstar_kernels.attention.bias import check_finite, shown
+
 TEXT = -1  # the frame of tokens that belong to none
 _SHOWN = 8  # segments in a layout's repr
 
@@ -268,10 +270,7 @@ def _pieces(segments: Sequence[Frames | Text]) -> list[tuple[float | None, int]]
             pieces.append((None, segment.tokens))
             continue
         for i in range(segment.count):
-            coordinate = float(segment.first + i * segment.step)
-            if not math.isfinite(coordinate):
-                raise ValueError(f"frame {i} of {segment} has the coordinate {coordinate}")
-            pieces.append((coordinate, segment.tokens))
+            pieces.append((float(segment.first + i * segment.step), segment.tokens))
     return pieces
 
 
@@ -296,13 +295,10 @@ def _vector(values: Tensor | Sequence[Any], name: str) -> Tensor:
 
 
 def check_number(value: Any, name: str, *, least: float | None = None) -> None:
-    """Raises unless ``value`` is a finite number, and no less than ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+    """Raises unless ``value`` is a number in float32's range, and no less than ``least``."""
+    check_finite(value, name)
     if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+        raise ValueError(f"{name} must be at least {least}, got {shown(value)}")
 
 
 def check_count(value: Any, name: str, least: int) -> None:
@@ -310,4 +306,4 @@ def check_count(value: Any, name: str, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+        raise ValueError(f"{name} must be at least {least}, got {shown(value)}")

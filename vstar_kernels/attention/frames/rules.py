@@ -14,18 +14,20 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from vstar_kernels.attention.bias import check_flag
 from vstar_kernels.attention.frames.layout import (
     Layout,
     Numbers,
     check_count,
     check_number,
 )
+from vstar_kernels.reading import require_pydantic
 
 STATS = ("frame_max", "row_max", "none")
 METRICS = ("frame", "token")
@@ -493,6 +495,13 @@ class FrameRule:
     clamp_negative: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        for term in self.terms:
+            if not isinstance(term, get_args(Term)):
+                raise TypeError(f"terms must be those of rules.Term, got {type(term).__name__}")
+        if self.is_identity and len(self.terms) > 1:
+            raise ValueError(
+                "FrameRule.identity() leaves no attention that a rule could be added to"
+            )
         if isinstance(self.stat, Tensor):
             if self.stat.dtype != torch.float32:
                 raise ValueError(f"a stat tensor must be float32, got {self.stat.dtype}")
@@ -500,10 +509,7 @@ class FrameRule:
             raise ValueError(
                 f"stat must be one of {', '.join(map(repr, STATS))} or a tensor, got {self.stat!r}"
             )
-        if not isinstance(self.clamp_negative, bool):
-            raise TypeError(
-                f"clamp_negative must be True or False, got {type(self.clamp_negative).__name__}"
-            )
+        check_flag(self.clamp_negative, "clamp_negative")
 
     @classmethod
     def tar(
@@ -603,8 +609,7 @@ class FrameRule:
                 with j − i = (t_g − t_f) · P + p_j − p_i, as the published kernel counts it; all
                 frames then have P tokens.
         """
-        pairs = tuple(_pair(band, "bands") for band in bands)
-        return cls((Attenuate(alpha, window, pairs, beta, metric),))
+        return cls((Attenuate(alpha, window, pairs(bands, "bands"), beta, metric),))
 
     @classmethod
     def reference(cls, gamma: float, frame: int = 0) -> FrameRule:
@@ -654,7 +659,7 @@ class FrameRule:
             sigma: σ > 0 of the decay beyond it. A penalty of ε at a distance of d past w is σ =
                 d / √(−2 ln ε).
         """
-        return cls((Relay(tuple(_pair(x, "segments") for x in segments), w, sigma),))
+        return cls((Relay(pairs(segments, "segments"), w, sigma),))
 
     @classmethod
     def identity(cls) -> FrameRule:
@@ -673,10 +678,6 @@ class FrameRule:
     def __add__(self, other: FrameRule) -> FrameRule:
         if not isinstance(other, FrameRule):
             return NotImplemented
-        if (self.is_identity and other.terms) or (other.is_identity and self.terms):
-            raise ValueError(
-                "FrameRule.identity() leaves no attention that a rule could be added to"
-            )
         terms = self.terms + other.terms
         if _is_none(other.stat):
             return FrameRule(terms, stat=self.stat, clamp_negative=self.clamp_negative)
@@ -694,6 +695,35 @@ class FrameRule:
     def _shown_stat(self) -> str:
         stat = "a tensor" if isinstance(self.stat, Tensor) else repr(self.stat)
         return stat + (" with clamp_negative" if self.clamp_negative else "")
+
+    def to_json(self) -> str:
+        """Returns the rule as JSON; −inf in a table is null.
+
+        A bias that requires a gradient is written, and read again, as the numbers that it has now.
+
+        Raises:
+            ValueError: Its statistic is a tensor.
+            ImportError: ``pydantic`` is not installed.
+        """
+        require_pydantic()
+        from vstar_kernels.attention.frames import rule_json
+
+        text = rule_json.write(self)
+        self.from_json(text)  # what cannot be read is not to be written
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> FrameRule:
+        """Returns the rule that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: It is not JSON, or not a rule; the message names the field.
+            ImportError: ``pydantic`` is not installed.
+        """
+        require_pydantic()
+        from vstar_kernels.attention.frames import rule_json
+
+        return rule_json.read(text)
 
     def tables(self, layout: Layout, key_layout: Layout | None = None) -> Tables:
         """Returns the rule's tables for frames of queries and of keys, on the CPU.
@@ -743,7 +773,9 @@ def _is_none(stat: str | Tensor) -> bool:
     return isinstance(stat, str) and stat == "none"
 
 
-def _pair(values: Any, name: str) -> tuple[float, float]:
-    if not isinstance(values, Sequence) or len(values) != 2:
-        raise ValueError(f"{name} must be pairs of numbers, got {values!r}")
-    return values[0], values[1]
+def pairs(values: Sequence[Any], name: str) -> tuple[tuple[float, float], ...]:
+    """Returns pairs of numbers as terms hold them."""
+    for pair in values:
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ValueError(f"{name} must be pairs of numbers, got {pair!r}")
+    return tuple((first, second) for first, second in values)
