@@ -12,6 +12,8 @@ import os
 import warnings
 from contextlib import suppress
 from types import SimpleNamespace
+from unicodedata import category
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from vstar_kernels.methods import llm
 from vstar_kernels.methods.cache import Cache
 from vstar_kernels.methods.secrets import redact
 from vstar_kernels.methods.vstar.writer import SynopsisError, conversation, stages_form
-from vstar_kernels.reading import FormatError, clean, decode
+from vstar_kernels.reading import FormatError, decode
 
 LONGEST_MESSAGE = 2000
 many = settings(max_examples=int(os.environ.get("DOCUMENTS", "100")))
@@ -57,14 +59,13 @@ def assert_told(error: BaseException | str) -> None:
 
 
 def assert_hidden(text: str) -> None:
-    """No key can be made out in a text."""
-    assert redact(text, [KEY]) == text
+    """No key can be made out in a text; this shares nothing with what hides it."""
+    assert "".join(filter(str.isalnum, KEY)) not in "".join(filter(str.isalnum, unquote(text)))
 
 
 def assert_clean(*texts: str) -> None:
     for text in texts:
-        assert clean(text) == text
-        text.encode()
+        assert all(category(x) not in ("Cc", "Cs") or x in "\n\t" for x in text)
 
 
 @many
