@@ -2,6 +2,7 @@
 
 - ``targets``: the architectures' limits, and the rates of one GPU of each
 - ``cases``: which launches are compiled; all that is known of how the package builds them
+- ``frame_cases``: likewise of attention over frames of tokens
 - ``compile``: launch → binary, as the JIT would
 - ``binary``: binary → registers, spills, shared memory, loads, stores, matrix instructions
 - ``report``: what no shipped configuration may do, the predicted use of the memory's bandwidth, and

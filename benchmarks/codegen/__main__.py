@@ -11,11 +11,12 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 import tyro
 
-from benchmarks.codegen import cases, report
+from benchmarks.codegen import cases, frame_cases, report
 from benchmarks.codegen.compile import in_processes
 
 
@@ -34,10 +35,11 @@ class Options(cases.Selection):
 def main(arguments: list[str] | None = None) -> None:
     """Prints the tables, and writes them and the data with ``--json``."""
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.codegen")
-    todo = [case for entry in cases.entries() for case in cases.shipped(entry)]
+    todo: list[Any] = [case for entry in cases.entries() for case in cases.shipped(entry)]
+    of_frames = [x for entry in frame_cases.entries() for x in frame_cases.shipped(entry)]
     if options.subset:
-        todo = cases.subset(todo)
-    todo = [case for case in todo if options.has(case.entry)]
+        todo, of_frames = cases.subset(todo), frame_cases.subset(of_frames)
+    todo = [case for case in [*todo, *of_frames] if options.has(case.entry)]
     results = in_processes(report.examine, todo, options.jobs, unit="kernel")
     text = report.tables(results)
     print(text)

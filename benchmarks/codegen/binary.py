@@ -38,6 +38,7 @@ class Binary:
     other_loads: Counts
     stores: Counts
     matrix: Counts  # name → instructions
+    asynchronous: int = 0  # of the loads, those that go to shared memory while others compute
     in_lanes: int = 0  # scalar registers that AMD's compiler moved into lanes of vector ones
 
 
@@ -70,6 +71,7 @@ class Assembly:
             "instructions": len(code),
             "loads": _count(width for width, in_load in loads if in_load),
             "other_loads": _count(width for width, in_load in loads if not in_load),
+            "asynchronous": sum(in_load and name.startswith("LDGSTS") for name, in_load in code),
             "stores": _count(self.width(name) for name, _ in code if self.store.match(name)),
             "matrix": _count(name.split(".")[0] for name, _ in code if self.matrix.match(name)),
         }

@@ -27,7 +27,7 @@ from typing import Any
 import jinja2
 import triton
 
-from benchmarks.codegen import cases
+from benchmarks.codegen import cases, frame_cases
 from benchmarks.codegen.binary import Binary
 from benchmarks.codegen.cases import Case
 from benchmarks.codegen.compile import inspect
@@ -84,7 +84,7 @@ def tables(results: list[Result]) -> str:
         triton=triton.__version__,
         results=results,
         targets=TARGETS,
-        common=(cases.GAUSSIAN.name, cases.GRADIENTS.name),
+        common=(cases.GAUSSIAN.name, cases.GRADIENTS.name, *frame_cases.COMMON),
     )
 
 
@@ -120,6 +120,10 @@ def faults(case: Case, binary: Binary, target: Target) -> list[str]:
         found.append("no load of queries, keys or values was recognised")
     elif min(binary.loads) < aligned:
         found.append(f"loads {min(binary.loads)} bytes at a time where {aligned} are aligned")
+    staged = case.entry.family == "frames" and case.config.stages > 1
+    if staged and target.triton.backend == "cuda" and not binary.asynchronous:
+        # Each block of keys and values would wait for its own loads.
+        found.append(f"has {case.config.stages} stages, but no load runs ahead of its use")
     multiplies = case.launch.needed.k  # unlike statistics that the forward pass saved
     without_matrix = case.entry.kind == "ieee" and target.triton.backend == "cuda"
     if multiplies and not binary.matrix and not without_matrix:

@@ -27,6 +27,8 @@ from vstar_kernels.attention.triton.configs import FramesConfig
 
 SIZES = json.loads(Path(__file__).with_name("frame_candidates.json").read_text())
 
+FrameKey = tuple[str, str, int, str]  # architecture, kind, width and table
+
 
 @dataclass(frozen=True)
 class Options(cases.Selection):
@@ -34,6 +36,8 @@ class Options(cases.Selection):
 
     table: tuple[Literal[tuple(VARIANTS)], ...] = tuple(VARIANTS)
     """Tables of the file."""
+    repair: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Keep those that are fit."""
     jobs: int = 1
     """Processes."""
 
@@ -62,9 +66,15 @@ def _holds(entry: FrameEntry) -> bool:
     return outputs <= 128 * threads
 
 
-def predicted(key: tuple[str, str, int, str]) -> FrameEntry | None:
+def predicted(key: FrameKey) -> FrameEntry | None:
     """Returns the first of a key's candidates that compiles without fault."""
     return next(filter(None, map(fit, candidates(*key))), None)
+
+
+def repaired(key: FrameKey) -> FrameEntry | None:
+    """Returns the shipped entry if it compiles without fault, or else another candidate."""
+    shipped = next((x for x in frame_cases.entries() if _key(x) == key), None)
+    return (shipped and fit(shipped)) or predicted(key)
 
 
 def fit(entry: FrameEntry) -> FrameEntry | None:
@@ -97,7 +107,7 @@ def write(chosen: Iterable[FrameEntry]) -> None:
     configs.FRAMES_FILE.write_text("{\n" + ",\n".join(tables) + "\n}\n")
 
 
-def _key(entry: FrameEntry) -> tuple[str, str, int, str]:
+def _key(entry: FrameEntry) -> FrameKey:
     return entry.architecture, entry.kind, entry.width, entry.table
 
 
@@ -113,7 +123,8 @@ def main(arguments: list[str] | None = None) -> None:
     for kind in options.kind:
         for width in options.width:
             todo = [(x, kind, width, table) for x in options.target for table in options.table]
-            chosen = in_processes(predicted, todo, options.jobs, unit="key")
+            function = repaired if options.repair else predicted
+            chosen = in_processes(function, todo, options.jobs, unit="key")
             write(filter(None, chosen))
             missing += [key for key, entry in zip(todo, chosen, strict=True) if not entry]
     if missing:

@@ -14,12 +14,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 from benchmarks.codegen import __main__ as codegen
-from benchmarks.codegen import binary, cases, report
+from benchmarks.codegen import binary, cases, frame_cases, report
 from benchmarks.codegen.cases import Entry
 from benchmarks.codegen.targets import TARGETS
 from benchmarks.tune import choose
 from vstar_kernels.attention.triton import configs, primitives, stream_backward
-from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
+from vstar_kernels.attention.triton.configs import FramesConfig, StreamConfig, TileConfig
 
 LOAD_LINE = inspect.getsourcelines(primitives.load_heads.fn)[1] + 3
 OTHER_LINE = inspect.getsourcelines(primitives.delta_block.fn)[1] + 3
@@ -347,6 +347,61 @@ def test_the_subset_has_every_kernel_kind_and_variant():
     assert {(x.kernel, x.entry.width) for x in chosen} == widths  # heads of one part and of two
 
 
+FRAME_KERNELS = ("forward", "grad_query", "grad_key")
+
+
+def every_frame_case():
+    return list(itertools.chain.from_iterable(map(frame_cases.shipped, frame_cases.entries())))
+
+
+def test_every_table_of_frames_has_every_size_once():
+    found = [(x.table, x.architecture, x.kind, x.width) for x in frame_cases.entries()]
+    known = (frame_cases.VARIANTS, configs.ARCHITECTURES, configs.KINDS, configs.WIDTHS)
+    assert sorted(found) == sorted(itertools.product(*known))
+    for entry in frame_cases.entries():
+        config = entry.config
+        assert 0 < config.shared <= choose.LEAST_SHARED[entry.architecture], entry
+        assert min(config.rows, config.keys) >= 16, entry
+        assert min(config.stages, config.programs) >= 1, entry
+
+
+def test_the_subset_of_frames_has_every_table():
+    chosen = frame_cases.subset(every_frame_case())
+    assert {x.entry.table for x in chosen} == set(frame_cases.VARIANTS)
+    common = {x.entry.architecture for x in chosen if x.entry.table == "forward"}
+    assert common == set(configs.ARCHITECTURES)
+    assert len(chosen) <= 12
+
+
+def test_a_variant_of_frames_is_for_the_table_that_it_is_listed_in():
+    for table, variants in frame_cases.VARIANTS.items():
+        config = FramesConfig(16, 16, 4, 1, 1, 0)
+        entry = frame_cases.entry("sm_90", "16-bit", 64, table, config)
+        for variant in variants:
+            key = frame_cases.plan_key(entry, variant, 64)
+            kernel = table.removesuffix("_full").removesuffix("_masked")
+            assert key.table(kernel, key.rule_tables()) == table, variant
+            launch = frame_cases.FrameCase(entry, variant, 64).launch
+            rule, head = launch.constants["RULE"], launch.constants["HEAD"]
+            assert (variant.stat, variant.clamp) == (rule.STAT, rule.CLAMP)
+            assert ("factor" in variant.tables) == rule.FACTOR
+            assert ("band" in variant.tables) == rule.BAND
+            assert (variant.lengths, variant.interleaved) == (rule.LENGTHS, rule.ORDERED)
+            assert (head.OFFSET.name == "int64") == variant.wide
+            assert head.UNIT == 8
+
+
+def test_stages_without_loads_that_run_ahead_are_a_fault():
+    config = FramesConfig(64, 64, 4, 2, 1, 2**17)
+    entry = frame_cases.entry("sm_90", "16-bit", 64, "forward", config)
+    (case, *_) = frame_cases.shipped(entry)
+    ahead = sass(load="LDGSTS.E.BYPASS.LTC128B.128")
+    assert ahead.asynchronous == 1
+    assert report.faults(case, ahead, TARGETS["sm_90"]) == []
+    fault = "has 2 stages, but no load runs ahead of its use"
+    assert report.faults(case, sass(), TARGETS["sm_90"]) == [fault]
+
+
 @pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
 def test_a_representative_subset_compiles_without_fault(architecture, tmp_path):
     path = tmp_path / "report.json"
@@ -354,9 +409,12 @@ def test_a_representative_subset_compiles_without_fault(architecture, tmp_path):
     kernels = json.loads(path.read_text())["kernels"]
     names = {"tile", "stream", "map_max", "maps"}
     names |= {"tile_backward", "statistics", "grad_query", "grad_key", "grad_delta"}
-    assert {x["kernel"] for x in kernels} == names
+    of_frames = {x["kernel"] for x in kernels} - names
+    assert "frames, forward" in of_frames <= {f"frames, {x}" for x in FRAME_KERNELS}
+    assert {x["kernel"] for x in kernels} >= names
     assert {x["kind"] for x in kernels} == set(configs.KINDS)
-    chosen = (x for x in cases.subset(every_case()) if x.entry.architecture == architecture)
+    every = [*cases.subset(every_case()), *frame_cases.subset(every_frame_case())]
+    chosen = (x for x in every if x.entry.architecture == architecture)
     assert [x["name"] for x in kernels] == [x.name for x in chosen]
     assert path.with_suffix(".md").read_text().startswith("# Compiled kernels\n\nTriton ")
 
