@@ -157,19 +157,17 @@ class MapSums:
     ) -> Tensor:
         """Returns the sums, ``(groups, strip, frames)``; dΔ takes the last three tensors too."""
         sums = plan.new(lse, *self.shape)
-        self.launch(
-            Tensors(
-                q=call.query,
-                k=call.key,
-                v=None if grad_out is None else call.value,
-                grad_out=grad_out,
-                delta=call.delta,
-                grad_map=grad_map,
-                lse=lse,
-                row_stat=row_stat,
-                row_dot=row_dot,
-                sums=sums,
-            )
+        self.launch.on(
+            q=call.query,
+            k=call.key,
+            v=None if grad_out is None else call.value,
+            grad_out=grad_out,
+            delta=call.delta,
+            grad_map=grad_map,
+            lse=lse,
+            row_stat=row_stat,
+            row_dot=row_dot,
+            sums=sums,
         )
         return sums.sum(1)
 

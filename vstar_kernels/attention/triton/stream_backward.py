@@ -405,24 +405,18 @@ class StreamBackwardPlan:
         )
         if self.map_max is not None:
             maxima = plan.new(out, self.map_max.programs)
-            self.map_max(stream.MapMaxTensors(call.query, call.key, maxima))
+            self.map_max.on(q=call.query, k=call.key, maxima=maxima)
             every = every._replace(stat=maxima.view(rows[0], -1).amax(1))
-        self.statistics(_needed(every, self.statistics))
-        self.grad_query(_needed(every, self.grad_query))
+        self.statistics.on(**every._asdict())
+        self.grad_query.on(**every._asdict())
         if self.through_map_max:
             every = every._replace(d_row_stat=_through_map_max(call, gradients.query, every))
-        self.grad_key(_needed(every, self.grad_key))
+        self.grad_key.on(**every._asdict())
         if self.grad_delta is None:
             return None
         return self.grad_delta.run(
             call, every.lse, every.row_stat, every.row_dot, grad_out, grad_map
         )
-
-
-def _needed(every: Tensors, launch: Launch) -> Tensors:
-    """Returns the tensors that a launch takes."""
-    pairs = zip(every, launch.needed, strict=True)
-    return Tensors(*(tensor if needed else None for tensor, needed in pairs))
 
 
 def _through_map_max(call: Call, grad_query: Tensor, t: Tensors) -> Tensor:

@@ -223,21 +223,19 @@ class TileBackwardPlan:
     ) -> Tensor | None:
         """Fills the gradients and returns dΔ, ``(matrices, frames, frames)``, if it is wanted."""
         sums = plan.new(out, *self.delta_sums) if self.delta_sums else None
-        self.launch(
-            Tensors(
-                q=call.query,
-                k=call.key,
-                v=call.value,
-                grad_out=grad_out,
-                grad_q=gradients.query,
-                grad_k=gradients.key,
-                grad_v=gradients.value,
-                delta=call.delta,
-                stat=call.stat,
-                grad_stat=gradients.stat,
-                grad_map=grad_map,
-                delta_sums=sums,
-            )
+        self.launch.on(
+            q=call.query,
+            k=call.key,
+            v=call.value,
+            grad_out=grad_out,
+            grad_q=gradients.query,
+            grad_k=gradients.key,
+            grad_v=gradients.value,
+            delta=call.delta,
+            stat=call.stat,
+            grad_stat=gradients.stat,
+            grad_map=grad_map,
+            delta_sums=sums,
         )
         return None if sums is None else sums.sum(0)[..., : call.frames, : call.frames]
 
