@@ -690,6 +690,13 @@ def test_tf32_follows_torch():
         torch.set_float32_matmul_precision(before)
 
 
+def test_tf32_follows_the_setting_of_cuda_alone(monkeypatch):
+    """After that, torch.get_float32_matmul_precision raises."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    made = stream.make_plan(plan_key((1, 16, 1, 64), torch.float32))
+    assert made.attention.constants["HEAD"].PRECISION == "tf32"
+
+
 def test_every_sweep_over_the_map_has_its_own_grid():
     overrides = {"grad_key": StreamConfig(queries=16, keys=64, warps=2, stages=1, shared=0)}
     config = StreamConfig(queries=32, keys=16, warps=4, stages=1, shared=0, overrides=overrides)

@@ -203,7 +203,7 @@ def frames_key(call: FrameCall, out: Tensor, *, save: bool = False) -> FramesKey
     return FramesKey(
         device=plan.device_of(call.device),
         dtype=call.dtype,
-        ieee=torch.get_float32_matmul_precision() == "highest",
+        ieee=plan.ieee_products(),
         batch=call.batch,
         tokens=call.tokens,
         keys=call.keys,

@@ -137,6 +137,15 @@ class PlanKey(NamedTuple):
         return self.through_stat and not self.given_stat
 
 
+def ieee_products() -> bool:
+    """Returns whether PyTorch wants float32 products in float32, not in TF32.
+
+    The name follows ``torch.set_float32_matmul_precision``, whose own getter raises once this one
+    was set.
+    """
+    return bool(torch.backends.cuda.matmul.fp32_precision != "tf32")
+
+
 def product_kind(dtype: torch.dtype, *, ieee: bool) -> str:
     """Returns how products of a type are computed, one of ``configs.KINDS``."""
     if dtype != torch.float32:
@@ -149,7 +158,7 @@ def forward_key(call: Call, out: Tensor, *, save: bool = False) -> PlanKey:
     return PlanKey(
         device=device_of(call.device),
         dtype=call.dtype,
-        ieee=torch.get_float32_matmul_precision() == "highest",
+        ieee=ieee_products(),
         shape=tuple(call.shape),
         options=call.options,
         query=call.query.stride(),
