@@ -621,7 +621,7 @@ def plan_key(shape, dtype=torch.bfloat16, strides=None, **changes):
     tensor = torch.empty(shape, dtype=dtype, device="meta")
     call = make_call(tensor, tensor, tensor, None, 1.0, 0)
     on_device = plan.device_of(torch.device(DEVICE))
-    with mock.patch.object(plan, "_device", return_value=on_device):
+    with mock.patch.object(plan, "device_of", return_value=on_device):
         made = plan.forward_key(call, tensor)
     if strides:
         made = made._replace(query=strides, key=strides, value=strides, out=strides)
@@ -690,11 +690,15 @@ def test_tf32_follows_torch():
         torch.set_float32_matmul_precision(before)
 
 
-def test_tf32_follows_the_setting_of_cuda_alone(monkeypatch):
+def test_tf32_follows_the_setting_of_cuda_alone():
     """After that, torch.get_float32_matmul_precision raises."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    made = stream.make_plan(plan_key((1, 16, 1, 64), torch.float32))
-    assert made.attention.constants["HEAD"].PRECISION == "tf32"
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        made = stream.make_plan(plan_key((1, 16, 1, 64), torch.float32))
+        assert made.attention.constants["HEAD"].PRECISION == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_every_sweep_over_the_map_has_its_own_grid():
