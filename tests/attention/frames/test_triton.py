@@ -247,6 +247,17 @@ def test_a_plan_is_found_again_by_the_contents_of_the_rule():
     )
 
 
+def test_plans_are_made_on_the_cpu_whatever_the_default_device():
+    key = plan_key(vk.FrameRule.tar(1.0), vk.Layout(*[vk.Frames(4, 8)] * 8, vk.Text(3)))
+    key = key._replace(options=key.options._replace(mean_map="mean"))
+    torch.set_default_device("meta")
+    try:
+        made = frames._forward_plan(key, torch.device("cpu"))
+    finally:
+        torch.set_default_device(None)
+    assert {x.device.type for x in [*made.tables.values(), *made.map.tables]} == {"cpu"}
+
+
 # ---- what kernels must not do ----
 
 

@@ -73,7 +73,7 @@ class Contents(NamedTuple):
     def tensor(self) -> Tensor:
         """Returns the tensor again."""
         if not self.data:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
         return torch.frombuffer(bytearray(self.data), dtype=self.dtype).view(self.shape)
 
 
@@ -251,7 +251,7 @@ def saved(stat: str) -> tuple[str, ...]:
 
 def frame_weights(key: FramesKey) -> Tensor:
     """Returns the weight in the map of a row of each query frame, ``(frames,)``."""
-    tokens = torch.zeros(key.frames)
+    tokens = torch.zeros(key.frames, device="cpu")
     for start, end, frame, _ in key.tables.query_runs.tensor().tolist():
         if frame != TEXT:
             tokens[frame] += end - start
@@ -363,7 +363,7 @@ def rule_tables(tables: Tables, *, frames: int, key_frames: int, dtype: torch.dt
         delta = torch.where(delta.abs() < NEGLIGIBLE[dtype], 0.0, delta)
         delta = delta if delta.any() else None
     if offset is not None:
-        offset = offset / torch.log(torch.tensor(2.0)) if offset.any() else None
+        offset = offset / math.log(2.0) if offset.any() else None
     if factor is not None and (factor == 1).all():
         factor = None
     span = None if factor is None else span
@@ -403,7 +403,7 @@ def tile_tables(
 
     made = _Lists()
     sets = [_rows_of_frames(row_runs, start, rows) for start in _starts(row_runs, rows)]
-    tiles = torch.empty(rule.heads, len(sets), 2, dtype=torch.int32)
+    tiles = torch.empty(rule.heads, len(sets), 2, dtype=torch.int32, device="cpu")
     for head in range(rule.heads):
         groups = _SlotFrames(rule, head, alone=alone)
         for n, places in enumerate(sets):
@@ -412,7 +412,7 @@ def tile_tables(
                 for frames in groups.of(tuple(places))
                 if (ranges := key_ranges.of(tuple(frames), places, head))
             ]
-            tiles[head, n] = torch.tensor(made.add(tuple(slots)), dtype=torch.int32)
+            tiles[head, n] = _int32(made.add(tuple(slots)))
     entries = [[frame for frame in places if frame != TEXT] for places in sets]
     bounds = [0, *itertools.accumulate(map(len, entries))]
     entry_frame = [frame for of_tile in entries for frame in of_tile]
@@ -429,7 +429,7 @@ def tile_tables(
         entries=_int32(list(itertools.pairwise(bounds))).view(-1, 2),
         entry_frame=_int32(entry_frame),
         most_slots=made.most,
-        frame_first=torch.cat([torch.zeros(1), counts.cumsum(0)]).to(torch.int32),
+        frame_first=torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32),
         frame_entries=_int32(by_query_frame),
     )
 
@@ -448,13 +448,13 @@ def in_order(runs: Iterable[Run]) -> tuple[Tensor, list[Run]]:
     found: list[Run] = []
     order = []
     for start, end, frame, place in sorted(runs, key=lambda run: (run[2], run[0])):
-        order.append(torch.arange(start, end, dtype=torch.int32))
+        order.append(torch.arange(start, end, dtype=torch.int32, device="cpu"))
         begin = found[-1][1] if found else 0
         if found and found[-1][2] == frame:
             found[-1] = (found[-1][0], begin + end - start, frame, found[-1][3])
         else:
             found.append((begin, begin + end - start, frame, place))
-    return torch.cat(order) if order else torch.empty(0, dtype=torch.int32), found
+    return torch.cat(order) if order else _int32([]), found
 
 
 class _SlotFrames:
@@ -470,11 +470,11 @@ class _SlotFrames:
         ]
         tables += [x for x in (rule.span, rule.band) if x is not None]
         parts = [x.reshape(-1, rule.frames, rule.key_frames).double() for x in tables]
-        self.weights = torch.cat(parts) if parts else torch.empty(0, rule.frames, rule.key_frames)
-        self.seen = torch.ones(rule.frames, rule.key_frames, dtype=torch.bool)
+        self.seen = torch.ones(rule.frames, rule.key_frames, dtype=torch.bool, device="cpu")
         if rule.offset is not None:
             offset = rule.offset[head] if rule.per_head else rule.offset
             self.seen = offset > float("-inf")
+        self.weights = torch.cat(parts) if parts else self.seen[None][:0].double()
         self.known: dict[tuple[int, ...], list[list[int]]] = {}
 
     def of(self, frames: tuple[int, ...]) -> list[list[int]]:
@@ -602,9 +602,9 @@ def _rows_of_frames(runs: Sequence[Run], start: int, rows: int) -> dict[int, tup
 
 def _of_rows(runs: Iterable[tuple[int, int, int]]) -> Tensor:
     """Returns numbers of runs of (tokens, first number, step) one after the other."""
-    parts = [first + step * torch.arange(tokens) for tokens, first, step in runs]
-    return torch.cat(parts).to(torch.int32) if parts else torch.empty(0, dtype=torch.int32)
+    parts = [first + step * torch.arange(tokens, device="cpu") for tokens, first, step in runs]
+    return torch.cat(parts).to(torch.int32) if parts else _int32([])
 
 
 def _int32(numbers: Sequence[object]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int32)
+    return torch.tensor(numbers, dtype=torch.int32, device="cpu")
