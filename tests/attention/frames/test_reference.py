@@ -84,3 +84,24 @@ def test_non_finite_values_stay_where_they_are():
         same[0, 3 if place == 0 else slice(None), 1] = False
         assert torch.equal(out[same], clean[same])
         assert out[0, 3, 1].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bounds_refuse_what_is_wrong(dtype):
+    layout = vk.Layout(vk.Text(2), vk.Frames(4, 5))
+    q, k, v = inputs(2, layout.tokens, 3, 16, dtype=dtype)
+    rule = vk.FrameRule.tar(1.0)
+    call = {"return_map": True}
+    out, mean_map = vk.frame_attention(q, k, v, layout, rule, **call, backend="reference")
+    assert_frames((out, mean_map), q, k, v, layout, rule, **call)
+    other = vk.frame_attention(
+        q, k, v, layout, vk.FrameRule.tar(1.0, 0.6), **call, backend="reference"
+    )
+    missing = out.clone()
+    missing[1, 3, 2, 0] = float("nan")
+    for wrong in (
+        (other[0], mean_map), (out, other[1]), (missing, mean_map), (out * 1.1, mean_map),
+        (out, mean_map * (1 + 1e-5)), (out.double(), mean_map), (out, mean_map.double()),
+    ):  # fmt: skip
+        with pytest.raises(AssertionError):
+            assert_frames(wrong, q, k, v, layout, rule, **call)
