@@ -64,6 +64,25 @@ def test_maps(tmp_path):
     assert len(hidden) == 1  # level 1 has no step 13
 
 
+def test_frame_maps(tmp_path):
+    plain = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    masked = plain.clone()
+    masked[:, 0, 3] = 0
+    figure = vk.analysis.plot_frame_maps({"plain": plain, "masked": masked}, batch=1)
+    render(figure, tmp_path)
+    first, second = images(figure)
+    assert torch.equal(torch.from_numpy(first.data), plain[1])
+    assert second.mask.nonzero() == ([0], [3])  # empty, not the least of the scale
+    assert {"plain", "masked", "share of the attention", "query frame"} <= set(texts(figure))
+    (axes, *_) = figure.axes
+    assert axes.images[0].norm.vmax == masked[1].max()
+    without_text = plain[0].clone()
+    without_text[:, -1] = 0
+    assert images(vk.analysis.plot_frame_maps({"": without_text}))[0].shape == (4, 4)
+    with pytest.raises(ValueError, match="at least one map"):
+        vk.analysis.plot_frame_maps({})
+
+
 def test_figures(tmp_path):
     given = vk.analysis.map_figures(means(), half_width=2)
     figure = vk.analysis.plot_figures(given)

@@ -31,6 +31,7 @@ from vstar_kernels.analysis.metrics import CLIPVL, MTScore, clip_vl, mt_score
 from vstar_kernels.analysis.plots import (
     plot_deltas,
     plot_figures,
+    plot_frame_maps,
     plot_histogram,
     plot_losses,
     plot_maps,
@@ -62,6 +63,7 @@ __all__ = [
     "normalize_jointly",
     "plot_deltas",
     "plot_figures",
+    "plot_frame_maps",
     "plot_histogram",
     "plot_losses",
     "plot_maps",

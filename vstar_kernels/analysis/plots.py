@@ -16,6 +16,7 @@ from vstar_kernels.analysis.frames import JointSimilarity, SimilarityHistogram
 from vstar_kernels.analysis.maps import MapFigures, MeanMap, min_max
 
 if TYPE_CHECKING:
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
 P = ParamSpec("P")
@@ -28,6 +29,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 LINES = ("-", "--", ":", "-.")
 COLOUR_MAP = "viridis"
 PANEL = 1.9  # inches, the side of a map
+LEAST_SHOWN = 1e-3  # of the largest share of attention, on a logarithmic scale
 _STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -105,6 +107,41 @@ def plot_maps(means: Sequence[MeanMap], *, batch: int = -1) -> Figure:
         top.set_title("" if step is None else f"step {step}")
         bottom.set_xlabel("key frame")
     _add_colour_bar(figure, image, grid, "attention, each map from its minimum to its maximum")
+    return figure
+
+
+@_styled
+def plot_frame_maps(maps: Mapping[str, Tensor], *, batch: int = 0) -> Figure:
+    """Draws maps between frames side by side on one logarithmic scale, text in the last column.
+
+    What is masked stays empty.
+
+    Args:
+        maps: From :func:`vstar_kernels.frame_attention`, by title: ``(batch, F_q, F_k + 1)``, or
+            ``(F_q, F_k + 1)``, of equal shapes. A column of text that is zero in all is left out.
+        batch: Which element of the batch.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if not maps:
+        raise ValueError("maps must hold at least one map, got none")
+    from matplotlib.colors import LogNorm
+
+    shown = {name: (x[batch] if x.ndim == 3 else x).detach().cpu() for name, x in maps.items()}
+    if not any(x[:, -1].any() for x in shown.values()):
+        shown = {name: x[:, :-1] for name, x in shown.items()}
+    largest = max(float(x.max()) for x in shown.values())
+    figure = _new_figure(PANEL * len(shown) + 1.4, PANEL + 0.7)
+    panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    image = None
+    for axes, (name, matrix) in zip(panels, shown.items(), strict=True):
+        visible = matrix.masked_fill(matrix <= 0, float("nan"))
+        image = _show_matrix(axes, visible, LogNorm(largest * LEAST_SHOWN, largest))
+        axes.set_title(name)
+        axes.set_xlabel("key frame")
+    panels[0].set_ylabel("query frame")
+    _add_colour_bar(figure, image, panels, "share of the attention")
     return figure
 
 
@@ -333,11 +370,13 @@ def _new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _show_matrix(axes: Any, matrix: Any, limits: tuple[float, float]) -> Any:
+def _show_matrix(axes: Any, matrix: Any, scale: tuple[float, float] | Normalize) -> Any:
     """Shows a matrix over frames, the first at the upper left; returns it for a colour bar."""
+    from matplotlib.colors import Normalize
     from matplotlib.ticker import MaxNLocator
 
-    image = axes.imshow(matrix.numpy(), vmin=limits[0], vmax=limits[1])
+    norm = Normalize(*scale) if isinstance(scale, tuple) else scale
+    image = axes.imshow(matrix.numpy(), norm=norm)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(4, integer=True))
     axes.spines[:].set_visible(False)
