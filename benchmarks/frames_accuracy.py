@@ -1,8 +1,8 @@
 """``python -m benchmarks.frames_accuracy``: what frame_attention's backends err by, at most.
 
-One small call for each rule, type and backend that runs here, against the dense formula in float64 on
-the same inputs, which are already rounded to the type. Beside them is the error of the dense formula
-in that type (``eager_frames`` of ``vstar_kernels.testing``). Prints a Markdown table. With
+One small call for each rule, type and backend that runs here, against the dense formula in float64
+on the same inputs, which are already rounded to the type. Beside them is the error of the dense
+formula in that type (``eager_frames`` of ``vstar_kernels.testing``). Prints a Markdown table. With
 ``TRITON_INTERPRET=1`` the Triton kernels run too, interpreted.
 """
 

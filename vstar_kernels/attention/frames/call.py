@@ -249,9 +249,12 @@ def check_call(
     )
 
 
+T = Tensor | None
 # A tuple, because torch.compile tells tensors of several calls apart only within one.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _constants(rule: FrameRule, layout: Layout, key_layout: Layout) -> tuple[Tensor | None, ...]:
+_Constants = tuple[Tensor, Tensor, T, T, T, T, T]
+
+
+def _constants(rule: FrameRule, layout: Layout, key_layout: Layout) -> _Constants:
     """Returns the runs of both layouts and the rule's fixed tables: constants of a graph."""
     if not (hasattr(rule, "terms") and hasattr(layout, "runs") and hasattr(key_layout, "runs")):
         raise ValueError(
@@ -260,6 +263,10 @@ def _constants(rule: FrameRule, layout: Layout, key_layout: Layout) -> tuple[Ten
         )
     tables = rule.fixed_tables(layout, key_layout)
     return (layout.run_table(), key_layout.run_table(), *tables)
+
+
+# What torch.compiler.assume_constant_result does; that would import torch.compile, and Triton.
+_constants._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
