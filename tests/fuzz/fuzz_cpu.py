@@ -1,6 +1,6 @@
 """Random calls of the CPU kernels between guard pages, against the float64 oracle.
 
-    python -m tests.fuzz.fuzz_cpu --calls 10000 [--seed 1]
+    python -m tests.fuzz.fuzz_cpu --calls 10000 [--seed 1] [--operation frames]
     python -m tests.fuzz.fuzz_cpu --case "Case(shape=...)"     # what a failure prints
 
 The calls run in a process of their own, which writes each one down before it makes it: of a crash
@@ -23,11 +23,15 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.fuzz.case import Case, Layout, Runner, cases
+from tests.fuzz.frames import FrameCase, FrameRunner, frame_cases
+
+OPERATIONS = {"tar": (Runner, cases), "frames": (FrameRunner, frame_cases)}
 
 
-def fuzz(calls: int, first_seed: int, record: Path) -> None:
+def fuzz(operation: str, calls: int, first_seed: int, record: Path) -> None:
     """Make ``calls`` drawn calls, the present one always in ``record``."""
-    runner = Runner()
+    make_runner, drawn = OPERATIONS[operation]
+    runner = make_runner()
     start = time.monotonic()
     done = 0
     step = max(1, min(1000, calls // 10))
@@ -40,8 +44,8 @@ def fuzz(calls: int, first_seed: int, record: Path) -> None:
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
-    @given(cases())
-    def check(case: Case) -> None:
+    @given(drawn())
+    def check(case: Case | FrameCase) -> None:
         nonlocal done
         record.write_text(repr(case))
         runner.run(case)
@@ -50,30 +54,39 @@ def fuzz(calls: int, first_seed: int, record: Path) -> None:
             print(f"{done} of {calls} calls, {time.monotonic() - start:.0f} s", flush=True)
 
     check()
-    print(f"{done} calls, no failure")
+    print(f"{done} calls of {operation}, no failure")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--calls", type=int, default=10_000)
+    parser.add_argument("--calls", type=int, default=10_000, help="of each operation")
+    parser.add_argument("--operation", choices=OPERATIONS, help="the only one; else each")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     parser.add_argument("--case", help="make this one call")
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     faulthandler.enable()
     if args.case:
-        Runner().run(eval(args.case, {"Case": Case, "Layout": Layout}))
+        case = eval(args.case, {x.__name__: x for x in (Case, FrameCase, Layout)})
+        runner = FrameRunner() if isinstance(case, FrameCase) else Runner()
+        runner.run(case)
         print("no failure")
         return 0
     if args.record:
-        fuzz(args.calls, args.seed, args.record)
+        fuzz(args.operation, args.calls, args.seed, args.record)
         return 0
-    print(f"{args.calls} calls, --seed {args.seed}", flush=True)
+    operations = [args.operation] if args.operation else list(OPERATIONS)
+    return max(watch(operation, args.calls, args.seed) for operation in operations)
+
+
+def watch(operation: str, calls: int, first_seed: int) -> int:
+    """Have a process make the calls; return 1 if it does not come to an end, and say why."""
+    print(f"{calls} calls of {operation}, --seed {first_seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "case"
-        options = ["--calls", str(args.calls), "--seed", str(args.seed), "--record", str(record)]
+        options = ["--operation", operation, "--calls", str(calls), "--seed", str(first_seed)]
         code = subprocess.call(
-            [sys.executable, "-m", "tests.fuzz.fuzz_cpu", *options],
+            [sys.executable, "-m", "tests.fuzz.fuzz_cpu", *options, "--record", str(record)],
             # Threads that spin between calls are a burden on a busy machine.
             env={"OMP_WAIT_POLICY": "passive", **os.environ},
         )

@@ -32,7 +32,7 @@ class Guarded:
     ) -> Tensor:
         """A tensor of NaN that ends at the second guard page, or begins after the first.
 
-        The bytes on its open side are NaN of any type as well.
+        Integers are the largest instead. The bytes on its open side are NaN of any type as well.
         """
         count = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         size = count * dtype.itemsize
@@ -43,7 +43,7 @@ class Guarded:
         self._bytes[low:high] = 0xFF
         self._margin = self._bytes[low:start] if flush_end else self._bytes[start + size : high]
         storage = torch.frombuffer(self._map, dtype=dtype, count=count, offset=start)
-        storage.fill_(float("nan"))
+        storage.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max)
         return storage.as_strided(shape, strides)
 
     def copy(self, x: Tensor, flush_end: bool) -> Tensor:
