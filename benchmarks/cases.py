@@ -26,17 +26,23 @@ COSTS = {
     "backward": Cost(tensors=11, products=7),
     "call": None,
     "step": None,
+    "frames": Cost(tensors=4, products=2),
 }
 
 
 @dataclass(frozen=True)
 class Use:
-    """Where a model makes a call: its level, its batch at full size, and its calls in one step."""
+    """Where a model makes a call: its level, its batch at full size, and its calls in one step.
+
+    ``measured`` is the share of the call's operations that the case has, where its shape was
+    scaled down in more than the batch.
+    """
 
     model: str
     level: str
     full_batch: Annotated[int, Field(alias="rows")]  # as workloads.json and the results call it
     calls: int
+    measured: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,10 @@ class Case:
     """An operation on query, key and value of ``(batch, frames, heads, head_dim)``.
 
     ``batch`` may be less than the models in ``uses`` have: time and bytes grow with it in
-    proportion. ``latents`` is the height and width of a ``unet`` case's latents.
+    proportion. ``latents`` is the height and width of a ``unet`` case's latents. In the ``frames``
+    suite, what attends to each other are tokens: ``frames`` counts all of them, and ``layout``
+    says how many are text, frames, tokens of each frame, and text after them. ``rule`` is one of
+    its rules, which shows the share ``visible`` of all pairs.
     """
 
     suite: str
@@ -56,6 +65,9 @@ class Case:
     head_dim: int
     threads: int | None = None  # None: as many as the run has
     latents: tuple[int, int] | None = None
+    layout: tuple[int, int, int, int] | None = None
+    rule: str = ""
+    visible: float = field(default=1.0, compare=False)
     uses: tuple[Use, ...] = field(default=(), compare=False)
 
     @property
@@ -64,12 +76,17 @@ class Case:
         size = "x".join(map(str, self.shape))
         threads = f"/{self.threads}-threads" if self.threads else ""
         latents = f"/latents-{self.latents[0]}x{self.latents[1]}" if self.latents else ""
-        return f"{self.suite}/{self.dtype}/{size}{latents}{threads}"
+        layout = f"/layout-{'-'.join(map(str, self.layout))}/{self.rule}" if self.layout else ""
+        return f"{self.suite}/{self.dtype}/{size}{latents}{layout}{threads}"
 
     @property
     def size(self) -> str:
         """Returns the shape, and what else tells the case apart in its suite."""
         text = " × ".join(map(str, self.shape))
+        if self.layout:
+            before, frames, tokens, after = self.layout
+            words = f" + {before + after} of text" if before + after else ""
+            return f"{text}: {frames} frames of {tokens}{words}, {self.rule}"
         if self.latents:
             return f"{text}, latents {self.latents[0]} × {self.latents[1]}"
         plural = "s" if self.threads and self.threads > 1 else ""
@@ -103,7 +120,9 @@ class Case:
     def flops(self) -> int | None:
         """Returns the operations of the matrix products; None where no floor applies."""
         cost = COSTS[self.operation]
-        return None if cost is None else 2 * cost.products * self.elements * self.frames
+        if cost is None:
+            return None
+        return round(2 * cost.products * self.elements * self.frames * self.visible)
 
     @property
     def logits_bytes(self) -> int:

@@ -5,17 +5,19 @@
 #   tile       the models' calls, up to 128 frames, against all peers that need no compiling
 #   compiled   some of them against torch.compile and two-pass FlexAttention
 #   stream     256 to 8,192 frames
+#   frames     attention over frames at the sizes of five video transformers, under every rule
+#   frames-compiled   one of them against FlexAttention
 #   models     gradients, maps, whole UNet steps, the overhead of a call
 #   sanitizer  compute-sanitizer's memcheck and racecheck over the smaller tests: logs
 #
-# The four in between write JSON lines, tables and a page: see `python -m benchmarks run --help`.
+# Those in between write JSON lines, tables and a page: see `python -m benchmarks run --help`.
 # Results go to $OUT, or to benchmark-output/ where OUT is not set. Needs torch with its triton,
 # pytest, what the benchmarks import (NEEDED), and diffusers for the steps: where no registry can be
 # reached, put their wheels (pip download NAME -d wheels) into a folder and name it in WHEELS.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
-stage=${1:?"usage: $0 tests|tile|compiled|stream|models|sanitizer"}
+stage=${1:?"usage: $0 tests|tile|compiled|stream|frames|frames-compiled|models|sanitizer"}
 out=${OUT:-benchmark-output}
 python=${PYTHON:-python3}
 limit=480 # seconds
@@ -65,6 +67,14 @@ compiled)
     ;;
 stream)
     measure long
+    ;;
+frames)
+    measure frames --peers composed sdpa-bias ultravico strength-0 sdpa flash-attn sage \
+        --transformers wan2.1-1.3b-480p wan2.1-14b-480p hunyuanvideo-720p cogvideox-5b-480p \
+        ltx-2-512x768
+    ;;
+frames-compiled)
+    measure frames --peers flex-frames strength-0 sdpa --transformers wan2.1-14b-480p
     ;;
 models)
     measure backward maps overhead unet --frames 16 64 --peers eager without-map sdpa

@@ -19,11 +19,14 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import results
+from benchmarks.adapters import reason
 from benchmarks.cases import Case
 from benchmarks.clock import CpuClock, TimedCall, WarmCall, clock_for, time_in_turn
+from benchmarks.frame_adapters import RefusedError
+from benchmarks.frames import Frames
 from benchmarks.machine import Watch, free_bytes, peak_bytes
 from benchmarks.operations import OPERATIONS, Forward
-from benchmarks.peers import PEERS, Peer, reason
+from benchmarks.peers import PEERS, Peer
 from benchmarks.results import Outcome, Plan, Record, Task
 from benchmarks.unet import Step
 
@@ -43,7 +46,7 @@ def measure(task: Task, plan: Plan, progress: Callable[[str], None]) -> Record:
     operation = (
         Step(case, device, plan.unet_width)
         if case.operation == "step"
-        else OPERATIONS[case.operation](case, device, clock.sets(copied))
+        else {**OPERATIONS, "frames": Frames}[case.operation](case, device, clock.sets(copied))
     )
     outcomes: dict[str, Outcome] = {}
     calls: list[WarmCall] = []
@@ -92,6 +95,8 @@ def _prepare(
         timed.prepare()  # the check of a whole model has exchanged its processors
         peak = peak_bytes(device, lambda: timed.function(*operation.inputs[0]))
         call = clock.warm_up(timed, operation.inputs)
+    except RefusedError as refusal:
+        return Outcome(results.REFUSED, reason=str(refusal)), None
     except Exception as error:
         return Outcome(results.FAILED, reason=reason(error)), None
     return Outcome(results.MEASURED, note=note, largest_error=error, peak_bytes=peak), call

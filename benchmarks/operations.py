@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.adapters import BIAS, NO_BIAS, Inputs
 from benchmarks.cases import Case
 from benchmarks.check import Oracle
 from benchmarks.clock import Tensors, TimedCall
-from benchmarks.peers import BIAS, NO_BIAS, Inputs, Peer
+from benchmarks.peers import Peer
 
 CALLS = 500  # of a call that takes microseconds
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from benchmarks.cases import Case, Use
+from benchmarks.frames import RULES, layout_of, visible_share
 from benchmarks.peers import PEERS, VSTAR_KERNELS
 from benchmarks.results import Plan, ResultsError, Task
 from vstar_kernels.cli.options import integer, option, parsed, several
@@ -26,6 +27,9 @@ UNET_HEAD_DIM = 64
 # Elements of one tensor on a CPU. In float32 four such tensors are more than its caches hold.
 CPU_ELEMENTS = 1024 * 16 * 5 * 64
 QUICK_ELEMENTS = CPU_ELEMENTS // 4
+# Tokens and heads of attention over frames on a CPU: a tenth of a second or so for plain attention.
+CPU_TOKENS, CPU_HEADS = 4096, 2
+QUICK_TOKENS = 2048
 
 Allocator = Literal["warm", "default"]
 Count = Annotated[int, parsed(integer(1), "N")]
@@ -66,6 +70,10 @@ class Selection:
     """Channels of whole UNets at the finest level, really 320."""
     unet_latents: Annotated[tuple[Count, Count] | None, option("HEIGHT WIDTH")] = None
     """Size of whole UNets' latents."""
+    transformers: Annotated[tuple[str, ...] | None, option("MODEL ...", default="all")] = None
+    """Models whose attention over frames is measured; the dit of workloads.json."""
+    rules: Annotated[tuple[str, ...] | None, option("RULE ...", default="all")] = None
+    """Rules between frames; of benchmarks/frames.py."""
     rounds: Annotated[int | None, parsed(integer(2), "N"), option()] = None
     """Rounds of all peers in turn, at most."""
     seconds: float | None = None
@@ -77,6 +85,13 @@ class Selection:
         if self.full_rows or self.device != "cpu":
             return None
         return QUICK_ELEMENTS if self.quick else CPU_ELEMENTS
+
+    @property
+    def tokens(self) -> int | None:
+        """Returns how many tokens attend to each other at most; None where nothing bounds them."""
+        if self.full_rows or self.device != "cpu":
+            return None
+        return QUICK_TOKENS if self.quick else CPU_TOKENS
 
     def complete(self) -> Selection:
         """Returns the selection with all that was not given. Raises ResultsError for no GPU."""
@@ -143,6 +158,34 @@ def threads(selection: Selection, make: Make) -> Iterator[Case]:
             yield make(max(1, batch), frames, 5, 64, threads=count)
 
 
+def frames(selection: Selection, make: Make) -> Iterator[Case]:
+    """Attention over frames of tokens in video transformers, under each of the rules."""
+    for model in selection.transformers:
+        shape = WORKLOADS["dit"]["models"][model]
+        full = tuple(shape[name] for name in ("text_first", "frames", "tokens", "text_last"))
+        heads, layout = shape["heads"], full
+        most = selection.tokens
+        if most is not None and (share := most / layout_of(*full).tokens) < 1:
+            heads = min(heads, CPU_HEADS)
+            smaller = (max(1, round(share * n)) if n else 0 for n in (full[0], *full[2:]))
+            first, tokens, last = smaller
+            layout = (first, full[1], tokens, last)
+        count = layout_of(*layout).tokens
+        measured = (count / layout_of(*full).tokens) ** 2 * heads / shape["heads"]
+        use = Use(model, f"{full[1]} × {full[2]}", 1, shape["calls"], measured)
+        for name in selection.rules:
+            yield make(
+                1,
+                count,
+                heads,
+                shape["head_dim"],
+                layout=layout,
+                rule=name,
+                visible=visible_share(layout_of(*layout), RULES[name].make(full[1])),
+                uses=(use,),
+            )
+
+
 @dataclass(frozen=True)
 class Suite:
     """Cases of one operation, and how the report presents them.
@@ -175,12 +218,15 @@ SUITES = {
         overhead, "call", "Overhead of a call", "One call of many, the CPU's part included."
     ),
     "threads": Suite(threads, "forward", "Threads"),
+    "frames": Suite(frames, "frames", "Attention over frames of tokens"),
 }
 DEFAULTS: dict[str, Any] = {
     "suites": tuple(SUITES),
     "models": tuple(WORKLOADS["models"]),
     "frames": tuple(WORKLOADS["frames"]),
     "long_frames": tuple(WORKLOADS["long"]["frames"]),
+    "transformers": tuple(WORKLOADS["dit"]["models"]),
+    "rules": tuple(RULES),
     "dtypes": ("bfloat16",),
     "peers": tuple(name for name, peer in PEERS.items() if not peer.on_request),
     "allocators": ("warm", "default"),
@@ -198,6 +244,7 @@ ON_A_CPU: dict[str, Any] = {
 }
 QUICK: dict[str, Any] = {
     "models": DEFAULTS["models"][:1],
+    "transformers": DEFAULTS["transformers"][:1],
     "frames": (16, 64),
     "long_frames": (1024,),
     "allocators": ("warm",),
@@ -239,7 +286,13 @@ def tasks(cases: Sequence[Case], device: str, allocators: Iterable[str]) -> tupl
 def plan(selection: Selection) -> Plan:
     """Returns the run that a selection asks for. Raises ResultsError for what does not exist."""
     chosen = selection.complete()
-    known = {"suites": SUITES, "models": WORKLOADS["models"], "peers": PEERS}
+    known = {
+        "suites": SUITES,
+        "models": WORKLOADS["models"],
+        "transformers": WORKLOADS["dit"]["models"],
+        "rules": RULES,
+        "peers": PEERS,
+    }
     for field, names in known.items():
         if unknown := ", ".join(x for x in getattr(chosen, field) if x not in names):
             raise ResultsError(f"--{field}: there is no {unknown}; known: {', '.join(names)}")

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.adapters import BIAS
 from benchmarks.cases import Case
 from benchmarks.clock import Tensors, TimedCall
-from benchmarks.peers import BIAS, Peer
+from benchmarks.peers import Peer
 from vstar_kernels.models.attention_processor import TARAttnProcessor
 from vstar_kernels.models.front_end import temporal_layers
 

@@ -7,16 +7,18 @@ from dataclasses import asdict
 
 import pandas as pd
 
-from benchmarks.peers import PEERS, VSTAR_KERNELS
+from benchmarks.peers import PEERS, VSTAR_KERNELS, WITHOUT_RULE
 from benchmarks.results import Run
 
 DEFAULT = "default"  # the allocator's setting
 OTHERS_WITH_TAR = tuple(name for name, peer in PEERS.items() if peer.tar and not peer.ours)
 STEP = ["model", "dtype", "frames"]
 CASE = ["suite", "dtype", "batch", "frames", "heads", "head_dim", "threads", "uses", "item_bytes"]
+CASE += ["rule"]
 LABELS = ["key", "case", "size", "allocator", "bound", "peer", "status", "note"]
 NUMBERS = ["time", "ratio", "spread", "share", "peak_bytes", "bandwidth", "flops_per_second"]
-USE = ["model", "level", "full_batch", "calls"]
+NUMBERS += ["largest_error"]
+USE = ["model", "level", "full_batch", "calls", "measured"]
 
 
 def tidy(run: Run) -> pd.DataFrame:
@@ -56,6 +58,13 @@ def kernel_rows(run: Run, suite: str | None = None) -> pd.DataFrame:
     found = tidy(run)
     found = found[found.allocator != DEFAULT]
     return found if suite is None else found[found.suite == suite]
+
+
+def frames(run: Run) -> pd.DataFrame:
+    """Returns the rows of attention over frames; ``cost`` is a time over ours without a rule."""
+    found = kernel_rows(run, "frames")
+    plain = found[found.peer == WITHOUT_RULE].set_index("key").time
+    return found.join(plain.rename("plain"), on="key").eval("cost = time / plain")
 
 
 def fastest_others(rows: pd.DataFrame, by: str | list[str] = "key") -> pd.DataFrame:

@@ -21,9 +21,10 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
+from benchmarks.frames import RULES
 from benchmarks.peers import EAGER, PEERS, SDPA, VSTAR_KERNELS
 from benchmarks.report import figures
-from benchmarks.report.tables import TITLES
+from benchmarks.report.tables import TITLES, geometric_mean
 from benchmarks.results import Run
 from benchmarks.suites import SUITES
 
@@ -39,6 +40,10 @@ COLOURS = {
     SDPA: "#56B4E9",
     "xformers": "#9467BD",
     "flash-attn": "#B0A000",
+    "composed": "#003F5C",
+    "flex-frames": "#7A5195",
+    "ultravico": "#FF6361",
+    "sage": "#58508D",
 }
 PALETTE = {TITLES[peer]: colour for peer, colour in COLOURS.items()}
 FLOOR_PEERS = [TITLES[peer] for peer in (EAGER, SDPA, VSTAR_KERNELS)]
@@ -110,6 +115,13 @@ def all_plots(run: Run) -> list[Plot]:
             if suite.plot
         ),
         _plot(
+            "What a rule costs",
+            "Attention over frames of tokens: the time under a rule over that of vstar_kernels "
+            "without one; geometric means over the models' shapes. Plain attention obeys no rule.",
+            figures.frames(run),
+            _costs,
+        ),
+        _plot(
             "Scaling with threads",
             "Speed over that of one thread; dotted: in proportion.",
             figures.kernel_rows(run, "threads"),
@@ -178,6 +190,17 @@ def _against_frames(rows: pd.DataFrame, y: str, *, columns: int, height: float) 
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
     return grid
+
+
+def _costs(rows: pd.DataFrame) -> sns.FacetGrid:
+    """Draws bars for each rule: what it costs whom."""
+    shown = rows.assign(rule=rows.rule.map(lambda name: RULES[name].title.replace(", ", ",\n")))
+    peers = [name for name in PALETTE if name in set(rows.peer)]
+    look = {"hue": "peer", "hue_order": peers, "palette": PALETTE, "height": 2.6}
+    look |= {"estimator": geometric_mean, "errorbar": None, "aspect": WIDTH / 2.6}
+    grid = sns.catplot(shown, kind="bar", x="rule", y="cost", row="dtype", **look)
+    grid.refline(y=1, color=plt.rcParams["xtick.color"], linestyle="-", linewidth=1)
+    return grid.set_titles("{row_name}").set_axis_labels("", "times as long")
 
 
 def _threads(rows: pd.DataFrame) -> sns.FacetGrid:

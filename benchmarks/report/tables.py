@@ -14,7 +14,9 @@ from rich.console import Console
 from scipy.stats import gmean
 
 from benchmarks import results
-from benchmarks.peers import EAGER, PEERS, SDPA, VSTAR_KERNELS
+from benchmarks.cases import Use
+from benchmarks.frames import RULES
+from benchmarks.peers import EAGER, PEERS, SDPA, VSTAR_KERNELS, WITHOUT_RULE
 from benchmarks.report import figures
 from benchmarks.results import Run
 from benchmarks.suites import SUITES
@@ -62,7 +64,8 @@ class Table:
 
 def of_frame(title: str, frame: pd.DataFrame, note: str = "", words: int = 1) -> Table:
     """Returns a table of a frame's cells, with dashes where there are none."""
-    return Table(title, list(frame), frame.fillna("–").to_numpy().tolist(), note, words)
+    cells = frame.astype(object).fillna("–")
+    return Table(title, list(cells), cells.to_numpy().tolist(), note, words)
 
 
 def console() -> Console:
@@ -163,6 +166,41 @@ def cases(run: Run, suite: str) -> Table:
     return of_frame(SUITES[suite].title, frame, note, words=2)
 
 
+def frames(run: Run) -> Table:
+    """Returns a line for each shape and rule of attention over frames."""
+    found = figures.frames(run)
+    ours = found[found.peer == VSTAR_KERNELS].set_index("key")
+    frame = pd.DataFrame({"model": ours.uses.map(lambda uses: ", ".join(x.model for x in uses))})
+    frame["rule"] = ours.rule.map(lambda name: RULES[name].title)
+    frame["measured"] = ours["size"].map(lambda size: size.rpartition(",")[0])
+    frame["of its operations"] = ours.uses.map(lambda uses: ", ".join(map(share, uses)))
+    frame["type"] = ours.dtype
+    frame["vstar_kernels ms"] = milliseconds(ours.time) + " " + ours.note
+    frame["±"] = written(ours.spread.fillna(0), "{:.1%}".format)
+    frame["share of the floor"] = percent(ours.share)
+    frame["over no rule"] = times(ours.cost)
+    cell = (times(found.ratio) + " " + found.note).str.strip().fillna(found.status)
+    cells = found.assign(cell=cell).pivot(index="key", columns="peer", values="cell")
+    for peer in found[found.time.notna()].peer.unique():
+        if peer not in (VSTAR_KERNELS, WITHOUT_RULE):
+            frame[TITLES[peer]] = cells[peer]
+    frame["MiB"] = written(ours.peak_bytes / 2**20, digits)
+    frame["error"] = written(ours.largest_error, "{:.1e}".format)
+    note = (
+        f"{RATIO_NOTE} Over no rule: the time over vstar_kernels' own without one, in the same "
+        "rounds. The floor is that of the pairs that the rule shows. MiB: the peak beyond inputs "
+        "and results. Error: the largest, of sampled tokens against float64. Where a share of its "
+        "operations is given, the model's call was scaled down to what was measured: fewer tokens "
+        "a frame, less text, fewer heads."
+    )
+    return of_frame(SUITES["frames"].title, frame, note, words=3)
+
+
+def share(use: Use) -> str:
+    """Returns what share of a model's call was measured."""
+    return f"1/{1 / use.measured:,.0f}" if use.measured < 1 else "all"
+
+
 def allocators(run: Run) -> Table:
     """Returns what fresh memory costs users who leave the allocator as it is."""
     found = figures.tidy(run)
@@ -233,7 +271,7 @@ def all_tables(run: Run) -> list[Table]:
     """Returns the report's tables in order, without the empty ones."""
     found = [
         *(make(run) for make in (overview, behind, disturbed, failures, models)),
-        *(cases(run, name) for name in SUITES),
+        *(frames(run) if name == "frames" else cases(run, name) for name in SUITES),
         allocators(run),
         peers(run),
     ]

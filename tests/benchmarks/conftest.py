@@ -10,7 +10,7 @@ from benchmarks.results import Plan, Task
 
 USES = (Use("a-model", "0", full_batch=40, calls=10), Use("b-model", "1", full_batch=4, calls=2))
 PEERS = ("vstar_kernels", "eager", "sdpa-bias", "flex", "xformers-bias", "without-map",
-         "strength-0", "sdpa", "flash-attn")  # fmt: skip
+         "strength-0", "sdpa", "flash-attn", "composed", "ultravico")  # fmt: skip
 
 
 def small_cases():
@@ -25,6 +25,9 @@ def small_cases():
     yield Case("overhead", "call", "float32", frames=4, **sizes)
     for threads in (1, 2):
         yield Case("threads", "forward", "float32", frames=8, threads=threads, **sizes)
+    layout = {"layout": (2, 3, 4, 1), "uses": (Use("c-model", "3 × 40", 1, 10, measured=0.01),)}
+    for rule in ("tar", "window"):
+        yield Case("frames", "frames", "float32", 1, 15, 2, 16, rule=rule, **layout)
     yield Case("unet", "step", "float32", 32, 2, 1, 32, latents=(4, 4))
 
 

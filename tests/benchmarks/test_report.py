@@ -78,7 +78,7 @@ def test_the_page_needs_nothing_beside_it(run):
     drawn = {plot.title for plot in plots.all_plots(run)}
     assert drawn == {"Time against frames", "Speed-up by model", "Share of the floor",
                      "Memory against frames", "Long sequences", "Forward and backward",
-                     "With the mean map", "Scaling with threads"}  # fmt: skip
+                     "With the mean map", "What a rule costs", "Scaling with threads"}  # fmt: skip
     assert html.count("prefers-color-scheme: dark)") == 1 + len(drawn)
 
 

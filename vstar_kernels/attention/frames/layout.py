@@ -169,7 +169,6 @@ class Layout:
         self.runs = tuple(runs)
         self.coordinates = tuple(numbers)
         self.frame_tokens = tuple(sizes)
-        self._hash = hash((self.runs, self.coordinates))  # once: every call looks its tables up
 
     @classmethod
     def from_coordinates(
@@ -241,12 +240,10 @@ class Layout:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Layout):
             return NotImplemented
-        if self is other:
-            return True
         return self.runs == other.runs and self.coordinates == other.coordinates
 
     def __hash__(self) -> int:
-        return self._hash
+        return hash((self.runs, self.coordinates))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self.segments

@@ -195,7 +195,7 @@ class Table:
         if not table.requires_grad:  # so that nobody changes what a cache was made of
             object.__setattr__(self, "table", table.detach().to("cpu", torch.float32, copy=True))
         object.__setattr__(self, "_hash", self._make_hash())
-        if self.table.requires_grad:  # its values change, and may be on a GPU
+        if self.table.requires_grad:  # its values change
             return
         values = self.table
         allowed = "finite" if self.by_stat else "finite, or -inf to mask"
