@@ -27,7 +27,7 @@ from benchmarks.machine import Watch, environment, peak_bytes
 from benchmarks.report.tables import Table
 
 MATRIX = 2048  # of the product that is timed
-COPY = 1 << 26  # floats that are copied
+COPY = 1 << 24  # floats that are copied
 RULES = ("TAR row_max", "TAR frame_max", "window", "map")
 
 
@@ -52,7 +52,7 @@ class Options:
 
 def heads_of(tokens: int) -> int:
     """Returns few heads for long sequences: each size takes about as long."""
-    return max(2, 8 * 2048 // tokens)
+    return max(1, 4 * 2048 // tokens)
 
 
 def kept_share(frames: int, window: int) -> float:

@@ -235,17 +235,33 @@ class FrameBlock {
     for (int64_t d = 0; d < a_.head_dim; d += kLineElements) prefetch(row + d);
   }
 
-  void pack_keys(const Chunk& chunk) const {
-    using Source = typename UnitSource<T, Unit>::Type;
+  // Packs a chunk's rows. Keys that follow each other are used where they lie if they can be: each
+  // panel reads them once, values once for every few queries.
+  void pack_keys(const Chunk& chunk) {
+    using Source = UnitSource<T, Unit>;
+    const Piece& first = chunk.piece[0];
+    const int32_t* tokens = a_.keys.order + a_.keys.begin[first.frame] + first.place;
+    const int64_t stride = a_.key_strides.frame;
+    const bool in_place = Source::kInPlace && chunk.pieces == 1 &&
+                          stride % Source::kElements == 0 &&
+                          tokens[chunk.keys - 1] == tokens[0] + chunk.keys - 1;
     float* keys = scratch_ + plan_.keys;
     float* values = scratch_ + plan_.values;
+    keys_ = reinterpret_cast<const Unit*>(keys);
+    key_stride_ = units();
+    if (in_place) {
+      keys_ = reinterpret_cast<const Unit*>(row(a_.key, a_.key_strides, key_head(), tokens[0]));
+      key_stride_ = stride / Source::kElements;
+    }
     for (int k = 0; k < chunk.pieces; ++k) {
       const Piece& piece = chunk.piece[k];
       const int32_t* order = a_.keys.order + a_.keys.begin[piece.frame] + piece.place;
       for (int64_t i = 0, n; i < piece.keys(); i += n) {
         for (n = 1; i + n < piece.keys() && order[i + n] == order[i] + n;) ++n;
-        pack_rows<Source>(row(a_.key, a_.key_strides, key_head(), order[i]),
-                          a_.key_strides.frame, n, units(), keys);
+        if (!in_place) {
+          pack_rows<typename Source::Type>(row(a_.key, a_.key_strides, key_head(), order[i]),
+                                           stride, n, units(), keys);
+        }
         pack_padded_rows(row(a_.value, a_.value_strides, key_head(), order[i]),
                          a_.value_strides.frame, n, a_.head_dim, values);
         keys += n * units();
@@ -272,11 +288,10 @@ class FrameBlock {
     float* constants = scratch_ + plan_.constants;
     const int lanes = panel.lanes();
     for (int i = 0; i < lanes; ++i) maxima[i] = -kInfinity;
-    const auto* keys = reinterpret_cast<const Unit*>(scratch_ + plan_.keys);
     with_vectors(panel.vectors, [&](auto vectors) {
       for (int64_t j = 0; j < chunk.keys; j += kLogitsKeys) {
         fetch_some();
-        logits_of_keys<vectors>(keys + j * units(), units(),
+        logits_of_keys<vectors>(keys_ + j * key_stride_, key_stride_,
                                 static_cast<int>(min64(kLogitsKeys, chunk.keys - j)),
                                 panel.packed_queries, units(), a_.scale * kLog2E,
                                 cells + j * lanes, maxima);
@@ -400,6 +415,8 @@ class FrameBlock {
   Rows rows_;
   FrameWeights weights_;
   Fetch fetch_ = {};
+  const Unit* keys_ = nullptr;  // of the present chunk
+  int64_t key_stride_ = 0;      // in units
 };
 
 inline int64_t frames_scratch(const FrameArgs& a) { return FramesPlan(a).size; }

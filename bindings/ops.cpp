@@ -263,6 +263,13 @@ void cpu_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value,
 
 // ---- attention over frames ----
 
+bool is_empty(const Tensor& t) {
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) == 0) return true;
+  }
+  return false;
+}
+
 vstar::Strides token_strides(const Tensor& t) {
   return {t.stride(0), 0, t.stride(1), t.stride(2)};
 }
@@ -373,7 +380,7 @@ struct FrameArguments {
                         (!by_head || map.size(1) == query.size(2)) &&
                         map.size(dims - 2) == queries.frames && map.size(dims - 1) == keys.frames + 1,
                     name, " must be (batch, [heads,] frames, frames + 1)");
-    return static_cast<float*>(map.data_ptr());
+    return map.mutable_data_ptr<float>();
   }
 
  private:
@@ -418,7 +425,7 @@ void cpu_frames_forward(Tensor out, std::optional<Tensor> map, Tensor query, Ten
   check_like(out, query, "out");
   vstar::FrameMap frame_map = {nullptr, map_by_head};
   if (map) frame_map.data = arguments.map_data(*map, map_by_head, "map");
-  if (query.numel() == 0) {
+  if (is_empty(query)) {
     if (map) torch::stable::fill_(*map, __builtin_nan(""));  // the mean of nothing
     return;
   }
@@ -446,7 +453,7 @@ void cpu_frames_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, 
   check_like(grad_value, key, "grad_value");
   args.map_by_head = map_by_head;
   if (grad_map) args.grad_map = arguments.map_data(*grad_map, map_by_head, "grad_map");
-  if (query.numel() == 0 || key.numel() == 0) {
+  if (is_empty(query) || is_empty(key)) {
     for (Tensor* grad : {&grad_query, &grad_key, &grad_value}) torch::stable::zero_(*grad);
     return;
   }

@@ -1,5 +1,7 @@
 """The C++ kernels against the oracle, on each instruction set that can execute here."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -269,6 +271,30 @@ def test_operator_refuses_what_would_leave_its_tensors():
         torch.ops.vstar_kernels.cpu_frames_forward(
             call.query.clone(), None, *{**good, "key_runs": gap}.values(), 2, False, 1.0, False
         )
+
+
+FORK = """
+import os, signal, sys
+import torch
+import vstar_kernels as vk
+
+torch.set_num_threads(3)
+layout = vk.Layout(vk.Frames(4, 200))
+q = torch.randn(1, 800, 2, 64)
+expected = vk.frame_attention(q, q, q, layout, vk.FrameRule.tar(1.0), backend="cpu")
+child = os.fork()
+if child == 0:
+    signal.alarm(60)  # ends a child that hangs
+    out = vk.frame_attention(q, q, q, layout, vk.FrameRule.tar(1.0), backend="cpu")
+    os._exit(0 if torch.equal(out, expected) else 3)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_in_a_forked_child():
+    run = run_python(FORK)
+    assert run.returncode == 0, f"child: {run.returncode} (242: hung)\n{run.stderr}"
 
 
 MEMORY = """
