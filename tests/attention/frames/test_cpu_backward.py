@@ -127,6 +127,19 @@ def test_given_statistic():
     Call((q, k, v, layout, rule), {}).check()
 
 
+def test_autograd():
+    layout = vk.Layout(vk.Frames(3, 20))
+    rule = R.tar(1.0)
+    found = {}
+    for backend in ("cpu", "reference"):
+        leaves = [x.clone().requires_grad_() for x in inputs(layout)]
+        out, mean_map = vk.frame_attention(*leaves, layout, rule, return_map=True, backend=backend)
+        (out.square().sum() + mean_map.square().sum()).backward()
+        found[backend] = [x.grad for x in leaves]
+    for kernels, expected in zip(found["cpu"], found["reference"], strict=True):
+        torch.testing.assert_close(kernels, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_bits_do_not_depend_on_threads():
     layout = vk.Layout(vk.Frames(4, 100))
     call = Call((*inputs(layout), layout, R.tar(1.0)), {"return_map": True})
