@@ -52,7 +52,7 @@ def blocks(language, **names):
 
 
 def test_python(server):
-    first, second = blocks("python", url=server.url)
+    first, second, third = blocks("python", url=server.url)
     names = {"pipe": tiny.text_to_video()}
     exec(first, names)
     assert len(names["video"].frames) == 3
@@ -60,6 +60,9 @@ def test_python(server):
     exec(second, names)
     assert names["video"].synopsis == names["rose"]
     assert len(server.requests) == 1
+    *statements, values = third.strip().splitlines()
+    exec("\n".join(statements), names)
+    assert eval(values.partition("  #")[0], names) == (7, 8)
 
 
 def test_commands(server, tmp_path, capsys):

@@ -12,11 +12,14 @@ def draw(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def rounded_anchors(stages, frames):
-    """By hand: evenly spaced, halves up, in integers."""
+def rounded_anchors(stages, frames, rounding="down"):
+    """By hand: evenly spaced, cut off or halves up, in integers."""
     if stages == 1:
         return [0]
-    return [(2 * i * (frames - 1) + stages - 1) // (2 * (stages - 1)) for i in range(stages)]
+    gaps = stages - 1
+    return [
+        (2 * i * (frames - 1) + gaps * (rounding == "nearest")) // (2 * gaps) for i in range(stages)
+    ]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -29,6 +32,39 @@ def test_exact_at_evenly_spaced_anchors(stages, frames, dtype, mode):
     out = vk.interpolate_embeddings(embeddings, frames, mode=mode)
     assert (out.shape, out.dtype) == ((frames, TOKENS, CHANNELS), dtype)
     assert torch.equal(out[rounded_anchors(stages, frames)], embeddings)
+
+
+@pytest.mark.parametrize("rounding", ["down", "nearest"])
+@pytest.mark.parametrize(("stages", "frames"), [(3, 16), (4, 12), (5, 512), (2, 1)])
+def test_rounding_of_anchors(stages, frames, rounding):
+    embeddings = draw(stages, TOKENS, CHANNELS)
+    out = vk.interpolate_embeddings(embeddings, frames, rounding=rounding, mode="hold")
+    if stages <= frames:
+        assert torch.equal(out[rounded_anchors(stages, frames, rounding)], embeddings)
+        given = vk.interpolate_embeddings(
+            embeddings, frames, rounded_anchors(stages, frames, rounding), mode="hold"
+        )
+        assert torch.equal(out, given)
+    else:
+        assert torch.equal(out, embeddings[:1])
+
+
+def test_the_official_codes_anchors():
+    """Its 16 frames and 3 stages, and every other size where its numbers are exact enough."""
+    assert rounded_anchors(3, 16) == [0, 7, 15]
+    assert rounded_anchors(3, 16, "nearest") == [0, 8, 15]
+    stages = torch.eye(3)[:, None]
+    out = vk.interpolate_embeddings(stages, 16)
+    assert torch.equal(out[[0, 7, 15]], stages)
+    for count, frames in [(4, 16), (5, 24), (6, 48), (7, 64)]:
+        official = torch.linspace(0, frames - 1, count, dtype=torch.float64).long()
+        stages = torch.eye(count)[:, None]
+        assert torch.equal(vk.interpolate_embeddings(stages, frames)[official], stages)
+
+
+def test_a_wrong_rounding_is_refused():
+    with pytest.raises(ValueError, match="rounding must be 'down' or 'nearest', got 'up'"):
+        vk.interpolate_embeddings(draw(2, TOKENS, CHANNELS), 8, rounding="up")
 
 
 def test_linear_in_between():

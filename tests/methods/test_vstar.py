@@ -104,6 +104,16 @@ def test_stages_by_hand():
     assert not torch.allclose(even.frames, expected, **CLOSE)
 
 
+def test_rounding():
+    """Of 3 stages over 4 frames the second is at frame 1, or at the nearest to 1.5, 2."""
+    pipe = tiny.text_to_video()
+    for rounding, middle in (("down", 1), ("nearest", 2)):
+        vstar = vk.VSTAR(pipe, TAR, mode="hold", rounding=rounding)
+        settings = {"num_frames": 4, "seed": 3, **options(pipe), "num_inference_steps": 1}
+        given = vstar(vk.Synopsis(PROMPT, STAGES, [0, middle, 3]), **settings)
+        assert torch.equal(vstar(SYNOPSIS, **settings).frames, given.frames)
+
+
 def test_latte_cuts_the_padding_as_its_pipeline_does():
     """Texts of several lengths: zeros after the shorter ones, as for several prompts at once."""
     pipe = tiny.latte()
@@ -230,6 +240,8 @@ def test_wrong_arguments():
         vk.VSTAR(pipe, writer="llama")
     with pytest.raises(ValueError, match=r"mode must be .* got 'cubic'"):
         vk.VSTAR(pipe, mode="cubic")
+    with pytest.raises(ValueError, match=r"rounding must be 'down' or 'nearest', got 1"):
+        vk.VSTAR(pipe, rounding=1)
     with pytest.raises(ValueError, match=r"num_stages .* got no writer"):
         vk.VSTAR(pipe)(PROMPT, num_stages=3)
     with pytest.raises(ValueError, match=r"anchors must be below num_frames, 4"):

@@ -35,7 +35,7 @@ from vstar_kernels.cli.options import (
 )
 from vstar_kernels.files import write_atomically
 from vstar_kernels.methods.arguments import check_text
-from vstar_kernels.methods.vstar.embeddings import Interpolation
+from vstar_kernels.methods.vstar.embeddings import Interpolation, Rounding
 from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.methods.vstar.vstar import PAPER, VSTAR, Generation
 from vstar_kernels.methods.vstar.writer import (
@@ -121,6 +121,8 @@ class SynopsisOptions:
     """Ask the writer even for what is in its cache."""
     mode: Interpolation = "linear"
     """How the prompt changes between stages."""
+    rounding: Rounding = "down"
+    """How evenly spaced stages are put on frames: down, as in the official code, or nearest."""
 
     @property
     def has_endpoint(self) -> bool:
@@ -252,6 +254,7 @@ class GenerateOptions:
                     config,
                     writer=writer,
                     mode=self.synopsis.mode,
+                    rounding=self.synopsis.rounding,
                     extend_positions=self.regularization.extend_positions,
                 )
                 generation = vstar(
@@ -374,6 +377,7 @@ def _record(
         "device": device,
         "synopsis": json.loads(generation.synopsis.to_json()),
         "mode": options.synopsis.mode,
+        "rounding": options.synopsis.rounding,
         "config": json.loads(generation.config.to_json()),
         "extend_positions": options.regularization.extend_positions,
         "layers": len(generation.layers),

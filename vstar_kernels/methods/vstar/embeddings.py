@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from vstar_kernels.methods.vstar.synopsis import check_anchors
 
 Interpolation = Literal["linear", "slerp", "hold"]
+Rounding = Literal["down", "nearest"]
+ROUNDINGS: tuple[Rounding, ...] = ("down", "nearest")
 SHAPES = "(stages, tokens, channels) or (batch, stages, tokens, channels)"
 # How close the cosine of an angle is to ±1 where slerp's weights, quotients of sines, have lost
 # half of float32's digits: between nearly equal vectors the chord is the arc to within that, and
@@ -25,17 +28,18 @@ def interpolate_embeddings(
     num_frames: int,
     anchors: Sequence[int] | None = None,
     mode: Interpolation = "linear",
+    rounding: Rounding = "down",
 ) -> Tensor:
     """Returns one embedding for each frame, between those of the stages (VSTAR, section 3.1).
 
     A stage's anchor frame has exactly its embedding. Frames before the first anchor have the first
     stage's, frames after the last one the last stage's.
 
-    Without ``anchors``, they are spaced evenly from the first frame to the last and rounded to
-    frames, halves up: 3 stages over 16 frames are at 0, 8 and 15. Where there are more stages than
-    frames, they cannot all have a frame: anchors stay between frames, each frame is interpolated
-    between its two neighbours, and only the first and the last stage are met exactly (of a single
-    frame, only the first).
+    Without ``anchors``, they are spaced evenly from the first frame to the last and rounded down to
+    frames, as the official code truncates them: 3 stages over 16 frames are at 0, 7 and 15. Where
+    there are more stages than frames, they cannot all have a frame: anchors stay between frames,
+    each frame is interpolated between its two neighbours, and only the first and the last stage are
+    met exactly (of a single frame, only the first).
 
     Args:
         stage_embeddings: ``(stages, tokens, channels)`` or ``(batch, stages, tokens, channels)``,
@@ -45,6 +49,10 @@ def interpolate_embeddings(
         mode: ``"linear"``, as in the paper; ``"slerp"``, along the arc between two tokens'
             embeddings, and linear where they are parallel, opposite or 0; or ``"hold"``, each stage
             from its anchor until the next one's.
+        rounding: How evenly spaced anchors become frames: ``"down"``, as in the official code, or
+            ``"nearest"``, halves up, where 3 stages over 16 frames are at 0, 8 and 15. The
+            official code's floating-point numbers sometimes end just below a whole frame and then
+            give the frame before; here anchors are exact.
 
     Returns:
         ``(num_frames, tokens, channels)`` or ``(batch, num_frames, tokens, channels)``, of the same
@@ -54,12 +62,16 @@ def interpolate_embeddings(
         TypeError, ValueError: An argument is of the wrong kind, or out of its range.
     """
     _check(stage_embeddings, num_frames, mode)
+    check_rounding(rounding)
     num_stages = stage_embeddings.shape[-3]
     if anchors is not None:
         check_anchors(anchors, num_stages)
         if anchors[-1] >= num_frames:
             raise ValueError(f"anchors must be below num_frames, {num_frames}, got {list(anchors)}")
-    places = _even(num_stages, num_frames) if anchors is None else list(map(Fraction, anchors))
+    if anchors is None:
+        places = _even(num_stages, num_frames, rounding)
+    else:
+        places = list(map(Fraction, anchors))
     lower, upper, weight = _neighbours(places, num_frames)
     if mode == "hold":
         return stage_embeddings[..., lower, :, :]
@@ -70,7 +82,7 @@ def interpolate_embeddings(
     return frames.to(stage_embeddings.dtype)
 
 
-def _even(num_stages: int, num_frames: int) -> list[Fraction]:
+def _even(num_stages: int, num_frames: int, rounding: Rounding) -> list[Fraction]:
     """Spaces anchors evenly from the first frame to the last, on frames where there are enough."""
     if num_stages == 1:
         return [Fraction(0)]
@@ -78,7 +90,8 @@ def _even(num_stages: int, num_frames: int) -> list[Fraction]:
     places = [stage * spacing for stage in range(num_stages)]
     if num_stages > num_frames:
         return places
-    return [Fraction((2 * place + 1) // 2) for place in places]
+    half = Fraction(1, 2) if rounding == "nearest" else 0
+    return [Fraction(math.floor(place + half)) for place in places]
 
 
 def _neighbours(
@@ -118,6 +131,17 @@ BLENDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "slerp": _slerp,
 }
 MODES = (*BLENDS, "hold")
+
+
+def check_rounding(rounding: Any) -> None:
+    """Raises unless it is the name of a way to round anchors to frames.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if rounding not in ROUNDINGS:
+        allowed = " or ".join(map(repr, ROUNDINGS))
+        raise ValueError(f"rounding must be {allowed}, got {rounding!r}")
 
 
 def _check(stage_embeddings: Tensor, num_frames: int, mode: str) -> None:

@@ -10,7 +10,13 @@ from typing import Any
 
 from vstar_kernels.methods.arguments import check_integer
 from vstar_kernels.methods.pipelines import PipelineCall, check_pipeline
-from vstar_kernels.methods.vstar.embeddings import MODES, Interpolation, interpolate_embeddings
+from vstar_kernels.methods.vstar.embeddings import (
+    MODES,
+    Interpolation,
+    Rounding,
+    check_rounding,
+    interpolate_embeddings,
+)
 from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.methods.vstar.writer import SynopsisWriter
 from vstar_kernels.models.apply import TARHandle, apply_tar
@@ -62,7 +68,8 @@ class VSTAR:
         config: A :class:`TARConfig` or a preset such as ``"64D1_32D8"``; by default σ = 1 at level
             0 in the first 56 % of the steps, the paper's 14 of 25.
         writer: Writes the synopses of prompts; without one, all frames have the prompt.
-        mode: How to interpolate between stages, see :func:`interpolate_embeddings`.
+        mode, rounding: How to interpolate between stages, and on which frames stages without
+            anchors are, see :func:`interpolate_embeddings`.
         backend, extend_positions: As for :func:`apply_tar`.
 
     Raises:
@@ -76,6 +83,7 @@ class VSTAR:
         *,
         writer: SynopsisWriter | None = None,
         mode: Interpolation = "linear",
+        rounding: Rounding = "down",
         backend: str | None = None,
         extend_positions: bool = False,
     ) -> None:
@@ -88,10 +96,12 @@ class VSTAR:
             raise TypeError(f"config must be a TARConfig or a preset, got {type(config).__name__}")
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+        check_rounding(rounding)
         self._pipe = pipe
         self._config = config
         self._writer = writer
         self._mode = mode
+        self._rounding = rounding
         self._backend = backend
         self._extend_positions = extend_positions
 
@@ -131,7 +141,9 @@ class VSTAR:
         with self._regularize() as tar:  # first, as it finds most mistakes
             synopsis = self._synopsis(prompt, num_stages, refresh)
             stages, negative = call.encode(tuple(synopsis.stages))
-            embeddings = interpolate_embeddings(stages, num_frames, synopsis.anchors, self._mode)
+            embeddings = interpolate_embeddings(
+                stages, num_frames, synopsis.anchors, self._mode, self._rounding
+            )
             if negative is not None:
                 negative = negative.expand(num_frames, -1, -1)
             with (
