@@ -31,5 +31,19 @@ def pairwise(options: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any
     return cases
 
 
+def some(options: dict[str, list[Any]], count: int) -> list[dict[str, Any]]:
+    """Returns so many of :func:`pairwise`'s cases, those with the most pairs, for slow tests."""
+    places = {name: {repr(value): i for i, value in enumerate(x)} for name, x in options.items()}
+    cases = pairwise(options)
+    pairs = [_pairs({name: places[name][repr(x)] for name, x in case.items()}) for case in cases]
+    chosen: list[int] = []
+    met: set[frozenset[tuple[str, int]]] = set()
+    while len(chosen) < count:
+        best = max(range(len(cases)), key=lambda n: len(pairs[n] - met))
+        chosen.append(best)
+        met |= pairs[best]
+    return [cases[n] for n in sorted(chosen)]
+
+
 def _pairs(case: dict[str, int]) -> set[frozenset[tuple[str, int]]]:
     return {frozenset(pair) for pair in itertools.combinations(case.items(), 2)}
