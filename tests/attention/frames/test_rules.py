@@ -148,6 +148,16 @@ def test_sparse_videogen():
     check(layout, R.band(2), masked(temporal))
 
 
+@pytest.mark.parametrize("sink", [0, 2])
+def test_freeloc_tiers(sink):
+    """FreeLOC (2603.25209): near frames whole, farther ones in a band, the first ones whole."""
+    f, p = grid(9, 8, text_after=2)
+    df, apart = (f[:, None] - f).abs(), (p[:, None] - p).abs()
+    keep = (df <= 1) | ((df <= 4) & (apart <= 2)) | (f < sink) | (f[:, None] < 0) | (f < 0)
+    rule = R.window(4, sink=sink) + R.band(2, beyond=1, sink=sink)
+    check(vk.Layout(vk.Frames(9, 8), vk.Text(2)), rule, masked(keep))
+
+
 def test_heads_may_differ_in_the_frames_that_they_see():
     f, _ = grid(5, 3)
     frame = torch.arange(5)
@@ -293,7 +303,7 @@ SAVED = {
     "nothing": lambda: R(),
     "identity": R.identity,
     "tar": lambda: R.tar(1.5, 0.7, "row_max", True),
-    "masks": lambda: R.window(2, 1) + R.causal(2) + R.keyframes(1, 3, 2, 1) + R.band(3),
+    "masks": lambda: R.window(2, 1) + R.causal(2) + R.keyframes(1, 3, 2, 1) + R.band(3, 2, 1),
     "factors": lambda: R.attenuate(0.9, 21, bands=((46, 54), (96, 104)), beta=0.6),
     "tokens": lambda: R.attenuate(0.9, 21, metric="token") + R.reference(0.5, 1) + R.radial(0.5),
     "relay": lambda: R.relay([(0, 3), (4.5, 9)], None, 0.7) + R.relay([(0, 1)], 2, 0.7),
@@ -348,7 +358,10 @@ def test_json_of_tensors():
             '{"terms": [{"term": "relay", "segments": [[1]], "w": null, "sigma": 1}]}',
             r"terms\[0\]: segments must be pairs",
         ),
-        ('{"terms": [{"term": "identity"}, {"term": "band", "width": 1}]}', "leaves no attention"),
+        (
+            '{"terms": [{"term": "identity"}, {"term": "causal", "block": 1}]}',
+            "leaves no attention",
+        ),
     ],
 )
 def test_json_is_read_strictly(text, message):
@@ -373,6 +386,8 @@ def test_json_is_read_strictly(text, message):
         (lambda: R.window(-1), "w must be at least 0, got -1"),
         (lambda: R.window(1, sink=-1), "sink must be at least 0, got -1"),
         (lambda: R.band(-1), "width must be at least 0, got -1"),
+        (lambda: R.band(1, beyond=-1), "beyond must be at least 0, got -1"),
+        (lambda: R.band(1, sink=-1), "sink must be at least 0, got -1"),
         (lambda: R.causal(0), "block must be at least 1, got 0"),
         (lambda: R.keyframes(1, 0), "interval must be at least 1, got 0"),
         (lambda: R.attenuate(-0.1, 21), "alpha must be at least 0, got -0.1"),

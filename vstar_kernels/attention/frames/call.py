@@ -12,7 +12,8 @@ from torch import Tensor
 from vstar_kernels.attention.bias import check_finite, check_flag, check_strided
 from vstar_kernels.attention.call import autocast, has_autocast
 from vstar_kernels.attention.frames.layout import Layout
-from vstar_kernels.attention.frames.rules import FrameRule, Tables
+from vstar_kernels.attention.frames.rules import FrameRule
+from vstar_kernels.attention.frames.terms import Tables
 
 NO_RULE = FrameRule()
 
@@ -58,7 +59,7 @@ class FrameCall:
     delta: Tensor | None  # [heads,] F_q, F_k: strength · b₁, what the statistic is weighted by
     offset: Tensor | None  # [heads,] F_q, F_k: b₂ + log m, −inf where a frame of keys is masked
     factor: Tensor | None  # 2, [heads,] F_q, F_k: of positive logits, and of the others
-    factor_span: Tensor | None  # 2, F_q, F_k int32: lo ≤ pⱼ − pᵢ ≤ hi; ±rules.UNBOUNDED: no bound
+    factor_span: Tensor | None  # 2, F_q, F_k int32: lo ≤ pⱼ − pᵢ ≤ hi; ±terms.UNBOUNDED: no bound
     band: Tensor | None  # 2, F_q, F_k int32: likewise, of the keys that are visible
     options: FrameOptions
 

@@ -15,8 +15,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_model
 from torch import Tensor
 
-from vstar_kernels.attention.frames import rules
-from vstar_kernels.attention.frames.rules import STATS, FrameRule, Term
+from vstar_kernels.attention.frames.rules import STATS, FrameRule
+from vstar_kernels.attention.frames.terms import Term, pairs
 from vstar_kernels.reading import FormatError, decode, hidden, shorten, validate
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ def _name(term: type[Any]) -> str:
     return term.__name__.lower()
 
 
-KINDS: dict[str, Any] = {_name(term): term for term in get_args(rules.Term)}
+KINDS: dict[str, Any] = {_name(term): term for term in get_args(Term)}
 TermForm: Any = Annotated[
     Union[tuple(map(_form, KINDS.values()))],  # noqa: UP007
     Field(discriminator="term"),
@@ -127,9 +127,7 @@ def _make_term(form: Any, path: str) -> Term:
     try:
         if "table" in values:
             values["table"] = _make_tensor(values["table"])
-        values = {
-            name: rules.pairs(x, name) if isinstance(x, list) else x for name, x in values.items()
-        }
+        values = {name: pairs(x, name) if isinstance(x, list) else x for name, x in values.items()}
         made: Term = KINDS[form.term](**values)
         return made
     except (TypeError, ValueError) as error:

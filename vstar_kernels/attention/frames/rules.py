@@ -1,474 +1,43 @@
-"""What is done to attention between frames: :class:`FrameRule`, its terms and the tables they make.
+"""What is done to attention between frames: :class:`FrameRule`.
 
-A rule is a sum of terms, each a small frozen dataclass that knows one thing, and what weighs those
-that a statistic weighs. For two layouts a rule is five tables over pairs of frames, ``(F_q, F_k)``
-or ``(heads, F_q, F_k)``, which is all that a backend ever sees of it (:class:`Tables`).
-
-Distances are between the frames' coordinates; "the first frames" are those with the smallest ones.
-So a rule means the same wherever a frame's tokens lie in the sequence.
+A rule is a sum of terms (``terms.py``), and what weighs those that a statistic weighs. For two
+layouts a rule is five tables over pairs of frames, ``(F_q, F_k)`` or ``(heads, F_q, F_k)``, which
+is all that a backend ever sees of it (:class:`Tables`).
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vstar_kernels.attention.bias import check_flag
-from vstar_kernels.attention.frames.layout import (
-    Layout,
-    Numbers,
-    check_count,
-    check_number,
+from vstar_kernels.attention.frames.layout import Layout, Numbers
+from vstar_kernels.attention.frames.terms import (
+    Attenuate,
+    Band,
+    Causal,
+    Draft,
+    Gaussian,
+    Identity,
+    Keyframes,
+    Radial,
+    Reference,
+    Relay,
+    Table,
+    Tables,
+    Term,
+    Window,
+    pairs,
 )
 from vstar_kernels.reading import require_pydantic
 
 STATS = ("frame_max", "row_max", "none")
-METRICS = ("frame", "token")
-UNBOUNDED = 2**30  # in a band or a span: no bound on this side; int32 sums with it do not overflow
-
-
-class Tables(NamedTuple):
-    """A rule for two layouts; None where a table changes nothing. All stand on the CPU.
-
-    ``delta``, ``offset`` and ``factor`` are float32, ``factor_span`` and ``band`` int32; see
-    :class:`vstar_kernels.attention.frames.call.FrameCall`. They are shared, to be read only.
-    """
-
-    delta: Tensor | None = None
-    offset: Tensor | None = None
-    factor: Tensor | None = None
-    factor_span: Tensor | None = None
-    band: Tensor | None = None
-
-
-class _Draft:
-    """The tables while the terms of a rule are entered, in float64."""
-
-    def __init__(self, query: Layout, key: Layout) -> None:
-        self.query, self.key = query, key
-        self.delta: Tensor | None = None
-        self.offset: Tensor | None = None
-        self.factor: Tensor | None = None
-        self.span: Tensor | None = None
-        self.band: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(F_q, F_k)."""
-        return self.query.frames, self.key.frames
-
-    def distance(self) -> Tensor:
-        """Returns t_g − t_f, ``(F_q, F_k)``."""
-        return _numbers(self.key.coordinates) - _numbers(self.query.coordinates)[:, None]
-
-    def key_rank(self) -> Tensor:
-        """Returns the place of each key frame in the order of time, ``(F_k,)``."""
-        rank = torch.empty(self.key.frames, dtype=torch.int64, device="cpu")
-        rank[self.key.order()] = torch.arange(self.key.frames, device="cpu")
-        return rank
-
-    def frame_tokens(self, term: str) -> int:
-        """Returns P, which a term needs to be the same of all frames."""
-        sizes = sorted({*self.query.frame_tokens, *self.key.frame_tokens})
-        if len(sizes) > 1:
-            raise ValueError(
-                f"{term} needs frames of one size, got frames of {_listed(sizes)} tokens"
-            )
-        return sizes[0] if sizes else 1
-
-    def weigh(self, values: Tensor, by_stat: bool) -> None:
-        """Adds ``values``, times the statistic or as they are."""
-        if by_stat:
-            self.delta = values if self.delta is None else self.delta + values
-        else:
-            self.offset = values if self.offset is None else self.offset + values
-
-    def keep(self, visible: Tensor) -> None:
-        """Masks the frames of keys that are not visible to a frame of queries."""
-        nothing = torch.zeros(visible.shape, dtype=torch.float64, device="cpu")
-        self.weigh(nothing.masked_fill(~visible, -math.inf), by_stat=False)
-
-    def limit(self, low: Tensor, high: Tensor) -> None:
-        """Keeps only keys with low ≤ p_j − p_i ≤ high, ``(F_q, F_k)`` integers each."""
-        band = torch.stack([low, high]).clamp(-UNBOUNDED, UNBOUNDED)
-        if self.band is not None:
-            low, high = self.band
-            band = torch.stack([band[0].maximum(low), band[1].minimum(high)])
-        self.band = band
-
-    def multiply(self, positive: Tensor, span: Tensor | None) -> None:
-        """Multiplies positive logits; with a ``span``, only where lo ≤ p_j − p_i ≤ hi."""
-        factor = torch.stack([positive, torch.ones_like(positive)])
-        if self.factor is None:
-            self.factor, self.span = factor, span
-            return
-        if (self.span is None) != (span is None) or (
-            self.span is not None and span is not None and not torch.equal(self.span, span)
-        ):
-            raise ValueError(
-                "factors of two terms hold for different tokens of a frame (metric='token' with "
-                "another window, or beside metric='frame'): there is one span for a pair of frames"
-            )
-        self.factor = self.factor * factor
-
-    def tables(self) -> Tables:
-        """Returns the tables as backends take them."""
-        offset = self.offset
-        if offset is not None and not offset.any():
-            offset = None
-        delta = self.delta
-        if delta is not None and not delta.any():
-            delta = None
-        factor, span, band = self.factor, self.span, self.band
-        if factor is None or bool((factor == 1).all()):
-            factor, span = None, None
-        if band is not None:
-            tokens = max((*self.query.frame_tokens, *self.key.frame_tokens), default=1)
-            if bool((band[0] <= 1 - tokens).all() and (band[1] >= tokens - 1).all()):
-                band = None
-        return Tables(
-            *(None if x is None else x.float().contiguous() for x in (delta, offset, factor)),
-            *(None if x is None else x.int().contiguous() for x in (span, band)),
-        )
-
-
-def _listed(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values))
-
-
-def _numbers(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
-
-
-# ---- terms: each enters one thing into the tables ----
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """strength · exp(−(t_g − t_f)²/2σ²), as VSTAR's Δ (arXiv 2403.13501, eq. 2)."""
-
-    sigma: float
-    strength: float
-    by_stat: bool
-
-    def __post_init__(self) -> None:
-        check_number(self.sigma, "sigma", least=0)
-        check_number(self.strength, "strength")
-
-    def enter(self, draft: _Draft) -> None:
-        distance = draft.distance()
-        if self.sigma > 0:  # divided before it is squared: σ² may leave the range of floats
-            values = torch.exp(-0.5 * (distance / self.sigma) ** 2)
-        else:
-            values = (distance == 0).double()
-        values[values < torch.finfo(torch.float32).tiny] = 0.0  # subnormals are slow
-        draft.weigh(self.strength * values, self.by_stat)
-
-
-@dataclass(frozen=True, eq=False)
-class Table:
-    """strength · table, given entry by entry; −inf in it masks."""
-
-    table: Tensor
-    strength: float
-    by_stat: bool
-
-    def __post_init__(self) -> None:
-        table = self.table
-        if not isinstance(table, Tensor):
-            raise TypeError(f"table must be a torch.Tensor, got {type(table).__name__}")
-        if table.ndim not in (2, 3):
-            raise ValueError(
-                "table must have shape (F_q, F_k) or (heads, F_q, F_k), frames of queries by "
-                f"frames of keys, got {tuple(table.shape)}"
-            )
-        if not table.is_floating_point():
-            raise ValueError(f"table must be floating point, got {table.dtype}")
-        check_number(self.strength, "strength")
-        if not table.requires_grad:  # so that nobody changes what a cache was made of
-            object.__setattr__(self, "table", table.detach().to("cpu", torch.float32, copy=True))
-        object.__setattr__(self, "_hash", self._make_hash())
-        if self.table.requires_grad:  # its values change
-            return
-        values = self.table
-        allowed = "finite" if self.by_stat else "finite, or -inf to mask"
-        bad = ~values.isfinite() if self.by_stat else values.isnan() | (values == math.inf)
-        if bool(bad.any()):
-            raise ValueError(f"table must be {allowed}, got {values[bad][0].item()}")
-
-    def fitting(self, shape: tuple[int, int]) -> Tensor:
-        """Returns the table on the CPU, if it is for so many frames of queries and of keys."""
-        rows, columns = self.table.shape[-2:]
-        if (rows, columns) != shape:
-            raise ValueError(
-                f"the table of FrameRule.bias is for {rows} frames of queries and {columns} of "
-                f"keys (shape {tuple(self.table.shape)}), the layouts have {shape[0]} and "
-                f"{shape[1]}"
-            )
-        return self.table.cpu()
-
-    def enter(self, draft: _Draft) -> None:
-        table = self.fitting(draft.shape).double()
-        if self.strength == 0:
-            table = table.masked_fill(table == -math.inf, 0.0)
-        draft.weigh(self.strength * table, self.by_stat)
-
-    def _make_hash(self) -> int:
-        if self.table.requires_grad:
-            return hash((id(self.table), self.strength, self.by_stat))
-        return hash((tuple(self.table.flatten().tolist()), self.strength, self.by_stat))
-
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        if not isinstance(other, Table) or hash(self) != hash(other):
-            return False
-        if self.table.requires_grad or other.table.requires_grad:
-            return self.table is other.table
-        same = (self.strength, self.by_stat) == (other.strength, other.by_stat)
-        return same and torch.equal(self.table, other.table)
-
-    def __hash__(self) -> int:
-        found: int = self._hash  # type: ignore[attr-defined]
-        return found
-
-
-@dataclass(frozen=True)
-class Window:
-    """Keeps the frames of keys within w of the query's, and the first ``sink`` frames."""
-
-    w: float
-    sink: int
-
-    def __post_init__(self) -> None:
-        check_number(self.w, "w", least=0)
-        check_count(self.sink, "sink", 0)
-
-    def enter(self, draft: _Draft) -> None:
-        draft.keep((draft.distance().abs() <= self.w) | (draft.key_rank() < self.sink))
-
-
-@dataclass(frozen=True)
-class Causal:
-    """Keeps the frames of keys whose block of frames is not after the query's."""
-
-    block: int
-
-    def __post_init__(self) -> None:
-        check_count(self.block, "block", 1)
-
-    def enter(self, draft: _Draft) -> None:
-        of_query = _numbers(draft.query.coordinates).div(self.block).floor()
-        of_key = _numbers(draft.key.coordinates).div(self.block).floor()
-        draft.keep(of_key <= of_query[:, None])
-
-
-@dataclass(frozen=True)
-class Keyframes:
-    """Keeps the first frames, every interval-th frame from an offset on, and those within w."""
-
-    first: int
-    interval: int
-    offset: int
-    w: float
-
-    def __post_init__(self) -> None:
-        check_count(self.first, "first", 0)
-        check_count(self.interval, "interval", 1)
-        check_count(self.offset, "offset", 0)
-        check_number(self.w, "w", least=0)
-
-    def enter(self, draft: _Draft) -> None:
-        rank, count = draft.key_rank(), draft.key.frames
-        grid = torch.arange(-(-count // self.interval), device="cpu") * self.interval + self.offset
-        anchors = (rank < self.first) | torch.isin(rank, grid % max(count, 1))
-        draft.keep((draft.distance().abs() <= self.w) | anchors)
-
-
-@dataclass(frozen=True)
-class Attenuate:
-    """Multiplies positive logits of keys far from the query."""
-
-    alpha: float
-    window: float
-    bands: tuple[tuple[float, float], ...]
-    beta: float | None
-    metric: str
-
-    def __post_init__(self) -> None:
-        check_number(self.alpha, "alpha", least=0)
-        check_number(self.window, "window", least=0)
-        for band in self.bands:
-            for edge in band:
-                check_number(edge, "an edge of bands", least=0)
-            if band[0] > band[1]:
-                raise ValueError(f"bands must be (nearest, farthest) distances, got {band}")
-        if self.metric not in METRICS:
-            raise ValueError(f"metric must be 'frame' or 'token', got {self.metric!r}")
-        if bool(self.bands) != (self.beta is not None):
-            raise ValueError(
-                "bands and beta, the factor in them, come together, "
-                f"got bands={self.bands} and beta={self.beta}"
-            )
-        if self.beta is not None:
-            check_number(self.beta, "beta", least=0)
-        if self.metric == "token" and self.bands:
-            raise ValueError(
-                f"bands need metric='frame', got {len(self.bands)} of them with metric='token': "
-                "the tokens that a factor holds for are one span for each pair of frames"
-            )
-        if self.metric == "token" and self.window < 2:
-            raise ValueError(
-                "with metric='token' window must be at least 2 frames, so that a frame reaches "
-                f"past it on one side only, got {self.window}"
-            )
-
-    def enter(self, draft: _Draft) -> None:
-        distance, span = draft.distance(), None
-        far = distance.abs() > self.window / 2
-        if self.metric == "token":
-            tokens = draft.frame_tokens("metric='token'")
-            # |j − i| > window · P / 2, with j − i = (t_g − t_f) · P + (p_j − p_i)
-            reach, shift = self.window * tokens / 2, distance * tokens
-            low = torch.where(distance > 0, (reach - shift).floor() + 1, -UNBOUNDED)
-            high = torch.where(distance < 0, (-reach - shift).ceil() - 1, UNBOUNDED)
-            high = torch.where(distance == 0, -UNBOUNDED, high)  # nothing of one's own frame
-            far = (low <= tokens - 1) & (high >= 1 - tokens)
-            span = torch.stack([low, high]).clamp(-UNBOUNDED, UNBOUNDED)
-        factor = torch.ones(draft.shape, dtype=torch.float64, device="cpu")
-        factor = factor.masked_fill(far, self.alpha)
-        for nearest, farthest in self.bands:
-            inside = (distance.abs() >= nearest) & (distance.abs() <= farthest)
-            factor = factor.masked_fill(inside, self.beta or 0.0)
-        draft.multiply(factor, span)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Multiplies the attention that all other frames pay to one frame."""
-
-    gamma: float
-    frame: int
-
-    def __post_init__(self) -> None:
-        check_number(self.gamma, "gamma")
-        if self.gamma <= 0:
-            raise ValueError(f"gamma must be above 0, got {self.gamma}")
-        check_count(self.frame, "frame", 0)
-
-    def enter(self, draft: _Draft) -> None:
-        if self.frame >= draft.key.frames:
-            raise ValueError(
-                f"FrameRule.reference needs frame {self.frame}, the keys have {draft.key.frames}"
-            )
-        paid = (draft.key_rank() == self.frame) & (draft.distance() != 0)
-        draft.weigh(math.log(self.gamma) * paid.double(), by_stat=False)
-
-
-@dataclass(frozen=True)
-class Radial:
-    """Keeps a band of places that halves whenever the distance of the frames doubles."""
-
-    decay: float
-    neighbour: float
-    block: int
-    sink: int
-
-    def __post_init__(self) -> None:
-        check_number(self.decay, "decay", least=0)
-        check_number(self.neighbour, "neighbour", least=0)
-        check_count(self.block, "block", 1)
-        check_count(self.sink, "sink", 0)
-
-    def enter(self, draft: _Draft) -> None:
-        tokens, distance = draft.frame_tokens("FrameRule.radial"), draft.distance().abs()
-        if not torch.equal(distance, distance.round()):
-            raise ValueError(
-                "FrameRule.radial needs coordinates whose differences are whole numbers, got "
-                f"{draft.query.coordinates[:4]}…"
-            )
-        sink = (draft.key_rank() < self.sink).expand(draft.shape)
-        widths, kept = [], []
-        for far in distance.long().flatten().tolist():
-            length = 2.0 ** (tokens.bit_length() - far.bit_length())
-            width = max(self.decay * length, self.block)
-            if far <= 1:
-                width = tokens * (self.neighbour if far else 1)
-            widths.append(math.floor(width))
-            kept.append(length >= self.block or far % int(self.block / length) == 0)
-        width = torch.tensor(widths, dtype=torch.float64, device="cpu").view(draft.shape)
-        width = width.masked_fill(sink, UNBOUNDED)
-        draft.keep(torch.tensor(kept, dtype=torch.bool, device="cpu").view(draft.shape) | sink)
-        draft.limit(-width, width)
-
-
-@dataclass(frozen=True)
-class Relay:
-    """−relu(|t_f − middle_g| − w)²/2σ², of the segment that belongs to each frame of keys."""
-
-    segments: tuple[tuple[float, float], ...]
-    w: float | None
-    sigma: float
-
-    def __post_init__(self) -> None:
-        if not self.segments:
-            raise ValueError("segments must hold at least one (first, last) pair of coordinates")
-        for segment in self.segments:
-            for edge in segment:
-                check_number(edge, "an edge of segments")
-            if segment[0] > segment[1]:
-                raise ValueError(f"segments must be (first, last) coordinates, got {segment}")
-        if self.w is not None:
-            check_number(self.w, "w", least=0)
-        check_number(self.sigma, "sigma")
-        if self.sigma <= 0:
-            raise ValueError(f"sigma must be above 0, got {self.sigma}")
-
-    def enter(self, draft: _Draft) -> None:
-        if len(self.segments) != draft.key.frames:
-            raise ValueError(
-                f"FrameRule.relay has {len(self.segments)} segments, one for each frame of keys, "
-                f"the keys have {draft.key.frames}"
-            )
-        first, last = _numbers(self.segments).T[:, draft.key_rank()]  # type: ignore[arg-type]
-        half = (last - first) / 2 if self.w is None else self.w
-        past = (_numbers(draft.query.coordinates)[:, None] - (first + last) / 2).abs() - half
-        draft.weigh(-past.clamp(min=0).square() / (2 * self.sigma**2), by_stat=False)
-
-
-@dataclass(frozen=True)
-class Band:
-    """Keeps only keys whose place in their frame is within ``width`` of the query's in its own."""
-
-    width: int
-
-    def __post_init__(self) -> None:
-        check_count(self.width, "width", 0)
-
-    def enter(self, draft: _Draft) -> None:
-        width = torch.full(draft.shape, float(self.width), dtype=torch.float64, device="cpu")
-        draft.limit(-width, width)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Replaces the attention map by the identity: out = V."""
-
-    def enter(self, draft: _Draft) -> None:
-        raise AssertionError("frame_attention resolves the identity before there are tables")
-
-
-Term = (
-    Gaussian | Table | Window | Causal | Keyframes | Attenuate | Reference | Radial | Relay | Band
-    | Identity
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -563,12 +132,19 @@ class FrameRule:
         return cls((Window(w, sink),))
 
     @classmethod
-    def band(cls, width: int) -> FrameRule:
+    def band(cls, width: int, beyond: float | None = None, sink: int = 0) -> FrameRule:
         """Returns a mask that keeps keys with |p_j − p_i| ≤ width, p the place within the frame.
 
-        This is what the temporal heads of Sparse VideoGen keep (arXiv 2502.01776).
+        This is what the temporal heads of Sparse VideoGen keep (arXiv 2502.01776). With ``beyond``
+        and a window it is one of tiers, as in FreeLOC (arXiv 2603.25209): near frames are seen
+        whole, those farther away in a band.
+
+        Args:
+            width: How far apart the places may be.
+            beyond: Frames with |t_g − t_f| ≤ beyond are seen whole; None: none are.
+            sink: How many of the first frames are seen whole.
         """
-        return cls((Band(width),))
+        return cls((Band(width, beyond, sink),))
 
     @classmethod
     def causal(cls, block: int = 1) -> FrameRule:
@@ -763,7 +339,7 @@ def _is_trained(term: Term) -> bool:
 @functools.lru_cache(maxsize=64)
 def _numbers_of(terms: tuple[Term, ...], query: Layout, key: Layout) -> tuple[Numbers | None, ...]:
     with _disable_current_modes():
-        draft = _Draft(query, key)
+        draft = Draft(query, key)
         for term in terms:
             term.enter(draft)
         return tuple(None if x is None else Numbers.of(x) for x in draft.tables())
@@ -771,11 +347,3 @@ def _numbers_of(terms: tuple[Term, ...], query: Layout, key: Layout) -> tuple[Nu
 
 def _is_none(stat: str | Tensor) -> bool:
     return isinstance(stat, str) and stat == "none"
-
-
-def pairs(values: Sequence[Any], name: str) -> tuple[tuple[float, float], ...]:
-    """Returns pairs of numbers as terms hold them."""
-    for pair in values:
-        if not isinstance(pair, Sequence) or len(pair) != 2:
-            raise ValueError(f"{name} must be pairs of numbers, got {pair!r}")
-    return tuple((first, second) for first, second in values)
