@@ -102,6 +102,14 @@ def test_a_given_statistic_weighs_the_bias():
         assert largest_error(composed.forward(call).out, exactly(call).out) < 1e-5
 
 
+def test_frames_that_a_head_does_not_see_do_not_count_for_its_statistic():
+    table = cases.masked(cases.table(VIDEO, None, 4))
+    table[2, 1] = -torch.inf  # no frame at all
+    call = make_call(R.tar(1.0, 3.0) + R.bias(table), return_map=True)
+    assert largest_error(composed.forward(call).out, exactly(call).out) < 1e-5
+    assert largest_error(composed.forward(call).mean_map, exactly(call).mean_map) < 1e-5
+
+
 def test_a_row_of_masked_heads_and_no_text_is_zero():
     table = torch.zeros(4, 2, 2)
     table[1, 0] = -torch.inf
