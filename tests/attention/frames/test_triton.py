@@ -175,7 +175,8 @@ def test_gradients(case):
         changed = {"query": query, "key": key, "value": value, **given}
         return gradients(attention, {k: convert(x) for k, x in changed.items()}, weights)
 
-    assert_gradients(found, compute, vanishing=1e-2 if call.dtype == torch.float16 else 1e-5)
+    # Of rows that see one key the gradients of logits are zero, but for rounding.
+    assert_gradients(found, compute, vanishing=1e-2 if call.dtype == torch.float16 else 1e-4)
 
 
 # ---- what rows see ----
