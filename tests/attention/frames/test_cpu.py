@@ -279,12 +279,12 @@ import torch
 import vstar_kernels as vk
 
 torch.set_num_threads(3)
-layout = vk.Layout(vk.Frames(4, 200))
-q = torch.randn(1, 800, 2, 64)
+layout = vk.Layout(vk.Frames(4, 100))
+q = torch.randn(1, 400, 2, 32)  # few enough for torch.equal not to want the threads either
 expected = vk.frame_attention(q, q, q, layout, vk.FrameRule.tar(1.0), backend="cpu")
 child = os.fork()
 if child == 0:
-    signal.alarm(60)  # ends a child that hangs
+    signal.alarm(30)  # ends a child that hangs
     out = vk.frame_attention(q, q, q, layout, vk.FrameRule.tar(1.0), backend="cpu")
     os._exit(0 if torch.equal(out, expected) else 3)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256)
