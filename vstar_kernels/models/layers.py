@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -102,6 +103,16 @@ class Controller(Protocol):
         """
 
 
+class Traced(threading.local):
+    """The change to a layer's attention in the forward pass that runs in this thread.
+
+    It is for code that torch.compile traces, which is the same for all layers only as long as it
+    looks nothing up by the layer's name.
+    """
+
+    change: Regularization | None = None
+
+
 class RegularizedAttention:
     """The attention of one layer under TAR; each front end has a subclass that its layers call.
 
@@ -114,6 +125,7 @@ class RegularizedAttention:
         layer: The layer's name in that model.
         previous: What it took the place of in that model, and leaves calls to where it is stock.
         stock: Whether it was part of such a model, and is left behind.
+        traced: What compiled code asks in the place of ``controller``.
     """
 
     controller: Controller | None = None
@@ -131,6 +143,7 @@ class RegularizedAttention:
         self.bias = bias
         self.override = override
         self.backend = backend
+        self.traced = Traced()
 
     def regularization(self) -> Regularization:
         """Returns the change to the attention in the call that runs, or that has just ended.
@@ -139,6 +152,8 @@ class RegularizedAttention:
             RuntimeError: The model is under ``apply_tar``, and not in a forward pass.
         """
         controller = self.controller  # which another thread may take away
+        if torch.compiler.is_compiling() and self.traced.change is not None:
+            return self.traced.change
         if controller is not None:
             return controller.regularization(self.layer)
         return STOCK if self.stock else Regularization(self.bias, self.override)

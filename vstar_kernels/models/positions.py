@@ -14,7 +14,7 @@ from vstar_kernels.models.layers import TemporalLayer
 
 FRAMES_DIM = 2  # of the samples of the models that have such embeddings
 _TABLES = "_vstar_kernels_tables"
-Tables = dict[str, Tensor]  # by the name of the module that they are read from
+Tables = dict[int, Tensor]  # by the number of channels
 
 
 class Positions:
@@ -55,8 +55,8 @@ class Positions:
                 self._put_back(name)
         self._embeddings |= found  # before anything is changed
         if self._extend:
-            for name, embedding in found.items():
-                embedding.owner.__dict__[_TABLES] = _Lookup(self._tables, name)
+            for embedding in found.values():
+                embedding.owner.__dict__[_TABLES] = _Lookup(self._tables)
                 _CHANGES[embedding.buffer].put_on(embedding.owner)
 
     def restore(self) -> None:
@@ -71,15 +71,18 @@ class Positions:
             ValueError: There are too many frames and they are not to be extended; or they are not
                 sinusoidal, so that they cannot be.
         """
-        tables = {}
-        for name, buffer, limit, frames in self._short(sample):
+        tables: Tables = {}
+        for buffer, limit, frames in self._short(sample):
             if not self._extend:
                 raise ValueError(
                     f"{type(self._model).__name__} has positions for {buffer.shape[1]} frames "
                     f"({limit}), got {frames}: use that many, or apply_tar(…, "
                     "extend_positions=True)"
                 )
-            tables[name] = self._sinusoidal(buffer, frames)
+            table = self._sinusoidal(buffer, frames)
+            channels = table.shape[2]
+            if channels not in tables or table.shape[1] > tables[channels].shape[1]:
+                tables[channels] = table
         return tables
 
     def _put_back(self, name: str) -> None:
@@ -88,19 +91,19 @@ class Positions:
         embedding.owner.__dict__.pop(_TABLES, None)
         self._embeddings.pop(name, None)
 
-    def _short(self, sample: Tensor) -> Iterator[tuple[str, Tensor, str, int]]:
+    def _short(self, sample: Tensor) -> Iterator[tuple[Tensor, str, int]]:
         """Yields each embedding that is too short, what limits it, and the frames it needs."""
         num_frames = sample.shape[FRAMES_DIM]
-        for name, embedding in list(self._embeddings.items()):
+        for embedding in list(self._embeddings.values()):
             buffer: Any = embedding.owner._buffers[embedding.buffer]
             if embedding.block is not None:
                 # FreeNoise's blocks see one window at a time.
                 frames = min(num_frames, getattr(embedding.block, "context_length", num_frames))
                 if frames > buffer.shape[1]:
-                    yield name, buffer, "at most: motion_max_seq_length", frames
+                    yield buffer, "at most: motion_max_seq_length", frames
             # Latte adds the whole of it, and nothing to a single frame.
             elif num_frames not in (1, buffer.shape[1]):
-                yield name, buffer, "exactly: video_length", num_frames
+                yield buffer, "exactly: video_length", num_frames
 
     def _sinusoidal(self, buffer: Tensor, frames: int) -> Tensor:
         """Returns the embedding, ``(1, length, channels)``, for another number of frames."""
@@ -131,14 +134,13 @@ class _Embedding:
 class _Lookup:
     """Finds the positions that a module is to read; a copy of the module reads its own."""
 
-    def __init__(self, tables: Callable[[], Tables | None], name: str) -> None:
+    def __init__(self, tables: Callable[[], Tables | None]) -> None:
         self._tables = tables
-        self._name = name
 
-    def find(self) -> Tensor | None:
+    def find(self, channels: int) -> Tensor | None:
         """Returns the longer positions of the forward pass that runs, None for the module's."""
         tables = self._tables()
-        return None if tables is None else tables.get(self._name)
+        return None if tables is None else tables.get(channels)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Becomes None, which the copy of a module has no use for."""
@@ -155,7 +157,7 @@ def _read(buffer: str) -> ClassChange:
     def read(module: nn.Module) -> Any:
         own: Any = module._buffers[buffer]
         lookup = module.__dict__.get(_TABLES)
-        longer = None if lookup is None else lookup.find()
+        longer = None if lookup is None else lookup.find(own.shape[2])
         # Offloading may have moved the module since the forward pass began.
         return own if longer is None else longer.to(own.device, own.dtype)
 

@@ -23,6 +23,7 @@ from vstar_kernels.models.layers import (
     RegularizedAttention,
     RegularizedLayer,
     TemporalLayer,
+    Traced,
 )
 from vstar_kernels.models.positions import Positions, Tables
 from vstar_kernels.models.schedule import StepGate
@@ -36,12 +37,25 @@ class RegularizedPass(ForwardPass):
     Args:
         layers: The change to the attention of each layer, by the layer's name.
         tables: Longer positions than the model has, where the sample needs them.
+        traced: What compiled code asks for the change to the attention, by the layer's name.
     """
 
-    def __init__(self, layers: Mapping[str, Regularization], tables: Tables) -> None:
+    def __init__(
+        self, layers: Mapping[str, Regularization], tables: Tables, traced: Mapping[str, Traced]
+    ) -> None:
         super().__init__()
         self.layers = layers
         self.tables = tables
+        self._traced = traced
+        for name, there in traced.items():
+            there.change = layers[name]
+
+    def end(self) -> None:
+        """Ends it, for compiled code too."""
+        super().end()
+        for there in self._traced.values():
+            there.change = None
+        self._traced = {}
 
     def is_like(self, other: Any) -> bool:
         """Returns whether another pass has the same regularizations and positions."""
@@ -173,10 +187,15 @@ class RegularizedModel:
         if not self._gate.is_on(self.model, call.timestep, call.step):
             layers = dict.fromkeys(layers, PLAIN)
         layers = {name: self._off if x is PLAIN else x for name, x in layers.items()}
-        forward = RegularizedPass(layers, self._positions.fit(call.sample))
+        tables = self._positions.fit(call.sample)
+        forward = RegularizedPass(layers, tables, self._traced())
         for peer in self.peers:  # which share the latents
             peer._width = call.width
         self._passes.begin(forward)
+
+    def _traced(self) -> dict[str, Traced]:
+        found = {x.name: self.front_end.get_attention(x.module) for x in self.layers}
+        return {name: x.traced for name, x in found.items() if self._is_ours(x)}
 
     def _tables(self) -> Tables | None:
         forward = self._passes.current()
