@@ -280,7 +280,7 @@ def test_what_cannot_be_saved(tmp_path):
         vk.TARConfig(bias=vk.ToeplitzBias(torch.tensor([1.0, float("inf")]))).save(path)
     with pytest.raises(ValueError, match="not JSON compliant"):
         vk.TARConfig(float("inf")).save(path)
-    with pytest.raises(ValueError, match=r"sigma: 1000.* too many digits"):
+    with pytest.raises(ValueError, match="sigma must fit a float, got an integer of 1329 bits"):
         vk.TARConfig(10**400).save(path)
     assert not path.exists()
 

@@ -112,6 +112,10 @@ class Traced(threading.local):
 
     change: Regularization | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is in no forward pass."""
+        return Traced, ()
+
 
 class RegularizedAttention:
     """The attention of one layer under TAR; each front end has a subclass that its layers call.
