@@ -62,7 +62,7 @@ class RegularizedPass(ForwardPass):
         return _same_values(self.layers, other.layers) and _same_values(self.tables, other.tables)
 
 
-def _same_values(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def _same_values(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
     return one.keys() == other.keys() and all(one[key] is other[key] for key in one)
 
 
