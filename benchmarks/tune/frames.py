@@ -72,9 +72,16 @@ def predicted(key: FrameKey) -> FrameEntry | None:
 
 
 def repaired(key: FrameKey) -> FrameEntry | None:
-    """Returns the shipped entry if it compiles without fault, or else another candidate."""
+    """Returns the shipped entry if it compiles without fault, or else a candidate after it."""
     shipped = next((x for x in frame_cases.entries() if _key(x) == key), None)
-    return (shipped and fit(shipped)) or predicted(key)
+    entries = candidates(*key)
+    places = [n for n, x in enumerate(entries) if shipped and _sizes(x) == _sizes(shipped)]
+    return next(filter(None, map(fit, entries[places[0] if places else 0 :])), None)
+
+
+def _sizes(entry: FrameEntry) -> FramesConfig:
+    """Returns what was chosen of a configuration."""
+    return replace(entry.config, programs=0, shared=0)
 
 
 def fit(entry: FrameEntry) -> FrameEntry | None:

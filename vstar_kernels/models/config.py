@@ -15,7 +15,7 @@ from vstar_kernels.models.layers import OVERRIDE_MAPS, Override, Regularization
 from vstar_kernels.models.schedule import Steps, check_steps
 from vstar_kernels.reading import FormatError, read_text, require_pydantic, shorten
 
-PRESET_STEPS = 13  # the last regularized step index, of 25, in the paper
+PRESET_STEPS = 13  # the last regularized step index, of 25, in the official code
 LARGEST_CONFIG = 2**30  # bytes, for the matrices of many heads
 _PRESET_TERM = re.compile(r"([0-9]{1,9})D([0-9]{1,9}(?:\.[0-9]+)?)")
 _DEFAULT_WEIGHT = {"strength": 1.0, "stat": "row_max", "clamp_negative": False}
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TARConfig:
-    """Temporal Attention Regularization of a whole model (VSTAR, arXiv 2403.13501, section 3.2).
+    """Temporal Attention Regularization of a whole model (VSTAR, arXiv 2403.13501, §3.3).
 
     Layers are chosen by UNet level, 0 being the finest, at the latents' resolution, and each next
     level half that; or, with ``by_width``, by the width that their level has for the given latents,

@@ -1,6 +1,6 @@
 """A text for each frame, in one forward pass: what video synopsis prompting conditions on.
 
-VSTAR (arXiv 2403.13501, section 3.1) interpolates the embeddings of a few stage descriptions over
+VSTAR (arXiv 2403.13501, §3.4) interpolates the embeddings of a few stage descriptions over
 the frames. diffusers' video models take one text for the whole video, ``UNetMotionModel`` excepted;
 here each frame's rows of the spatial cross-attention get their own.
 """

@@ -107,10 +107,10 @@ def test_ultravico_bands():
     check(layout, rule, lambda phi: torch.where(phi > 0, phi * factor, phi))
 
 
-@pytest.mark.parametrize("step", range(5))
+@pytest.mark.parametrize("step", range(6))
 def test_lvsa(step):
     """LVSA (2605.31057): first frames, a grid of keyframes that rotates with the steps, ±W."""
-    frames, interval, first, w = 11, 4, 2, 1
+    frames, interval, first, w = 11, 4, 1, 1
     anchors = {(step + i * interval) % frames for i in range(math.ceil(frames / interval))}
     anchors |= set(range(first))
     f, _ = grid(frames, 3)

@@ -53,6 +53,9 @@ def small_tiles(monkeypatch):
 
 
 def on_device(x):
+    """A tensor, or a rule whose statistic is one, on the kernels' device; the rest as it is."""
+    if isinstance(x, vk.FrameRule) and isinstance(x.stat, torch.Tensor):
+        return dataclasses.replace(x, stat=x.stat.to(DEVICE))
     return x.to(DEVICE) if isinstance(x, torch.Tensor) else x
 
 
@@ -239,6 +242,20 @@ def test_masked_frames_have_no_slot():
     for tile, slots in enumerate(tables(vk.FrameRule.window(1), layout)):
         (slot,) = slots
         assert slot[1] == [(16 * max(tile - 1, 0), 16 * min(tile + 2, 8))]
+
+
+def test_heads_of_equal_rules_share_their_slots():
+    layout = vk.Layout(vk.Frames(4, 16))
+    table = torch.zeros(2, 4, 4)
+    table[0].fill_diagonal_(-torch.inf)
+    key = plan_key(vk.FrameRule.bias(table[[0, 1]]), layout)
+    rule = key.rule_tables()
+    assert rule.heads == 2
+    for heads, equal in (([0, 1], False), ([0, 0], True)):
+        own = dataclasses.replace(rule, offset=rule.offset[heads])
+        runs = layout.run_table().tolist()
+        found = frames_plan.tile_tables(runs, runs, own, rows=16, ordered=False)
+        assert torch.equal(found.tiles[0], found.tiles[1]) == equal
 
 
 def test_a_band_is_a_range_of_each_frame():

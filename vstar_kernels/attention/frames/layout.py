@@ -169,6 +169,7 @@ class Layout:
         self.runs = tuple(runs)
         self.coordinates = tuple(numbers)
         self.frame_tokens = tuple(sizes)
+        self._hash = hash((self.runs, self.coordinates))  # once: every call looks its tables up
 
     @classmethod
     def from_coordinates(
@@ -240,10 +241,12 @@ class Layout:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Layout):
             return NotImplemented
+        if self is other:
+            return True
         return self.runs == other.runs and self.coordinates == other.coordinates
 
     def __hash__(self) -> int:
-        return hash((self.runs, self.coordinates))
+        return self._hash
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self.segments

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from vstar_kernels.attention.call import Forward, empty_like
 from vstar_kernels.attention.frames.call import FrameCall, FrameGradients, FrameWanted, check_call
 
-CHUNK = 2**21  # logits that are held at a time, of all heads and sequences
+CHUNK = 2**19  # logits that are held at a time, of all heads and sequences
 
 
 def frame_attention(*arguments: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
@@ -46,26 +46,38 @@ def forward(call: FrameCall, *, save: bool = False) -> Forward:
     with torch.autocast(call.device.type, enabled=False):
         places = _Places(call)
         outs: list[Tensor] = []
+        # Written at once where it can be: small results between freed chunks fragment the memory.
+        result = empty_like(call.query) if _is_plain(call) else None
         mass = places.no_mass(call)
         for rows in places.chunks(call):
-            out, weight = _maybe_checkpointed(call, _attend_rows, call, places, rows)
-            outs.append(out)
+            out, weight = _run(call, _attend_rows, call, places, rows)
+            if result is None:
+                outs.append(out)
+            else:
+                result[:, rows] = out
             if mass is not None:
                 mass = mass.index_add(2, places.frame_rows[rows], weight)
-        result = _laid_like(call.query, torch.cat(outs, dim=1)) if outs else empty_like(call.query)
+        if result is None:
+            result = _laid_like(call.query, torch.cat(outs, dim=1))
         if mass is None:
             return Forward(result)
         mean = mass[:, :, : call.frames] / places.frame_sizes[:, None]
         return Forward(result, (mean if call.options.mean_map == "heads" else mean.mean(1)).float())
 
 
-def _maybe_checkpointed(call: FrameCall, run: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns what ``run`` returns; autograd keeps none of its intermediate tensors."""
-    if not (torch.is_grad_enabled() and call.requires_grad):
-        return run(*arguments)
-    if torch._C._are_functorch_transforms_active():  # they know no checkpoints
-        return run(*arguments)
-    return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
+def _is_plain(call: FrameCall) -> bool:
+    """Returns whether nobody wants to see how the results are computed."""
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return not (torch.is_grad_enabled() and call.requires_grad)
+
+
+def _run(call: FrameCall, compute: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns what ``compute`` returns; autograd keeps none of its intermediate tensors."""
+    # torch.func knows no checkpoints.
+    if _is_plain(call) or torch._C._are_functorch_transforms_active():
+        return compute(*arguments)
+    return checkpoint(compute, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class _Places:
@@ -223,7 +235,7 @@ def _frame_means(places: _Places, scaled: Tensor, counted: Tensor) -> tuple[Tens
 def of_tokens(table: Tensor, f: Tensor, g: Tensor, text: float) -> Tensor:
     """Returns a table's entries ``([heads,] rows, S_k)``; ``text`` where either token is text."""
     padded = torch.nn.functional.pad(table.to(f.device), (0, 1, 0, 1), value=text)
-    return padded[..., f[:, None], g]
+    return padded[..., g][..., f, :]
 
 
 def _within(bounds: Tensor, f: Tensor, g: Tensor, distance: Tensor) -> Tensor:
@@ -298,15 +310,13 @@ def backward(
         d_query.append((call.options.scale * (d_phi @ k)).transpose(1, 2))
         d_key += call.options.scale * (d_phi.mT @ q)
         d_value += found.weights.mT @ d_out
-    if not d_query:  # no row
-        d_query = [torch.zeros_like(call.query)]
 
     def of_key(gradient: Tensor, tensor: Tensor) -> Tensor:
         return _laid_like(tensor, gradient.unflatten(1, group).sum(2).transpose(1, 2))
 
     stat = None
     if wanted.stat and call.stat is not None:
-        stat = torch.cat(d_stat, dim=1).to(call.stat) if d_stat else torch.zeros_like(call.stat)
+        stat = torch.cat(d_stat, dim=1).to(call.stat)
     return FrameGradients(
         _laid_like(call.query, torch.cat(d_query, dim=1)),
         of_key(d_key, call.key),

@@ -404,8 +404,13 @@ def tile_tables(
     made = _Lists()
     sets = [_rows_of_frames(row_runs, start, rows) for start in _starts(row_runs, rows)]
     tiles = torch.empty(rule.heads, len(sets), 2, dtype=torch.int32, device="cpu")
+    like: dict[Contents | None, int] = {}  # the first head of each rule
     for head in range(rule.heads):
         groups = _SlotFrames(rule, head, alone=alone)
+        first = like.setdefault(Contents.of(groups.weights), head)
+        if first < head:
+            tiles[head] = tiles[first]
+            continue
         for n, places in enumerate(sets):
             slots = [
                 (frames[0], ranges)

@@ -22,7 +22,7 @@ from vstar_kernels.testing import eager
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
-REGULARIZED_STEPS = 14  # step indices 0 to 13, as in the paper
+REGULARIZED_STEPS = 14  # step indices 0 to 13, as in the official code
 MAP_ROWS = 32  # few, so that the step with the maps takes no longer than the others
 GUIDANCE_SCALE = 9.0  # TextToVideoSDPipeline's default
 

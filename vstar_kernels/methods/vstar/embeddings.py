@@ -30,7 +30,7 @@ def interpolate_embeddings(
     mode: Interpolation = "linear",
     rounding: Rounding = "down",
 ) -> Tensor:
-    """Returns one embedding for each frame, between those of the stages (VSTAR, section 3.1).
+    """Returns one embedding for each frame, between those of the stages (VSTAR, §3.4).
 
     A stage's anchor frame has exactly its embedding. Frames before the first anchor have the first
     stage's, frames after the last one the last stage's.

@@ -1,4 +1,4 @@
-"""The noise prior: Gaussian noise that is correlated over frames (VSTAR, App. B, eqs. 5 and 8)."""
+"""The noise prior: Gaussian noise that is correlated over frames (VSTAR, App. B, eqs. 5 and 7)."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def correlate(
 
 
 def kl_to_standard_normal(mean: Tensor, beta: Tensor, gamma: Tensor, num_frames: int) -> Tensor:
-    """Returns KL(N(μ, Σ) ‖ N(0, I)) over the frames of one pixel of one channel, in nats (eq. 8)::
+    """Returns KL(N(μ, Σ) ‖ N(0, I)) over the frames of one pixel of one channel, in nats (eq. 7)::
 
         ½ (tr Σ + μᵀμ − N − ln det Σ)
 

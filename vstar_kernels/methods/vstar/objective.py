@@ -29,7 +29,7 @@ References = Tensor | Mapping[Level, Tensor] | RealVideoMaps | MapCapture | Iter
 
 
 class MapObjective:
-    """‖A_ref − A‖ at the first denoising step (VSTAR, arXiv 2403.13501, eq. 7).
+    """‖A_ref − A‖ at the first denoising step (VSTAR, arXiv 2403.13501, eq. 6).
 
     Args:
         pipe_or_model, reference_maps, inputs, scheduler, max_rows, checkpointing: See

@@ -84,7 +84,7 @@ def optimize_noise(
 ) -> OptimizedNoise:
     """Finds a noise distribution from which the model attends over frames as it is shown to.
 
-    Minimises (VSTAR, arXiv 2403.13501, App. B, eqs. 6 to 8) over μ, β and γ, by Adam::
+    Minimises (VSTAR, arXiv 2403.13501, App. B, eq. 8) over μ, β and γ, by Adam::
 
         ‖A_ref − A(x)‖ + λ · KL(N(μ, Σ(β, γ)) ‖ N(0, I)),   x ~ N(μ, Σ(β, γ))
 

@@ -1,4 +1,4 @@
-"""What temporal attention makes of real videos (VSTAR, arXiv 2403.13501, Figs. 3 and S.10)."""
+"""What temporal attention makes of real videos (VSTAR, arXiv 2403.13501, Fig. 3)."""
 
 from __future__ import annotations
 

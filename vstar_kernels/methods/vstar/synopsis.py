@@ -30,7 +30,7 @@ LAST_FRAME = 2**31 - 1  # that a file may name
 
 @dataclass(frozen=True)
 class Synopsis:
-    """A video in stages, one description for each (VSTAR, arXiv 2403.13501, section 3.1).
+    """A video in stages, one description for each (VSTAR, arXiv 2403.13501, §3.4).
 
     >>> vk.Synopsis("A rose blooms.", ["A closed rosebud.", "A half-open rose.", "An open rose."])
 

@@ -26,7 +26,8 @@ from vstar_kernels.models.frame_prompts import condition_frames
 from vstar_kernels.models.layers import RegularizedLayer
 
 SEEDS = 2**32
-# The paper's σ at the finest level and its 14 of 25 steps, for any model and any number of steps.
+# The paper's σ at the finest level and the official code's first 14 of 25 steps, for any model and
+# any number of steps.
 PAPER = TARConfig(sigma=1.0, steps=0.56)
 
 
@@ -59,14 +60,14 @@ class VSTAR:
     >>> video.frames, video.synopsis.stages
 
     It puts together video synopsis prompting (:class:`SynopsisWriter`,
-    :func:`interpolate_embeddings`, :func:`condition_frames`; section 3.1) and temporal attention
-    regularization (:func:`apply_tar`; section 3.2). The pipeline is as it was after each call.
+    :func:`interpolate_embeddings`, :func:`condition_frames`; §3.4) and temporal attention
+    regularization (:func:`apply_tar`; §3.3). The pipeline is as it was after each call.
 
     Args:
         pipe: diffusers' ``TextToVideoSDPipeline``, ``AnimateDiffPipeline``, ``I2VGenXLPipeline`` or
             ``LattePipeline``, on its device.
         config: A :class:`TARConfig` or a preset such as ``"64D1_32D8"``; by default σ = 1 at level
-            0 in the first 56 % of the steps, the paper's 14 of 25.
+            0, as in the paper, in the first 56 % of the steps, the official code's 14 of 25.
         writer: Writes the synopses of prompts; without one, all frames have the prompt.
         mode, rounding: How to interpolate between stages, and on which frames stages without
             anchors are, see :func:`interpolate_embeddings`.

@@ -1,4 +1,4 @@
-"""Writes synopses (VSTAR, section 3.1): what a language model is told, and what becomes of it."""
+"""Writes synopses (VSTAR, §3.4): what a language model is told, and what becomes of it."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class SynopsisFile:
 
 
 class SynopsisWriter:
-    """Video synopsis prompting: splits a prompt into stages (VSTAR, arXiv 2403.13501, section 3.1).
+    """Video synopsis prompting: splits a prompt into stages (VSTAR, arXiv 2403.13501, §3.4).
 
     >>> writer = vk.SynopsisWriter.from_endpoint("llama3", base_url="http://localhost:11434/v1")
     >>> writer.write("A rose blooms in a garden.", num_stages=4)
