@@ -22,6 +22,8 @@ def test_usage(blocks):
     names = {}
     exec(blocks[0], names)
     assert names["mean_map"].shape == (2048, 16, 16)
+    exec(blocks[1], names)
+    assert names["frame_map"].shape == (1, 8, 9)
 
 
 def test_diffusers(blocks, capsys):
@@ -48,7 +50,7 @@ def test_diffusers(blocks, capsys):
             self.frames = unet(sample, self.scheduler.timesteps[0], text).sample
             return self
 
-    exec(blocks[1], {"pipe": Pipeline(), "vk": vk})
+    exec(blocks[2], {"pipe": Pipeline(), "vk": vk})
     assert "level 1 (width 32), σ = 8, strength 0.5" in capsys.readouterr().out
 
 
