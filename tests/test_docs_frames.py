@@ -1,5 +1,6 @@
 """What docs/frame-attention.md shows runs, and does what each published method's formula says."""
 
+import ast
 import math
 import re
 
@@ -21,11 +22,13 @@ def blocks(text, kind="python"):
 
 
 def section(title):
-    """The page from a heading to the next one of its rank or above."""
-    rank, rest = re.search(rf"^(#+) {re.escape(title)}\n", PAGE, re.MULTILINE), ""
-    assert rank, title
-    rest = PAGE[rank.end() :]
-    end = re.search(rf"^#{{1,{len(rank[1])}}} ", rest, re.MULTILINE)
+    """The page from a heading, of ## or ###, to the next one of its rank or above."""
+    heading = re.search(rf"^(##+) {re.escape(title)}\n", PAGE, re.MULTILINE)
+    assert heading, title
+    rest = PAGE[heading.end() :]
+    end = re.search(
+        rf"^#{{2,{len(heading[1])}}} ", rest, re.MULTILINE
+    )  # a comment in code has one #
     return rest[: end.start()] if end else rest
 
 
@@ -176,11 +179,27 @@ def test_every_method_has_a_formula():
     assert titles == [*FORMULAS, "What it does not express"]
 
 
-@pytest.mark.parametrize("title", ["Layouts", "Backends", "How exact"])
+def test_layouts(begun):
+    """The tokens and the frames that the examples have by what is said of them."""
+    (block,) = blocks(section("Layouts"))
+    made = [eval(ast.unparse(line), dict(begun)) for line in ast.parse(block).body]
+    assert [(x.tokens, x.frames) for x in made] == [
+        (21 * 1560, 21),
+        (226 + 13 * 1350, 13),
+        (33 * 3600 + 256, 33),
+        (22 * 352, 21),
+        (4 * 8 * 13 + 15 * 26 + 30 * 52 + 9 * 30 * 52, 15),
+        (6 * 4 * 5, 6),
+        (5, 2),
+    ]
+    assert made[4].coordinates[:7] == (-17.5, -13.5, -9.5, -5.5, -2.5, -1, 0)
+
+
+@pytest.mark.parametrize("title", ["Backends", "How exact"])
 def test_the_rest_runs(title, begun):
     names = dict(begun)
-    for block in blocks(section(title)):
-        exec(block, names)
+    (block,) = blocks(section(title))
+    exec(block, names)
     if title == "Backends":
         assert names["reasons"]["composed"] == ["weights whole frames of keys, the rule has a band"]
 
