@@ -52,7 +52,7 @@ def blocks(language, **names):
 
 
 def test_python(server):
-    first, second, third = blocks("python", url=server.url)
+    first, second, baselines, third = blocks("python", url=server.url)
     names = {"pipe": tiny.text_to_video()}
     exec(first, names)
     assert len(names["video"].frames) == 3
@@ -60,6 +60,10 @@ def test_python(server):
     exec(second, names)
     assert names["video"].synopsis == names["rose"]
     assert len(server.requests) == 1
+    exec(baselines, names)
+    columns = names["columns"]
+    assert [columns[name].config is None for name in columns] == [True, True, False, False]
+    assert [len(columns[name].synopsis.stages) for name in columns] == [1, 3, 1, 3]
     *statements, values = third.strip().splitlines()
     exec("\n".join(statements), names)
     assert eval(values.partition("  #")[0], names) == (7, 8)
@@ -69,15 +73,15 @@ def test_commands(server, tmp_path, capsys):
     tiny.text_to_video().save_pretrained(tmp_path / "model")
     (block,) = blocks("sh", url=server.url, model=str(tmp_path / "model"))
     commands = [shlex.split(line) for line in block.replace("\\\n", "").splitlines()]
-    assert len(commands) == 3
-    for program, *arguments in commands[:2]:
+    assert len(commands) == 4
+    for program, *arguments in commands[:3]:
         assert program == "vstar-kernels"
         assert main(arguments) == 0, capsys.readouterr().err
     first, again = (
         vk.Synopsis.load(name) for name in ("rose/synopsis.json", "rose-again/synopsis.json")
     )
     assert first == again == vk.Synopsis("A rose blooms in a garden.", STAGES)
-    # The third one downloads. Its options are read, and then its folder is not there.
+    # The last one downloads. Its options are read, and then its folder is not there.
     (tmp_path / "candle").write_text("a file")
-    assert main(commands[2][1:]) == 2
+    assert main(commands[3][1:]) == 2
     assert "--output must be a folder" in capsys.readouterr().err

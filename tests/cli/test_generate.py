@@ -133,6 +133,18 @@ def test_everything(generate, output, tmp_path):
     assert (output / "video.gif").read_bytes() != first_video
 
 
+def test_without_regularization(generate, output):
+    status, printed = generate("--prompt", PROMPT, "--no-tar", "--seed", 7, "--no-maps")
+    assert status == 0, printed
+    assert "seed 7, no TAR" in printed
+    assert names(output) == ALL - {"maps.png", "config.json"}
+    record = json.loads((output / "generation.json").read_text())
+    assert (record["config"], record["layers"]) == (None, 0)
+    with pytest.raises(SystemExit) as exit_:  # tyro's own
+        generate("--prompt", PROMPT, "--no-tar", "--preset", "8D1")
+    assert exit_.value.code == 2
+
+
 def test_a_language_model_writes_the_synopsis(generate, output, monkeypatch, tmp_path):
     key = "sk-test-987654321"
     monkeypatch.setenv("VSTAR_KERNELS_CACHE", str(tmp_path / "cache"))

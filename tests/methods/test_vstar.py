@@ -145,6 +145,29 @@ def test_what_comes_back():
     assert plain.synopsis == vk.Synopsis(PROMPT, [PROMPT])
 
 
+@pytest.mark.parametrize("make", [tiny.text_to_video, tiny.animatediff])
+def test_without_regularization(make):
+    """The baseline is the pipeline's own video, whatever the number of positions."""
+    pipe = make()
+    settings = {"num_frames": FRAMES, "seed": 3, **options(pipe)}
+    baseline = vk.VSTAR(pipe, None)(PROMPT, **settings, maps=[0])
+    torch.testing.assert_close(baseline.frames, native(pipe, PROMPT), **CLOSE)
+    assert baseline.config is None
+    assert baseline.layers == []
+    assert baseline.maps.maps
+    prompted = vk.VSTAR(pipe, None)(SYNOPSIS, **settings)
+    never = vk.TARConfig(1.0, steps=lambda step, timestep: False)
+    expected = vk.VSTAR(pipe, never)(SYNOPSIS, **settings).frames
+    torch.testing.assert_close(prompted.frames, expected, **CLOSE)
+    assert not torch.allclose(prompted.frames, baseline.frames, **CLOSE)
+    if make is tiny.animatediff:
+        long = settings | {"num_frames": 34, "num_inference_steps": 1}
+        out = vk.VSTAR(pipe, None, extend_positions=True)(PROMPT, **long)
+        assert out.frames.shape[1] == 34
+        assert out.layers == []
+    assert_stock(pipe)
+
+
 def test_seeds():
     pipe = tiny.i2vgen_xl()  # which draws from the global generator, too
     vstar = vk.VSTAR(pipe, TAR)
@@ -232,7 +255,7 @@ def test_wrong_arguments():
         (([],), TypeError, r"one of diffusers' TextToVideoSDPipeline, .* got list; with others"),
         ((pipe.unet,), TypeError, "got UNet3DConditionModel"),
         ((pipe, "D1"), ValueError, "preset"),
-        ((pipe, 3), TypeError, "config must be a TARConfig or a preset, got int"),
+        ((pipe, 3), TypeError, "config must be a TARConfig, a preset or None, got int"),
     ):
         with pytest.raises(error, match=message):
             vk.VSTAR(*arguments)

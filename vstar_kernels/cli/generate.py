@@ -142,6 +142,8 @@ class RegularizationOptions:
     """Such as 64D1_32D8: sigma 1 at width 64 and 8 at width 32, in steps 0 to 13."""
     config: Annotated[Path | None, one_config, option("FILE")] = None
     """JSON that TARConfig.save wrote."""
+    no_tar: Annotated[bool, one_config] = False
+    """Sample without it: the baseline, or with stages synopsis prompting alone."""
     extend_positions: bool = False
     """Allow more frames than AnimateDiff or Latte have positions for."""
 
@@ -271,7 +273,8 @@ class GenerateOptions:
             write_results(scratch, _writers(generation, record, self.output.fps))
         for index, stage in enumerate(generation.synopsis.stages, start=1):
             print(f"stage {index}: {shorten(stage, SHOWN)}")
-        print(f"seed {generation.seed}, TAR on {len(generation.layers)} layers")
+        tar = "no TAR" if config is None else f"TAR on {len(generation.layers)} layers"
+        print(f"seed {generation.seed}, {tar}")
         print(f"video: {shorten(str(output / 'video.mp4'), SHOWN)}")
         return 0
 
@@ -282,7 +285,9 @@ def _best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _config(options: RegularizationOptions) -> TARConfig:
+def _config(options: RegularizationOptions) -> TARConfig | None:
+    if options.no_tar:
+        return None
     option = "--preset" if options.preset is not None else "--config"
     try:
         if options.preset is not None:
@@ -369,7 +374,7 @@ def _record(
     options: GenerateOptions, pipeline: str, generation: Generation, device: str
 ) -> dict[str, Any]:
     """Returns what it takes to make the video again."""
-    video = options.video
+    video, config = options.video, generation.config
     return {
         "model": video.model,
         "adapter": video.adapter,
@@ -378,7 +383,7 @@ def _record(
         "synopsis": json.loads(generation.synopsis.to_json()),
         "mode": options.synopsis.mode,
         "rounding": options.synopsis.rounding,
-        "config": json.loads(generation.config.to_json()),
+        "config": None if config is None else json.loads(config.to_json()),
         "extend_positions": options.regularization.extend_positions,
         "layers": len(generation.layers),
         "frames": video.frames,
@@ -402,9 +407,10 @@ def _writers(
         "video.mp4": lambda path: write_mp4(path, frames, fps),
         "video.gif": lambda path: export_to_gif(list(frames), str(path), fps),
         "synopsis.json": generation.synopsis.save,
-        "config.json": generation.config.save,
         "generation.json": lambda path: write_atomically(path, text),
     }
+    if (config := generation.config) is not None:
+        writers["config.json"] = config.save
     if (maps := generation.maps) is not None:
         writers["maps.png"] = lambda path: plot_maps(mean_maps(maps, by=("level", "step"))).savefig(
             path, dpi=MAPS_DPI

@@ -29,6 +29,8 @@ SEEDS = 2**32
 # The paper's σ at the finest level and the official code's first 14 of 25 steps, for any model and
 # any number of steps.
 PAPER = TARConfig(sigma=1.0, steps=0.56)
+# Regularizes at no step: only the positions are extended.
+NEVER = TARConfig(sigma=1.0, steps=lambda step, timestep: False)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Generation:
     Attributes:
         frames: A list of PIL images, or what else the pipeline's ``output_type`` gives.
         synopsis: The stages; one, the prompt itself, where none were asked for.
-        config: The regularization.
+        config: The regularization; None where there was none.
         seed: The seed of the noise.
         layers: The regularized layers.
         maps: The attention maps; None where they were not asked for.
@@ -46,7 +48,7 @@ class Generation:
 
     frames: Any
     synopsis: Synopsis
-    config: TARConfig
+    config: TARConfig | None
     seed: int
     layers: list[RegularizedLayer]
     maps: MapCapture | None
@@ -67,7 +69,9 @@ class VSTAR:
         pipe: diffusers' ``TextToVideoSDPipeline``, ``AnimateDiffPipeline``, ``I2VGenXLPipeline`` or
             ``LattePipeline``, on its device.
         config: A :class:`TARConfig` or a preset such as ``"64D1_32D8"``; by default σ = 1 at level
-            0, as in the paper, in the first 56 % of the steps, the official code's 14 of 25.
+            0, as in the paper, in the first 56 % of the steps, the official code's 14 of 25. None
+            samples without regularization: the baseline, and with a synopsis VSP alone, which are
+            two of the paper's four columns (Table 2).
         writer: Writes the synopses of prompts; without one, all frames have the prompt.
         mode, rounding: How to interpolate between stages, and on which frames stages without
             anchors are, see :func:`interpolate_embeddings`.
@@ -80,7 +84,7 @@ class VSTAR:
     def __init__(
         self,
         pipe: Any,
-        config: TARConfig | str = PAPER,
+        config: TARConfig | str | None = PAPER,
         *,
         writer: SynopsisWriter | None = None,
         mode: Interpolation = "linear",
@@ -93,8 +97,10 @@ class VSTAR:
             raise TypeError(f"writer must be a SynopsisWriter, got {type(writer).__name__}")
         if isinstance(config, str):
             config = TARConfig.preset(config)
-        elif not isinstance(config, TARConfig):
-            raise TypeError(f"config must be a TARConfig or a preset, got {type(config).__name__}")
+        elif config is not None and not isinstance(config, TARConfig):
+            raise TypeError(
+                f"config must be a TARConfig, a preset or None, got {type(config).__name__}"
+            )
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
         check_rounding(rounding)
@@ -152,17 +158,20 @@ class VSTAR:
                 self._capture(maps) as capture,
             ):
                 frames = call.sample(synopsis.prompt, num_frames, seed)
-            return Generation(frames, synopsis, self._config, seed, tar.layers, capture)
+            layers = [] if self._config is None or tar is None else tar.layers
+            return Generation(frames, synopsis, self._config, seed, layers, capture)
 
     def _capture(self, maps: bool | Collection[int]) -> AbstractContextManager[MapCapture | None]:
         if maps is False:
             return nullcontext()
         return capture_maps(self._pipe, steps=None if maps is True else maps)
 
-    def _regularize(self) -> TARHandle:
+    def _regularize(self) -> AbstractContextManager[TARHandle | None]:
+        if self._config is None and not self._extend_positions:
+            return nullcontext()
         return apply_tar(
             self._pipe,
-            self._config,
+            NEVER if self._config is None else self._config,
             backend=self._backend,
             extend_positions=self._extend_positions,
         )
