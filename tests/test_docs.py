@@ -4,6 +4,7 @@ import re
 import shlex
 
 import pytest
+import torch
 
 import vstar_kernels as vk
 from tests.helpers import ROOT
@@ -31,6 +32,45 @@ SUBSTITUTES = {
     r"cerspense/zeroscope_v2_576w": "{model}",
     r"http://localhost:11434/v1": "{url}",
 }
+
+
+ANALYSIS = (ROOT / "docs/analysis.md").read_text(encoding="utf-8")
+SMALL = {
+    r"64D1": "8D1",
+    r"\(1, 4, 16, 40, 64\)": "(1, 4, 4, 8, 8)",
+    r"num_frames=16": "num_frames=4, height=16, width=16, output_type='latent'",
+    r"matrix\(16\)": "matrix(4)",
+    r"num_inference_steps=25": "num_inference_steps=4",
+    r"set_timesteps\(25\)": "set_timesteps(4)",
+    r"\[0, 13\]": "[0, 2]",
+    r"inputs, at_step=2": "inputs, at_step=2, iterations=2, progress=False",
+}
+
+
+def section(title):
+    """The Python of a section of docs/analysis.md, with what there is here."""
+    text = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", ANALYSIS, re.DOTALL | re.MULTILINE)[1]
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    for pattern, substitute in SMALL.items():
+        code = re.sub(pattern, substitute, code)
+    return code
+
+
+@pytest.fixture
+def names():
+    pipe = tiny.text_to_video()
+    pipe.set_progress_bar_config(disable=True)
+    video = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return {"vk": vk, "torch": torch, "pipe": pipe, "prompt": "a kite", "frames": video}
+
+
+def test_real_maps_and_optimised_noise(names):
+    exec(section("Maps of real videos"), names)
+    assert {item.step for item in names["real"].maps} == {0, 2}
+    names["generator"] = torch.Generator().manual_seed(0)
+    exec(section("Correlated and optimised noise"), names)
+    assert {item.step for item in names["found"].maps} == {2}
+    assert names["video"].shape[2] == 4
 
 
 @pytest.fixture

@@ -23,6 +23,12 @@ _SECTIONS: dict[str, Place] = {
 }
 
 
+def inner_model(model: Any) -> Any:
+    """Returns the denoising model inside of lvdm's ``LatentDiffusion``; anything else itself."""
+    inner = getattr(getattr(model, "model", None), "diffusion_model", None)
+    return inner if isinstance(model, nn.Module) and isinstance(inner, nn.Module) else model
+
+
 class LvdmTARForward(RegularizedAttention):
     """The ``forward`` of a temporal ``CrossAttention``, regularized.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,13 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vstar_kernels.analysis.maps import AttentionMap, Level
-from vstar_kernels.methods.vstar.real_videos import (
-    RealVideoMaps,
-    restarted_copy,
-    scheduler_of,
-    step_timesteps,
-    temporal_model,
-)
+from vstar_kernels.methods.vstar.denoising import Denoising, Maps
+from vstar_kernels.methods.vstar.noising import Noising, check_noising, noising_of
+from vstar_kernels.methods.vstar.real_videos import RealVideoMaps, temporal_model
 from vstar_kernels.models.capture import MapCapture, capture_maps
 from vstar_kernels.models.front_end import temporal_layers
 from vstar_kernels.models.hooks import put_back
@@ -29,11 +25,11 @@ References = Tensor | Mapping[Level, Tensor] | RealVideoMaps | MapCapture | Iter
 
 
 class MapObjective:
-    """‖A_ref − A‖ at the first denoising step (VSTAR, arXiv 2403.13501, eq. 6).
+    """‖A_t^ref − A_t‖ at one denoising step t or several (VSTAR, arXiv 2403.13501, eq. 6).
 
     Args:
-        pipe_or_model, reference_maps, inputs, scheduler, max_rows, checkpointing: See
-            :func:`vstar_kernels.optimize_noise`.
+        pipe_or_model, reference_maps, inputs, at_step, negative_inputs, guidance_scale, scheduler,
+        noising, max_rows, checkpointing: See :func:`vstar_kernels.optimize_noise`.
         batch, num_frames: The batch size and the number of frames of the noise.
 
     Raises:
@@ -48,19 +44,37 @@ class MapObjective:
         *,
         batch: int,
         num_frames: int,
+        at_step: int | Sequence[int] = 0,
+        negative_inputs: Mapping[str, Any] | None = None,
+        guidance_scale: float = 1.0,
         scheduler: Any,
+        noising: Noising | None = None,
         max_rows: int,
         checkpointing: bool,
     ) -> None:
         self.model = temporal_model(pipe_or_model)
-        self._schedule = scheduler_of(pipe_or_model, scheduler)
-        self._timestep = step_timesteps(self._schedule, [0])[0]
-        self._inputs = inputs
+        steps = _steps(at_step)
+        own_noising = noising_of(pipe_or_model, noising)
+        if max(steps) > 0:
+            check_noising(self.model, own_noising)
+        self._denoising = Denoising(
+            pipe_or_model,
+            self.model,
+            inputs,
+            negative_inputs=negative_inputs,
+            guidance_scale=guidance_scale,
+            steps=steps,
+            scheduler=scheduler,
+            noising=own_noising,
+            checkpointing=checkpointing,
+        )
+        self._steps = steps
         self._max_rows = max_rows
         self._checkpointing = checkpointing
+        found = _targets(reference_maps, temporal_layers(self.model), steps)
         self._targets = {
-            name: self._target(name, found, batch, num_frames)
-            for name, found in _targets(reference_maps, temporal_layers(self.model)).items()
+            step: {name: self._target(name, x, batch, num_frames) for name, x in targets.items()}
+            for step, targets in found.items()
         }
 
     def _target(self, layer: str, found: Tensor, batch: int, num_frames: int) -> Tensor:
@@ -76,7 +90,7 @@ class MapObjective:
 
     @torch.enable_grad()
     def distance(self, noise: Tensor) -> Tensor:
-        """Returns the mean over layers and batch of the Frobenius norms of A_ref − A.
+        """Returns the mean over steps, layers and batch of the Frobenius norms of A_ref − A.
 
         The backward pass through the model happens here already, so that neither the layers' hooks,
         which it needs, nor the model's activations outlive this call.
@@ -84,40 +98,50 @@ class MapObjective:
         leaf = noise.detach().requires_grad_()
         recomputing = checkpointed(self.model) if self._checkpointing else contextlib.nullcontext()
         with self._capture(differentiable=True) as capture, frozen(self.model), recomputing:
-            self._run(leaf)
-            value = self._mean_distance(capture.maps)
+            value = self._mean_distance(self._run(leaf, capture))
             (gradient,) = torch.autograd.grad(value, leaf)
         return _WithGradient.apply(noise, value.detach(), gradient)
 
     @torch.no_grad()
     def maps(self, noises: Iterable[Tensor]) -> list[AttentionMap]:
         """Returns the maps that some noises give, averaged over them."""
+        means: dict[tuple[str, int], AttentionMap] = {}
         with self._capture(differentiable=False) as capture:
             for noise in noises:
-                self._run(noise)
-        return capture.maps
+                for step, maps in self._run(noise, capture).items():
+                    for item in maps:
+                        if (item.layer, step) in means:
+                            means[item.layer, step].add(item.map)
+                        else:
+                            means[item.layer, step] = item
+        return list(means.values())
 
     def _capture(self, *, differentiable: bool) -> MapCapture:
-        capture = capture_maps(
+        names = {name for targets in self._targets.values() for name in targets}
+        return capture_maps(
             self.model,
-            layers=lambda layer: layer.name in self._targets,
+            steps=self._steps,
+            layers=lambda layer: layer.name in names,
             max_rows=self._max_rows,
             differentiable=differentiable,
         )
-        capture.step = 0
-        return capture
 
-    def _run(self, noise: Tensor) -> None:
-        schedule = restarted_copy(self._schedule)
-        latents = schedule.scale_model_input(noise * schedule.init_noise_sigma, self._timestep)
-        times = self._timestep.to(noise.device).expand(len(noise))
-        self.model(latents, times, **self._inputs)
+    def _run(self, noise: Tensor, capture: MapCapture) -> Maps:
+        return self._denoising.run(noise, capture)
 
-    def _mean_distance(self, maps: list[AttentionMap]) -> Tensor:
-        distances = [
-            torch.linalg.matrix_norm(self._targets[item.layer] - item.map).mean() for item in maps
-        ]
-        return torch.stack(distances).mean()
+    def _mean_distance(self, maps: Maps) -> Tensor:
+        return torch.stack(
+            [
+                torch.stack(
+                    [
+                        torch.linalg.matrix_norm(self._targets[step][item.layer] - item.map).mean()
+                        for item in found
+                        if item.layer in self._targets[step]
+                    ]
+                ).mean()
+                for step, found in maps.items()
+            ]
+        ).mean()
 
 
 class _WithGradient(torch.autograd.Function):
@@ -134,29 +158,67 @@ class _WithGradient(torch.autograd.Function):
         return grad_outputs[0].to(gradient) * gradient, None, None
 
 
-def _targets(references: References, layers: list[TemporalLayer]) -> dict[str, Tensor]:
-    """Returns the reference map of each layer that has one, by the layer's name."""
+def _steps(at_step: int | Sequence[int]) -> list[int]:
+    """Returns the steps of which maps are compared, in order.
+
+    Raises:
+        TypeError, ValueError: They are not indices, or there is none.
+    """
+    steps = [at_step] if isinstance(at_step, int) else at_step
+    if not isinstance(steps, Sequence) or isinstance(steps, str):
+        raise TypeError(f"at_step must be a step or a list of steps, got {type(at_step).__name__}")
+    for step in steps:
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise TypeError(f"at_step must be of step indices, got {step!r}")
+        if step < 0:
+            raise ValueError(f"at_step must be at least 0, got {step}")
+    if not steps:
+        raise ValueError("at_step must name at least one step, got none")
+    return sorted(set(steps))
+
+
+def _targets(
+    references: References, layers: list[TemporalLayer], steps: list[int]
+) -> dict[int, dict[str, Tensor]]:
+    """Returns the reference map of each layer that has one, by step and by the layer's name."""
     if isinstance(references, Tensor):
         # Not the block before the UNet's own, which VSTAR leaves alone.
-        return {layer.name: references for layer in layers if layer.level != "init"}
+        everywhere = {layer.name: references for layer in layers if layer.level != "init"}
+        return dict.fromkeys(steps, everywhere)
     if isinstance(references, Mapping):
         levels = {layer.level for layer in layers}
         for level in references:
             if level not in levels:
                 there = ", ".join(sorted(map(str, levels)))
                 raise ValueError(f"reference_maps: no layer has level {level!r}, only {there}")
-        return {x.name: references[x.level] for x in layers if x.level in references}
-    found: dict[str, Tensor] = {}
+        by_level = {x.name: references[x.level] for x in layers if x.level in references}
+        if not by_level:
+            raise ValueError("reference_maps must have a level at least, got none")
+        return dict.fromkeys(steps, by_level)
+    found: dict[int, dict[str, Tensor]] = {step: {} for step in steps}
+    names = {layer.name for layer in layers}
     for item in (
         references.maps if isinstance(references, MapCapture | RealVideoMaps) else references
     ):
-        if item.layer in found:
-            raise ValueError(f"reference_maps has several maps of {item.layer}: keep one step")
-        found[item.layer] = item.map
-    unknown = found.keys() - {layer.name for layer in layers}
-    if unknown or not found:
-        what = f"the model has no layer {min(unknown)}" if unknown else "there is no map"
-        raise ValueError(f"reference_maps must be maps of this model's layers: {what}")
+        if item.layer not in names:
+            raise ValueError(
+                "reference_maps must be maps of this model's layers: the model has no layer "
+                f"{item.layer}"
+            )
+        if item.step is not None and item.step not in found:
+            raise ValueError(
+                f"reference_maps has maps of step {item.step}, and at_step is "
+                f"{', '.join(map(str, steps))}: maps are compared at the same step"
+            )
+        for step in steps if item.step is None else [item.step]:
+            if item.layer in found[step]:
+                raise ValueError(
+                    f"reference_maps has several maps of {item.layer} at step {step}: keep one"
+                )
+            found[step][item.layer] = item.map
+    for step, targets in found.items():
+        if not targets:
+            raise ValueError(f"reference_maps must be maps of at_step: there is no map of {step}")
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from vstar_kernels.methods.vstar.noise import (
     min_stable_beta,
     standard_normal,
 )
+from vstar_kernels.methods.vstar.noising import Noising
 from vstar_kernels.methods.vstar.objective import MapObjective, References, exclusive
 
 MARGIN = 1e-3  # of β above its least, and of |γ| below 1
@@ -29,7 +30,7 @@ class NoiseLoss:
     """The loss of one iteration, ``total`` = ``distance`` + λ · ``kl``.
 
     Attributes:
-        distance: ‖A_ref − A‖, the mean of the Frobenius norms over layers, batch and draws.
+        distance: ‖A_ref − A‖, the mean of the Frobenius norms over steps, layers, batch and draws.
         kl: In nats, per pixel of each channel.
     """
 
@@ -46,7 +47,7 @@ class OptimizedNoise:
         prior: The best μ, β and γ; ``prior.sample(shape)`` draws more.
         noise: The noise that they make of the draws that were optimised with, standardised as
             pipelines take ``latents``: ``(draws × batch, …)``.
-        maps: The attention maps of that noise at the first step, averaged over the draws.
+        maps: The attention maps of that noise at ``at_step``, averaged over the draws.
         losses: The loss of each iteration; the first one is before any change.
         best: The iteration that has the lowest loss, which all this is of.
         stopped_early: Whether the loss had ceased to fall.
@@ -67,6 +68,9 @@ def optimize_noise(
     shape: Shape,
     inputs: Mapping[str, Any],
     *,
+    at_step: int | Sequence[int] = 0,
+    negative_inputs: Mapping[str, Any] | None = None,
+    guidance_scale: float = 1.0,
     kl_weight: float = 0.01,
     mean: Literal["element", "frame"] = "element",
     initial: NoisePrior | None = None,
@@ -77,6 +81,7 @@ def optimize_noise(
     draws: int = 1,
     generator: torch.Generator | None = None,
     scheduler: Any = None,
+    noising: Noising | None = None,
     frame_dim: int = 2,
     max_rows: int = 256,
     checkpointing: bool = True,
@@ -86,27 +91,36 @@ def optimize_noise(
 
     Minimises (VSTAR, arXiv 2403.13501, App. B, eq. 8) over μ, β and γ, by Adam::
 
-        ‖A_ref − A(x)‖ + λ · KL(N(μ, Σ(β, γ)) ‖ N(0, I)),   x ~ N(μ, Σ(β, γ))
+        ‖A_t^ref − A_t(x)‖ + λ · KL(N(μ, Σ(β, γ)) ‖ N(0, I)),   x ~ N(μ, Σ(β, γ))
 
-    A are the model's mean temporal attention maps at the first denoising step, through TAR and
-    per-frame prompts where they are applied. The model's parameters are left alone.
+    A_t are the model's mean temporal attention maps at the denoising step t, ``at_step``, which
+    sampling reaches from the noise x, through TAR and per-frame prompts where they are applied. The
+    gradient goes through all steps from there back to x. The model's parameters are left alone.
 
-    >>> real = vk.capture_real_maps(pipe, latents, inputs, steps=[13])
+    >>> real = vk.capture_real_maps(pipe, latents, inputs, steps=[2])
     >>> with vk.apply_tar(pipe, "64D1"):
-    ...     found = vk.optimize_noise(pipe, real, (1, 4, 16, 40, 64), inputs)
+    ...     found = vk.optimize_noise(pipe, real, (1, 4, 16, 40, 64), inputs, at_step=2)
     ...     video = pipe(prompt, num_frames=16, latents=found.noise).frames
 
     Memory: the model's activations between its blocks and those within one block, whatever the
-    number of draws.
+    number of draws; each step before adds its latents, a few times. Time: an iteration runs step t
+    twice forward and once backward, and each step before it three times forward and once backward,
+    twice that under guidance.
 
     Args:
-        pipe_or_model: A pipeline with one model that has temporal attention, or that model.
-        reference_maps: A_ref: maps captured from this model, one step of each layer (those layers
-            count); or ``(frames, frames)`` or ``(batch, frames, frames)`` for all layers of the
-            UNet's levels, or by level.
+        pipe_or_model: A pipeline with one model that has temporal attention, or that model; of
+            ``lvdm`` the ``LatentDiffusion``, which knows its noising and what it predicts.
+        reference_maps: A_t^ref: maps captured from this model at the steps ``at_step``, one of each
+            layer and step (those layers count); or ``(frames, frames)`` or
+            ``(batch, frames, frames)`` for all layers of the UNet's levels, or by level.
         shape: Of the latents, as the model takes them; ``(batch, channels, frames, height, width)``
             in diffusers.
         inputs: Whatever else the model takes, by name: its text embeddings, for one.
+        at_step: t, an index into the scheduler's schedule, 0 the noisiest; or several, over which
+            the distance is averaged. Schedulers that draw noise draw the same each time.
+        negative_inputs: As ``inputs``, without the prompt, for classifier-free guidance in the
+            steps before t. The maps that are compared are those with the prompt.
+        guidance_scale: How much the prompt counts there; 1 is no guidance.
         kl_weight: λ.
         mean: Whether μ has a value for each element of a video's latents or for each frame only.
         initial: Where to begin; N(0, I) if None.
@@ -118,27 +132,46 @@ def optimize_noise(
         draws: Over how many draws the distance is averaged. They stay the same, so that the loss
             is a smooth function of μ, β and γ.
         generator: Of the draws.
-        scheduler: Gives the first timestep and its noise level; None is the pipeline's own.
+        scheduler: Gives the timesteps, the noise levels and the steps between them; None is the
+            pipeline's own. With a noising of the model's own or of yours, anything with
+            ``timesteps``, the noisiest first.
+        noising: As for :func:`vstar_kernels.capture_real_maps`, and linear: steps before t are then
+            deterministic DDIM's between its levels, from N(0, I), and the model must predict the
+            noise or the clean latents. None is the model's own (``lvdm``), or else the scheduler's.
         frame_dim: Which dimension of ``shape`` the frames are; 1 for Stable Video Diffusion.
         max_rows: See :func:`vstar_kernels.capture_maps`.
-        checkpointing: Compute each block of the model twice to save memory.
+        checkpointing: Compute each block of the model, and each step before t, again in the
+            backward pass to save memory.
         progress: Show a bar; needs ``tqdm``.
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: An argument is out of range, or the maps do not fit the model or the shape.
+        ValueError: An argument is out of range, the maps do not fit the model or the shape, or
+            they are of another step.
         FloatingPointError: The loss is not finite.
         RuntimeError: Noise is being optimised for the model in another thread.
         ImportError: ``progress`` without ``tqdm``.
     """
     _check(mean, kl_weight, iterations, learning_rate, patience, draws)
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
+    if (negative_inputs is None) != (guidance_scale == 1):
+        raise ValueError(
+            "negative_inputs and a guidance_scale other than 1 must be given together, got "
+            f"guidance_scale {guidance_scale} and "
+            + ("no negative_inputs" if negative_inputs is None else "negative_inputs")
+        )
     objective = MapObjective(
         pipe_or_model,
         reference_maps,
         inputs,
         batch=shape[0],
         num_frames=shape[frame_dim],
+        at_step=at_step,
+        negative_inputs=negative_inputs,
+        guidance_scale=guidance_scale,
         scheduler=scheduler,
+        noising=noising,
         max_rows=max_rows,
         checkpointing=checkpointing,
     )

@@ -13,9 +13,11 @@ from torch import Tensor
 from vstar_kernels.analysis.frames import as_frames
 from vstar_kernels.analysis.maps import AttentionMap
 from vstar_kernels.methods.vstar.noise import standard_normal
+from vstar_kernels.methods.vstar.noising import Noising, check_noising, noising_of
 from vstar_kernels.models.capture import capture_maps
 from vstar_kernels.models.front_end import models_with_temporal_attention
 from vstar_kernels.models.layers import TemporalLayer
+from vstar_kernels.models.lvdm import inner_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,7 @@ def capture_real_maps(
     *,
     steps: Sequence[int],
     scheduler: Any = None,
+    noising: Noising | None = None,
     generator: torch.Generator | None = None,
     layers: Callable[[TemporalLayer], bool] | None = None,
     max_rows: int = 256,
@@ -58,21 +61,29 @@ def capture_real_maps(
     ... )
 
     Args:
-        pipe_or_model: A pipeline with one model that has temporal attention, or that model.
+        pipe_or_model: A pipeline with one model that has temporal attention, or that model; of
+            ``lvdm`` the ``LatentDiffusion``, whose own noising (``q_sample``) is then taken.
         latents: ``(batch, channels, frames, height, width)``, or in the order that the model takes.
         inputs: Whatever else the model takes, by name: its text embeddings, for one.
         steps: Indices into the scheduler's schedule, 0 the noisiest.
         scheduler: The noise levels, with its ``set_timesteps`` called; None is the pipeline's own.
-            It is copied and not changed.
+            It is copied and not changed. With a noising of the model's own or of yours, anything
+            with ``timesteps``, the noisiest first.
+        noising: A function of latents, noise and timesteps ``(batch,)`` that returns the noised
+            latents as the model takes them; None is the model's own (``lvdm``), or else the
+            scheduler's.
         generator: Draws the noise; the same seed gives the same maps.
         layers, max_rows: See :func:`vstar_kernels.capture_maps`.
 
     Raises:
-        TypeError: ``pipe_or_model`` is of the wrong kind.
+        TypeError: ``pipe_or_model`` or ``noising`` is of the wrong kind.
         ValueError: It holds several models with temporal attention or none, there is no scheduler,
-            or it has no such step.
+            or it has no such step; or it is the UNet of ``lvdm`` alone, and there is no
+            ``noising``.
     """
     model = temporal_model(pipe_or_model)
+    noise_to = noising_of(pipe_or_model, noising)
+    check_noising(model, noise_to)
     schedule = scheduler_of(pipe_or_model, scheduler)
     timesteps = step_timesteps(schedule, steps)
     noise = standard_normal(latents.shape, generator, latents)
@@ -80,10 +91,14 @@ def capture_real_maps(
     with capture_maps(model, layers=layers, max_rows=max_rows) as capture:
         for step, timestep in timesteps.items():
             capture.step = step
-            fresh = restarted_copy(schedule)
             times = timestep.to(latents.device).expand(len(latents))
-            noised[step] = fresh.add_noise(latents, noise, times)
-            model(fresh.scale_model_input(noised[step], timestep), times, **inputs)
+            if noise_to is not None:
+                sample = noised[step] = noise_to(latents, noise, times)
+            else:
+                fresh = restarted_copy(schedule)
+                noised[step] = fresh.add_noise(latents, noise, times)
+                sample = fresh.scale_model_input(noised[step], timestep)
+            model(sample, times, **inputs)
     return RealVideoMaps(capture.maps, noised)
 
 
@@ -109,7 +124,7 @@ def temporal_model(pipe_or_model: Any) -> Any:
     Raises:
         TypeError, ValueError: There is none, or several.
     """
-    models = models_with_temporal_attention(pipe_or_model)
+    models = models_with_temporal_attention(inner_model(pipe_or_model))
     if len(models) > 1:
         raise ValueError(
             f"{type(pipe_or_model).__name__} holds several models with temporal attention "
@@ -145,12 +160,22 @@ def step_timesteps(scheduler: Any, steps: Sequence[int]) -> dict[int, Tensor]:
     Raises:
         ValueError: The schedule has no such step, or none is asked for.
     """
-    timesteps = scheduler.timesteps
+    timesteps = torch.as_tensor(scheduler.timesteps)
+    return {step: timesteps[place] for step, place in step_places(scheduler, steps).items()}
+
+
+def step_places(scheduler: Any, steps: Sequence[int]) -> dict[int, int]:
+    """Returns at which place of the scheduler's timesteps each of these steps begins.
+
+    Raises:
+        ValueError: The schedule has no such step, or none is asked for.
+    """
+    values = torch.as_tensor(scheduler.timesteps).tolist()
     order = getattr(scheduler, "order", 1)
     if order > 1:
-        starts = timesteps[::order]
+        starts = list(range(0, len(values), order))
     else:  # PNDM visits one twice
-        starts = timesteps.new_tensor(list(dict.fromkeys(timesteps.tolist())))
+        starts = [place for place, value in enumerate(values) if value not in values[:place]]
     for step in steps:
         if not 0 <= step < len(starts):
             raise ValueError(f"steps of this schedule are 0 to {len(starts) - 1}, got {step}")
