@@ -66,7 +66,9 @@ def names():
 
 def test_real_maps_and_optimised_noise(names):
     exec(section("Maps of real videos"), names)
-    assert {item.step for item in names["real"].maps} == {0, 2}
+    for name in ("real", "own"):
+        assert {item.step for item in names[name].maps} == {0, 2}
+    assert not torch.equal(names["real"].noised[0], names["own"].noised[0])
     names["generator"] = torch.Generator().manual_seed(0)
     exec(section("Correlated and optimised noise"), names)
     assert {item.step for item in names["found"].maps} == {2}

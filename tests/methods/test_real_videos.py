@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteSchedul
 
 from examples import tiny
 from tests.models import models
+from tests.models.lvdm_model import LatentDiffusion
+from vstar_kernels.methods.vstar.objective import MapObjective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FRAMES = 6
@@ -140,3 +144,133 @@ def test_wrong_arguments_are_refused(unet):
         capture(unet, scheduler(), steps=[])
     with pytest.raises(TypeError, match="got dict"):
         capture({}, scheduler())
+
+
+LVDM_SHAPE = (1, *SHAPE[1:])
+TIMES = SimpleNamespace(timesteps=torch.tensor([751, 501, 251, 1]))  # as lvdm's sampler visits them
+
+
+@pytest.fixture
+def diffusion(one_thread):
+    torch.manual_seed(0)
+    return LatentDiffusion().requires_grad_(False)
+
+
+def context(seed=1):
+    return {"context": models.noise(1, models.TOKENS, models.TEXT, seed=seed)}
+
+
+def test_videocrafters_own_noising_is_taken(diffusion):
+    """Its scaled signal, where a scheduler's would be 1.43 times as strong."""
+    given = []
+    unet = diffusion.model.diffusion_model
+    hook = unet.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    options = {"steps": [0, 2], "scheduler": TIMES, "max_rows": 10**6}
+    real = vk.capture_real_maps(diffusion, 5 * torch.ones(LVDM_SHAPE), context(), **options)
+    hook.remove()
+    for step, sample in zip((0, 2), given, strict=True):
+        assert torch.equal(real.noised[step], sample)
+        time = TIMES.timesteps[step]
+        alpha = diffusion.alphas_cumprod[time].sqrt()
+        expected = 5 * float(alpha) * {0: 0.7, 2: 1 - 0.3 * 251 / 399}[step]
+        assert float(sample.mean()) == pytest.approx(expected, abs=0.1)
+    assert {item.step for item in real.maps} == {0, 2}
+    steps = {item.step: item.timestep for item in real.maps}
+    assert steps == {0: 751, 2: 251}
+
+
+def test_a_noising_of_ones_own(unet):
+    schedule = scheduler()
+    seen = []
+
+    def noising(latents, noise, timesteps):
+        seen.append((timesteps.shape, noise.shape))
+        return 0.5 * latents + 2 * noise
+
+    latents = models.noise(*SHAPE, seed=2)
+    found = capture(unet, schedule, latents, noising=noising)
+    assert seen == [((2,), SHAPE)] * 2
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    for noised in found.noised.values():
+        torch.testing.assert_close(noised, 0.5 * latents + 2 * noise)
+    own = capture(unet, schedule, latents, noising=schedule.add_noise)
+    for one, other in zip(own.maps, capture(unet, schedule, latents).maps, strict=True):
+        assert torch.equal(one.map, other.map)
+    with pytest.raises(TypeError, match=r"noising must be a function .*, got float"):
+        capture(unet, schedule, noising=0.7)
+
+
+def test_lvdms_unet_alone_needs_a_noising(diffusion):
+    unet, latents = diffusion.model.diffusion_model, torch.ones(LVDM_SHAPE)
+    with pytest.raises(ValueError, match="noising must be given for UNetModel by itself"):
+        vk.capture_real_maps(unet, latents, context(), steps=[0], scheduler=scheduler())
+    options = {"steps": [0], "scheduler": scheduler(), "noising": scheduler().add_noise}
+    assert vk.capture_real_maps(unet, latents, context(), **options).maps
+    with pytest.raises(ValueError, match="noising must be given for UNetModel by itself"):
+        search(unet, torch.eye(FRAMES), at_step=1)
+
+
+def search(model, maps, **options):
+    return vk.optimize_noise(
+        model, maps, LVDM_SHAPE, context(), scheduler=TIMES, iterations=2, progress=False, **options
+    )
+
+
+def sample(diffusion, noise, scale):
+    """DDIM with η = 0 as VideoCrafter2's sampler has it, from its formulas; to the third step."""
+    unet = diffusion.model.diffusion_model
+    alphas, scales = diffusion.alphas_cumprod, diffusion.scale_arr
+    x = noise
+    for step in range(3):
+        time, after = TIMES.timesteps[step], TIMES.timesteps[step + 1]
+        with_prompt, without = (unet(x, time.expand(1), **context(seed)) for seed in (1, 2))
+        output = without + scale * (with_prompt - without)
+        clean = (x - (1 - alphas[time]).sqrt() * output) / alphas[time].sqrt() / scales[time]
+        x = alphas[after].sqrt() * scales[after] * clean + (1 - alphas[after]).sqrt() * output
+
+
+@pytest.mark.parametrize("scale", [1.0, 6.0])
+def test_the_noise_search_samples_as_videocrafter_does(diffusion, scale):
+    noise = models.noise(*LVDM_SHAPE, seed=5)
+    with vk.capture_maps(
+        diffusion.model.diffusion_model, scheduler=TIMES, max_rows=10**6
+    ) as capture:
+        sample(diffusion, noise, scale)
+    assert {(item.step, item.branch, item.calls) for item in capture.maps} == {
+        (step, branch, 1) for step in range(3) for branch in (0, 1)
+    }
+    aim = MapObjective(
+        diffusion,
+        torch.eye(FRAMES),
+        context(),
+        batch=1,
+        num_frames=FRAMES,
+        at_step=[0, 2],
+        negative_inputs=None if scale == 1 else context(2),
+        guidance_scale=scale,
+        scheduler=TIMES,
+        max_rows=10**6,
+        checkpointing=True,
+    )
+    expected = {(item.layer, item.step): item for item in capture.maps if item.branch == 0}
+    found = aim.maps([noise])
+    assert {item.step for item in found} == {0, 2}
+    for item in found:
+        torch.testing.assert_close(item.map, expected[item.layer, item.step].map)
+    distance = [
+        (torch.eye(FRAMES) - item.map).square().sum().sqrt()
+        for item in expected.values()
+        if item.step in (0, 2) and item.level != "init"
+    ]
+    value = float(aim.distance(noise))
+    assert value == pytest.approx(float(sum(distance) / len(distance)), rel=1e-4)
+
+
+def test_noise_is_found_for_videocrafter(diffusion):
+    options = {"steps": [1], "scheduler": TIMES}
+    real = vk.capture_real_maps(diffusion, models.noise(*LVDM_SHAPE), context(), **options)
+    found = search(diffusion, real, at_step=1, kl_weight=0, learning_rate=0.05)
+    assert found.losses[1].distance < found.losses[0].distance
+    diffusion.parameterization = "v"
+    with pytest.raises(ValueError, match="predicts epsilon or sample, got prediction_type 'v'"):
+        search(diffusion, real, at_step=1)

@@ -180,3 +180,41 @@ class UNetModel(nn.Module):
                 step_index,
             )
         return self.out(x[..., : size[0], : size[1]])
+
+
+class DiffusionWrapper(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.diffusion_model = UNetModel()
+
+    def forward(self, x, t, c_crossattn) -> Tensor:
+        return self.diffusion_model(x, t, context=torch.cat(c_crossattn, 1))
+
+
+class LatentDiffusion(nn.Module):
+    """VideoCrafter2's noising: the signal is scaled by 1 at first, then less, by 0.7 in the end."""
+
+    parameterization = "eps"
+    use_scale = True
+
+    def __init__(self, timesteps: int = 1000, scale_b: float = 0.7, mid_step: int = 400) -> None:
+        super().__init__()
+        self.model = DiffusionWrapper()
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, timesteps, dtype=torch.float64) ** 2
+        self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0).float())
+        falling = torch.linspace(1.0, scale_b, mid_step)
+        scale = torch.cat([falling, torch.full((timesteps,), scale_b)])[:timesteps]
+        self.register_buffer("scale_arr", scale)
+
+    def q_sample(self, x_start, t, noise) -> Tensor:
+        signal, noisy = (
+            x[t].reshape(-1, *[1] * (x_start.ndim - 1))
+            for x in (
+                self.alphas_cumprod.sqrt() * self.scale_arr,
+                (1 - self.alphas_cumprod).sqrt(),
+            )
+        )
+        return signal * x_start + noisy * noise
+
+    def apply_model(self, x_noisy, t, cond) -> Tensor:
+        return self.model(x_noisy, t, **cond)

@@ -96,3 +96,39 @@ def test_relative_positions_are_refused():
     module.relative_position = True
     with pytest.raises(ValueError, match="relative positions"):
         LvdmTARForward(module)(torch.zeros(2, 4, 16))
+
+
+def test_each_side_of_guidance_has_maps_of_its_own():
+    """lvdm's samplers call the model with the prompt, then without, with the same latents."""
+    model = make("lvdm")
+    texts = [torch.randn(1, 4, 24, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+    latents = [
+        torch.randn(1, 4, 6, 8, 8, generator=torch.Generator().manual_seed(i)) for i in (3, 4)
+    ]
+
+    def sample(text, videos=latents):
+        for timestep in (500, 20):
+            for video in videos:
+                for context in text:
+                    model(video.clone(), torch.tensor([timestep]), context=context)
+
+    with vk.capture_maps(model) as both:
+        sample(texts)
+    alone = []
+    for text in texts:
+        with vk.capture_maps(model) as single:
+            sample([text])
+        alone.append({(item.layer, item.timestep): item.map for item in single.maps})
+        assert {(item.branch, item.calls) for item in single.maps} == {(0, 2)}
+    assert {(item.branch, item.calls) for item in both.maps} == {(0, 2), (1, 2)}
+    for item in both.maps:
+        assert torch.equal(item.map, alone[item.branch][item.layer, item.timestep])
+    assert not torch.equal(both.mean(level=0), both.mean(level=0, branch=1))
+    torch.testing.assert_close(
+        both.mean(level=0, branch=None), (both.mean(level=0) + both.mean(level=0, branch=1)) / 2
+    )
+    means = vk.analysis.mean_maps(both)
+    assert {item.branch for item in means} == {0, 1}
+    assert next(item.label for item in means if item.branch).endswith("branch 1")
+    with pytest.raises(ValueError, match=r"no map of branch 2 .*branches 0, 1"):
+        both.mean(branch=2)

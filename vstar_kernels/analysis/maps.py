@@ -15,8 +15,8 @@ from vstar_kernels.attention.temporal import tar_attention
 
 Level = int | Literal["init"]
 Place = Literal["down", "mid", "up", "init", "blocks"]
-Axis = Literal["model", "level", "place", "step"]
-AXES: tuple[Axis, ...] = ("model", "level", "place", "step")
+Axis = Literal["model", "level", "place", "step", "branch"]
+AXES: tuple[Axis, ...] = ("model", "level", "place", "step", "branch")
 
 MAP_ELEMENTS = 2**24  # of the attention maps that the reference holds at a time: 64 MiB
 
@@ -35,6 +35,8 @@ class AttentionMap:
             classifier-free guidance the batch's first half is the unconditional one.
         positions: Of how many positions (of height × width) the mean is.
         calls: Of how many forward passes it is: FreeInit, for one, repeats its steps.
+        branch: The side of classifier-free guidance where the model is called for each (lvdm's
+            samplers): 0 with the prompt, 1 without; elsewhere 0.
     """
 
     model: str
@@ -46,6 +48,7 @@ class AttentionMap:
     map: Tensor
     positions: int
     calls: int = 1
+    branch: int = 0
 
     def add(self, other: Tensor) -> None:
         """Takes the map of one more forward pass into the mean.
@@ -121,7 +124,7 @@ class MeanMap:
 
     Attributes:
         map: ``(batch, frames, frames)``; rows are queries.
-        model, level, place, step: Which ones it is of; None is all of them.
+        model, level, place, step, branch: Which ones it is of; None is all of them.
         layers: Of how many layers at how many steps it is the mean.
     """
 
@@ -131,6 +134,7 @@ class MeanMap:
     place: Place | None = None
     step: int | None = None
     layers: int = 1
+    branch: int | None = None
 
     @property
     def label(self) -> str:
@@ -139,14 +143,15 @@ class MeanMap:
         parts += [] if self.level is None else [_level_name(self.level)]
         parts += [self.place] if self.place and self.place != self.level else []
         parts += [] if self.step is None else [f"step {self.step}"]
+        parts += [f"branch {self.branch}"] if self.branch else []
         return ", ".join(parts) or "all layers"
 
 
 def mean_maps(
     maps: HoldsMaps | Iterable[AttentionMap],
-    by: Sequence[Axis] = ("level", "place", "step"),
+    by: Sequence[Axis] = ("level", "place", "step", "branch"),
 ) -> list[MeanMap]:
-    """Returns the mean map of each level, place and step that there is (Figs. 3, 10, S.10).
+    """Returns the mean map of each level, place, step and branch there is (Figs. 3, 10, S.10).
 
     >>> [(item.level, item.step) for item in vk.analysis.mean_maps(capture, by=("level", "step"))]
     [(0, 0), (0, 13), (1, 0), (1, 13)]
@@ -154,7 +159,8 @@ def mean_maps(
     Args:
         maps: What :func:`vstar_kernels.capture_maps` or :func:`vstar_kernels.capture_real_maps`
             gave, or some of its maps.
-        by: What to keep apart: any of ``"model"``, ``"level"``, ``"place"`` and ``"step"``.
+        by: What to keep apart: any of ``"model"``, ``"level"``, ``"place"``, ``"step"`` and
+            ``"branch"``, the side of guidance.
 
     Returns:
         In the order of levels (``"init"`` first), places as the layers run, and steps.

@@ -338,6 +338,7 @@ def _row(item: MeanMap) -> str:
     if item.level is not None and item.level != "init":
         parts.append(f"level {item.level}")
     parts += [item.place or "init"] if item.place or item.level == "init" else []
+    parts += [f"branch {item.branch}"] if item.branch else []
     return ", ".join(parts) or "all layers"
 
 

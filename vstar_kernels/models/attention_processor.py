@@ -127,6 +127,8 @@ def _why_not(
 class ProcessorFrontEnd:
     """What the front ends of diffusers' models share: layers are ``Attention`` with processors."""
 
+    guides_in_turns = False
+
     @staticmethod
     def self_attentions(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
         """Yields each self-attention module's name, its name without wrappers, and the module."""

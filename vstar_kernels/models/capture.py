@@ -159,8 +159,11 @@ class MapCapture(Handle):
         place: Place | None = None,
         step: int | None = None,
         model: str | None = None,
+        branch: int | None = 0,
     ) -> Tensor:
         """Returns the mean of the maps of a level, place, step and model, each None for all.
+
+        ``branch`` is the side of guidance (see :class:`AttentionMap`), None for both.
 
         Returns:
             ``(batch, frames, frames)``; the batch is not averaged.
@@ -168,15 +171,18 @@ class MapCapture(Handle):
         Raises:
             ValueError: There is none.
         """
-        wanted = {"level": level, "place": place, "step": step, "model": model}
+        wanted = {"level": level, "place": place, "step": step, "model": model, "branch": branch}
         wanted = {name: value for name, value in wanted.items() if value is not None}
         maps = [m.map for m in self.maps if all(getattr(m, k) == v for k, v in wanted.items())]
         if maps:
             return torch.stack(maps).mean(dim=0)
+        if branch == 0:
+            wanted.pop("branch")  # most models have no other
         asked = ", ".join(f"{name} {value}" for name, value in wanted.items()) or "any layer"
+        plurals = {name: f"{name}s" for name in ("level", "place", "step", "model")}
         there = (
-            f"{name}s {', '.join(sorted({str(getattr(m, name)) for m in self.maps})) or 'none'}"
-            for name in ("level", "place", "step", "model")
+            f"{names} {', '.join(sorted({str(getattr(m, name)) for m in self.maps})) or 'none'}"
+            for name, names in {**plurals, "branch": "branches"}.items()
         )
         raise ValueError(f"no map of {asked} was captured: there are {'; '.join(there)}")
 
@@ -213,11 +219,11 @@ class MapCapture(Handle):
         return self._steps is None or step in self._steps
 
     def add(self, found: list[AttentionMap]) -> None:
-        """Keeps the maps of a forward pass, or takes each into the mean of its layer and step."""
+        """Keeps the maps of a forward pass, or takes each into the mean of its kind."""
         with self._lock:
             maps = dict(self._maps)
             for new in found:
-                key = (new.model, new.layer, new.step, new.timestep)
+                key = (new.model, new.layer, new.step, new.timestep, new.branch)
                 if key in maps:
                     maps[key] = replace(maps[key])
                     maps[key].add(new.map)
@@ -232,16 +238,24 @@ class _WatchedPass(ForwardPass):
     Args:
         call: The facts of the call.
         step: The index of the denoising step, if it is known.
+        branch: The side of guidance, see :class:`AttentionMap`.
         wanted: The names of the layers that are to be captured.
         keeps_graph: Whether the maps are in autograd's graph.
     """
 
     def __init__(
-        self, call: ModelCall, step: int | None, wanted: set[str], *, keeps_graph: bool
+        self,
+        call: ModelCall,
+        step: int | None,
+        branch: int,
+        wanted: set[str],
+        *,
+        keeps_graph: bool,
     ) -> None:
         super().__init__()
         self.batch: int = call.sample.shape[0]
         self.step = step
+        self.branch = branch
         self.timestep = timestep_value(call.timestep)
         self.wanted = wanted
         self.keeps_graph = keeps_graph
@@ -291,6 +305,7 @@ class _ModelWatch:
         self._passes: ForwardPasses[_WatchedPass] = ForwardPasses()
         self._hooks = Hooks()
         self._layers: dict[str, _LayerWatch] = {}
+        self._turn = threading.local()  # the last call of each thread
         self._lock = threading.RLock()  # of the hooks
         self._removed = False
 
@@ -312,6 +327,7 @@ class _ModelWatch:
 
     def _close(self) -> None:
         self._removed = True
+        self._turn = threading.local()
         self._passes.close()
 
     def _begin(
@@ -323,7 +339,23 @@ class _ModelWatch:
         step = self._capture.find_step(self._model, call.timestep)
         wanted = self._watch_layers() if self._capture.wants(step) else set()
         keeps_graph = self._capture.differentiable and torch.is_grad_enabled()
-        self._passes.begin(_WatchedPass(call, step, wanted, keeps_graph=keeps_graph))
+        branch = self._branch(call)
+        self._passes.begin(_WatchedPass(call, step, branch, wanted, keeps_graph=keeps_graph))
+
+    def _branch(self, call: ModelCall) -> int:
+        """Returns which call of a step it is, in samplers that call for each side of guidance.
+
+        These are calls of one thread at the same timestep with the same latents, one after another.
+        """
+        if not self._front_end.guides_in_turns:
+            return 0
+        timestep = timestep_value(call.timestep)
+        before = getattr(self._turn, "last", None)
+        branch = 0
+        if before is not None and before[0] == timestep and _same(before[1], call.sample):
+            branch = before[2] + 1
+        self._turn.last = timestep, call.sample.detach(), branch
+        return branch
 
     def _end(self, *_: object) -> None:
         forward = self._passes.current()
@@ -414,10 +446,15 @@ class _ModelWatch:
                 place=layer.place,
                 step=forward.step,
                 timestep=forward.timestep,
+                branch=forward.branch,
                 map=mean if self._capture.differentiable else mean.cpu(),
                 positions=positions,
             )
         )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.device == other.device and bool(torch.equal(one, other))
 
 
 class _LayerWatch:

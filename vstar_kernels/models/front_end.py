@@ -25,6 +25,13 @@ class FrontEnd(Protocol):
     def models(self) -> str:
         """The models that it knows, in words, for errors about a model that no front end knows."""
 
+    @property
+    def guides_in_turns(self) -> bool:
+        """Whether samplers call the model for each side of guidance, not once for a batch of both.
+
+        The first call is then with the prompt.
+        """
+
     def layers(self, model: nn.Module) -> Iterator[TemporalLayer]:
         """Yields the model's temporal self-attention modules in order; none if it is unknown."""
 

@@ -95,6 +95,7 @@ def _why_not(
 class LvdmFrontEnd:
     """TAR in the ``UNetModel`` of ``lvdm``, the code base of VideoCrafter and VSTAR."""
 
+    guides_in_turns = True
     models = "UNetModel of lvdm (VideoCrafter, VSTAR; with input_blocks and TemporalTransformer)"
 
     def layers(self, model: nn.Module) -> Iterator[TemporalLayer]:
