@@ -20,7 +20,12 @@ from vstar_kernels.attention.call import Call, Forward, Gradients, Wanted, check
 from vstar_kernels.attention.frames import composed
 from vstar_kernels.attention.frames import cpu as frames_cpu
 from vstar_kernels.attention.frames import reference as frames_reference
-from vstar_kernels.attention.frames.call import FrameCall, FrameGradients, FrameWanted
+from vstar_kernels.attention.frames.call import (
+    FrameCall,
+    FrameGradients,
+    FrameWanted,
+    check_own_keys,
+)
 from vstar_kernels.attention.frames.call import check_call as check_frame_call
 from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.attention.frames.rules import FrameRule
@@ -219,4 +224,8 @@ def why_not_frames(
         query, key, value, layout, rule, options: As for :func:`vstar_kernels.frame_attention`,
             which raises for the same bad arguments.
     """
+    if isinstance(rule, FrameRule) and rule.is_identity:  # no backend has anything to compute
+        call = check_frame_call(query, key, value, layout, None, **options)
+        check_own_keys(call, layout, options.get("key_layout"))
+        return {name: [] for name in FRAME_ATTENTION.backends}
     return FRAME_ATTENTION.why_not(check_frame_call(query, key, value, layout, rule, **options))

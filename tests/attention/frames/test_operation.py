@@ -127,6 +127,65 @@ def test_key_lengths_are_sdpa_on_the_keys_that_exist(attend):
         close(out[one], sdpa(q[one], k[one, :length], v[one, :length]))
 
 
+def test_key_lengths_of_any_strides(attend):
+    lengths = torch.tensor([[9, 1], [4, 2]], dtype=torch.int32)[:, 0]
+    close(
+        attend(*inputs(), LAYOUT, R.tar(1.0), key_lengths=lengths),
+        attend(*inputs(), LAYOUT, R.tar(1.0), key_lengths=lengths.clone()),
+    )
+    same = torch.tensor(4, dtype=torch.int32).expand(2)
+    close(
+        attend(*inputs(), LAYOUT, key_lengths=same),
+        attend(*inputs(), LAYOUT, key_lengths=same.clone()),
+    )
+    q, k, v = inputs()
+
+    def one(*tensors):  # a batch of one, whose length vmap expands
+        return attend(*(x[None] for x in tensors), LAYOUT, key_lengths=lengths[:1])[0]
+
+    close(torch.func.vmap(one)(q, k, v), attend(q, k, v, LAYOUT, key_lengths=same + 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_results_do_not_depend_on_default_types_and_devices(attend, dtype, device):
+    """No call, whatever was the default at the first one for a σ, whose constants are kept."""
+    q, k, v = inputs()
+    rule = R.tar(0.71 + dtype.itemsize / 64 + len(device) / 256)  # of this test
+    expected = reference.frame_attention(q, k, v, LAYOUT, rule, return_map=True)
+    try:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(device)
+        found = attend(q, k, v, LAYOUT, rule, return_map=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for result in (found, attend(q, k, v, LAYOUT, rule, return_map=True)):
+        for x, wanted in zip(result, expected, strict=True):
+            assert (x.dtype, x.device) == (torch.float32, q.device)
+            close(x, wanted)
+
+
+def test_no_gradient_of_a_table_comes_from_the_meta_device():
+    meta = [x.to("meta") for x in inputs()]
+    with pytest.raises(ValueError, match=r"on the meta device, where the table of FrameRule\.bias"):
+        vk.frame_attention(*meta, LAYOUT, R.bias(torch.ones(3, 3, requires_grad=True)))
+    with torch.no_grad():
+        out = vk.frame_attention(*meta, LAYOUT, R.bias(torch.ones(3, 3, requires_grad=True)))
+    assert out.is_meta
+
+
+def test_nan_in_a_trained_table_is_no_mask(attend):
+    """A bias whose training has failed shows in the output."""
+    table = torch.zeros(3, 3).index_fill_(0, torch.tensor(1), math.nan).requires_grad_()
+    with torch.no_grad():
+        out = attend(*inputs(), LAYOUT, R.bias(table))
+    of_frame = torch.zeros(15, dtype=torch.bool)
+    of_frame[6:10] = True  # after 2 of text and a frame of 4
+    assert out[:, of_frame].isnan().all()
+    assert out[:, ~of_frame].isfinite().all()
+
+
 def test_a_row_without_keys_is_zero(attend):
     q, k, v = inputs()
     lengths = torch.tensor([0, LAYOUT.tokens], dtype=torch.int32)
@@ -222,6 +281,20 @@ def test_identity_is_the_values():
     assert torch.equal(v.grad, torch.full_like(v, 2.0))
 
 
+def test_identity_is_a_call_like_others():
+    """Its backend's name is checked, and every backend says that nothing is against it."""
+    with pytest.raises(ValueError, match="backend must be one of"):
+        vk.frame_attention(*inputs(), LAYOUT, R.identity(), backend="cpuu")
+    reasons = vk.backends.why_not_frames(*inputs(), LAYOUT, R.identity())
+    assert reasons == {name: [] for name in dispatch.FRAME_ATTENTION.backends}
+    with pytest.raises(ValueError, match="needs keys that are the queries' own"):
+        vk.backends.why_not_frames(
+            *inputs(), LAYOUT, R.identity(), key_layout=vk.Layout(vk.Frames(15, 1))
+        )
+    with pytest.raises(ValueError, match=r"identity\(\) has no tables"):
+        reference.frame_attention(*inputs(), LAYOUT, R.identity())
+
+
 def test_identity_needs_its_own_keys():
     q, k, v = inputs()
     other = vk.Layout(vk.Frames(3, 5))
@@ -302,6 +375,9 @@ BAD = {
     ),
     "key_lengths must be int32, got torch.int64": lambda q, k, v: (
         (q, k, v, LAYOUT), {"key_lengths": torch.tensor([3, 4])},
+    ),
+    "key_lengths must be an ordinary .strided. tensor": lambda q, k, v: (
+        (q, k, v, LAYOUT), {"key_lengths": torch.tensor([3, 4]).int().to_sparse()},
     ),
     "key_lengths must be on query's device cpu, got meta": lambda q, k, v: (
         (q, k, v, LAYOUT), {"key_lengths": torch.zeros(2, dtype=torch.int32, device="meta")},

@@ -348,7 +348,7 @@ def test_json_of_tensors():
         ),
         (
             '{"terms": [{"term": "table", "table": [[null]], "strength": 1, "by_stat": true}]}',
-            r"terms\[0\]: table must be finite, got -inf",
+            r"terms\[0\]: table must be finite in float32, got -inf",
         ),
         (
             '{"terms": [{"term": "table", "table": [[-1e300]], "strength": 1, "by_stat": false}]}',
@@ -381,8 +381,25 @@ def test_json_is_read_strictly(text, message):
         (lambda: R.tar(1.0, stat=torch.zeros(2).double()), "stat tensor must be float32"),
         (lambda: R.bias(torch.zeros(3)), r"\(F_q, F_k\) or \(heads, F_q, F_k\).*\(3,\)"),
         (lambda: R.bias(torch.zeros(3, 3).int()), "floating point, got torch.int32"),
-        (lambda: R.bias(torch.full((2, 2), INF)), "finite, or -inf to mask, got inf"),
-        (lambda: R.bias(torch.full((2, 2), -INF), stat="row_max"), "must be finite, got -inf"),
+        (lambda: R.bias(torch.full((2, 2), INF)), "finite in float32, or -inf to mask, got inf"),
+        (
+            lambda: R.bias(torch.full((2, 2), -INF), stat="row_max"),
+            "must be finite in float32, got -inf",
+        ),
+        (
+            lambda: R.bias(torch.full((2, 2), -1e300, dtype=torch.float64)),
+            "finite in float32.*got -1e.300",
+        ),
+        (lambda: R.bias(torch.eye(2).to_sparse()), "table must be an ordinary .strided. tensor"),
+        (lambda: R.bias(torch.ones(2, 2, device="meta")), "meta device and holds no numbers"),
+        (
+            lambda: R.bias(torch.ones(2, 2, device="meta", requires_grad=True)),
+            "meta device and holds no numbers",
+        ),
+        (lambda: R.tar(1.0, stat=torch.ones(1, 2, 3).to_sparse()), "ordinary .strided. tensor"),
+        (lambda: R.window(1, sink=2**70), "sink must be at most 2147483647, got 1180591620717411"),
+        (lambda: R.band(10**400), "width must be at most 2147483647, got an integer of 1329 bits"),
+        (lambda: R.radial(block=10**400), "block must be at most"),
         (lambda: R.window(-1), "w must be at least 0, got -1"),
         (lambda: R.window(1, sink=-1), "sink must be at least 0, got -1"),
         (lambda: R.band(-1), "width must be at least 0, got -1"),
@@ -421,6 +438,10 @@ def test_bad_values(make, message):
         (lambda: R.bias([[0.0]]), "table must be a torch.Tensor, got list"),
         (lambda: R.causal(1.0), "block must be an integer, got float"),
         (lambda: R.window(1) + 1, "unsupported operand"),
+        (lambda: R(3), "terms must be a tuple of terms, got int"),
+        (lambda: R([]), "terms must be a tuple of terms, got list"),
+        (lambda: R.attenuate(0.5, 2, 3, 0.5), "bands must be a sequence of pairs, got int"),
+        (lambda: R.relay(None, 1, 1), "segments must be a sequence of pairs, got NoneType"),
     ],
 )
 def test_wrong_kinds(make, message):
@@ -459,3 +480,93 @@ def test_spans_that_differ_cannot_be_added():
 def test_radial_needs_whole_distances():
     with pytest.raises(ValueError, match="whole numbers"):
         R.radial().tables(vk.Layout(vk.Frames(3, 2, step=0.5)))
+
+
+# ---- large numbers, and tables that change ----
+
+LAYOUT = vk.Layout(vk.Text(1), vk.Frames(3, 2))
+LARGE = 2**70  # in float32's range, but not in int64's
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: R.tar(x),
+        lambda x: R.tar(1, x),
+        lambda x: R.bias(torch.eye(3), x),
+        lambda x: R.window(x),
+        lambda x: R.band(1, x),
+        lambda x: R.keyframes(1, 2, 0, x),
+        lambda x: R.attenuate(x, 1),
+        lambda x: R.attenuate(0.5, x, ((x, x),), x),
+        lambda x: R.attenuate(0.5, x, metric="token"),
+        lambda x: R.reference(x),
+        lambda x: R.radial(x, x),
+        lambda x: R.relay([(-x, x)] * 3, x, x),
+    ],
+)
+def test_integers_are_the_floats_that_they_are(make):
+    rule = make(LARGE)
+    assert rule == make(float(LARGE))
+    for found, expected in zip(rule.tables(LAYOUT), make(float(LARGE)).tables(LAYOUT), strict=True):
+        assert (found is None and expected is None) or torch.equal(found, expected)
+    assert R.from_json(rule.to_json()) == rule
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        R.bias(torch.full((3, 3), 1e38), 1e30),
+        R.bias(torch.full((3, 3), 3e38)) + R.bias(torch.full((3, 3), 3e38)),
+        R.bias(torch.full((3, 3), -3e38)) + R.bias(torch.full((3, 3), -3e38)),
+        R.tar(1.0, 3e38) + R.tar(1.0, 3e38),
+        R.attenuate(1e38, 1) + R.attenuate(1e38, 1),
+    ],
+)
+def test_terms_that_leave_float32_are_an_error(rule):
+    with pytest.raises(ValueError, match="terms of the rule make numbers beyond float32"):
+        rule.tables(LAYOUT)
+
+
+@pytest.mark.parametrize("sigma", [1e-300, 1e-30])
+def test_a_narrow_relay_costs_nothing_within_its_segment(sigma):
+    offset = R.relay([(0, 0), (1, 1), (2, 2)], None, sigma).tables(LAYOUT).offset
+    assert offset.diagonal().eq(0).all()
+    assert (offset + torch.eye(3)).lt(0).sum() == 6
+    assert offset.isfinite().all()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("strength", [-2.0, 0.0, 3.0])
+def test_infinities_of_a_table_mask_whatever_its_strength(strength, trained):
+    table = torch.tensor([[1.0, -INF, 2.0]] * 3).requires_grad_(trained)
+    offset = R.bias(table, strength).tables(LAYOUT).offset
+    if strength == 0:
+        assert offset is None or offset.eq(0).all()
+    else:
+        assert offset.tolist() == [[strength, -INF, 2 * strength]] * 3
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_tables_of_unequal_heads_cannot_be_added(trained):
+    rule = R.bias(torch.ones(2, 3, 3)) + R.bias(torch.ones(4, 3, 3).requires_grad_(trained))
+    with pytest.raises(ValueError, match="same number of heads, got 2 and 4"):
+        rule.tables(LAYOUT)
+
+
+def test_a_table_that_is_frozen_after_it_was_trained_is_read_at_every_call():
+    table = torch.nn.Parameter(torch.ones(3, 3))
+    rule = R.bias(table)
+    table.requires_grad_(False)
+    assert rule.tables(LAYOUT).offset.eq(1).all()
+    table.mul_(5)
+    assert rule.tables(LAYOUT).offset.eq(5).all()
+    assert rule != R.bias(torch.full((3, 3), 5.0))
+
+
+def test_rules_with_a_statistic_can_be_compared():
+    stat, other = torch.ones(2, 7, 4), torch.ones(2, 7, 4)
+    assert R.tar(1.0, stat=stat) == R.tar(1.0, stat=stat)
+    assert R.tar(1.0, stat=stat) != R.tar(1.0, stat=other)
+    assert R.tar(1.0, stat=stat) != R.tar(1.0)
+    assert hash(R.tar(1.0, stat=stat)) == hash(R.tar(1.0, stat=stat))

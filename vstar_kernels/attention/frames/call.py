@@ -52,7 +52,7 @@ class FrameCall:
     query: Tensor  # (batch, S, heads, head_dim)
     key: Tensor  # (batch, S_k, key_heads, head_dim): head h reads key head h // (heads / key_heads)
     value: Tensor  # as key
-    key_lengths: Tensor | None  # (batch,) int32 on query's device; kernels clamp it to 0 … S_k
+    key_lengths: Tensor | None  # (batch,) int32, contiguous; kernels clamp it to 0 … S_k
     stat: Tensor | None  # (batch, S, heads) float32, a statistic that the caller gave
     query_runs: Tensor  # (R, 4) int32, CPU: start, end, frame (−1: text), index of its first token
     key_runs: Tensor  # (R_k, 4); both in order, without holes, over all tokens
@@ -62,6 +62,11 @@ class FrameCall:
     factor_span: Tensor | None  # 2, F_q, F_k int32: lo ≤ pⱼ − pᵢ ≤ hi; ±terms.UNBOUNDED: no bound
     band: Tensor | None  # 2, F_q, F_k int32: likewise, of the keys that are visible
     options: FrameOptions
+
+    def __post_init__(self) -> None:
+        # Here, where every way to a backend passes: a fold of vmap has strides of 0.
+        if self.key_lengths is not None:
+            self.key_lengths = self.key_lengths.contiguous()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -217,6 +222,13 @@ def check_call(
         raise TypeError(f"rule must be a FrameRule or None, got {type(rule).__name__}")
     query_runs, key_runs, *fixed = _constants(rule, layout, key_layout)
     tables = rule.with_trained(Tables(*fixed), layout, key_layout)
+    if query.is_meta and torch.is_grad_enabled():
+        for table in (tables.delta, tables.offset):
+            if table is not None and table.requires_grad:
+                raise ValueError(
+                    "query is on the meta device, where the table of FrameRule.bias, which "
+                    "requires a gradient, has none"
+                )
     for name, table, dims in (("bias", tables.delta, 2), ("bias", tables.offset, 2)):
         if table is not None and table.ndim > dims and table.shape[0] != query.shape[2]:
             raise ValueError(
@@ -336,6 +348,7 @@ def _check_lengths(key_lengths: Any, query: Tensor) -> None:
         raise TypeError(
             f"key_lengths must be a torch.Tensor or None, got {type(key_lengths).__name__}"
         )
+    check_strided(key_lengths, "key_lengths")
     if key_lengths.shape != query.shape[:1]:
         raise ValueError(
             f"key_lengths must have shape (batch,), {tuple(query.shape[:1])}, "
@@ -367,3 +380,12 @@ def _map_name(return_map: bool, map_heads: bool) -> str:
     if map_heads and not return_map:
         raise ValueError("map_heads=True needs return_map=True")
     return "none" if not return_map else "heads" if map_heads else "mean"
+
+
+def check_own_keys(call: FrameCall, layout: Layout, key_layout: Layout | None) -> None:
+    """Raises unless the keys are the queries' own tokens, as :meth:`FrameRule.identity` needs."""
+    if key_layout is not None and key_layout != layout:
+        raise ValueError(
+            "FrameRule.identity() needs keys that are the queries' own tokens, "
+            f"got {layout} for {call.tokens} queries and {key_layout} for {call.keys} keys"
+        )

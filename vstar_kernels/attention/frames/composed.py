@@ -98,7 +98,7 @@ def forward_by(engine: Engine, call: FrameCall) -> Forward:
     masses: Tensor | None = None
     if call.options.mean_map != "none":
         shape = (call.batch, call.heads, call.frames, call.key_frames + 1)
-        masses = torch.zeros(shape, device=call.device)
+        masses = torch.zeros(shape, dtype=torch.float32, device=call.device)
     for batch, keys, lengths in _by_length(call):
         for block in plan(call, keys):
             of_frame = None if masses is None or block.frame < 0 else masses[batch, :, block.frame]
@@ -361,4 +361,4 @@ def _tensor(constants: tuple[Constants, ...], device: torch.device) -> Tensor:
     """Returns constants for log-sum-exps of (parts, batch, tokens, heads)."""
     width = max(map(len, constants))
     rows = [constant * (width // len(constant)) for constant in constants]
-    return torch.tensor(rows, device=device)[:, None, None]
+    return torch.tensor(rows, dtype=torch.float32, device=device)[:, None, None]

@@ -52,7 +52,7 @@ def forward(call: FrameCall, *, save: bool = False) -> Forward:
     """Computes the output and, where it is wanted, the map; saves nothing."""
     out, mean_map = empty_like(call.query), None
     if call.options.mean_map != "none":
-        mean_map = torch.empty(call.map_shape)
+        mean_map = torch.empty(call.map_shape, dtype=torch.float32, device=call.device)
     torch.ops.vstar_kernels.cpu_frames_forward(out, mean_map, *_inputs(call))
     return Forward(out, mean_map)
 

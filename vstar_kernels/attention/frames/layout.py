@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vstar_kernels.attention.bias import check_finite, shown
+from vstar_kernels.attention.bias import MAX_FRAMES, check_finite, shown
 
 TEXT = -1  # the frame of tokens that belong to none
+MAX_COUNT = MAX_FRAMES  # of tokens, frames and whatever counts them: kernels number them in int32
 _SHOWN = 8  # segments in a layout's repr
 
 
@@ -49,6 +50,14 @@ class Frames:
             raise ValueError(
                 f"step must not be 0 where count is {self.count}: frames with equal coordinates "
                 "are the same frame"
+            )
+        first, step = float(self.first), float(self.step)
+        last = first + (self.count - 1) * step
+        # Two units in the last place apart, neighbours stay apart wherever they are rounded to.
+        if self.count > 1 and abs(step) < 2 * math.ulp(max(abs(first), abs(last))):
+            raise ValueError(
+                f"step {self.step} is too small for coordinates from {first} to {last}: "
+                "neighbours would be rounded to the same frame"
             )
 
     def __repr__(self) -> str:
@@ -130,7 +139,7 @@ class Layout:
         segments: :class:`Frames` and :class:`Text`, in the order of the sequence.
 
     Raises:
-        ValueError: There is no token.
+        ValueError: There is no token, or there are more than int32 can number.
         TypeError: A segment is neither.
     """
 
@@ -146,6 +155,9 @@ class Layout:
                     "a layout is made of Frames and Text, in the order of the sequence, "
                     f"got {type(segment).__name__}"
                 )
+        total = sum(x.tokens * (x.count if isinstance(x, Frames) else 1) for x in segments)
+        if total > MAX_COUNT:
+            raise ValueError(f"a layout must have at most {MAX_COUNT} tokens, got {shown(total)}")
         self.segments = segments
         numbers: dict[float, int] = {}
         sizes: list[int] = []
@@ -305,8 +317,10 @@ def check_number(value: Any, name: str, *, least: float | None = None) -> None:
 
 
 def check_count(value: Any, name: str, least: int) -> None:
-    """Raises unless ``value`` is an integer of at least ``least``."""
+    """Raises unless ``value`` is an integer of at least ``least``, and one that int32 holds."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {shown(value)}")
+    if value > MAX_COUNT:
+        raise ValueError(f"{name} must be at most {MAX_COUNT}, got {shown(value)}")

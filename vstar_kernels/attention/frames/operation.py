@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vstar_kernels.attention import autograd, dispatch
 from vstar_kernels.attention.call import empty_like
-from vstar_kernels.attention.frames.call import FrameCall, check_call
+from vstar_kernels.attention.frames.call import FrameCall, check_call, check_own_keys
 from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.attention.frames.rules import FrameRule
 
@@ -86,6 +86,7 @@ def frame_attention(
         map_heads: Return the map of each head, ``(batch, heads, F_q, F_k + 1)``.
         backend: A name of :func:`vstar_kernels.backends.available`, which then runs or raises.
             None takes the fastest that can run the call, and warns once when that is the reference.
+            ``FrameRule.identity()`` needs none: its values are the same by any name.
 
     Returns:
         The output, allocated as ``torch.empty_like(query)`` allocates, or ``(output, map)``. A
@@ -109,10 +110,10 @@ def frame_attention(
         return_map=return_map,
         map_heads=map_heads,
     )
+    dispatch.FRAME_ATTENTION.check_name(backend)
     if identity:
         out, mean_map = _identity(call, layout, key_layout)
         return out if mean_map is None else (out, mean_map)
-    dispatch.FRAME_ATTENTION.check_name(backend)
     if autograd.traced(call):  # a backend is chosen when it runs
         return autograd.frame_attention(call, backend)
     chosen = dispatch.FRAME_ATTENTION.choose(call, backend)
@@ -126,11 +127,7 @@ def _identity(
     call: FrameCall, layout: Layout, key_layout: Layout | None
 ) -> tuple[Tensor, Tensor | None]:
     """Returns V in the place of attention: every token sees itself alone, if it exists."""
-    if key_layout is not None and key_layout != layout:
-        raise ValueError(
-            "FrameRule.identity() needs keys that are the queries' own tokens, "
-            f"got {layout} for {call.tokens} queries and {key_layout} for {call.keys} keys"
-        )
+    check_own_keys(call, layout, key_layout)
     value = call.value.repeat_interleave(call.heads // call.key_heads, dim=2)
     exists = torch.ones(call.batch, call.tokens, dtype=torch.bool, device=call.device)
     if call.key_lengths is not None:

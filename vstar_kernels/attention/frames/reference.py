@@ -176,7 +176,7 @@ def _weigh(call: FrameCall, places: _Places, rows: slice) -> _Rows:
     offset = None
     if call.offset is not None:
         offset = of_tokens(call.offset, f, g, 0.0).to(phi)
-        visible = offset > -math.inf
+        visible = offset != -math.inf  # NaN is no mask
         offset = offset.masked_fill(~visible, 0.0)
     if call.band is not None:
         visible = visible & (_within(call.band, f, g, distance) | ~video)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from vstar_kernels.attention.bias import check_flag
+from vstar_kernels.attention.bias import check_flag, check_strided
 from vstar_kernels.attention.frames.layout import Layout, Numbers
 from vstar_kernels.attention.frames.terms import (
     Attenuate,
@@ -33,6 +33,7 @@ from vstar_kernels.attention.frames.terms import (
     Tables,
     Term,
     Window,
+    add_tables,
     pairs,
 )
 from vstar_kernels.reading import require_pydantic
@@ -40,7 +41,7 @@ from vstar_kernels.reading import require_pydantic
 STATS = ("frame_max", "row_max", "none")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors of a statistic have no truth value
 class FrameRule:
     """What is done to the attention between frames; ``FrameRule()`` changes nothing.
 
@@ -64,6 +65,8 @@ class FrameRule:
     clamp_negative: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.terms, tuple):
+            raise TypeError(f"terms must be a tuple of terms, got {type(self.terms).__name__}")
         for term in self.terms:
             if not isinstance(term, get_args(Term)):
                 raise TypeError(f"terms must be those of rules.Term, got {type(term).__name__}")
@@ -72,6 +75,7 @@ class FrameRule:
                 "FrameRule.identity() leaves no attention that a rule could be added to"
             )
         if isinstance(self.stat, Tensor):
+            check_strided(self.stat, "a stat tensor")
             if self.stat.dtype != torch.float32:
                 raise ValueError(f"a stat tensor must be float32, got {self.stat.dtype}")
         elif not isinstance(self.stat, str) or self.stat not in STATS:
@@ -257,16 +261,26 @@ class FrameRule:
         terms = self.terms + other.terms
         if _is_none(other.stat):
             return FrameRule(terms, stat=self.stat, clamp_negative=self.clamp_negative)
-        if not _is_none(self.stat):
-            same = self.stat is other.stat or (
-                isinstance(self.stat, str) and self.stat == other.stat
+        same = self._has_stat_of(other) and self.clamp_negative == other.clamp_negative
+        if not same and not _is_none(self.stat):
+            raise ValueError(
+                "two rules can be added where their statistic is the same, got "
+                f"{self._shown_stat()} and {other._shown_stat()}"
             )
-            if not same or self.clamp_negative != other.clamp_negative:
-                raise ValueError(
-                    "two rules can be added where their statistic is the same, got "
-                    f"{self._shown_stat()} and {other._shown_stat()}"
-                )
         return FrameRule(terms, stat=other.stat, clamp_negative=other.clamp_negative)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FrameRule):
+            return NotImplemented
+        same = self.terms == other.terms and self.clamp_negative == other.clamp_negative
+        return same and self._has_stat_of(other)
+
+    def __hash__(self) -> int:
+        return hash((self.terms, self.stat, self.clamp_negative))
+
+    def _has_stat_of(self, other: FrameRule) -> bool:
+        """Returns whether the statistics are the same; tensors are where they are one tensor."""
+        return self.stat is other.stat or (isinstance(self.stat, str) and self.stat == other.stat)
 
     def _shown_stat(self) -> str:
         stat = "a tensor" if isinstance(self.stat, Tensor) else repr(self.stat)
@@ -324,16 +338,16 @@ class FrameRule:
         for term in self.terms:
             if not isinstance(term, Table) or not _is_trained(term):
                 continue
-            values = term.strength * term.fitting((layout.frames, key_layout.frames)).float()
+            values = term.weighted(term.fitting((layout.frames, key_layout.frames)).float())
             if term.by_stat:
-                delta = values if delta is None else delta + values
+                delta = add_tables(delta, values)
             else:
-                offset = values if offset is None else offset + values
+                offset = add_tables(offset, values)
         return Tables(delta, offset, fixed.factor, fixed.factor_span, fixed.band)
 
 
 def _is_trained(term: Term) -> bool:
-    return isinstance(term, Table) and term.table.requires_grad
+    return isinstance(term, Table) and term.trained
 
 
 @functools.lru_cache(maxsize=64)

@@ -15,11 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vstar_kernels.attention.frames.layout import (
-    Layout,
-    check_count,
-    check_number,
-)
+from vstar_kernels.attention.bias import FLOAT32_MAX, check_strided
+from vstar_kernels.attention.frames.layout import Layout, check_count, check_number
 
 METRICS = ("frame", "token")
 UNBOUNDED = 2**30  # in a band or a span: no bound on this side; int32 sums with it do not overflow
@@ -77,9 +74,9 @@ class Draft:
     def weigh(self, values: Tensor, by_stat: bool) -> None:
         """Adds ``values``, times the statistic or as they are."""
         if by_stat:
-            self.delta = values if self.delta is None else self.delta + values
+            self.delta = add_tables(self.delta, values)
         else:
-            self.offset = values if self.offset is None else self.offset + values
+            self.offset = add_tables(self.offset, values)
 
     def keep(self, visible: Tensor) -> None:
         """Masks the frames of keys that are not visible to a frame of queries."""
@@ -125,9 +122,32 @@ class Draft:
             if bool((band[0] <= 1 - tokens).all() and (band[1] >= tokens - 1).all()):
                 band = None
         return Tables(
-            *(None if x is None else x.float().contiguous() for x in (delta, offset, factor)),
+            *(None if x is None else _single(x) for x in (delta, offset, factor)),
             *(None if x is None else x.int().contiguous() for x in (span, band)),
         )
+
+
+def add_tables(one: Tensor | None, other: Tensor) -> Tensor:
+    """Returns the sum of two tables, of which either may have a table for each head."""
+    if one is None:
+        return other
+    if one.ndim == other.ndim == 3 and one.shape[0] != other.shape[0]:
+        raise ValueError(
+            "tables of FrameRule.bias that are added must have the same number of heads, "
+            f"got {one.shape[0]} and {other.shape[0]}"
+        )
+    return one + other
+
+
+def _single(table: Tensor) -> Tensor:
+    """Returns a table in float32; −∞, which masks, is what it was, and nothing else gets there."""
+    single = table.float().contiguous()
+    if bool(((single.abs() == math.inf) & (table != -math.inf)).any() or single.isnan().any()):
+        raise ValueError(
+            "the terms of the rule make numbers beyond float32 between frames: their strengths, "
+            "or the factors that are multiplied, are too large"
+        )
+    return single
 
 
 def _listed(values: Sequence[Any]) -> str:
@@ -136,6 +156,12 @@ def _listed(values: Sequence[Any]) -> str:
 
 def _numbers(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+def _hold_number(term: Any, name: str, *, least: float | None = None) -> None:
+    """Checks a term's number and makes it a float: torch takes no integer beyond int64."""
+    check_number(getattr(term, name), name, least=least)
+    object.__setattr__(term, name, float(getattr(term, name)))
 
 
 # ---- terms: each enters one thing ----
@@ -150,8 +176,8 @@ class Gaussian:
     by_stat: bool
 
     def __post_init__(self) -> None:
-        check_number(self.sigma, "sigma", least=0)
-        check_number(self.strength, "strength")
+        _hold_number(self, "sigma", least=0)
+        _hold_number(self, "strength")
 
     def enter(self, draft: Draft) -> None:
         distance = draft.distance()
@@ -182,17 +208,30 @@ class Table:
             )
         if not table.is_floating_point():
             raise ValueError(f"table must be floating point, got {table.dtype}")
-        check_number(self.strength, "strength")
-        if not table.requires_grad:  # so that nobody changes what a cache was made of
+        check_strided(table, "table")
+        if table.is_meta:
+            raise ValueError("table is on the meta device and holds no numbers")
+        _hold_number(self, "strength")
+        # Said once: what is frozen later goes on changing, and must stay out of caches.
+        object.__setattr__(self, "_trained", table.requires_grad)
+        if not self.trained:  # so that nobody changes what a cache was made of
             object.__setattr__(self, "table", table.detach().to("cpu", torch.float32, copy=True))
         object.__setattr__(self, "_hash", self._make_hash())
-        if self.table.requires_grad:  # its values change
+        if self.trained:
             return
-        values = self.table
-        allowed = "finite" if self.by_stat else "finite, or -inf to mask"
-        bad = ~values.isfinite() if self.by_stat else values.isnan() | (values == math.inf)
+        given = table.detach().cpu()
+        allowed = "finite in float32" + ("" if self.by_stat else ", or -inf to mask")
+        bad = ~self.table.isfinite()
+        if not self.by_stat:
+            bad &= given != -math.inf
         if bool(bad.any()):
-            raise ValueError(f"table must be {allowed}, got {values[bad][0].item()}")
+            raise ValueError(f"table must be {allowed}, got {given[bad][0].item()}")
+
+    @property
+    def trained(self) -> bool:
+        """Whether the table required a gradient when the term was made: its values may change."""
+        found: bool = self._trained  # type: ignore[attr-defined]
+        return found
 
     def fitting(self, shape: tuple[int, int]) -> Tensor:
         """Returns the table on the CPU, if it is for so many frames of queries and of keys."""
@@ -205,14 +244,16 @@ class Table:
             )
         return self.table.cpu()
 
+    def weighted(self, table: Tensor) -> Tensor:
+        """Returns strength · table; −∞ masks whatever the strength, unless that is 0."""
+        masked = table == -math.inf
+        return (self.strength * table).masked_fill(masked, -math.inf if self.strength else 0.0)
+
     def enter(self, draft: Draft) -> None:
-        table = self.fitting(draft.shape).double()
-        if self.strength == 0:
-            table = table.masked_fill(table == -math.inf, 0.0)
-        draft.weigh(self.strength * table, self.by_stat)
+        draft.weigh(self.weighted(self.fitting(draft.shape).double()), self.by_stat)
 
     def _make_hash(self) -> int:
-        if self.table.requires_grad:
+        if self.trained:
             return hash((id(self.table), self.strength, self.by_stat))
         return hash((tuple(self.table.flatten().tolist()), self.strength, self.by_stat))
 
@@ -221,9 +262,9 @@ class Table:
             return True
         if not isinstance(other, Table) or hash(self) != hash(other):
             return False
-        if self.table.requires_grad or other.table.requires_grad:
-            return self.table is other.table
         same = (self.strength, self.by_stat) == (other.strength, other.by_stat)
+        if self.trained or other.trained:
+            return same and self.table is other.table
         return same and torch.equal(self.table, other.table)
 
     def __hash__(self) -> int:
@@ -239,7 +280,7 @@ class Window:
     sink: int
 
     def __post_init__(self) -> None:
-        check_number(self.w, "w", least=0)
+        _hold_number(self, "w", least=0)
         check_count(self.sink, "sink", 0)
 
     def enter(self, draft: Draft) -> None:
@@ -274,7 +315,7 @@ class Keyframes:
         check_count(self.first, "first", 0)
         check_count(self.interval, "interval", 1)
         check_count(self.offset, "offset", 0)
-        check_number(self.w, "w", least=0)
+        _hold_number(self, "w", least=0)
 
     def enter(self, draft: Draft) -> None:
         rank, count = draft.key_rank(), draft.key.frames
@@ -294,8 +335,8 @@ class Attenuate:
     metric: str
 
     def __post_init__(self) -> None:
-        check_number(self.alpha, "alpha", least=0)
-        check_number(self.window, "window", least=0)
+        _hold_number(self, "alpha", least=0)
+        _hold_number(self, "window", least=0)
         for band in self.bands:
             for edge in band:
                 check_number(edge, "an edge of bands", least=0)
@@ -309,7 +350,7 @@ class Attenuate:
                 f"got bands={self.bands} and beta={self.beta}"
             )
         if self.beta is not None:
-            check_number(self.beta, "beta", least=0)
+            _hold_number(self, "beta", least=0)
         if self.metric == "token" and self.bands:
             raise ValueError(
                 f"bands need metric='frame', got {len(self.bands)} of them with metric='token': "
@@ -336,7 +377,7 @@ class Attenuate:
         factor = torch.ones(draft.shape, dtype=torch.float64, device="cpu")
         factor = factor.masked_fill(far, self.alpha)
         for nearest, farthest in self.bands:
-            inside = (distance.abs() >= nearest) & (distance.abs() <= farthest)
+            inside = (distance.abs() >= float(nearest)) & (distance.abs() <= float(farthest))
             factor = factor.masked_fill(inside, self.beta or 0.0)
         draft.multiply(factor, span)
 
@@ -349,7 +390,7 @@ class Reference:
     frame: int
 
     def __post_init__(self) -> None:
-        check_number(self.gamma, "gamma")
+        _hold_number(self, "gamma")
         if self.gamma <= 0:
             raise ValueError(f"gamma must be above 0, got {self.gamma}")
         check_count(self.frame, "frame", 0)
@@ -373,8 +414,8 @@ class Radial:
     sink: int
 
     def __post_init__(self) -> None:
-        check_number(self.decay, "decay", least=0)
-        check_number(self.neighbour, "neighbour", least=0)
+        _hold_number(self, "decay", least=0)
+        _hold_number(self, "neighbour", least=0)
         check_count(self.block, "block", 1)
         check_count(self.sink, "sink", 0)
 
@@ -417,8 +458,8 @@ class Relay:
             if segment[0] > segment[1]:
                 raise ValueError(f"segments must be (first, last) coordinates, got {segment}")
         if self.w is not None:
-            check_number(self.w, "w", least=0)
-        check_number(self.sigma, "sigma")
+            _hold_number(self, "w", least=0)
+        _hold_number(self, "sigma")
         if self.sigma <= 0:
             raise ValueError(f"sigma must be above 0, got {self.sigma}")
 
@@ -431,7 +472,9 @@ class Relay:
         first, last = _numbers(self.segments).T[:, draft.key_rank()]  # type: ignore[arg-type]
         half = (last - first) / 2 if self.w is None else self.w
         past = (_numbers(draft.query.coordinates)[:, None] - (first + last) / 2).abs() - half
-        draft.weigh(-past.clamp(min=0).square() / (2 * self.sigma**2), by_stat=False)
+        # Divided before it is squared: σ² may leave the range of floats.
+        penalty = 0.5 * (past.clamp(min=0) / self.sigma).square()
+        draft.weigh(-penalty.clamp(max=FLOAT32_MAX), by_stat=False)
 
 
 @dataclass(frozen=True)
@@ -448,7 +491,7 @@ class Band:
     def __post_init__(self) -> None:
         check_count(self.width, "width", 0)
         if self.beyond is not None:
-            check_number(self.beyond, "beyond", least=0)
+            _hold_number(self, "beyond", least=0)
         check_count(self.sink, "sink", 0)
 
     def enter(self, draft: Draft) -> None:
@@ -465,7 +508,9 @@ class Identity:
     """Replaces the attention map by the identity: out = V."""
 
     def enter(self, draft: Draft) -> None:
-        raise AssertionError("frame_attention resolves the identity before there are tables")
+        raise ValueError(
+            "FrameRule.identity() has no tables: frame_attention gives V in the place of attention"
+        )
 
 
 Term = (
@@ -476,6 +521,8 @@ Term = (
 
 def pairs(values: Sequence[Any], name: str) -> tuple[tuple[float, float], ...]:
     """Returns pairs of numbers as terms hold them."""
+    if not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a sequence of pairs, got {type(values).__name__}")
     for pair in values:
         if not isinstance(pair, Sequence) or len(pair) != 2:
             raise ValueError(f"{name} must be pairs of numbers, got {pair!r}")

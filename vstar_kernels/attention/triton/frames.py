@@ -53,9 +53,9 @@ def forward(call: FrameCall, *, save: bool = False) -> Forward:
     out = empty_like(call.query)
     if not out.numel() or not call.keys:
         out.zero_()
-        wanted = call.options.mean_map != "none"
-        mean_map = torch.zeros(call.map_shape, device=call.device) if wanted else None
-        return Forward(out, mean_map)
+        if call.options.mean_map == "none":
+            return Forward(out)
+        return Forward(out, torch.zeros(call.map_shape, dtype=torch.float32, device=call.device))
     key = frames_plan.frames_key(call, out, save=save)
     with backend.on(call.device):
         return _forward_plan(key, call.device).run(call, out)
@@ -97,7 +97,7 @@ def backward(
 def _rows_first(call: FrameCall) -> Tensor:
     """Returns a gradient of the statistic for a kernel to fill, whose rows lie side by side."""
     shape = (call.batch, call.heads, call.tokens)
-    return torch.empty(shape, device=call.device).transpose(1, 2)
+    return torch.empty(shape, dtype=torch.float32, device=call.device).transpose(1, 2)
 
 
 @functools.lru_cache(maxsize=1024)

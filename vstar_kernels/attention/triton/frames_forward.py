@@ -486,7 +486,7 @@ class FramesPlan:
             name: plan.new(out, *rows, dtype=torch.int32 if name == "stat_frame" else torch.float32)
             for name in self.saved
         }
-        mass = torch.zeros(self.mass, device=out.device) if self.map else None
+        mass = torch.zeros(self.mass, dtype=torch.float32, device=out.device) if self.map else None
         scratch = {
             name: plan.new(
                 out, *shape, dtype=part_type(call.dtype) if name == "part" else torch.float32

@@ -251,7 +251,7 @@ def saved(stat: str) -> tuple[str, ...]:
 
 def frame_weights(key: FramesKey) -> Tensor:
     """Returns the weight in the map of a row of each query frame, ``(frames,)``."""
-    tokens = torch.zeros(key.frames, device="cpu")
+    tokens = torch.zeros(key.frames, dtype=torch.float32, device="cpu")
     for start, end, frame, _ in key.tables.query_runs.tensor().tolist():
         if frame != TEXT:
             tokens[frame] += end - start
