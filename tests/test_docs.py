@@ -75,6 +75,14 @@ def test_real_maps_and_optimised_noise(names):
     assert names["video"].shape[2] == 4
 
 
+def test_a_penalty_on_maps(names):
+    names["noisy"] = torch.randn(1, 4, 4, 8, 8).requires_grad_()
+    names["inputs"] = {"encoder_hidden_states": torch.randn(1, 3, 32)}
+    exec(section("Training on maps"), names)
+    assert names["noisy"].grad.abs().max() > 0
+    assert names["pipe"].unet.conv_in.weight.grad.abs().max() > 0
+
+
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     for name in ("OPENAI_API_KEY", "OPENAI_MODEL", "OPENAI_BASE_URL"):

@@ -147,6 +147,13 @@ def test_videocrafter(tmp_path):
 
 def test_every_example_is_tested_and_listed():
     names = {path.stem for path in EXAMPLES.glob("*.py")} - SHARED
-    assert names == {*VIDEOS, "videocrafter"}
+    assert names == {*VIDEOS, "train_maps", "videocrafter"}
     readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert all(f"`{name}.py`" in readme for name in names)
+
+
+def test_training_on_maps(run, capsys):
+    run("train_maps", "--steps", 12, "--rate", 5e-3)
+    losses = [float(x) for x in re.findall(r"loss (\d+\.\d+)", capsys.readouterr().out)]
+    assert len(losses) >= 2
+    assert losses[-1] < losses[0]

@@ -64,6 +64,56 @@ def test_nothing_to_average_raises():
         vk.analysis.mean_maps([attention_map()], by=["layer"])
 
 
+def test_map_penalty_is_the_mean_of_frobenius_norms():
+    maps, target = torch.rand(3, FRAMES, FRAMES + 1), torch.rand(FRAMES, FRAMES + 1)
+    expected = sum((one - target).square().sum().sqrt() for one in maps) / 3
+    torch.testing.assert_close(vk.analysis.map_penalty(maps, target), expected)
+    each = torch.rand(3, FRAMES, FRAMES + 1)
+    expected = sum((a - b).square().sum().sqrt() for a, b in zip(maps, each, strict=True)) / 3
+    torch.testing.assert_close(vk.analysis.map_penalty(maps, each), expected)
+    half = vk.analysis.map_penalty(maps.half(), target.half())
+    assert half.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_map_penalty_has_gradients_through_a_kernels_map(backend):
+    query, key = (torch.randn(2, 5, 4, 2, 8, requires_grad=True) for _ in range(2))
+    bias, target = vk.GaussianBias(1.0), torch.eye(4)
+    _, found = vk.tar_attention(query, key, key.detach(), bias, return_map=True, backend=backend)
+    penalty = vk.analysis.map_penalty(found, target)
+    gradients = torch.autograd.grad(penalty, (query, key))
+    step = 0.1
+    with torch.no_grad():
+        moved = [x - step * g for x, g in zip((query, key), gradients, strict=True)]
+        _, found = vk.tar_attention(*moved, key, bias, return_map=True, backend=backend)
+        fell = float(penalty - vk.analysis.map_penalty(found, target))
+    assert fell == pytest.approx(step * float(sum(g.square().sum() for g in gradients)), rel=0.1)
+    perfect = target.clone().requires_grad_()
+    vk.analysis.map_penalty(perfect, target).backward()
+    assert perfect.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("map_", "target", "error", "message"),
+    [
+        ([[1.0]], torch.eye(1), TypeError, "map must be a torch.Tensor, got list"),
+        (
+            torch.eye(3),
+            torch.eye(4),
+            ValueError,
+            r"target must broadcast to .* \(3, 3\), got \(4, 4\)",
+        ),
+        (torch.eye(3), torch.rand(2, 3, 3), ValueError, "target must broadcast"),
+        (torch.rand(2, 3, 3), torch.rand(3, 3, 3), ValueError, "target must broadcast"),
+        (torch.eye(3), torch.eye(3).long(), ValueError, "target must be floating-point"),
+        (torch.rand(3), torch.eye(3), ValueError, "map must be floating-point"),
+    ],
+)
+def test_map_penalty_refuses(map_, target, error, message):
+    with pytest.raises(error, match=message):
+        vk.analysis.map_penalty(map_, target)
+
+
 def test_min_max_shows_each_map_on_its_own_scale():
     maps = torch.rand(3, FRAMES, FRAMES) * torch.tensor([1.0, 1e-6, 50.0])[:, None, None]
     shown = vk.analysis.min_max(maps)

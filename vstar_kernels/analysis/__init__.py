@@ -24,6 +24,7 @@ from vstar_kernels.analysis.maps import (
     delta_matrices,
     diagonalness,
     map_figures,
+    map_penalty,
     mean_maps,
     min_max,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "diagonalness",
     "frame_similarity",
     "map_figures",
+    "map_penalty",
     "mean_maps",
     "min_max",
     "mt_score",

@@ -220,6 +220,42 @@ def diagonalness(maps: Tensor) -> Tensor:
     return torch.where(scale > 0, covariance / scale.clamp(min=torch.finfo(scale.dtype).tiny), 0)
 
 
+def map_penalty(map: Tensor, target: Tensor) -> Tensor:
+    """Returns how far maps are from a target: the mean of the Frobenius norms ‖map − target‖.
+
+    It is the distance of VSTAR's eq. 6, and what its §5 suggests as a loss in training. Gradients
+    flow into maps that are in autograd's graph: ``return_map=True`` of the operations, and
+    ``capture_maps(…, differentiable=True)``.
+
+    Args:
+        map: ``(…, queries, keys)``.
+        target: Of the same last two sizes; those before must broadcast to the map's.
+
+    Returns:
+        A number, in float32 at least.
+
+    Raises:
+        TypeError, ValueError: An argument is no tensor, of integers, or their shapes do not fit.
+    """
+    for name, value in (("map", map), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.ndim < 2 or not value.is_floating_point():
+            raise ValueError(
+                f"{name} must be floating-point (…, queries, keys), got {value.dtype} of shape "
+                f"{tuple(value.shape)}"
+            )
+    shape, wanted = tuple(map.shape), tuple(target.shape)
+    fits = len(wanted) <= len(shape) and shape[-2:] == wanted[-2:]
+    fits = fits and all(
+        w in (1, s) for w, s in zip(wanted[:-2][::-1], shape[:-2][::-1], strict=False)
+    )
+    if not fits:
+        raise ValueError(f"target must broadcast to the map's shape {shape}, got {wanted}")
+    wide = torch.promote_types(map.dtype, torch.float32)
+    return torch.linalg.matrix_norm(map.to(wide) - target.to(map.device, wide)).mean()
+
+
 def band_share(maps: Tensor, half_width: int = 1) -> Tensor:
     """Returns the share of the attention that goes to frames at most ``half_width`` away, of 1.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vstar_kernels.analysis.maps import AttentionMap, Level
+from vstar_kernels.analysis.maps import AttentionMap, Level, map_penalty
 from vstar_kernels.methods.vstar.denoising import Denoising, Maps
 from vstar_kernels.methods.vstar.noising import Noising, check_noising, noising_of
 from vstar_kernels.methods.vstar.real_videos import RealVideoMaps, temporal_model
@@ -134,7 +134,7 @@ class MapObjective:
             [
                 torch.stack(
                     [
-                        torch.linalg.matrix_norm(self._targets[step][item.layer] - item.map).mean()
+                        map_penalty(item.map, self._targets[step][item.layer])
                         for item in found
                         if item.layer in self._targets[step]
                     ]
