@@ -28,7 +28,7 @@ EPS = torch.finfo(torch.float32).eps
 ROW_SUM = 4e-6  # how much a row of a float32 map may miss 1 by
 CELL = 16 * EPS  # how much a weight of a float32 map may err by
 FEW = 64  # independent errors: the ratio of two norms of fewer may be above 2 by chance
-DRAWS = 8  # of the changed inputs that measure how a gradient is conditioned
+DRAWS = 8  # of the changed inputs on which PyTorch's usual error is measured
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
@@ -448,11 +448,12 @@ def assert_gradients(
     squares of two such norms have a ratio above 4 by chance with the probability of Fisher's
     F(n, n) > 4: 4 % for n = 7, 5e-8 for n = 64. Where PyTorch's error is made of fewer than 64 (a
     table of a few entries, head_dim 1), PyTorch may be lucky where another order of summation is
-    not. There, and only there, 4 times what one rounding of each input does to the gradient comes
-    on top: the root mean square of g's change when each input changes by ± eps of its own, over
-    some draws. That is the problem's conditioning, which no float32 computation is better than,
-    whatever its luck. Errors of uneven sizes eᵢ count as n = 3 (Σ eᵢ²)² / Σ eᵢ⁴, which is as many
-    normal ones of one size.
+    not. There, and only there, 4 times PyTorch's error without the luck comes on top: the root mean
+    square, over some draws, of its float32 error on inputs of which each has changed by ± eps of its
+    own. That has in it what a rounding of each input does, which no float32 computation is better
+    than, and what the formula's own steps round: where a weight is almost 1, dA′ − rowsum cancels
+    by much more than the inputs' roundings show. Errors of uneven sizes eᵢ count as
+    n = 3 (Σ eᵢ²)² / Σ eᵢ⁴, which is as many normal ones of one size.
 
     **Cosine.** 1 − cos(found, g) ≤ (that bound / ‖g‖)². A perpendicular error of relative size r
     costs r²/2, so nothing that passes for the norm fails here but by its direction.
@@ -477,7 +478,7 @@ def assert_gradients(
     ``equal_terms`` as in :func:`assert_exact`: half an eps of each is added to the 4 eps of both.
     ``vanishing`` is the norm of the rounding that may be left where a gradient is zero by
     construction, as of keys or values that are all alike: rows of dA′ − rowsum add up to zero
-    however the inputs change, so neither PyTorch's error nor the conditioning shows it.
+    however the inputs change, so PyTorch's error need not show it.
 
     Returns:
         The largest relative error ‖e‖ / ‖g‖; of gradients that are zero, ‖e‖.
@@ -497,7 +498,7 @@ def assert_gradients(
         if error > allowed:
             allowed += vanishing
             if error > allowed and _independent(plain_e) < FEW:
-                noise = noise or _conditioning(compute, exact)
+                noise = noise or _errors_nearby(compute, exact)
                 allowed += 4 * noise[name]
             assert error <= allowed, (
                 f"{name}: relative error {error / (size or 1):.3g}, "
@@ -528,15 +529,15 @@ def _without_copies(terms: Tensor, numbers: Tensor) -> Tensor:
     return terms.new_zeros(distinct.shape).index_add(0, places, terms.flatten())
 
 
-def _conditioning(
+def _errors_nearby(
     compute: Callable[[Callable[[Tensor], Tensor]], NamedTensors], exact: NamedTensors
 ) -> dict[str, float]:
-    """Returns the root mean square of the gradients' moves when their inputs move by eps each."""
+    """Returns the root mean square of PyTorch's errors in float32 when its inputs move by eps."""
     generator = torch.Generator().manual_seed(0)
 
     def changed(x: Tensor) -> Tensor:
         signs = 2 * torch.randint(2, x.shape, generator=generator) - 1
-        return x.double() * (1 + EPS * signs.to(x.device))
+        return (x.double() * (1 + EPS * signs.to(x.device))).float()
 
     squares = dict.fromkeys(exact, 0.0)
     for _ in range(DRAWS):

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.attention.cpu_call import Call, assert_gradients, assert_map
@@ -284,6 +284,21 @@ def test_gradients_must_fit(index, value, message):
     clamp=st.booleans(),
     detach=st.booleans(),
     seed=st.integers(0, 1 << 30),
+)
+# PyTorch is lucky here: on inputs that differ by one rounding it errs as much as the kernel does.
+@example(
+    batch=1,
+    space=0,
+    frames=2,
+    heads=1,
+    head_dim=1,
+    dtype=torch.float32,
+    form="signed",
+    stat="row_max",
+    strength=0.0,
+    clamp=False,
+    detach=False,
+    seed=0,
 )
 def test_anything(batch, space, frames, heads, head_dim, dtype, form, stat, **options):
     shape = (batch, *([space] if space else []), frames, heads, head_dim)
