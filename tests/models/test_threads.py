@@ -190,6 +190,19 @@ def test_a_pool_runs_what_one_thread_announces():
             assert torch.equal(found, call(model, UNET))
 
 
+def test_an_announcement_ends_with_its_thread(scheduler):
+    """The next thread, which is given the number of the one that ended, is at another step."""
+    model = make(UNET)
+    timestep = scheduler.timesteps[0]
+    config = vk.TARConfig(1.0, strength=3.0, steps=0)
+    with vk.apply_tar(model, config, scheduler=scheduler) as handle:
+        expected = call(model, UNET, timestep=timestep)
+        for late in ([5], [5, 6]):
+            together(*(lambda step=step: setattr(handle, "step", step) for step in late))
+            (found,) = together(lambda: call(model, UNET, timestep=timestep))
+            assert torch.equal(found, expected)
+
+
 # Pipelines that share a model.
 
 

@@ -125,11 +125,12 @@ class AnnouncedStep:
     """The step that the caller announces, by the thread that announces it.
 
     A thread that announces none is at the step of the thread that does: a pool of threads may run
-    what one thread directs.
+    what one thread directs. What a thread has announced ends with the thread.
     """
 
     def __init__(self) -> None:
-        self._steps: dict[int, int] = {}  # by the identity of the thread
+        # By the thread itself: its number is given to another one when it has ended.
+        self._steps: dict[threading.Thread, int] = {}
 
     def get(self) -> int | None:
         """Returns the step of this thread's forward pass, or None if none is announced.
@@ -137,8 +138,8 @@ class AnnouncedStep:
         Raises:
             RuntimeError: Several other threads have announced one.
         """
-        steps = dict(self._steps)
-        thread = threading.get_ident()
+        steps = {thread: step for thread, step in dict(self._steps).items() if thread.is_alive()}
+        thread = threading.current_thread()
         if thread in steps or len(steps) < 2:
             return steps.get(thread, next(iter(steps.values()), None))
         raise RuntimeError(
@@ -154,14 +155,13 @@ class AnnouncedStep:
         """
         if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
             raise ValueError(f"step must be an index of at least 0 or None, got {step!r}")
-        threads = {thread.ident for thread in threading.enumerate()}
         for thread in list(self._steps):
-            if thread not in threads:
+            if not thread.is_alive():
                 self._steps.pop(thread, None)
         if step is None:
-            self._steps.pop(threading.get_ident(), None)
+            self._steps.pop(threading.current_thread(), None)
         else:
-            self._steps[threading.get_ident()] = step
+            self._steps[threading.current_thread()] = step
 
 
 FindScheduler = Callable[[nn.Module], Any]
