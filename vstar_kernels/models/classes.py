@@ -8,6 +8,7 @@ a module is of the class that the module had before.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
@@ -15,6 +16,7 @@ from weakref import WeakValueDictionary
 from torch import nn
 
 _CHANGE, _BASE = "_vstar_kernels_change", "_vstar_kernels_base"
+_LOCK = threading.RLock()  # of all modules' classes: several handles may change one at a time
 
 
 class ClassChange:
@@ -31,16 +33,18 @@ class ClassChange:
 
     def put_on(self, module: nn.Module) -> None:
         """Changes a module's class, unless it is changed already."""
-        if not any(cls.__dict__.get(_CHANGE) is self for cls in type(module).__mro__):
-            module.__class__ = self._derive(type(module))
+        with _LOCK:
+            if not any(cls.__dict__.get(_CHANGE) is self for cls in type(module).__mro__):
+                module.__class__ = self._derive(type(module))
 
     def take_off(self, module: nn.Module) -> None:
         """Gives a module the class back that it had.
 
         Where somebody else has put a class over ours since, ours stays underneath.
         """
-        if type(module).__dict__.get(_CHANGE) is self:
-            module.__class__ = type(module).__dict__[_BASE]
+        with _LOCK:
+            if type(module).__dict__.get(_CHANGE) is self:
+                module.__class__ = type(module).__dict__[_BASE]
 
     def _derive(self, base: Any) -> type:
         found = self._made.get(base)

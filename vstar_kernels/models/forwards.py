@@ -91,12 +91,12 @@ class ForwardPasses(Generic[P]):
 
     def begin(self, forward: P) -> None:
         """Begins a forward pass in this thread; what :func:`watch` does ends it."""
+        self._here.forward = forward  # first, so that `leave` ends it whatever comes now
         self._running.add(forward)
         # After `add`: either close() finds the pass among those that run, or it is seen here.
         forward.is_cut = self._closed
         if torch.is_grad_enabled():
             self._with_gradients.append(forward)
-        self._here.forward = forward
 
     def current(self) -> P | None:
         """Returns the forward pass in which a layer is called; None if it is called in none.

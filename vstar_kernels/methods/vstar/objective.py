@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -232,22 +231,21 @@ def exclusive(model: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: Somebody else does so already.
     """
-    lock = _LOCKS.setdefault(model, threading.Lock())
-    is_ours = False
+    mine = object()
     try:
-        is_ours = lock.acquire(blocking=False)
-        if not is_ours:
+        if _OPTIMISING.setdefault(model, mine) is not mine:
             raise RuntimeError(
                 f"noise is being optimised for this {type(model).__name__} already, in another "
                 "thread: wait for that, or give each thread a model of its own"
             )
         yield
     finally:
-        if is_ours:
-            lock.release()
+        # Not by a flag: an interrupt may come between an entry and its being noted.
+        if _OPTIMISING.get(model) is mine:
+            del _OPTIMISING[model]
 
 
-_LOCKS: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
+_OPTIMISING: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
