@@ -449,10 +449,10 @@ def assert_gradients(
     F(n, n) > 4: 4 % for n = 7, 5e-8 for n = 64. Where PyTorch's error is made of fewer than 64 (a
     table of a few entries, head_dim 1), PyTorch may be lucky where another order of summation is
     not. There, and only there, 4 times PyTorch's error without the luck comes on top: the root mean
-    square, over some draws, of its float32 error on inputs of which each has changed by ± eps of its
-    own. That has in it what a rounding of each input does, which no float32 computation is better
-    than, and what the formula's own steps round: where a weight is almost 1, dA′ − rowsum cancels
-    by much more than the inputs' roundings show. Errors of uneven sizes eᵢ count as
+    square, over some draws, of its float32 error on inputs of which each has changed by ± eps of
+    its own. That has in it what a rounding of each input does, which no float32 computation is
+    better than, and what the formula's own steps round: where a weight is almost 1, dA′ − rowsum
+    cancels by much more than the inputs' roundings show. Errors of uneven sizes eᵢ count as
     n = 3 (Σ eᵢ²)² / Σ eᵢ⁴, which is as many normal ones of one size.
 
     **Cosine.** 1 − cos(found, g) ≤ (that bound / ‖g‖)². A perpendicular error of relative size r

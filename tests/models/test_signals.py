@@ -17,7 +17,8 @@ import torch
 import vstar_kernels as vk
 from tests.models.models import TEXT, TOKENS, call, make, noise
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
+import diffusers
 
 import vstar_kernels.models
 from tests.models.test_threads import assert_stock
