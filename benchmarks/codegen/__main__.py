@@ -11,7 +11,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import triton
 import tyro
@@ -24,12 +24,21 @@ from benchmarks.codegen.compile import in_processes
 class Options(cases.Selection):
     """What to compile, and where the results go."""
 
+    family: tuple[Literal["tile", "stream", "frames"], ...] = ("tile", "stream", "frames")
+    """Families of kernels."""
+    table: tuple[Literal[tuple(frame_cases.VARIANTS)], ...] = tuple(frame_cases.VARIANTS)
+    """Of the frames' kernels, the tables of configurations."""
     subset: tyro.conf.FlagCreatePairsOff[bool] = False
     """Compile only those that `make test` compiles."""
     json: Path | None = None
     """Write the data here, and the tables beside it, as .md."""
     jobs: int = 1
     """Processes."""
+
+    def has(self, key: cases.Key) -> bool:
+        """Tells whether a key's configuration is to be compiled."""
+        of_table = getattr(key, "table", None) in (None, *self.table)
+        return super().has(key) and key.family in self.family and of_table
 
 
 def main(arguments: list[str] | None = None) -> None:

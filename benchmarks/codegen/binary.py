@@ -3,12 +3,13 @@
 NVIDIA's binaries are read with the ``cuobjdump`` and ``nvdisasm`` that come with Triton, AMD's from
 the assembly that Triton keeps. Both name the source line of each instruction, by which the loads of
 queries, keys and values, all in ``primitives.load_heads``, are told from those of tables and
-statistics.
+statistics. Loops are told by their branches, back to labels above.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 import subprocess
 import tempfile
@@ -39,6 +40,7 @@ class Binary:
     stores: Counts
     matrix: Counts  # name → instructions
     asynchronous: int = 0  # of the loads, those that go to shared memory while others compute
+    load_groups: int = 0  # the most that a pass over a block waits for, one after the other
     in_lanes: int = 0  # scalar registers that AMD's compiler moved into lanes of vector ones
 
 
@@ -51,17 +53,24 @@ class Assembly:
     load: re.Pattern
     store: re.Pattern
     matrix: re.Pattern
+    shared_store: re.Pattern
+    label: re.Pattern  # a line that branches name
+    branch: re.Pattern  # with the label that it names
     widths: dict[str, int]  # bytes, by the last word of a load or store that tells
 
     def read(self, text: str) -> Iterator[tuple[str, bool]]:
         """Yields each instruction's name, and whether it is from ``primitives.load_heads``."""
+        return ((name, in_load) for _, name, in_load in self._lines(text) if name)
+
+    def _lines(self, text: str) -> Iterator[tuple[str, str, bool]]:
+        """Yields each line with its instruction's name, empty where it has none, and the place."""
         lines, start = inspect.getsourcelines(primitives.load_heads.fn)
         in_load = False
         for line in text.splitlines():
             if found := self.place.match(line):
                 in_load = found[1] == "primitives.py" and 0 <= int(found[2]) - start < len(lines)
-            elif found := self.instruction.match(line):
-                yield found[1], in_load
+            found = self.instruction.match(line)
+            yield line, found[1] if found else "", in_load
 
     def count(self, text: str) -> dict[str, Any]:
         """Returns what of a :class:`Binary` follows from its instructions."""
@@ -72,9 +81,39 @@ class Assembly:
             "loads": _count(width for width, in_load in loads if in_load),
             "other_loads": _count(width for width, in_load in loads if not in_load),
             "asynchronous": sum(in_load and name.startswith("LDGSTS") for name, in_load in code),
+            "load_groups": self.load_groups(text),
             "stores": _count(self.width(name) for name, _ in code if self.store.match(name)),
             "matrix": _count(name.split(".")[0] for name, _ in code if self.matrix.match(name)),
         }
+
+    def load_groups(self, text: str) -> int:
+        """Returns the most groups of loads in one pass of an innermost loop of matrix instructions.
+
+        Of queries, keys and values: those that the loop waits for are told apart by the stores to
+        shared memory between them, as what is loaded goes there before the next load begins. All
+        that go there by themselves, while others compute, are one group.
+        """
+        return max(map(_groups, self._matrix_loops(text)), default=0)
+
+    def _matrix_loops(self, text: str) -> list[list[str]]:
+        """Returns what the innermost loops with matrix instructions do, of what groups tell."""
+        labels, done, found = dict[str, int](), list[str](), list[list[str]]()
+        last = 0  # where the last of them ends
+        for line, name, in_load in self._lines(text):
+            if label := self.label.match(line):
+                labels[label[1]] = len(done)
+            elif name and self.matrix.match(name):
+                done.append("matrix")
+            elif name and self.shared_store.match(name):
+                done.append("store")
+            elif name and in_load and self.load.match(name):
+                done.append("asynchronous" if name.startswith("LDGSTS") else "load")
+            elif branch := self.branch.search(line):
+                start = labels.get(branch[1], -1)
+                if start >= last and "matrix" in done[start:]:
+                    found.append(done[start:])
+                    last = len(done)
+        return found
 
     def width(self, name: str) -> int:
         """Returns how many bytes a thread loads or stores with one instruction."""
@@ -88,6 +127,9 @@ SASS = Assembly(
     load=re.compile(r"LDG(STS)?(\.|$)"),
     store=re.compile(r"STG(\.|$)"),
     matrix=re.compile(r"[A-Z]*MMA(\.|$)"),  # HMMA, IMMA, HGMMA, UTCHMMA, UTCQMMA, …
+    shared_store=re.compile(r"STSM?(\.|$)"),
+    label=re.compile(r"^(\.L_\w+):"),
+    branch=re.compile(r"\sBRA\b.*`\((\.L_\w+)\)"),
     widths={
         **{"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32},
         **dict.fromkeys(("LDG", "LDGSTS", "STG"), 4),
@@ -99,6 +141,9 @@ GCN = Assembly(
     load=re.compile(r"(global|buffer|flat)_load_"),
     store=re.compile(r"(global|buffer|flat)_store_"),
     matrix=re.compile(r"v_(mfma|smfmac)_"),
+    shared_store=re.compile(r"ds_(write|store)_"),
+    label=re.compile(r"^(\.LBB\w+):"),
+    branch=re.compile(r"\ss_c?branch\w*\s+(\.LBB\w+)"),
     widths={
         **{"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2},
         **{"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16},
@@ -142,6 +187,14 @@ def from_amdgcn(assembly: str, shared: int) -> Binary:
         in_lanes=numbers["sgpr_spill_count"],
         **GCN.count(assembly),
     )
+
+
+def _groups(loop: list[str]) -> int:
+    """Returns how many groups of loads a loop has, of the events of one pass."""
+    runs = [event for event, _ in itertools.groupby(x for x in loop if x in ("load", "store"))]
+    if len(runs) > 1 and runs[0] == runs[-1]:  # the loop goes on at its beginning
+        runs.pop()
+    return runs.count("load") + ("asynchronous" in loop)
 
 
 def _count(items: Iterable[Any]) -> Counts:

@@ -2,8 +2,9 @@
 
 Of the candidates in ``frame_candidates.json``, (rows, keys, warps of 32 threads, stages) by kind of
 products and table, in the order of preference, a table gets the first that compiles without fault
-for all of its variants in ``benchmarks.codegen.frame_cases``. A head wider than 64 takes none that
-holds more than the target's registers, which its compiler would find out at length. Needs no GPU;
+for all of its variants in ``benchmarks.codegen.frame_cases``. What cannot be fit is not compiled:
+where outputs leave a thread no registers, which a compiler would find out at length, or where the
+forward pass has less than 16 bytes of a head's narrower part for a thread to load. Needs no GPU;
 the choice is to be corrected by one.
 """
 
@@ -20,7 +21,8 @@ import tyro
 from benchmarks.codegen import cases, frame_cases, report
 from benchmarks.codegen.compile import in_processes
 from benchmarks.codegen.frame_cases import VARIANTS, FrameEntry
-from benchmarks.codegen.targets import TARGETS
+from benchmarks.codegen.targets import TARGETS, VECTOR_BYTES
+from benchmarks.tune.candidates import itemsize
 from benchmarks.tune.choose import LEAST_SHARED, inspect_fit
 from vstar_kernels.attention.triton import configs
 from vstar_kernels.attention.triton.configs import FramesConfig
@@ -56,7 +58,7 @@ def candidates(architecture: str, kind: str, width: int, table: str) -> list[Fra
         )
         for rows, keys, warps, stages in SIZES[name] + SIZES["small"]
     ]
-    return [entry for entry in found if _holds(entry)]
+    return [entry for entry in found if _holds(entry) and loads_vectors(entry)]
 
 
 def _holds(entry: FrameEntry) -> bool:
@@ -64,6 +66,17 @@ def _holds(entry: FrameEntry) -> bool:
     outputs = entry.config.rows * entry.width * (2 if "key" in entry.table else 1)
     threads = entry.config.warps * TARGETS[entry.architecture].lanes
     return outputs <= 128 * threads
+
+
+def loads_vectors(entry: FrameEntry) -> bool:
+    """Tells whether each thread has a vector to load of the narrower part of each block of heads.
+
+    Only gradients may have less: it takes many warps to hold their small blocks.
+    """
+    config, narrower = entry.config, min(filter(None, configs.split(entry.width)))
+    elements = min(config.rows, config.keys) * narrower
+    threads = config.warps * TARGETS[entry.architecture].lanes
+    return entry.backward or elements * itemsize(entry) >= VECTOR_BYTES * threads
 
 
 def predicted(key: FrameKey) -> FrameEntry | None:
@@ -75,8 +88,10 @@ def repaired(key: FrameKey) -> FrameEntry | None:
     """Returns the shipped entry if it compiles without fault, or else a candidate after it."""
     shipped = next((x for x in frame_cases.entries() if _key(x) == key), None)
     entries = candidates(*key)
-    places = [n for n, x in enumerate(entries) if shipped and _sizes(x) == _sizes(shipped)]
-    return next(filter(None, map(fit, entries[places[0] if places else 0 :])), None)
+    if shipped and loads_vectors(shipped):
+        places = [n for n, x in enumerate(entries) if _sizes(x) == _sizes(shipped)]
+        entries = entries[places[0] :] if places else [shipped, *entries]
+    return next(filter(None, map(fit, entries)), None)
 
 
 def _sizes(entry: FrameEntry) -> FramesConfig:

@@ -18,6 +18,7 @@ from benchmarks.codegen import binary, cases, frame_cases, report
 from benchmarks.codegen.cases import Entry
 from benchmarks.codegen.targets import TARGETS
 from benchmarks.tune import choose
+from benchmarks.tune import frames as tune_frames
 from vstar_kernels.attention.triton import configs, primitives, stream_backward
 from vstar_kernels.attention.triton.configs import FramesConfig, StreamConfig, TileConfig
 
@@ -71,6 +72,21 @@ def gcn(
         load_line=LOAD_LINE, other_line=OTHER_LINE,
     )  # fmt: skip
     return binary.from_amdgcn(text, shared)
+
+
+def sass_loop(*names):
+    """Returns the assembly of a loop that the loads of heads are in, behind loads and stores."""
+    place = f'\t//## File "/somewhere/primitives.py", line {LOAD_LINE}'
+    loop = [".L_x_1:", *names, "BRA `(.L_x_1)"]
+    every = ["LDG.E.128", "STS.128", ".L_x_0:", "LDG.E.128", "STS.128", *loop, "BRA `(.L_x_0)"]
+    lines = (x if x.startswith(".L") else f"        /*0010*/        {x} ;" for x in every)
+    return "\n".join([place, *lines])
+
+
+def gcn_loop(*names):
+    place = f"\t.loc\t3 {LOAD_LINE} 19   ; primitives.py:{LOAD_LINE}:19"
+    lines = (f"\t{name} v1, v2" for name in names)
+    return "\n".join([place, ".LBB0_5: ; =>This Loop", *lines, "\ts_cbranch_scc1 .LBB0_5"])
 
 
 def a_case(architecture, kind="16-bit"):
@@ -170,6 +186,30 @@ def test_a_kernel_without_products_needs_no_matrix_instruction():
 def test_matrix_instructions_of_every_generation_are_known():
     for name in ("HMMA.16816.F32.BF16", "HGMMA.64x64x16.F32", "UTCHMMA", "UTCQMMA.2CTA"):
         assert sass(matrix=name).matrix == {name.split(".")[0]: 1}
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (("LDG.E.128", "LDG.E.128", "STS.128", "STS.128", "HGMMA"), 1),
+        (("LDG.E.128", "STS.128", "HMMA.16816.F32", "LDG.E.128", "STS.128", "HMMA.16816.F32"), 2),
+        (("STS.128", "HGMMA", "LDG.E.128"), 1),  # for the next pass
+        (("LDG.E.128", "STS.128", "HGMMA", "LDG.E.128"), 1),  # the last and the first together
+        (("HGMMA", "LDGSTS.E.128", "STSM.16.M88", "LDGSTS.E.128"), 1),  # waits for neither
+        (("LDGSTS.E.128", "HGMMA", "LDG.E.128", "STS.128"), 2),
+        (("LDG.E.128", "STSM.16.M88", "LDG.E.128", "STS.128", "UTCHMMA"), 2),
+        (("LDG.E.128", "STS.128", "FFMA", "LDG.E.128", "STS.128"), 0),  # multiplies nothing
+    ],
+)
+def test_groups_of_loads_are_counted_in_the_innermost_loop_of_products(names, groups):
+    assert binary.SASS.load_groups(sass_loop(*names)) == groups
+
+
+def test_groups_of_loads_are_counted_in_amd_code():
+    pairs = ("buffer_load_dwordx4", "ds_write_b128", "v_mfma_f32_32x32x8_bf16") * 2
+    assert binary.GCN.load_groups(gcn_loop(*pairs)) == 2
+    both = ("buffer_load_dwordx4", "global_load_dwordx4", "ds_write_b128", "v_mfma_f32")
+    assert binary.GCN.load_groups(gcn_loop(*both)) == 1
 
 
 def test_resident_programs_are_limited_by_each_resource():
@@ -365,6 +405,15 @@ def test_every_table_of_frames_has_every_size_once():
         assert min(config.stages, config.programs) >= 1, entry
 
 
+def test_every_forward_pass_over_frames_has_vectors_to_load():
+    short = [x for x in frame_cases.entries() if not tune_frames.loads_vectors(x)]
+    assert [(x.architecture, x.kind, x.width, x.table) for x in short] == []
+    config = FramesConfig(128, 64, 8, 3, 1, 2**16)
+    for architecture, width, enough in (("sm_90", 64, True), ("sm_90", 80, False)):
+        entry = frame_cases.entry(architecture, "16-bit", width, "forward", config)
+        assert tune_frames.loads_vectors(entry) == enough  # 64 × 16 halves for 256 threads
+
+
 def test_the_subset_of_frames_has_every_table():
     chosen = frame_cases.subset(every_frame_case())
     assert {x.entry.table for x in chosen} == set(frame_cases.VARIANTS)
@@ -400,6 +449,20 @@ def test_stages_without_loads_that_run_ahead_are_a_fault():
     assert report.faults(case, ahead, TARGETS["sm_90"]) == []
     fault = "has 2 stages, but no load runs ahead of its use"
     assert report.faults(case, sass(), TARGETS["sm_90"]) == [fault]
+
+
+def test_halves_of_frames_wait_once_for_keys_and_values():
+    config = FramesConfig(64, 32, 8, 1, 1, 2**17)
+    twice = replace(sass(), load_groups=2)
+    fault = "waits 2 times for loads in one pass over its keys"
+    for kind, table, expected in (
+        ("16-bit", "forward_full", [fault]),
+        ("tf32", "forward", []),
+        ("16-bit", "grad_query", []),
+    ):
+        (case, *_) = frame_cases.shipped(frame_cases.entry("sm_90", kind, 64, table, config))
+        assert report.faults(case, twice, TARGETS["sm_90"]) == expected
+        assert report.faults(case, replace(twice, load_groups=1), TARGETS["sm_90"]) == []
 
 
 @pytest.mark.parametrize("architecture", configs.ARCHITECTURES)

@@ -196,6 +196,8 @@ def frames_kernel(
                     o_j = n + tl.arange(0, KEYS)
                     j, m_j = find_keys(t.key_order, o_j, end, length, RULE)
                     b_k = load_heads(p_k, j.to(HEAD.OFFSET) * k_token * HEAD.UNIT, m_j, HEAD)
+                    if STAGES == 1:  # so that one wait is for both; else loads run ahead anyway
+                        b_v = load_heads(p_v, j.to(HEAD.OFFSET) * v_token * HEAD.UNIT, m_j, HEAD)
                     b_s, _, m_s = frame_logits(
                         b_q, b_k, m_j, o_j + shift, b_place, weights, HEAD, RULE
                     )  # (ROWS, KEYS)
@@ -213,7 +215,8 @@ def frames_kernel(
                     b_total = b_total * b_shrink + b_sum
                     if BY_FRAME:
                         b_frame_total = b_frame_total * b_shrink + b_sum
-                    b_v = load_heads(p_v, j.to(HEAD.OFFSET) * v_token * HEAD.UNIT, m_j, HEAD)
+                    if STAGES > 1:
+                        b_v = load_heads(p_v, j.to(HEAD.OFFSET) * v_token * HEAD.UNIT, m_j, HEAD)
                     b_o = times(b_o, tl.expand_dims(b_shrink, 1))
                     b_o = add_weighted_sums(b_o, b_p.to(b_v[0].dtype), b_v, HEAD)  # (ROWS, D)
                     b_max = b_new_max
