@@ -9,6 +9,7 @@ none of them does without.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol, get_type_hints
 
@@ -186,6 +187,7 @@ class Operator:
         count = len(self.tensors)
         ctx.save_for_backward(*inputs[:count], output[0])
         ctx.options, ctx.backend = self.options(*inputs[count:-1]), inputs[-1]
+        ctx.chosen = None  # when the gradient is computed
         ctx.operator = self
         ctx.set_materialize_grads(False)
 
@@ -197,8 +199,24 @@ class Operator:
     def _run_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         grad_out, grad_map, out, wanted, rest = self._split_backward(arguments)
         call, name = self.split(rest)
-        backend = self.operation.backend(call, name)
+        backend = self.backward_backend(call, name, wanted)
         return self._as_results(out, backend.backward(call, out, (), grad_out, grad_map, wanted))
+
+    def backward_backend(self, call: Any, name: str | None, wanted: Any) -> Any:
+        """Returns the backend that computes these gradients; of None, the first that can.
+
+        What runs below autograd sees no tensor that requires a gradient, so that the forward pass
+        of a graph may be a backend's that has none. Backends are asked with tensors that do.
+        """
+        needed = dict(zip(self.gradients._fields, (True, True, True, *wanted), strict=True))
+        tensors = {x: getattr(call, x) for x in needed}
+        with torch.enable_grad():
+            asked = {
+                x: tensor.detach().requires_grad_(needed[x])
+                for x, tensor in tensors.items()
+                if tensor is not None
+            }
+            return self.operation.backend(dataclasses.replace(call, **asked), name)
 
     def _fake_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         _, _, out, wanted, rest = self._split_backward(arguments)
@@ -278,7 +296,7 @@ def _gradient(ctx: Any, grad_out: Tensor | None, grad_map: Tensor | None) -> tup
         gradients = operator.backward_operator(*arguments)
     else:
         call = operator.call(*tensors, ctx.options)
-        backend = operator.operation.backend(call, ctx.backend)
+        backend = ctx.chosen or operator.backward_backend(call, ctx.backend, wanted)
         gradients = backend.backward(call, out, tuple(saved), grad_out, grad_map, wanted)
     result: list[Tensor | None] = [None] * len(needs)
     for place, gradient, keep in zip(operator.graded, gradients, kept, strict=True):
@@ -300,7 +318,8 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
         *tensors, options, backend, operator = arguments
         call = operator.call(*tensors, options)
-        out, mean_map, saved = operator.operation.backends[backend].forward(call, save=True)
+        ctx.chosen = operator.operation.backends[backend]
+        out, mean_map, saved = ctx.chosen.forward(call, save=True)
         ctx.save_for_backward(*tensors, out, *saved)
         ctx.options, ctx.backend, ctx.operator = options, backend, operator
         ctx.set_materialize_grads(False)

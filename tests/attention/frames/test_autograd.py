@@ -295,6 +295,37 @@ def test_a_table_is_trained_in_a_graph(kernel):
     torch.testing.assert_close(found, torch.autograd.grad(step(*tensors), (*tensors, table)))
 
 
+@pytest.fixture
+def forward_only(kernel, monkeypatch):
+    """As kernel, but a backend that refuses a gradient, as it sees that one is required."""
+    module = dispatch.FRAME_ATTENTION.backends["kernel"]
+
+    def why_not(call):
+        required = torch.is_grad_enabled() and call.requires_grad
+        return ["computes no gradients"] * required
+
+    monkeypatch.setattr(module, "why_not", why_not)
+    return kernel
+
+
+@pytest.mark.filterwarnings("ignore::vstar_kernels.SlowBackendWarning")
+@pytest.mark.parametrize("rule", ["factors", "trained"])
+def test_a_graph_has_gradients_that_the_backend_of_its_forward_pass_has_not(rule, forward_only):
+    """What runs in a graph sees no tensor that requires a gradient."""
+    torch._dynamo.reset()
+    rule, tensors = GRADIENT_RULES[rule](), leaves()
+
+    def step(q, k, v, backend=None):
+        return vk.frame_attention(q, k, v, LAYOUT, rule, backend=backend).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(*tensors), tensors)
+    assert forward_only == [("forward", False)]
+    torch.testing.assert_close(found, torch.autograd.grad(step(*tensors), tensors))
+    with pytest.raises(ValueError, match="'kernel' cannot run this call:\n.*no gradients"):
+        compiled(*tensors, "kernel").backward()
+
+
 @torch._dynamo.config.patch(error_on_recompile=True)
 def test_steps_do_not_recompile(kernel):
     torch._dynamo.reset()
