@@ -322,7 +322,7 @@ def test_a_graph_has_gradients_that_the_backend_of_its_forward_pass_has_not(rule
     found = torch.autograd.grad(compiled(*tensors), tensors)
     assert forward_only == [("forward", False)]
     torch.testing.assert_close(found, torch.autograd.grad(step(*tensors), tensors))
-    with pytest.raises(ValueError, match="'kernel' cannot run this call:\n.*no gradients"):
+    with pytest.raises(ValueError, match=r"'kernel' cannot run this call:\n.*no gradients"):
         compiled(*tensors, "kernel").backward()
 
 
