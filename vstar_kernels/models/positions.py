@@ -110,7 +110,8 @@ class Positions:
         key = (frames, buffer.shape[2], buffer.dtype, buffer.device)
         if key not in self._longer:
             make = _latte_table if hasattr(self._model, "temp_pos_embed") else _motion_table
-            table = make(max(frames, buffer.shape[1]), buffer.shape[2]).to(buffer)
+            with torch.device("cpu"):  # whatever is the default: it is kept for other calls
+                table = make(max(frames, buffer.shape[1]), buffer.shape[2]).to(buffer)
             same = table[:, : buffer.shape[1]]
             if not torch.allclose(same.float(), buffer.float(), atol=1e-2):
                 raise ValueError(
