@@ -110,6 +110,13 @@ def test_frames_that_a_head_does_not_see_do_not_count_for_its_statistic():
     assert largest_error(composed.forward(call).mean_map, exactly(call).mean_map) < 1e-5
 
 
+def test_a_trained_table_may_be_a_transposed_view():
+    table = cases.table(VIDEO, None).T.requires_grad_()
+    with torch.no_grad():
+        call = make_call(R.bias(table, stat="frame_max") + R.bias(table))
+        assert largest_error(composed.forward(call).out, exactly(call).out) < 1e-5
+
+
 def test_a_row_of_masked_heads_and_no_text_is_zero():
     table = torch.zeros(4, 2, 2)
     table[1, 0] = -torch.inf

@@ -106,6 +106,25 @@ def test_the_statistic_is_of_what_the_row_sees(stat, lengths):
 
 # ---- gradients ----
 
+
+def test_a_trained_table_is_refused_only_where_its_gradient_is_wanted():
+    layout = vk.Layout(vk.Frames(2, 4))
+    rule = vk.FrameRule.bias(torch.zeros(2, 2).requires_grad_())
+    x = torch.zeros(1, 8, 1, 16, device=DEVICE)
+    assert "gradient of the rule's tables" in frames.why_not(check_call(x, x, x, layout, rule))[0]
+    with torch.no_grad():
+        assert not frames.why_not(check_call(x, x, x, layout, rule))
+
+
+def test_the_gradient_of_a_map_without_rows():
+    layout, x = vk.Layout(vk.Text(8)), torch.randn(1, 8, 1, 16, device=DEVICE).requires_grad_()
+    out, mean_map = vk.frame_attention(x, x, x, layout, return_map=True, backend="triton")
+    (found,) = torch.autograd.grad(out.square().sum() + mean_map.sum(), x)
+    out = vk.frame_attention(x, x, x, layout, backend="reference")
+    (expected,) = torch.autograd.grad(out.square().sum(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 RULES = {
     "none": lambda: None,
     "tar row_max": lambda: vk.FrameRule.tar(1.0, stat="row_max"),

@@ -40,7 +40,7 @@ def why_not(call: FrameCall) -> list[str]:
         reasons.append(f"takes up to {MAX_KEYS} keys, the call has {call.keys}")
     for name in ("delta", "offset"):
         table = getattr(call, name)
-        if table is not None and table.requires_grad:
+        if torch.is_grad_enabled() and table is not None and table.requires_grad:
             reasons.append(f"has no gradient of the rule's tables, {name} requires one")
     return reasons
 
@@ -86,7 +86,8 @@ def backward(
         grad_out = torch.zeros_like(out)
     elif grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    grad_map = None if grad_map is None else grad_map.contiguous()
+    if grad_map is not None:  # one without a row, where all queries are text, has nothing to read
+        grad_map = grad_map.contiguous() if grad_map.numel() else None
     key = frames_plan.backward_key(call, out, grad_out, grad_map, gradients)
     with backend.on(call.device):
         made = _backward_plan(key, call.device)
