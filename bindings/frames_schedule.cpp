@@ -61,19 +61,23 @@ class SortedCall {
 };
 
 // Returns how many queries go over the keys together. The more, the less often keys are packed, but
-// a block's accumulators are to stay in the second cache, and blocks are to be enough for many
-// threads. The number depends on the call alone, not on the threads.
+// the accumulators that a chunk of keys adds to are to stay in the second cache, all of a block's
+// are to fit into a thread's share of memory, and blocks are to be enough for many threads. The
+// number depends on the call alone, not on the threads.
 int64_t queries_per_block(const FrameArgs& a, bool split) {
-  constexpr int64_t kMost = 256, kFewest = 64, kItems = 64;
+  constexpr int64_t kMost = 256, kFewest = 64, kItems = 64, kChunkKeys = 128;
   constexpr int64_t kCacheBytes = 640 << 10, kMostBytes = 5 << 19;
   const int64_t accumulators = split ? a.keys.frames + 1 : 1;
-  const int64_t row_bytes = accumulators * ((a.head_dim + 15) / 16 * 16) * 4;
+  // A chunk is of one frame, or of a few that are shorter.
+  const int64_t of_chunk =
+      std::min(accumulators, 1 + kChunkKeys * a.keys.frames / std::max<int64_t>(a.keys.tokens, 1));
+  const int64_t accumulator_bytes = ((a.head_dim + 15) / 16 * 16) * 4;
   int64_t queries = kMost;
-  while (queries > kFewest && (queries * row_bytes > kCacheBytes ||
+  while (queries > kFewest && (queries * of_chunk * accumulator_bytes > kCacheBytes ||
                                a.batch * a.heads * divide_up(a.queries.tokens, queries) < kItems)) {
     queries /= 2;
   }
-  while (queries > 16 && queries * row_bytes > kMostBytes) queries /= 2;
+  while (queries > 16 && queries * accumulators * accumulator_bytes > kMostBytes) queries /= 2;
   return queries;
 }
 

@@ -102,52 +102,17 @@ class FrameWeights {
   // `sets_max`, sets the maxima, which are otherwise there.
   void apply_rules(const Piece& piece, const FramePanel& panel, bool sets_max, float* cells,
                    float* constants, float* maxima) const {
+    set_constants(piece, panel, constants);
+    LaneRules lane;  // not read where there are neither factors nor a band
     bool has_factor = false, has_band = false;
-    LaneRules lane;
-    const float first = static_cast<float>(piece.place);
-    const float end = static_cast<float>(piece.place + piece.keys());
-    const int lanes = panel.lanes();
-    for (int i = 0; i < lanes;) {
-      const int64_t f = frame_of(a_.queries, panel.row_of(i));
-      const int64_t begin = a_.queries.begin[f];
-      const int64_t frame_end = a_.queries.begin[f + 1];
-      const int64_t same = frame_end < panel.rows.end ? frame_end - panel.rows.begin : lanes;
-      const bool is_free = rules_.is_text_query(f) || rules_.is_text_key(piece.frame);
-      const float offset = is_free ? 0.0f : rules_.offset(f, piece.frame) * kLog2E;
-      const float delta = is_free || is_split_ ? 0.0f : rules_.delta(f, piece.frame);
-      for (; i < same; ++i) {
-        constants[i] = is_split_ && offset != -kInfinity ? 0.0f : offset;
-        lane.low[i] = lane.span_low[i] = -kInfinity;
-        lane.high[i] = lane.span_high[i] = kInfinity;
-        lane.positive[i] = lane.negative[i] = 1.0f;
-        if (is_free) continue;
-        const int64_t place = panel.row_of(i) - begin;
-        if (delta != 0.0f) constants[i] += given_stat(begin + place) * delta;
-        if (a_.band) {
-          lane.low[i] = static_cast<float>(place + rules_.band(0, f, piece.frame));
-          lane.high[i] = static_cast<float>(place + rules_.band(1, f, piece.frame) + 1);
-          has_band = has_band || lane.low[i] > first || lane.high[i] < end;
-        }
-        if (a_.factor) {
-          lane.positive[i] = rules_.factor(0, f, piece.frame);
-          lane.negative[i] = rules_.factor(1, f, piece.frame);
-          if (a_.factor_span) {
-            lane.span_low[i] = static_cast<float>(place + rules_.factor_span(0, f, piece.frame));
-            lane.span_high[i] =
-                static_cast<float>(place + rules_.factor_span(1, f, piece.frame) + 1);
-          }
-          has_factor = has_factor || ((lane.positive[i] != 1.0f || lane.negative[i] != 1.0f) &&
-                                      lane.span_low[i] < end && lane.span_high[i] > first);
-        }
-      }
-    }
+    if (a_.factor || a_.band) set_lane_rules(piece, panel, lane, has_factor, has_band);
     if (!sets_max && !has_factor && !has_band) return;
     with_vectors(panel.vectors, [&](auto vectors) {
       const auto apply = has_factor ? has_band ? apply_lane_rules<vectors, true, true>
                                                : apply_lane_rules<vectors, true, false>
                          : has_band ? apply_lane_rules<vectors, false, true>
                                     : apply_lane_rules<vectors, false, false>;
-      apply(piece.keys(), piece.place, lane, cells + piece.begin * lanes, maxima);
+      apply(piece.keys(), piece.place, lane, cells + piece.begin * panel.lanes(), maxima);
     });
   }
 
@@ -302,6 +267,70 @@ class FrameWeights {
   }
 
  private:
+  // Calls body(query frame, first lane, end) for each run of lanes whose queries are of one frame.
+  template <typename Body>
+  void for_each_run(const FramePanel& panel, const Body& body) const {
+    const int lanes = panel.lanes();
+    for (int i = 0; i < lanes;) {
+      const int64_t f = frame_of(a_.queries, panel.row_of(i));
+      const int64_t frame_end = a_.queries.begin[f + 1];
+      const int end = frame_end < panel.rows.end ? static_cast<int>(frame_end - panel.rows.begin)
+                                                 : lanes;
+      body(f, i, end);
+      i = end;
+    }
+  }
+
+  // Sets a piece's constants: most rules have one for all lanes of a frame.
+  void set_constants(const Piece& piece, const FramePanel& panel, float* constants) const {
+    if (rules_.is_text_key(piece.frame) || (!a_.offset && (is_split_ || !a_.delta))) {
+      for (int c = 0; c < panel.lanes(); c += kLanes) store(constants + c, zero());
+      return;
+    }
+    for_each_run(panel, [&](int64_t f, int first, int end) {
+      const bool is_free = rules_.is_text_query(f);
+      const float offset = is_free ? 0.0f : rules_.offset(f, piece.frame) * kLog2E;
+      const float delta = is_free || is_split_ ? 0.0f : rules_.delta(f, piece.frame);
+      const float constant = is_split_ && offset != -kInfinity ? 0.0f : offset;
+      for (int i = first; i < end; ++i) constants[i] = constant;
+      if (delta == 0.0f) return;
+      for (int i = first; i < end; ++i) constants[i] += given_stat(panel.row_of(i)) * delta;
+    });
+  }
+
+  // Sets what changes single logits of a piece, and whether factors or a band do.
+  void set_lane_rules(const Piece& piece, const FramePanel& panel, LaneRules& lane,
+                      bool& has_factor, bool& has_band) const {
+    const float first = static_cast<float>(piece.place);
+    const float end = static_cast<float>(piece.place + piece.keys());
+    for_each_run(panel, [&](int64_t f, int first_lane, int end_lane) {
+      const bool is_free = rules_.is_text_query(f) || rules_.is_text_key(piece.frame);
+      for (int i = first_lane; i < end_lane; ++i) {
+        lane.low[i] = lane.span_low[i] = -kInfinity;
+        lane.high[i] = lane.span_high[i] = kInfinity;
+        lane.positive[i] = lane.negative[i] = 1.0f;
+        if (is_free) continue;
+        const int64_t place = panel.row_of(i) - a_.queries.begin[f];
+        if (a_.band) {
+          lane.low[i] = static_cast<float>(place + rules_.band(0, f, piece.frame));
+          lane.high[i] = static_cast<float>(place + rules_.band(1, f, piece.frame) + 1);
+          has_band = has_band || lane.low[i] > first || lane.high[i] < end;
+        }
+        if (a_.factor) {
+          lane.positive[i] = rules_.factor(0, f, piece.frame);
+          lane.negative[i] = rules_.factor(1, f, piece.frame);
+          if (a_.factor_span) {
+            lane.span_low[i] = static_cast<float>(place + rules_.factor_span(0, f, piece.frame));
+            lane.span_high[i] =
+                static_cast<float>(place + rules_.factor_span(1, f, piece.frame) + 1);
+          }
+          has_factor = has_factor || ((lane.positive[i] != 1.0f || lane.negative[i] != 1.0f) &&
+                                      lane.span_low[i] < end && lane.span_high[i] > first);
+        }
+      }
+    });
+  }
+
   // Returns the statistic of a row that is known beforehand.
   float given_stat(int64_t row) const {
     if (a_.stat != FrameStat::tensor) return kLog2E;
