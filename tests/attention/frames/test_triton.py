@@ -42,11 +42,13 @@ def poisoned(allocate):
     return run
 
 
+SMALL = FramesConfig(rows=32, keys=32, warps=4, stages=1, programs=3, shared=0)
+
+
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles that end within frames, fewer programs than tiles, plans that are made anew."""
-    config = FramesConfig(rows=32, keys=32, warps=4, stages=1, programs=3, shared=0)
-    monkeypatch.setattr(configs, "frames", lambda *key: config)
+    monkeypatch.setattr(configs, "frames", lambda *key: SMALL)
     yield
     frames._forward_plan.cache_clear()
     frames._backward_plan.cache_clear()
@@ -72,11 +74,14 @@ TINY = cases.OPTIONS | {
     "head_dim": [16, 40],
     "int64": [False, True],
     "given": [False, True],
+    "stages": [1, 2],  # whether values are loaded with their keys, or behind
 }
 
 
 @pytest.mark.parametrize("case", some(TINY, 40), ids=cases.identify)
 def test_options(case, monkeypatch):
+    config = dataclasses.replace(SMALL, stages=case["stages"])
+    monkeypatch.setattr(configs, "frames", lambda *key: config)
     if case["int64"]:
         monkeypatch.setattr(plan, "INT32_MAX", -1)
     arguments, options = cases.make(case)
@@ -139,7 +144,7 @@ RULES = {
 GRADIENTS = {
     "layout": ["text on both sides", "grid", "sizes differ"],
     "keys": ["same", "cache before"],
-    "tokens": [1, 20],
+    "tokens": [1, 9],
     "rule": list(RULES),
     "lengths": ["none", "some", "zero and one"],
     "strides": ["contiguous", "heads outermost", "expanded"],
