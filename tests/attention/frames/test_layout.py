@@ -63,6 +63,7 @@ def test_from_coordinates():
     )
     assert layout.frames == 2
     assert vk.Layout.from_coordinates([0, 0, 1, 1]) == vk.Layout(vk.Frames(2, 2))
+    assert vk.Layout.from_coordinates([0.1]) == vk.Layout(vk.Frames(1, 1, first=0.1))
 
 
 def test_equal_where_they_say_the_same():

@@ -201,7 +201,7 @@ class Layout:
         Raises:
             ValueError: The shapes are wrong, or a coordinate of a frame is not finite.
         """
-        times = _vector(coordinates, "coordinates").double()
+        times = _vector(coordinates, "coordinates", torch.float64).double()
         is_text = torch.zeros(times.shape, dtype=torch.bool, device="cpu")
         if text is not None:
             is_text = _vector(text, "text")
@@ -295,10 +295,12 @@ def _run_numbers(layout: Layout) -> Numbers:
     return Numbers(flat, (len(layout.runs), 4))
 
 
-def _vector(values: Tensor | Sequence[Any], name: str) -> Tensor:
-    tensor = (
-        values.detach().cpu() if isinstance(values, Tensor) else torch.tensor(values, device="cpu")
-    )
+def _vector(values: Tensor | Sequence[Any], name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns a tensor on the CPU; a list's numbers are read in ``dtype``, in full."""
+    if isinstance(values, Tensor):
+        tensor = values.detach().cpu()
+    else:
+        tensor = torch.tensor(values, dtype=dtype, device="cpu")
     if tensor.ndim != 1 or not tensor.numel():
         raise ValueError(
             f"{name} must have shape (tokens,), of one token at least, got {tuple(tensor.shape)}"
