@@ -173,7 +173,8 @@ FLOODS = {
 
 
 @pytest.mark.parametrize("kind", FLOODS)
-def test_a_megabyte_is_read_in_under_a_second(kind):
+def test_a_megabyte_takes_no_quadratic_work(kind):
+    """A megabyte takes some tenths of a second; quadratic work would take minutes."""
     vk.Synopsis.from_json(json.dumps(GOOD))  # the form is made once
     for text in (FLOODS[kind], json.dumps({"prompt": "p", "stages": [FLOODS[kind]]})):
         start, problem = time.process_time(), ""  # of this process: the machine may be busy
@@ -181,5 +182,5 @@ def test_a_megabyte_is_read_in_under_a_second(kind):
             vk.Synopsis.list_from_json(text)
         except FormatError as error:
             problem = str(error)
-        assert time.process_time() - start < 1
+        assert time.process_time() - start < 10
         assert len(problem) < 1000

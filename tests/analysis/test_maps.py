@@ -143,9 +143,8 @@ def test_diagonalness():
     stacked = torch.stack([eye, uniform, eye.flip(0), torch.rand(FRAMES, FRAMES)])
     found = vk.analysis.diagonalness(stacked)
     assert found.shape == (4,)
-    torch.testing.assert_close(
-        found, torch.tensor([1, 0, -1, pearson(stacked[3])]).double(), rtol=0, atol=1e-9
-    )
+    expected = torch.tensor([1, 0, -1, pearson(stacked[3])], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
     assert float(vk.analysis.diagonalness(torch.ones(1, 1))) == 0
     # A map may be scaled, and skewed towards some frames.
     skewed = torch.rand(5, 5).cumsum(1) ** 3

@@ -11,7 +11,7 @@ import vstar_kernels as vk
 from vstar_kernels.attention.bias import Bias
 from vstar_kernels.testing import inputs
 
-BATCH, HEADS, HEAD_DIM = 2, 3, 8
+BATCH, HEADS, HEAD_DIM = 2, 2, 8
 PLACES = ("query", "key", "value", "stat")
 
 

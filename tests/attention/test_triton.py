@@ -767,7 +767,7 @@ def test_split_holds_a_head_and_little_more(head_dim):
 def test_not_finite_is_where_the_formula_has_it(frames, place, name):
     if not backend.interpreted():
         pytest.skip("the tensors are on the CPU")
-    for bad in (NAN, float("inf")):
+    for bad in (NAN, float("inf")) if frames == 6 else (NAN,):  # the interpreter is slow
         not_finite.assert_as_the_reference("triton", frames, name, place, bad)
 
 
