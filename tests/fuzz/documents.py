@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -89,18 +90,19 @@ def change(value: Any, how: str, where: int, what: int) -> Any:
     holder, index = found[where % len(found)]
     named = isinstance(holder, Object)
     name, item = holder[index] if named else (None, holder[index])
-    new = VALUES[what % len(VALUES)]
+    new = copy.deepcopy(VALUES[what % len(VALUES)])  # a later change would be in it for good
     if how == "drop" and holder is not root:
         del holder[index]
         return root[0]
     if how == "double" and holder is not root:
-        holder.insert(index, (name, new if what % 2 else item) if named else item)
+        twin = copy.deepcopy(item)
+        holder.insert(index, (name, new if what % 2 else twin) if named else twin)
         return root[0]
     if how == "rename" and named:
         holder[index] = (NAMES[what % len(NAMES)], item)
         return root[0]
     if how == "many" and not named and holder is not root:
-        holder[index:index] = [item] * (what % 300)
+        holder[index:index] = [copy.deepcopy(item) for _ in range(what % 300)]
         return root[0]
     changed = [item] if how == "nest" else new
     holder[index] = (name, changed) if named else changed
