@@ -31,7 +31,7 @@ from vstar_kernels.methods.vstar.writer import SynopsisError, conversation, stag
 from vstar_kernels.reading import FormatError, decode
 
 LONGEST_MESSAGE = 2000
-many = settings(max_examples=int(os.environ.get("DOCUMENTS", "100")))
+many = settings(max_examples=int(os.environ.get("DOCUMENTS", "1000")))
 
 CONFIGS = [
     vk.TARConfig(1.0),
