@@ -17,8 +17,6 @@ from vstar_kernels.attention.call import (
     empty_like,
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def unavailable() -> list[str]:
     """Returns why the library is not there."""
@@ -33,13 +31,7 @@ def why_not(call: Call) -> list[str]:
     for name, tensor in (("delta", call.delta), ("stat", call.stat)):
         if tensor is not None and tensor.device.type != "cpu":
             reasons.append(f"takes CPU tensors, {name} is on {tensor.device}")
-    if call.dtype not in DTYPES:
-        allowed = ", ".join(str(dtype) for dtype in DTYPES)
-        reasons.append(f"takes {allowed}, query is {call.dtype}")
-    for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
-        stride = tensor.stride(-1)
-        if stride != 1 and call.head_dim > 1:
-            reasons.append(f"takes contiguous head_dim, {name} has stride {stride} in it")
+    reasons += native.refusals(call.query, call.key, call.value)
     return reasons
 
 

@@ -57,6 +57,7 @@ STAT_NUMBERS = {"none": 0, "row_max": 1, "map_max": 2, "tensor": 3}
 # Those of vstar::FrameStat in bindings/frames.h.
 FRAME_STAT_NUMBERS = {"none": 0, "row_max": 1, "frame_max": 2, "tensor": 3}
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels take
 DIRECTORY = Path(__file__).parents[1] / "lib"
 ISA_VARIABLE = "VSTAR_KERNELS_CPU_ISA"
 INTERFACE = 3  # of these operators; vstar_kernels_interface() in bindings/dispatch.cpp says it too
@@ -198,3 +199,19 @@ class _Forks:
 _forks = _Forks()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_forks.before, after_in_child=_forks.after_in_child)
+
+
+def refusals(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[str]:
+    """Returns what the kernels of every operation have against a type or strides; none if nothing.
+
+    The three are on the CPU and of one type and head size.
+    """
+    reasons = []
+    if query.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype) for dtype in DTYPES)
+        reasons.append(f"takes {allowed}, query is {query.dtype}")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        stride = tensor.stride(-1)
+        if stride != 1 and tensor.shape[-1] > 1:
+            reasons.append(f"takes contiguous head_dim, {name} has stride {stride} in it")
+    return reasons

@@ -11,6 +11,7 @@ from tests.attention.frames import cases
 from tests.fuzz.guarded import Guarded
 from tests.helpers import run_python
 from tests.pairwise import pairwise
+from vstar_kernels.attention import native
 from vstar_kernels.attention.frames import cpu
 from vstar_kernels.attention.frames.call import TENSORS, check_call
 from vstar_kernels.cli.measure import CLEAR_REFS
@@ -73,7 +74,7 @@ def test_given_statistic(name, clamp, isa):
 
 
 @pytest.mark.parametrize("head_dim", [1, 7, 72, 160, 256])
-@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize("dtype", native.DTYPES)
 def test_head_dims(head_dim, dtype, isa):
     layout = vk.Layout(vk.Frames(3, 13))
     q, k, v = inputs(layout, head_dim=head_dim, dtype=dtype)
@@ -82,7 +83,7 @@ def test_head_dims(head_dim, dtype, isa):
 
 
 @pytest.mark.parametrize("rule", [None, R.tar(1.0), R.tar(1.0, stat="row_max"), R.window(1)])
-@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize("dtype", native.DTYPES)
 def test_long(rule, dtype):
     """Several blocks of queries, several chunks of each frame, and their sums."""
     layout = vk.Layout(vk.Text(30), vk.Frames(4, 300))
@@ -206,7 +207,7 @@ def test_bits_do_not_depend_on_strides_and_heads(isa):
 
 
 @pytest.mark.parametrize("flush_end", [True, False])
-@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize("dtype", native.DTYPES)
 def test_nothing_is_touched_outside(dtype, flush_end, isa, monkeypatch):
     """Every tensor ends at a page that no one may touch, or begins after one."""
     layout = vk.Layout(vk.Frames(2, 21), vk.Text(2))

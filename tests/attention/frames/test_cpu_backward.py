@@ -6,6 +6,7 @@ import torch
 import vstar_kernels as vk
 from tests.attention.frames import cases
 from tests.pairwise import pairwise
+from vstar_kernels.attention import native
 from vstar_kernels.attention.frames import cpu, reference
 from vstar_kernels.attention.frames.call import FrameWanted, check_call
 from vstar_kernels.testing import assert_gradients
@@ -88,7 +89,7 @@ def inputs(layout, heads=2, head_dim=16, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("head_dim", [1, 7, 40, 130])
-@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize("dtype", native.DTYPES)
 def test_head_dims(head_dim, dtype, isa):
     layout = vk.Layout(vk.Frames(3, 13))
     arguments = (*inputs(layout, head_dim=head_dim, dtype=dtype), layout, R.tar(1.0))

@@ -11,8 +11,6 @@ from vstar_kernels.attention import native
 from vstar_kernels.attention.call import Forward, empty_like
 from vstar_kernels.attention.frames.call import FrameCall, FrameGradients, FrameWanted
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def unavailable() -> list[str]:
     """Returns why the library is not there."""
@@ -24,13 +22,7 @@ def why_not(call: FrameCall) -> list[str]:
     if call.device.type != "cpu":
         return [f"takes CPU tensors, query is on {call.device}", *unavailable()]
     reasons = list(unavailable())
-    if call.dtype not in DTYPES:
-        allowed = ", ".join(str(dtype) for dtype in DTYPES)
-        reasons.append(f"takes {allowed}, query is {call.dtype}")
-    for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
-        stride = tensor.stride(-1)
-        if stride != 1 and call.head_dim > 1:
-            reasons.append(f"takes contiguous head_dim, {name} has stride {stride} in it")
+    reasons += native.refusals(call.query, call.key, call.value)
     return reasons + _without_gradients(call)
 
 
