@@ -15,6 +15,7 @@ from vstar_kernels.attention.frames.operation import frame_attention
 from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.attention.temporal import tar_attention
 from vstar_kernels.cli.info import info
+from vstar_kernels.methods.starvid.trajectory import Subject, Trajectory
 from vstar_kernels.methods.vstar.embeddings import interpolate_embeddings
 from vstar_kernels.methods.vstar.noise import NoisePrior
 from vstar_kernels.methods.vstar.optimize import OptimizedNoise, optimize_noise
@@ -39,12 +40,14 @@ __all__ = [
     "OptimizedNoise",
     "RealVideoMaps",
     "SlowBackendWarning",
+    "Subject",
     "Synopsis",
     "SynopsisWriter",
     "TARConfig",
     "TARHandle",
     "Text",
     "ToeplitzBias",
+    "Trajectory",
     "__version__",
     "analysis",
     "apply_tar",
