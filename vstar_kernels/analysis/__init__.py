@@ -15,6 +15,15 @@ from vstar_kernels.analysis.frames import (
     similarity_histogram,
     structural_similarity,
 )
+from vstar_kernels.analysis.grids import (
+    from_grid,
+    frame_order,
+    grid_layout,
+    grid_shape,
+    mixed_embedding,
+    to_grid,
+    token_frames,
+)
 from vstar_kernels.analysis.maps import (
     AttentionMap,
     MapFigures,
@@ -56,11 +65,16 @@ __all__ = [
     "clip_vl",
     "delta_matrices",
     "diagonalness",
+    "frame_order",
     "frame_similarity",
+    "from_grid",
+    "grid_layout",
+    "grid_shape",
     "map_figures",
     "map_penalty",
     "mean_maps",
     "min_max",
+    "mixed_embedding",
     "mt_score",
     "normalize_jointly",
     "plot_deltas",
@@ -72,4 +86,6 @@ __all__ = [
     "plot_similarities",
     "similarity_histogram",
     "structural_similarity",
+    "to_grid",
+    "token_frames",
 ]
