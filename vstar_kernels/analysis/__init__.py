@@ -16,8 +16,8 @@ from vstar_kernels.analysis.frames import (
     structural_similarity,
 )
 from vstar_kernels.analysis.grids import (
-    from_grid,
     frame_order,
+    from_grid,
     grid_layout,
     grid_shape,
     mixed_embedding,
