@@ -16,6 +16,7 @@ from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.attention.temporal import tar_attention
 from vstar_kernels.cli.info import info
 from vstar_kernels.methods.starvid.trajectory import Subject, Trajectory
+from vstar_kernels.methods.starvid.writer import TrajectoryWriter
 from vstar_kernels.methods.vstar.embeddings import interpolate_embeddings
 from vstar_kernels.methods.vstar.noise import NoisePrior
 from vstar_kernels.methods.vstar.optimize import OptimizedNoise, optimize_noise
@@ -48,6 +49,7 @@ __all__ = [
     "Text",
     "ToeplitzBias",
     "Trajectory",
+    "TrajectoryWriter",
     "__version__",
     "analysis",
     "apply_tar",

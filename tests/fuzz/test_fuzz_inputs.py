@@ -27,6 +27,7 @@ pytest.importorskip("pydantic")
 from vstar_kernels.methods import llm
 from vstar_kernels.methods.cache import Cache
 from vstar_kernels.methods.secrets import redact
+from vstar_kernels.methods.starvid.writer import PlanError
 from vstar_kernels.methods.vstar.writer import SynopsisError, conversation, stages_form
 from vstar_kernels.reading import FormatError, decode
 
@@ -44,6 +45,18 @@ CONFIGS = [
 SYNOPSES = [
     {"prompt": "A pond.", "stages": ["Water.", "Ice."]},
     {"prompt": "A pond.", "subprompts": ["Water.", "Thin ice.", "Ice."], "anchors": [0, 4, 9]},
+]
+LEFT, RIGHT = [0.0, 0.5, 0.25, 1.0], [0.5, 0.0, 1, 0.5]
+PLANS = [
+    {"prompt": "A pond.", "subjects": [{"noun": "pond", "boxes": [LEFT]}]},
+    {
+        "prompt": "A duck swims.",
+        "subjects": [
+            {"noun": "duck", "verb": "swims", "phrase": "slowly", "boxes": [LEFT, None, RIGHT]},
+            {"noun": "duck", "verb": None, "boxes": [RIGHT, LEFT, LEFT]},
+        ],
+        "background": "a pond",
+    },
 ]
 STAGES = {"stages": ["Water in a pond.", "Ice on a pond."]}
 TEXT = json.dumps(STAGES)
@@ -111,6 +124,26 @@ def test_synopsis_files(tmp_path_factory, document):
     assert 1 <= len(synopsis.stages) <= 12
     assert_clean(*synopsis.stages)
     assert vk.Synopsis.from_json(synopsis.to_json()) == synopsis
+
+
+@many
+@given(documents([*PLANS, PLANS]))
+def test_plans(tmp_path_factory, document):
+    path = place(tmp_path_factory, document)
+    try:
+        found = [vk.Trajectory.load(path)]
+    except FormatError as error:
+        assert_told(redact(str(error), [KEY]))
+        found = []
+    with suppress(PlanError):
+        found.append(vk.TrajectoryWriter.from_file(path).write("A pond."))
+    for plan in found:
+        words = [text for x in plan.subjects for text in (x.noun, x.verb, x.phrase) if text]
+        assert_clean(plan.prompt, *words)
+        assert vk.Trajectory.from_json(plan.to_json()) == plan
+        boxes, present = plan.boxes(3)
+        assert ((boxes >= 0) & (boxes <= 1)).all()
+        assert (boxes[..., :2] < boxes[..., 2:])[present].all()
 
 
 def place(tmp_path_factory, document):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vstar_kernels.methods.arguments import check_flag, check_integer, check_text
-from vstar_kernels.methods.cache import Cache, default_folder
-from vstar_kernels.methods.llm import AnswerError, ChatModel, Endpoint, LanguageModel, Messages, ask
+from vstar_kernels.methods.llm import AnswerError, LanguageModel, Messages
 from vstar_kernels.methods.vstar.synopsis import Synopsis, synopses_of
+from vstar_kernels.methods.writers import Writer
 from vstar_kernels.reading import (
     FormatError,
     clean,
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 LEAST_STAGES, MOST_STAGES = 2, 12
-MOST_ATTEMPTS = 100
 
 RULES = """\
 You plan short videos in which something visibly changes. You get one sentence about the whole \
@@ -95,7 +93,7 @@ class SynopsisFile:
         raise ValueError(f"it has none, but synopses of {shorten(there)}")
 
 
-class SynopsisWriter:
+class SynopsisWriter(Writer):
     """Video synopsis prompting: splits a prompt into stages (VSTAR, arXiv 2403.13501, §3.4).
 
     >>> writer = vk.SynopsisWriter.from_endpoint("llama3", base_url="http://localhost:11434/v1")
@@ -109,13 +107,13 @@ class SynopsisWriter:
         source: What answers; see :meth:`from_endpoint`, :meth:`from_transformers` and
             :meth:`from_file`.
         least_stages, most_stages: How many stages a synopsis may have.
-        attempts: For how many answers to ask, at most.
-        cache: The folder that keeps answers; True is ``$VSTAR_KERNELS_CACHE`` or
-            ``$XDG_CACHE_HOME/vstar_kernels/synopses``, False is none. Files are not cached.
+        **settings: ``attempts`` and ``cache``, see :class:`vstar_kernels.methods.writers.Writer`.
 
     Raises:
         TypeError, ValueError: An argument is of the wrong kind, or out of its range.
     """
+
+    file_type = SynopsisFile
 
     def __init__(
         self,
@@ -123,8 +121,7 @@ class SynopsisWriter:
         *,
         least_stages: int = LEAST_STAGES,
         most_stages: int = MOST_STAGES,
-        attempts: int = 3,
-        cache: str | Path | bool = True,
+        **settings: Any,
     ) -> None:
         check_integer("least_stages", least_stages, 1)
         check_integer("most_stages", most_stages, 1)
@@ -132,68 +129,8 @@ class SynopsisWriter:
             raise ValueError(
                 f"least_stages must be at most most_stages, got {least_stages} and {most_stages}"
             )
-        check_integer("attempts", attempts, 1, MOST_ATTEMPTS)
-        if not isinstance(source, LanguageModel | SynopsisFile):
-            raise TypeError(
-                "source must be a language model or a SynopsisFile, got "
-                f"{type(source).__name__}: see from_endpoint, from_transformers and from_file"
-            )
-        self._source = source
+        super().__init__(source, **settings)
         self._limits = least_stages, most_stages
-        self._attempts = attempts
-        self._cache: Cache | None = None
-        if not isinstance(cache, bool | str | os.PathLike) or cache == "":
-            raise TypeError(f"cache must be True, False or a folder, got {cache!r}")
-        if cache is not False:
-            self._cache = Cache(default_folder() if cache is True else cache)
-
-    @classmethod
-    def from_endpoint(
-        cls,
-        model: str | None = None,
-        *,
-        base_url: str | None = None,
-        api_key: str | None = None,
-        timeout: float = 60.0,
-        options: dict[str, Any] | None = None,
-        attempts: int = 3,
-        **settings: Any,
-    ) -> SynopsisWriter:
-        """Makes a writer that asks an :class:`vstar_kernels.methods.llm.Endpoint`.
-
-        Those that are left out are taken from ``$OPENAI_MODEL``, ``$OPENAI_BASE_URL`` and
-        ``$OPENAI_API_KEY``. A request that fails is made ``attempts`` times at most. ``settings``
-        are those of :class:`SynopsisWriter`.
-        """
-        check_integer("attempts", attempts, 1, MOST_ATTEMPTS)
-        endpoint = Endpoint(
-            model,
-            base_url=base_url,
-            api_key=api_key,
-            timeout=timeout,
-            options=options,
-            retries=attempts - 1,
-        )
-        return cls(endpoint, attempts=attempts, **settings)
-
-    @classmethod
-    def from_transformers(
-        cls,
-        model: Any,
-        tokenizer: Any = None,
-        *,
-        device: str | None = None,
-        max_new_tokens: int = 1024,
-        **settings: Any,
-    ) -> SynopsisWriter:
-        """Makes a writer that asks a :class:`vstar_kernels.methods.llm.ChatModel`."""
-        chat_model = ChatModel(model, tokenizer, device=device, max_new_tokens=max_new_tokens)
-        return cls(chat_model, **settings)
-
-    @classmethod
-    def from_file(cls, path: str | Path, **settings: Any) -> SynopsisWriter:
-        """Makes a writer that takes synopses, or a saved answer, from a :class:`SynopsisFile`."""
-        return cls(SynopsisFile(path), **settings)
 
     def write(
         self, prompt: str, *, num_stages: int | None = None, refresh: bool = False
@@ -219,13 +156,8 @@ class SynopsisWriter:
         try:
             if isinstance(self._source, SynopsisFile):
                 return self._source.find(prompt, fewest, most)
-            answer = ask(
-                self._source,
-                conversation(prompt, fewest, most),
-                stages_form(fewest, most),
-                attempts=self._attempts,
-                cache=self._cache,
-                refresh=refresh,
+            answer = self._ask(
+                conversation(prompt, fewest, most), stages_form(fewest, most), refresh=refresh
             )
             return _synopsis(prompt, answer)
         except (AnswerError, ValueError, OSError) as error:
