@@ -9,6 +9,7 @@ from vstar_kernels import analysis, backends
 from vstar_kernels._version import __version__
 from vstar_kernels.attention import reference
 from vstar_kernels.attention.bias import DenseBias, GaussianBias, ToeplitzBias
+from vstar_kernels.attention.columns.operation import column_attention
 from vstar_kernels.attention.dispatch import SlowBackendWarning
 from vstar_kernels.attention.frames.layout import Frames, Layout, Text
 from vstar_kernels.attention.frames.operation import frame_attention
@@ -56,6 +57,7 @@ __all__ = [
     "backends",
     "capture_maps",
     "capture_real_maps",
+    "column_attention",
     "condition_frames",
     "encode_frames",
     "frame_attention",

@@ -4,7 +4,8 @@ from vstar_kernels.attention.dispatch import (
     SlowBackendWarning,
     available,
     why_not,
+    why_not_columns,
     why_not_frames,
 )
 
-__all__ = ["SlowBackendWarning", "available", "why_not", "why_not_frames"]
+__all__ = ["SlowBackendWarning", "available", "why_not", "why_not_columns", "why_not_frames"]

@@ -395,7 +395,7 @@ def assert_frames(
     )
     plain = eager_frames(query, key, value, layout, rule, **options)
     weights, terms = _frame_parts(*exact[:2], layout, rule, **options)
-    _assert_frames_output(result[0], plain, expected, exact[2], weights * terms)
+    _assert_output(result[0], plain, expected, exact[2], weights * terms)
     if len(result) == 2:
         mean_map = result[1]
         assert (mean_map.shape, mean_map.dtype) == (expected_map.shape, torch.float32)
@@ -406,7 +406,7 @@ def assert_frames(
         assert error <= allowed, f"the map is off by {error:.3g}, allowed {allowed:.3g}"
 
 
-def _assert_frames_output(
+def _assert_output(
     out: Tensor, plain: Tensor, expected: Tensor, value: Tensor, moved: Tensor
 ) -> None:
     """Asserts the bound of the output; ``moved`` is A′ times its logits' terms."""
@@ -423,6 +423,64 @@ def _assert_frames_output(
     assert (error <= allowed).all(), (
         f"error {error.flatten()[worst]:.3g}, allowed {allowed.flatten()[worst]:.3g}"
     )
+
+
+# ---- column_attention: the formula with all weights, and its bounds ----
+
+
+def eager_columns(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    columns: Tensor,
+    *,
+    scale: float | None = None,
+) -> Any:
+    """Computes :func:`vstar_kernels.column_attention` with all weights, in the inputs' type.
+
+    In float64 it is the oracle.
+
+    Returns:
+        The output and the maps; without a value the maps.
+    """
+    weights = eager_weights(query, key, scale=scale)  # (batch, heads, N, T)
+    maps = weights.mean(1) @ columns.to(weights)
+    if value is None:
+        return maps
+    return (weights @ value.transpose(1, 2)).transpose(1, 2), maps
+
+
+def assert_columns(
+    found: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    columns: Tensor,
+    *,
+    scale: float | None = None,
+) -> None:
+    """Asserts that :func:`vstar_kernels.column_attention`'s result is about as exact as PyTorch's.
+
+    ``found`` is what it returned for the arguments. The bounds are those of :func:`assert_frames`;
+    a map, which is a sum of weights that add up to 1, errs by the largest weight of a column more.
+    """
+    q, k = query.double(), key.double()
+    weights = eager_weights(q, k, scale=scale)
+    factor = abs(q.shape[-1] ** -0.5 if scale is None else scale)
+    terms = factor * torch.einsum("bihd,bjhd->bhij", q.abs(), k.abs())
+    maps = found
+    if value is not None:
+        out, maps = found
+        plain, _ = eager_columns(query, key, value, columns, scale=scale)
+        expected = torch.einsum("bhij,bjhd->bihd", weights, value.double())
+        _assert_output(out, plain, expected, value.double(), weights * terms)
+    expected_maps = weights.mean(1) @ columns.double()
+    assert (maps.shape, maps.dtype) == (expected_maps.shape, torch.float32)
+    if not maps.numel():
+        return
+    error = largest_error(maps, expected_maps)
+    allowed = CELL * max(1.0, terms.max().item()) * columns.abs().max().item()
+    assert error <= allowed, f"a map is off by {error:.3g}, allowed {allowed:.3g}"
 
 
 # ---- bounds of the gradients ----

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from vstar_kernels.attention import dispatch
-from vstar_kernels.attention.call import Call, Gradients, Options, Wanted, empty_like
+from vstar_kernels.attention.call import Call, Gradients, Options, Wanted, empty_like, nothing
+from vstar_kernels.attention.columns.call import (
+    ColumnCall,
+    ColumnGradients,
+    ColumnOptions,
+    ColumnWanted,
+)
 from vstar_kernels.attention.frames.call import (
     FrameCall,
     FrameGradients,
@@ -27,6 +33,7 @@ from vstar_kernels.attention.frames.call import (
 from vstar_kernels.attention.native import LIBRARY
 
 PLAIN = (Tensor, torch.nn.Parameter)
+ATTENDED = ("query", "key", "value")  # whose gradients are laid as call.empty_like lays them
 
 
 class AnyCall(Protocol):
@@ -58,16 +65,11 @@ def _func_is_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def _nothing(like: Tensor) -> Tensor:
-    """Returns what an operator gives for a result that was not asked for."""
-    return like.new_empty(0, dtype=torch.float32)
-
-
 class Operator:
     """An operation's operator, its gradient, and what runs one of them.
 
     The operator takes a call's tensors, query, key and value first, then the fields of its options
-    in their order, and the backend. It returns the output and the map.
+    in their order, and the backend. It returns the output and the map, empty where there is none.
 
     Args:
         operation: The operation and its backends.
@@ -76,6 +78,8 @@ class Operator:
         call, options, wanted, gradients: The classes of the operation's calls.
         shared: Of the tensors, those that are the same for the whole batch.
         has_map: Whether options ask for a map.
+        has_out: Whether options ask for an output.
+        keeps_out: Whether the output is kept for the gradient, and given to it.
     """
 
     def __init__(
@@ -89,9 +93,12 @@ class Operator:
         gradients: type[Any],
         shared: tuple[str, ...],
         has_map: Callable[[Any], bool],
+        has_out: Callable[[Any], bool] = lambda options: True,
+        keeps_out: bool = True,
     ) -> None:
         self.operation, self.name, self.tensors = operation, name, tuple(tensors)
-        self.call, self.options, self.has_map = call, options, has_map
+        self.call, self.options = call, options
+        self.has_map, self.has_out, self.keeps_out = has_map, has_out, keeps_out
         self.wanted, self.gradients = wanted, gradients
         self.shared = {self.tensors.index(x) for x in shared}
         self.graded = tuple(self.tensors.index(x) for x in gradients._fields)
@@ -112,7 +119,7 @@ class Operator:
         )
         self._define(
             f"{name}_backward",
-            f"(Tensor? grad_out, Tensor? grad_map, Tensor out, {flags}{arguments}) -> ({results})",
+            f"(Tensor? grad_out, Tensor? grad_map, Tensor? out, {flags}{arguments}) -> ({results})",
             self._run_backward,
             self._fake_backward,
             self._vmap_backward,
@@ -151,7 +158,13 @@ class Operator:
             out, mean_map = self.forward_operator(*tensors, *call.options, backend)
         else:
             return _Eager.apply(*tensors, call.options, backend, self)
-        return (out, mean_map) if self.has_map(call.options) else out
+        return self.asked(call.options, out, mean_map)
+
+    def asked(self, options: Any, out: Tensor, mean_map: Any) -> Any:
+        """Returns the output, the map or both, whatever options ask for."""
+        if not self.has_out(options):
+            return mean_map
+        return (out, mean_map) if self.has_map(options) else out
 
     def split(self, arguments: tuple[Any, ...]) -> tuple[Any, str | None]:
         """Returns the call and the backend that an operator's arguments are."""
@@ -163,29 +176,33 @@ class Operator:
     def _run(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         call, name = self.split(arguments)
         out, mean_map, _ = self.operation.backend(call, name).forward(call)
-        return out, _nothing(out) if mean_map is None else mean_map
+        return out, nothing(out) if mean_map is None else mean_map
 
     def _fake(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         call, _ = self.split(arguments)
-        out = empty_like(call.query)
+        query = call.query
+        out = empty_like(query) if self.has_out(call.options) else nothing(query)
         if not self.has_map(call.options):
-            return out, _nothing(out)
-        return out, out.new_empty(call.map_shape, dtype=torch.float32)
+            return out, nothing(query)
+        return out, query.new_empty(call.map_shape, dtype=torch.float32)
 
     def _vmap(self, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         self._refuse_mapped(in_dims)
-        out, mean_map = self.forward_operator(*self._fold(arguments, in_dims, info.batch_size))
-        out = out.unflatten(0, (info.batch_size, -1))
-        if not mean_map.numel():
-            return (out, mean_map), (0, None)
-        return (out, mean_map.unflatten(0, (info.batch_size, -1))), (0, 0)
+        results = self.forward_operator(*self._fold(arguments, in_dims, info.batch_size))
+        options = self.options(*arguments[len(self.tensors) : -1])
+        asked = (self.has_out(options), self.has_map(options))
+        mapped = tuple(
+            x.unflatten(0, (info.batch_size, -1)) if there else x
+            for x, there in zip(results, asked, strict=True)
+        )
+        return mapped, tuple(0 if there else None for there in asked)
 
     # ---- its gradient ----
 
     def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Keeps what the gradient needs of the operator's arguments and results."""
         count = len(self.tensors)
-        ctx.save_for_backward(*inputs[:count], output[0])
+        ctx.save_for_backward(*inputs[:count], output[0] if self.keeps_out else None)
         ctx.options, ctx.backend = self.options(*inputs[count:-1]), inputs[-1]
         ctx.chosen = None  # when the gradient is computed
         ctx.operator = self
@@ -200,7 +217,8 @@ class Operator:
         grad_out, grad_map, out, wanted, rest = self._split_backward(arguments)
         call, name = self.split(rest)
         backend = self.backward_backend(call, name, wanted)
-        return self._as_results(out, backend.backward(call, out, (), grad_out, grad_map, wanted))
+        gradients = backend.backward(call, out, (), grad_out, grad_map, wanted)
+        return self._as_results(call.query, gradients)
 
     def backward_backend(self, call: Any, name: str | None, wanted: Any) -> Any:
         """Returns the backend that computes these gradients; of None, the first that can.
@@ -208,7 +226,7 @@ class Operator:
         What runs below autograd sees no tensor that requires a gradient, so that the forward pass
         of a graph may be a backend's that has none. Backends are asked with tensors that do.
         """
-        needed = dict(zip(self.gradients._fields, (True, True, True, *wanted), strict=True))
+        needed = {x: getattr(wanted, x, True) for x in self.gradients._fields}
         tensors = {x: getattr(call, x) for x in needed}
         with torch.enable_grad():
             asked = {
@@ -219,26 +237,29 @@ class Operator:
             return self.operation.backend(dataclasses.replace(call, **asked), name)
 
     def _fake_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        _, _, out, wanted, rest = self._split_backward(arguments)
-        tensors = [rest[place] for place in self.graded]
-        others = (
-            torch.empty_like(tensor) if keep and tensor is not None else None
-            for tensor, keep in zip(tensors[3:], wanted, strict=True)
-        )
-        return self._as_results(out, self.gradients(*map(empty_like, tensors[:3]), *others))
+        _, _, _, wanted, rest = self._split_backward(arguments)
+        made = []
+        for name, place in zip(self.gradients._fields, self.graded, strict=True):
+            make = empty_like if name in ATTENDED else torch.empty_like
+            keep = getattr(wanted, name, True) and rest[place] is not None
+            made.append(make(rest[place]) if keep else None)
+        return self._as_results(rest[0], self.gradients(*made))
 
-    def _as_results(self, out: Tensor, gradients: Any) -> tuple[Tensor, ...]:
-        """Returns gradients as an operator does: none missing, and all but three contiguous."""
-        others = (_nothing(out) if x is None else x.contiguous() for x in gradients[3:])
-        return (*gradients[:3], *others)
+    def _as_results(self, query: Tensor, gradients: Any) -> tuple[Tensor, ...]:
+        """Returns gradients as an operator does: none missing; contiguous, but of ATTENDED."""
+        return tuple(
+            nothing(query) if x is None else x if name in ATTENDED else x.contiguous()
+            for name, x in zip(self.gradients._fields, gradients, strict=True)
+        )
 
     def _vmap_backward(
         self, info: Any, in_dims: tuple[Any, ...], *arguments: Any
     ) -> tuple[Any, Any]:
         first = 3 + len(self.wanted._fields)
         self._refuse_mapped(in_dims[first:])
-        places = zip(self.graded[3:], self._split_backward(arguments)[3], strict=True)
-        if any(wanted and place in self.shared for place, wanted in places):
+        wanted = self._split_backward(arguments)[3]
+        places = zip(self.gradients._fields, self.graded, strict=True)
+        if any(place in self.shared and getattr(wanted, name) for name, place in places):
             self._refuse_mapped(None)
         folded = self._fold(arguments, in_dims, info.batch_size, first=first)
         gradients = self.backward_operator(*folded)
@@ -281,17 +302,19 @@ def _gradient(ctx: Any, grad_out: Tensor | None, grad_map: Tensor | None) -> tup
     count, needs = len(operator.tensors), ctx.needs_input_grad
     kept_tensors = ctx.saved_tensors  # once: a checkpoint computes them
     tensors, (out, *saved) = kept_tensors[:count], kept_tensors[count:]
-    if not operator.has_map(ctx.options):  # an empty map's gradient means nothing
-        grad_map = None
+    # The gradient of an empty result means nothing.
+    grad_out = grad_out if operator.has_out(ctx.options) else None
+    grad_map = grad_map if operator.has_map(ctx.options) else None
     if grad_out is None and grad_map is None:
         return (None,) * len(needs)
-    kept = [needs[place] for place in operator.graded]
-    wanted = operator.wanted(*kept[3:])
+    fields = operator.gradients._fields
+    kept = dict(zip(fields, (needs[place] for place in operator.graded), strict=True))
+    wanted = operator.wanted(**{x: kept[x] for x in operator.wanted._fields})
     gradients: tuple[Tensor | None, ...]
     arguments = (grad_out, grad_map, out, *wanted, *tensors, *ctx.options, ctx.backend)
     if _func_is_active():
         gradients = _BackwardForFunc.apply(*arguments, operator)
-    elif torch.is_grad_enabled() or type(out) not in PLAIN or out.is_meta:
+    elif torch.is_grad_enabled() or type(tensors[0]) not in PLAIN or tensors[0].is_meta:
         # create_graph, traced, or there is nothing to compute.
         gradients = operator.backward_operator(*arguments)
     else:
@@ -299,7 +322,7 @@ def _gradient(ctx: Any, grad_out: Tensor | None, grad_map: Tensor | None) -> tup
         backend = ctx.chosen or operator.backward_backend(call, ctx.backend, wanted)
         gradients = backend.backward(call, out, tuple(saved), grad_out, grad_map, wanted)
     result: list[Tensor | None] = [None] * len(needs)
-    for place, gradient, keep in zip(operator.graded, gradients, kept, strict=True):
+    for place, gradient, keep in zip(operator.graded, gradients, kept.values(), strict=True):
         result[place] = gradient if keep else None
     return tuple(result)
 
@@ -320,14 +343,16 @@ class _Eager(torch.autograd.Function):
         call = operator.call(*tensors, options)
         ctx.chosen = operator.operation.backends[backend]
         out, mean_map, saved = ctx.chosen.forward(call, save=True)
-        ctx.save_for_backward(*tensors, out, *saved)
+        ctx.save_for_backward(*tensors, out if operator.keeps_out else None, *saved)
         ctx.options, ctx.backend, ctx.operator = options, backend, operator
         ctx.set_materialize_grads(False)
-        return out if mean_map is None else (out, mean_map)
+        return operator.asked(options, out, mean_map)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_map: Tensor | None = None) -> Any:
-        return _gradient(ctx, grad_out, grad_map)
+    def backward(ctx: Any, grad: Tensor | None, grad_map: Tensor | None = None) -> Any:
+        if not ctx.operator.has_out(ctx.options):  # then the map is the only result
+            return _gradient(ctx, None, grad)
+        return _gradient(ctx, grad, grad_map)
 
 
 class _ForFunc(torch.autograd.Function):
@@ -419,3 +444,17 @@ frame_attention = Operator(
     ),
     has_map=lambda options: options.mean_map != "none",
 )  # fmt: skip
+
+column_attention = Operator(
+    dispatch.COLUMN_ATTENTION,
+    "column_attention",
+    {"query": "Tensor", "key": "Tensor", "value": "Tensor?", "columns": "Tensor"},
+    ColumnCall,
+    ColumnOptions,
+    ColumnWanted,
+    ColumnGradients,
+    shared=(),
+    has_map=lambda options: True,
+    has_out=lambda options: options.wants_out,
+    keeps_out=False,
+)

@@ -143,7 +143,7 @@ class Forward(NamedTuple):
     ``saved`` is what the backend keeps for its own backward pass where it was asked to save.
     """
 
-    out: Tensor
+    out: Tensor  # nothing() where the call asks for none
     mean_map: Tensor | None = None
     saved: tuple[Tensor, ...] = ()
 
@@ -309,6 +309,11 @@ def empty_like(tensor: Tensor) -> Tensor:
     if like.stride(-1) == 1:
         return like
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def nothing(like: Tensor) -> Tensor:
+    """Returns what stands for a result that was not asked for, an empty float32 tensor."""
+    return like.new_empty(0, dtype=torch.float32)
 
 
 def block_sums(maps: Tensor, block: int) -> Tensor:

@@ -17,6 +17,9 @@ from torch import Tensor
 from vstar_kernels.attention import cpu, reference, triton
 from vstar_kernels.attention.bias import Bias
 from vstar_kernels.attention.call import Call, Forward, Gradients, Wanted, check_call
+from vstar_kernels.attention.columns import reference as columns_reference
+from vstar_kernels.attention.columns.call import ColumnCall, ColumnGradients, ColumnWanted
+from vstar_kernels.attention.columns.call import check_call as check_column_call
 from vstar_kernels.attention.frames import composed
 from vstar_kernels.attention.frames import cpu as frames_cpu
 from vstar_kernels.attention.frames import reference as frames_reference
@@ -64,7 +67,7 @@ class Backend(Protocol[C_contra, W_contra, G_co]):
     def backward(
         self,
         call: C_contra,
-        out: Tensor,
+        out: Any,
         saved: tuple[Tensor, ...],
         grad_out: Tensor | None,
         grad_map: Tensor | None,
@@ -72,8 +75,9 @@ class Backend(Protocol[C_contra, W_contra, G_co]):
     ) -> G_co:
         """Computes the gradients of query, key and value, and those ``wanted`` besides.
 
-        ``out`` is what ``forward`` returned, and ``saved`` what it saved, or nothing, and then all
-        is computed anew. A gradient that is None is zero.
+        Where ``wanted`` names query, key and value too, only what it says. ``out`` is what
+        ``forward`` returned, of an operation that keeps it, and otherwise None; ``saved`` is what
+        it saved, or nothing, and then all is computed anew. A gradient that is None is zero.
         """
 
 
@@ -163,6 +167,9 @@ FRAME_ATTENTION: Operation[FrameCall, FrameWanted, FrameGradients] = Operation(
         "reference": frames_reference,
     },
 )
+COLUMN_ATTENTION: Operation[ColumnCall, ColumnWanted, ColumnGradients] = Operation(
+    "column_attention", {"reference": columns_reference}
+)
 
 
 # ---- what users ask ----
@@ -229,3 +236,21 @@ def why_not_frames(
         check_own_keys(call, layout, options.get("key_layout"))
         return {name: [] for name in FRAME_ATTENTION.backends}
     return FRAME_ATTENTION.why_not(check_frame_call(query, key, value, layout, rule, **options))
+
+
+def why_not_columns(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    columns: Tensor,
+    *,
+    scale: float | None = None,
+) -> dict[str, list[str]]:
+    """Returns each backend's reasons why it cannot run this call; an empty list if it can.
+
+    Args:
+        query, key, value, columns, scale: As for :func:`vstar_kernels.column_attention`, which
+            raises for the same bad arguments.
+    """
+    call = check_column_call(query, key, value, columns, scale=scale)
+    return COLUMN_ATTENTION.why_not(call)
