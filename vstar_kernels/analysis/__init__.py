@@ -47,9 +47,11 @@ from vstar_kernels.analysis.plots import (
     plot_maps,
     plot_similarities,
 )
+from vstar_kernels.analysis.subjects import ActionBinding, Numeracy, action_binding, numeracy
 
 __all__ = [
     "CLIPVL",
+    "ActionBinding",
     "AttentionMap",
     "DreamSimEmbedder",
     "Embedder",
@@ -57,7 +59,9 @@ __all__ = [
     "MTScore",
     "MapFigures",
     "MeanMap",
+    "Numeracy",
     "SimilarityHistogram",
+    "action_binding",
     "as_frames",
     "band_share",
     "band_width",
@@ -77,6 +81,7 @@ __all__ = [
     "mixed_embedding",
     "mt_score",
     "normalize_jointly",
+    "numeracy",
     "plot_deltas",
     "plot_figures",
     "plot_frame_maps",

@@ -1,4 +1,4 @@
-"""The paper's scores of generated videos, by models that the caller brings (Tables 1 and 2)."""
+"""Scores of generated videos, by models that the caller brings."""
 
 from __future__ import annotations
 
