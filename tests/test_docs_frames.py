@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+import vstar_kernels as vk
 from docs import make_frame_figures
 from tests.helpers import ROOT
 
@@ -123,6 +124,20 @@ def enhance_a_video(names):
     return dense(names, lambda phi: phi) * score.clamp(min=1)[:, None, None, None]
 
 
+def matched(names):
+    """Rows of the shares that each distance has in the first frames alone, in 24 frames."""
+    shares = vk.analysis.frame_profile(names["native_map"])[0]
+    frame = torch.arange(FRAMES)
+    distance = (frame[:, None] - frame).abs()
+    rows = torch.cat([shares, torch.zeros(FRAMES - 12)])[distance]
+    wanted = vk.analysis.frame_profile(rows / rows.sum(-1, keepdim=True))[:12]
+    reached = vk.analysis.frame_profile(names["long_map"])[0]
+    assert (reached[:12] / wanted - 1).abs().max() < 0.03
+    assert reached[12:].max() < 0.03 * wanted.min()
+    table = sum(term.table for term in names["rule"].terms)
+    return dense(names, lambda phi: phi + table.double()[f[:, None], f])
+
+
 def freelong(names):
     size = (FRAMES, 4, 4)
 
@@ -159,6 +174,7 @@ FORMULAS = {
     "Spatiotemporal skip guidance": lambda names: names["value"].double(),
     "Enhance-A-Video": enhance_a_video,
     "FreeLong": freelong,
+    "The profile of the trained length": matched,
 }
 
 

@@ -24,7 +24,7 @@ from vstar_kernels.attention.call import empty_like
 from vstar_kernels.attention.dispatch import FRAME_ATTENTION
 from vstar_kernels.attention.frames import reference
 from vstar_kernels.attention.frames.call import FrameCall, FrameOptions, FrameWanted
-from vstar_kernels.attention.frames.terms import UNBOUNDED
+from vstar_kernels.attention.frames.tables import UNBOUNDED
 from vstar_kernels.testing import EPS, ROW_SUM, assert_gradients, largest_error
 
 MOST_TOKENS = 300

@@ -47,6 +47,13 @@ from vstar_kernels.analysis.plots import (
     plot_maps,
     plot_similarities,
 )
+from vstar_kernels.analysis.profiles import (
+    frame_entropy,
+    frame_profile,
+    head_rules,
+    spatial_heads,
+    without_text,
+)
 from vstar_kernels.analysis.subjects import ActionBinding, Numeracy, action_binding, numeracy
 
 __all__ = [
@@ -69,11 +76,14 @@ __all__ = [
     "clip_vl",
     "delta_matrices",
     "diagonalness",
+    "frame_entropy",
     "frame_order",
+    "frame_profile",
     "frame_similarity",
     "from_grid",
     "grid_layout",
     "grid_shape",
+    "head_rules",
     "map_figures",
     "map_penalty",
     "mean_maps",
@@ -90,7 +100,9 @@ __all__ = [
     "plot_maps",
     "plot_similarities",
     "similarity_histogram",
+    "spatial_heads",
     "structural_similarity",
     "to_grid",
     "token_frames",
+    "without_text",
 ]

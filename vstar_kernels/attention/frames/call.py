@@ -13,7 +13,7 @@ from vstar_kernels.attention.bias import check_finite, check_flag, check_strided
 from vstar_kernels.attention.call import autocast, has_autocast
 from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.attention.frames.rules import FrameRule
-from vstar_kernels.attention.frames.terms import Tables
+from vstar_kernels.attention.frames.tables import Tables
 
 NO_RULE = FrameRule()
 

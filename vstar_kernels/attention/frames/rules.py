@@ -2,7 +2,7 @@
 
 A rule is a sum of terms (``terms.py``), and what weighs those that a statistic weighs. For two
 layouts a rule is five tables over pairs of frames, ``(F_q, F_k)`` or ``(heads, F_q, F_k)``, which
-is all that a backend ever sees of it (:class:`Tables`).
+is all that a backend ever sees of it (``tables.py``).
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from vstar_kernels.attention.bias import check_flag, check_strided
 from vstar_kernels.attention.frames.layout import Layout, Numbers
+from vstar_kernels.attention.frames.match import Beyond, matching_table
+from vstar_kernels.attention.frames.tables import Draft, Tables, add_tables
 from vstar_kernels.attention.frames.terms import (
     Attenuate,
     Band,
     Causal,
-    Draft,
     Gaussian,
+    Horizon,
     Identity,
     Keyframes,
     Radial,
     Reference,
     Relay,
     Table,
-    Tables,
     Term,
     Window,
-    add_tables,
     pairs,
 )
 from vstar_kernels.reading import require_pydantic
@@ -190,6 +190,45 @@ class FrameRule:
                 frames then have P tokens.
         """
         return cls((Attenuate(alpha, window, pairs(bands, "bands"), beta, metric),))
+
+    @classmethod
+    def horizon(cls, frames: int, queries: int = 1) -> FrameRule:
+        """Returns a mask that shows the first ``queries`` frames the first ``frames`` alone.
+
+        UltraViCo (arXiv 2511.20123) hides so from the first frame what lies past the model's length
+        in training, 21 for Wan; its rule is ``attenuate(0.9, 21, metric="token") + horizon(21)``.
+
+        Args:
+            frames: How many frames of keys are seen, at least 1.
+            queries: How many frames of queries see no more than them; all others see all.
+        """
+        return cls((Horizon(frames, queries),))
+
+    @classmethod
+    def match(
+        cls, native_map: Tensor, long_map: Tensor, *, clip: float = 4.0, beyond: Beyond = "clip"
+    ) -> FrameRule:
+        """Returns the bias that gives a long clip the frame profile of the model's trained length.
+
+        The profile of a map is its mean attention at each distance d of two frames. The bias b[d]
+        starts as log(target[d] / profile_long[d]), where the target's rows are the native profile
+        over the long clip's frames, normalized, and is corrected until ``long_map``, its rows
+        weighed by exp(b), has the target's profile. It holds for clips of as many frames, by their
+        numbers. Tokens of one frame differ, and later layers see what earlier ones made, so it can
+        be iterated, each map captured under the rule so far: ``rule += FrameRule.match(native_map,
+        long_map)``.
+
+        Args:
+            native_map: The map at the trained length, of :func:`vstar_kernels.frame_attention` or
+                :func:`vstar_kernels.capture_maps`: ``(F, F)``, ``(batch, F, F)`` or ``(batch,
+                heads, F, F)``, which gives each head a bias of its own; with a column more where
+                there is text, whose share of the attention is matched too.
+            long_map: The map of the long clip, of as many dimensions.
+            clip: The largest |b|, at least 0.
+            beyond: What holds where frames are farther apart than any of the native map:
+                ``"clip"``: −clip; ``"hold"``: the profile's last value; ``"mask"``: −inf.
+        """
+        return cls.bias(matching_table(native_map, long_map, clip=clip, beyond=beyond))
 
     @classmethod
     def reference(cls, gamma: float, frame: int = 0) -> FrameRule:

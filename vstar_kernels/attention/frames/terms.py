@@ -10,161 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vstar_kernels.attention.bias import FLOAT32_MAX, check_strided
-from vstar_kernels.attention.frames.layout import Layout, check_count, check_number
+from vstar_kernels.attention.frames.layout import check_count, check_number
+from vstar_kernels.attention.frames.tables import UNBOUNDED, Draft, numbers
 
 METRICS = ("frame", "token")
-UNBOUNDED = 2**30  # in a band or a span: no bound on this side; int32 sums with it do not overflow
-
-
-class Tables(NamedTuple):
-    """A rule for two layouts; None where a table changes nothing. All stand on the CPU.
-
-    ``delta``, ``offset`` and ``factor`` are float32, ``factor_span`` and ``band`` int32; see
-    :class:`vstar_kernels.attention.frames.call.FrameCall`. They are shared, to be read only.
-    """
-
-    delta: Tensor | None = None
-    offset: Tensor | None = None
-    factor: Tensor | None = None
-    factor_span: Tensor | None = None
-    band: Tensor | None = None
-
-
-class Draft:
-    """The tables while the terms of a rule are entered, in float64."""
-
-    def __init__(self, query: Layout, key: Layout) -> None:
-        self.query, self.key = query, key
-        self.delta: Tensor | None = None
-        self.offset: Tensor | None = None
-        self.factor: Tensor | None = None
-        self.span: Tensor | None = None
-        self.band: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(F_q, F_k)."""
-        return self.query.frames, self.key.frames
-
-    def distance(self) -> Tensor:
-        """Returns t_g − t_f, ``(F_q, F_k)``."""
-        return _numbers(self.key.coordinates) - _numbers(self.query.coordinates)[:, None]
-
-    def key_rank(self) -> Tensor:
-        """Returns the place of each key frame in the order of time, ``(F_k,)``."""
-        rank = torch.empty(self.key.frames, dtype=torch.int64, device="cpu")
-        rank[self.key.order()] = torch.arange(self.key.frames, device="cpu")
-        return rank
-
-    def frame_tokens(self, term: str) -> int:
-        """Returns P, which a term needs to be the same of all frames."""
-        sizes = sorted({*self.query.frame_tokens, *self.key.frame_tokens})
-        if len(sizes) > 1:
-            raise ValueError(
-                f"{term} needs frames of one size, got frames of {_listed(sizes)} tokens"
-            )
-        return sizes[0] if sizes else 1
-
-    def weigh(self, values: Tensor, by_stat: bool) -> None:
-        """Adds ``values``, times the statistic or as they are."""
-        if by_stat:
-            self.delta = add_tables(self.delta, values)
-        else:
-            self.offset = add_tables(self.offset, values)
-
-    def keep(self, visible: Tensor) -> None:
-        """Masks the frames of keys that are not visible to a frame of queries."""
-        nothing = torch.zeros(visible.shape, dtype=torch.float64, device="cpu")
-        self.weigh(nothing.masked_fill(~visible, -math.inf), by_stat=False)
-
-    def limit(self, low: Tensor, high: Tensor) -> None:
-        """Keeps only keys with low ≤ p_j − p_i ≤ high, ``(F_q, F_k)`` integers each."""
-        band = torch.stack([low, high]).clamp(-UNBOUNDED, UNBOUNDED)
-        if self.band is not None:
-            low, high = self.band
-            band = torch.stack([band[0].maximum(low), band[1].minimum(high)])
-        self.band = band
-
-    def multiply(self, positive: Tensor, span: Tensor | None) -> None:
-        """Multiplies positive logits; with a ``span``, only where lo ≤ p_j − p_i ≤ hi."""
-        factor = torch.stack([positive, torch.ones_like(positive)])
-        if self.factor is None:
-            self.factor, self.span = factor, span
-            return
-        if (self.span is None) != (span is None) or (
-            self.span is not None and span is not None and not torch.equal(self.span, span)
-        ):
-            raise ValueError(
-                "factors of two terms hold for different tokens of a frame (metric='token' with "
-                "another window, or beside metric='frame'): there is one span for a pair of frames"
-            )
-        self.factor = self.factor * factor
-
-    def tables(self) -> Tables:
-        """Returns the tables as backends take them."""
-        offset = self.offset
-        if offset is not None and not offset.any():
-            offset = None
-        delta = self.delta
-        if delta is not None and not delta.any():
-            delta = None
-        factor, span, band = self.factor, self.span, self.band
-        if factor is None or bool((factor == 1).all()):
-            factor, span = None, None
-        if band is not None:
-            tokens = max((*self.query.frame_tokens, *self.key.frame_tokens), default=1)
-            if bool((band[0] <= 1 - tokens).all() and (band[1] >= tokens - 1).all()):
-                band = None
-        return Tables(
-            *(None if x is None else _single(x) for x in (delta, offset, factor)),
-            *(None if x is None else x.int().contiguous() for x in (span, band)),
-        )
-
-
-def add_tables(one: Tensor | None, other: Tensor) -> Tensor:
-    """Returns the sum of two tables, of which either may have a table for each head."""
-    if one is None:
-        return other
-    if one.ndim == other.ndim == 3 and one.shape[0] != other.shape[0]:
-        raise ValueError(
-            "tables of FrameRule.bias that are added must have the same number of heads, "
-            f"got {one.shape[0]} and {other.shape[0]}"
-        )
-    return one + other
-
-
-def _single(table: Tensor) -> Tensor:
-    """Returns a table in float32; −∞, which masks, is what it was, and nothing else gets there."""
-    single = table.float().contiguous()
-    if bool(((single.abs() == math.inf) & (table != -math.inf)).any() or single.isnan().any()):
-        raise ValueError(
-            "the terms of the rule make numbers beyond float32 between frames: their strengths, "
-            "or the factors that are multiplied, are too large"
-        )
-    return single
-
-
-def _listed(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values))
-
-
-def _numbers(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _hold_number(term: Any, name: str, *, least: float | None = None) -> None:
     """Checks a term's number and makes it a float: torch takes no integer beyond int64."""
     check_number(getattr(term, name), name, least=least)
     object.__setattr__(term, name, float(getattr(term, name)))
-
-
-# ---- terms: each enters one thing ----
 
 
 @dataclass(frozen=True)
@@ -297,8 +158,8 @@ class Causal:
         check_count(self.block, "block", 1)
 
     def enter(self, draft: Draft) -> None:
-        of_query = _numbers(draft.query.coordinates).div(self.block).floor()
-        of_key = _numbers(draft.key.coordinates).div(self.block).floor()
+        of_query = numbers(draft.query.coordinates).div(self.block).floor()
+        of_key = numbers(draft.key.coordinates).div(self.block).floor()
         draft.keep(of_key <= of_query[:, None])
 
 
@@ -322,6 +183,25 @@ class Keyframes:
         grid = torch.arange(-(-count // self.interval), device="cpu") * self.interval + self.offset
         anchors = (rank < self.first) | torch.isin(rank, grid % max(count, 1))
         draft.keep((draft.distance().abs() <= self.w) | anchors)
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Keeps, for the first frames of queries, the first frames of keys alone."""
+
+    frames: int
+    queries: int
+
+    def __post_init__(self) -> None:
+        check_count(self.frames, "frames", 1)
+        check_count(self.queries, "queries", 0)
+
+    def enter(self, draft: Draft) -> None:
+        # Of the whole clip: where there is a cache of keys, queries are a part of it.
+        clip = sorted({*draft.query.coordinates, *draft.key.coordinates})
+        last = [-math.inf, *clip][min(self.queries, len(clip))]
+        early = numbers(draft.query.coordinates)[:, None] <= last
+        draft.keep(~early | (draft.key_rank() < self.frames))
 
 
 @dataclass(frozen=True)
@@ -469,9 +349,9 @@ class Relay:
                 f"FrameRule.relay has {len(self.segments)} segments, one for each frame of keys, "
                 f"the keys have {draft.key.frames}"
             )
-        first, last = _numbers(self.segments).T[:, draft.key_rank()]  # type: ignore[arg-type]
+        first, last = numbers(self.segments).T[:, draft.key_rank()]
         half = (last - first) / 2 if self.w is None else self.w
-        past = (_numbers(draft.query.coordinates)[:, None] - (first + last) / 2).abs() - half
+        past = (numbers(draft.query.coordinates)[:, None] - (first + last) / 2).abs() - half
         # Divided before it is squared: σ² may leave the range of floats.
         penalty = 0.5 * (past.clamp(min=0) / self.sigma).square()
         draft.weigh(-penalty.clamp(max=FLOAT32_MAX), by_stat=False)
@@ -514,8 +394,8 @@ class Identity:
 
 
 Term = (
-    Gaussian | Table | Window | Causal | Keyframes | Attenuate | Reference | Radial | Relay | Band
-    | Identity
+    Gaussian | Table | Window | Causal | Keyframes | Horizon | Attenuate | Reference | Radial
+    | Relay | Band | Identity
 )  # fmt: skip
 
 
