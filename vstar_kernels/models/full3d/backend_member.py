@@ -1,0 +1,176 @@
+"""Route A: the model keeps its processor, whose attention backend becomes one of ours.
+
+diffusers' processors name the backend that is to compute their attention, a member of the
+enumeration ``AttentionBackendName``; its dispatcher looks up the function of that member. Here a
+layer gets a member that the enumeration does not list, whose function is :func:`attend`. Projections,
+adapters, fused weights, casting and offloading stay the model's. Where the layer is not to be
+changed, the function calls the backend that was there before.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from vstar_kernels.models.full3d.seats import Seat, attend
+
+ATTRIBUTE = "_attention_backend"  # of processors
+_ABSENT: Any = object()
+_ARGUMENTS = {
+    "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",
+    "_parallel_config",
+}  # fmt: skip
+_LOCK = threading.RLock()
+
+
+class Member:
+    """A member of ``AttentionBackendName`` whose function is a seat's.
+
+    What diffusers knows of it stays registered, as other threads may be on their way to it; hence
+    members that nobody uses any more are used again.
+
+    Attributes:
+        name: The member.
+        seat: The layer; None where it only passes calls on.
+        previous: The backend that it took the place of; None is diffusers' active one.
+    """
+
+    _unused: list[Member] = []
+    _count = 0
+
+    def __init__(self) -> None:
+        from diffusers.models import attention_dispatch
+
+        names, registry = (
+            attention_dispatch.AttentionBackendName,
+            attention_dispatch._AttentionBackendRegistry,
+        )
+        self.seat: Seat | None = None
+        self.previous: Any = None
+        value = f"vstar_kernels_{Member._count}"
+        Member._count += 1
+        name: Any = str.__new__(names, value)
+        name._name_, name._value_ = value.upper(), value
+        # What is copied or pickled with a processor is the backend that was there before.
+        name.__deepcopy__ = lambda memo: self.previous
+        name.__copy__ = lambda: self.previous
+        name.__reduce_ex__ = self._reduce
+        registry._constraints[name] = []
+        registry._supported_arg_names[name] = _ARGUMENTS
+        registry._backends[name] = self.attend
+        self.name = name
+
+    @classmethod
+    def take(cls, seat: Seat, previous: Any) -> Member:
+        """Returns a member for a layer."""
+        with _LOCK:
+            member = cls._unused.pop() if cls._unused else cls()
+        member.previous, member.seat = previous, seat
+        return member
+
+    def retire(self) -> None:
+        """Has it pass calls on, until it is taken again."""
+        with _LOCK:
+            if self.seat is not None:
+                self.seat = None
+                Member._unused.append(self)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        _parallel_config: Any = None,
+    ) -> Tensor:
+        """Is what diffusers' dispatcher calls; all tensors are (batch, tokens, heads, head_dim)."""
+
+        def stock() -> Tensor:
+            from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+            out: Tensor = dispatch_attention_fn(
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale,
+                enable_gqa,
+                backend=self.previous,
+                parallel_config=_parallel_config,
+            )
+            return out
+
+        seat = self.seat
+        if seat is None or is_causal:  # what is causal is text (Cosmos 3)
+            return stock()
+        return attend(
+            seat, query, key, value, scale=scale, masked=attn_mask is not None, stock=stock
+        )
+
+    def _reduce(self, protocol: Any) -> Any:
+        if self.previous is None:
+            return type(None), ()
+        return self.previous.__reduce_ex__(protocol)
+
+
+class MemberRoute:
+    """Route A of one layer; see the file.
+
+    Args:
+        seat: The layer's.
+    """
+
+    def __init__(self, seat: Seat) -> None:
+        self._seat = seat
+        # All processors that were ever given a member, which a model may put back later (after
+        # unfusing its projections), and what they had before.
+        self._given: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+        self._member: Member | None = None
+
+    def is_in(self) -> bool:
+        """Returns whether the layer's processor names the member."""
+        member = self._member
+        return member is not None and _backend(self._seat.layer.module.processor) is member.name
+
+    def put_in(self) -> None:
+        """Has the layer's processor name a member, and notes what it named before."""
+        processor = self._seat.layer.module.processor
+        if not hasattr(processor, ATTRIBUTE):
+            raise ValueError(
+                f"{self._seat.layer.name} has a {type(processor).__name__}, which does not go "
+                "through diffusers' attention backends: frame_attention cannot be put in there"
+            )
+        found = vars(processor).get(ATTRIBUTE, _ABSENT)
+        previous = _backend(processor)
+        if self._member is None:
+            self._member = Member.take(self._seat, previous)
+        self._member.previous = previous
+        self._given[processor] = found
+        setattr(processor, ATTRIBUTE, self._member.name)
+
+    def take_out(self) -> None:
+        """Gives the processors back what they named, where they still name the member."""
+        member = self._member
+        if member is None:
+            return
+        for processor, found in list(self._given.items()):
+            if _backend(processor) is member.name:
+                if found is _ABSENT:
+                    vars(processor).pop(ATTRIBUTE, None)
+                else:
+                    setattr(processor, ATTRIBUTE, found)
+        member.retire()
+        self._member = None
+
+
+def _backend(processor: Any) -> Any:
+    return getattr(processor, ATTRIBUTE, None)

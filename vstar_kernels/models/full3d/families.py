@@ -1,0 +1,84 @@
+"""The full-3D transformers that are known, by the names of their classes and modules.
+
+A family is data: which modules attend over all tokens of the video, how a call says which frame
+each token belongs to, and by which route the attention is reached. Nothing of diffusers is imported.
+To add a family: an entry here, a reading in ``layouts.py`` if no other has its arguments, and a tiny
+model in ``tests/models/full3d/tiny.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from vstar_kernels.models.attention_processor import WRAPPERS
+from vstar_kernels.models.full3d import layouts
+from vstar_kernels.models.full3d.layouts import Call
+from vstar_kernels.models.full3d.seats import FrameLayer, Reading
+
+Hook = Literal["backend"]  # "processor" and "function" come with routes B and C
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models whose video self-attention is found and reached in the same way.
+
+    Attributes:
+        name: As people call it.
+        classes: The names of its models' classes; subclasses count.
+        layers: Matches the names of the modules that attend over the whole video.
+        read: Returns the layouts that the arguments of a call describe.
+        hook: ``"backend"`` where processors go through diffusers' attention dispatcher (route A).
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    layers: str
+    read: Callable[[Call], Reading]
+    hook: Hook = "backend"
+
+    def knows(self, model: nn.Module) -> bool:
+        """Returns whether a model, which must not be wrapped, is of this family."""
+        return not {cls.__name__ for cls in type(model).__mro__}.isdisjoint(self.classes)
+
+    def find_layers(self, model: nn.Module) -> list[FrameLayer]:
+        """Returns the layers of a model in its order."""
+        return list(_matching(model, re.compile(self.layers)))
+
+
+def _matching(model: nn.Module, pattern: re.Pattern[str]) -> Iterator[FrameLayer]:
+    index = 0
+    for name, module in model.named_modules():
+        plain_name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if hasattr(module, "processor") and pattern.fullmatch(plain_name):
+            yield FrameLayer(name, index, module)
+            index += 1
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "Wan",
+        (
+            "WanTransformer3DModel",
+            "WanVACETransformer3DModel",
+            "ChronoEditTransformer3DModel",
+            "WanAnimateTransformer3DModel",
+        ),
+        r"(vace_)?blocks\.\d+\.attn1",
+        layouts.patched_video,
+    ),
+)
+
+
+def find_family(model: nn.Module) -> Family | None:
+    """Returns the family of a model, which must not be wrapped; None if it is not known."""
+    return next((family for family in FAMILIES if family.knows(model)), None)
+
+
+def known_models() -> str:
+    """Returns the classes of all families, in words."""
+    return ", ".join(name for family in FAMILIES for name in family.classes)

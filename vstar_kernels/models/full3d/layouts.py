@@ -1,0 +1,51 @@
+"""Layouts as they are read from the arguments of a model's call.
+
+Each function is of the form that a :class:`~vstar_kernels.models.full3d.families.Family` names. What
+it returns is held against the tokens that the layers are called with; what does not fit raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from vstar_kernels.attention.frames.layout import Frames, Layout
+from vstar_kernels.models.full3d.seats import Reading
+from vstar_kernels.models.hooks import Argument
+
+
+class Call:
+    """The arguments of one call of a model.
+
+    Args:
+        model: The model.
+        args, kwargs: As its forward is called with them.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.model: Any = model
+        self._args, self._kwargs = args, kwargs
+
+    def __getitem__(self, name: str) -> Any:
+        """Returns an argument by its name, None where the call leaves it out."""
+        return Argument(self.model, name).get(self._args, self._kwargs)
+
+    @property
+    def sample(self) -> Tensor:
+        """The latents."""
+        found: Tensor = self["hidden_states"]
+        return found
+
+
+def patched_video(call: Call) -> Reading:
+    """Reads latents ``(batch, channels, frames, height, width)`` cut into patches: Wan's.
+
+    The number of frames and of patches round down, as a convolution without padding has it.
+    """
+    patch = call.model.config.patch_size
+    frames, *size = (n // p for n, p in zip(call.sample.shape[-3:], patch, strict=True))
+    height, width = size
+    source = f"latents of shape {tuple(call.sample.shape)} in patches of {tuple(patch)}"
+    return Reading(Layout(Frames(frames, height * width)), source)

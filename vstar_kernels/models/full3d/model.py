@@ -1,0 +1,248 @@
+"""One full-3D transformer under a rule: its layers' seats, and the hook before its forward passes."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from vstar_kernels.attention.frames.layout import Layout
+from vstar_kernels.attention.frames.rules import FrameRule
+from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
+from vstar_kernels.models.full3d.families import Family
+from vstar_kernels.models.full3d.layouts import Call
+from vstar_kernels.models.full3d.routes import make_route
+from vstar_kernels.models.full3d.seats import (
+    FrameChange,
+    FrameLayer,
+    Reading,
+    Seat,
+    Traced,
+    seat_of,
+)
+from vstar_kernels.models.hooks import Hooks, put_back, take_off
+from vstar_kernels.models.schedule import StepGate
+
+Rule = FrameRule | Callable[[int, float], FrameRule | None]
+Chooses = Callable[[FrameLayer], bool]
+
+_INSTALLING = threading.RLock()
+_KEYS = itertools.count()
+
+
+class RuledPass(ForwardPass):
+    """What is done to the layers in one forward pass.
+
+    Args:
+        change: What is done; None: nothing.
+        traced: What compiled code asks.
+    """
+
+    def __init__(self, change: FrameChange | None, traced: Traced) -> None:
+        super().__init__()
+        self.change = change
+        self._traced = traced
+        self._outer = traced.inside, traced.change
+        traced.inside, traced.change = True, change
+
+    def end(self) -> None:
+        """Ends it, for compiled code too."""
+        super().end()
+        self._traced.inside, self._traced.change = self._outer
+
+    def is_like(self, other: Any) -> bool:
+        """Returns whether the same is done in another pass."""
+        mine, its = self.change, other.change
+        if mine is None or its is None:
+            return mine is its
+        return bool(
+            mine.rule == its.rule
+            and mine.reading.layout == its.reading.layout
+            and mine.reading.key_layout == its.reading.key_layout
+            and mine.reading.key_lengths is None
+            and its.reading.key_lengths is None
+        )
+
+
+class RuledModel:
+    """A rule on one model; itself the hook on the model that runs before each forward pass.
+
+    It makes sure that every layer still leads to its seat, looks up whether the step is one of the
+    rule's, reads the layouts and begins the :class:`RuledPass`.
+
+    Args:
+        name: The model's name in its pipeline.
+        model: The model, not wrapped.
+        family: What is known of it.
+        rule: What to do.
+        gate: When to do it.
+        layout: Goes before what the call says.
+        chooses: Which layers.
+        backend: As for :func:`vstar_kernels.frame_attention`.
+
+    Raises:
+        ValueError: The model has a rule already.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        family: Family,
+        rule: Rule,
+        gate: StepGate,
+        *,
+        layout: Layout | None,
+        chooses: Chooses,
+        backend: str | None,
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.family = family
+        self.all_layers = family.find_layers(model)
+        self.layers = [layer for layer in self.all_layers if chooses(layer)]
+        self._rule = rule
+        self._gate = gate
+        self._layout = layout
+        self._chooses = chooses
+        self._backend = backend
+        self._passes: ForwardPasses[RuledPass] = ForwardPasses(
+            f"apply_frames was removed from this {type(model).__name__} while it ran, in another "
+            "thread: a part of its layers followed the rule and a part did not"
+        )
+        self._hooks = Hooks()
+        self._lock = threading.RLock()  # of what is installed
+        self._removed = False
+        self._seats: list[Seat] = []  # all that were ever taken
+        self._traced = Traced()
+        # torch.compile is to run it, not to trace it into a graph for each step.
+        self._untraced_before = torch.compiler.disable(self._before)
+        self._check_free()
+
+    def install(self) -> None:
+        """Takes the layers' seats, and puts the hook in."""
+        with _INSTALLING:
+            self._check_free()
+            take_off(self.model, lambda hook: isinstance(hook, _CopiedHook))
+            self._hooks.before(self.model, self)
+        watch(self.model, self._passes)
+        with self._lock:
+            self._keep_seats()
+
+    def remove(self) -> None:
+        """Takes the hook off, and leaves the layers' seats."""
+        with self._lock:
+            put_back(
+                self._close,
+                self._hooks.remove,
+                *map(self._leave, list(self._seats)),
+                lambda: unwatch(self.model, self._passes),
+            )
+
+    def change(self) -> FrameChange | None:
+        """Returns what is done in the forward pass that calls a layer.
+
+        Raises:
+            RuntimeError: The layer is called outside of a forward pass of the model.
+        """
+        forward = self._passes.current()
+        if forward is not None:
+            return forward.change
+        if self._removed:
+            return None
+        raise RuntimeError(
+            "attention under apply_frames was called without its model's hooks, which tell it the "
+            "step: call the model itself, not its forward()"
+        )
+
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Runs before each forward pass.
+
+        ``kwargs`` are missing where another thread has just taken the hook off.
+        """
+        if kwargs is not None:
+            self._untraced_before(args, kwargs)
+
+    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with self._lock:
+            if self._removed:
+                return
+            self._keep_seats()
+        self._passes.begin(RuledPass(self._find_change(args, kwargs), self._traced))
+
+    def _find_change(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FrameChange | None:
+        call = Call(self.model, args, kwargs)
+        if not self._gate.is_on(self.model, call["timestep"]):
+            return None
+        rule = self._rule
+        assert isinstance(rule, FrameRule)
+        reading = self._read(call)
+        if reading.rule is not None:
+            rule = reading.rule + rule
+        return FrameChange(rule, reading, self._backend, str(next(_KEYS)))
+
+    def _read(self, call: Call) -> Reading:
+        if self._layout is not None:
+            return Reading(self._layout, "the layout= of apply_frames")
+        return self.family.read(call)
+
+    def _keep_seats(self) -> None:
+        if not all(self._is_in_place(layer) for layer in self.all_layers):
+            self.all_layers = self.family.find_layers(self.model)
+            self.layers = [layer for layer in self.all_layers if self._chooses(layer)]
+        for layer in self.layers:
+            seat = seat_of(layer)
+            if seat.controller is not self:
+                self._seats.append(seat)  # noted first, so that it can be left at any time
+                seat.controller, seat.traced = self, self._traced
+            seat.keep(lambda seat: make_route(self.family, seat))
+
+    def _is_in_place(self, layer: FrameLayer) -> bool:
+        try:
+            return self.model.get_submodule(layer.name) is layer.module
+        except AttributeError:
+            return False
+
+    def _leave(self, seat: Seat) -> Callable[[], None]:
+        def leave() -> None:
+            if seat.controller is self:
+                seat.controller = None
+            seat.release()
+
+        return leave
+
+    def _close(self) -> None:
+        self._removed = True
+        self._passes.close()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Becomes a hook that refuses to run in a copy of the model."""
+        return _CopiedHook, ()
+
+    def _check_free(self) -> None:
+        for hook in self.model._forward_pre_hooks.values():
+            if isinstance(hook, RuledModel):
+                raise ValueError(
+                    f"this {type(self.model).__name__} is under apply_frames already: remove() "
+                    "that handle first, or add the two rules"
+                )
+
+
+class _CopiedHook:
+    """The hook that a copy of a model under ``apply_frames`` has before each forward pass.
+
+    The copy is stock, as nobody holds a handle on it; lest that go unnoticed, it does not run until
+    it has been under ``apply_frames`` itself.
+    """
+
+    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        raise RuntimeError(
+            f"this {type(model).__name__} is a copy of one under apply_frames, made without its "
+            "rule: apply_frames(copy, …) puts one on, and remove() of that handle makes it stock"
+        )
