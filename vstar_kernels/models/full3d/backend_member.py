@@ -2,15 +2,15 @@
 
 diffusers' processors name the backend that is to compute their attention, a member of the
 enumeration ``AttentionBackendName``; its dispatcher looks up the function of that member. Here a
-layer gets a member that the enumeration does not list, whose function is :func:`attend`. Projections,
-adapters, fused weights, casting and offloading stay the model's. Where the layer is not to be
-changed, the function calls the backend that was there before.
+layer gets a member that the enumeration does not list, whose function is :func:`attend`. The
+projections, adapters, fused weights, casting and offloading stay the model's. Where the layer is
+not to be changed, the function calls the backend that was there before.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -38,8 +38,8 @@ class Member:
         previous: The backend that it took the place of; None is diffusers' active one.
     """
 
-    _unused: list[Member] = []
-    _count = 0
+    _unused: ClassVar[list[Member]] = []
+    _count: ClassVar[int] = 0
 
     def __init__(self) -> None:
         from diffusers.models import attention_dispatch

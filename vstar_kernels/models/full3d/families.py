@@ -1,9 +1,9 @@
 """The full-3D transformers that are known, by the names of their classes and modules.
 
 A family is data: which modules attend over all tokens of the video, how a call says which frame
-each token belongs to, and by which route the attention is reached. Nothing of diffusers is imported.
-To add a family: an entry here, a reading in ``layouts.py`` if no other has its arguments, and a tiny
-model in ``tests/models/full3d/tiny.py``.
+each token belongs to, and by which route the attention is reached. Nothing of diffusers is
+imported. To add a family: an entry here, a reading in ``layouts.py`` if no other has its arguments,
+and a tiny model in ``tests/models/full3d/tiny.py``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 

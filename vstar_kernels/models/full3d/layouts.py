@@ -1,7 +1,7 @@
 """Layouts as they are read from the arguments of a model's call.
 
-Each function is of the form that a :class:`~vstar_kernels.models.full3d.families.Family` names. What
-it returns is held against the tokens that the layers are called with; what does not fit raises.
+A ``Family`` (``families.py``) names one of these functions. What it returns is held against the
+tokens that the layers are called with; what does not fit raises.
 """
 
 from __future__ import annotations

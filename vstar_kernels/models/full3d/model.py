@@ -1,4 +1,4 @@
-"""One full-3D transformer under a rule: its layers' seats, and the hook before its forward passes."""
+"""One full-3D transformer under a rule: its layers' seats, and the hook on its forward passes."""
 
 from __future__ import annotations
 

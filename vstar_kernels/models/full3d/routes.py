@@ -1,7 +1,7 @@
 """By which route a layer is reached: through its backend, or by a processor of ours.
 
 Where a model's processors do not go through diffusers' attention dispatcher, one of ours takes the
-place of the processor (route B), or runs the processor with PyTorch's attention exchanged (route C).
+place of the processor (route B), or runs the processor with PyTorch's attention exchanged (C).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ProcessorRoute:
 
 
 def _set_processor(module: Any, processor: Any) -> None:
-    """Gives a module a processor, as its ``set_processor`` does where it has one (Mochi has not)."""
+    """Gives a module a processor, by its ``set_processor`` where it has one (Mochi has not)."""
     if hasattr(module, "set_processor"):
         module.set_processor(processor)
     else:

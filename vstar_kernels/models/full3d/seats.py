@@ -1,4 +1,4 @@
-"""One self-attention layer of a full-3D transformer: where its rule, its watchers and its hook meet.
+"""One self-attention layer of a full-3D transformer: where rule, watchers and route meet.
 
 A route puts something into the layer that computes its queries, keys and values and then calls
 :func:`attend`. Routes know their kind of model, and nothing of rules; what controls or watches the
@@ -147,9 +147,8 @@ class Seat:
         Raises:
             RuntimeError: It is called outside of a forward pass of its model.
         """
-        if torch.compiler.is_compiling():
-            if self.traced.inside:
-                return self.traced.change
+        if torch.compiler.is_compiling() and self.traced.inside:
+            return self.traced.change
         controller = self.controller  # which another thread may take away
         return None if controller is None else controller.change()
 
