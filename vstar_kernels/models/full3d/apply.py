@@ -90,7 +90,7 @@ def full3d_models(pipe_or_model: Any) -> dict[str, tuple[nn.Module, Family]]:
         ValueError: There is none.
     """
     if isinstance(pipe_or_model, nn.Module):
-        components = {"": pipe_or_model}
+        components: Any = {"": pipe_or_model}
     else:
         components = getattr(pipe_or_model, "components", None)
         if not isinstance(components, dict):
