@@ -1,8 +1,8 @@
 """StarVid's two losses (arXiv 2409.15259), as pure functions of cross-attention maps.
 
 The paper's idea is that a noun's map is to lie in its subject's box, and a verb's map is to be like
-its noun's in adjacent frames and unlike those of other words. Its formulas are not public, so these
-are public building blocks': the spatial loss has the form of BoxDiff's (arXiv 2307.10816) and LVD's
+its noun's in adjacent frames and unlike those of other words. Its formulas are not public, so
+these are public building blocks': the spatial loss has the form of BoxDiff's (arXiv 2307.10816) and LVD's
 (arXiv 2309.17444), the syntax loss that of SynGen's (arXiv 2306.08877). Every choice is an argument.
 """
 
@@ -98,8 +98,8 @@ def syntax_loss(
 ) -> Tensor:
     """Returns how far verbs' maps are from their own nouns', less how far from other words'.
 
-    Of a noun n and its verb v, with U all other words and D the :func:`map_distance`, it is the mean
-    over frames f, and over the frames f′ at most ``window`` from f, of
+    Of a noun n and its verb v, with U all other words and D the :func:`map_distance`, it is the
+    mean over frames f, and over the frames f′ at most ``window`` from f, of
 
         D(A_v in f, A_n in f′) − mean over u in U of min(D(A_v in f, A_u in f′), margin)
 

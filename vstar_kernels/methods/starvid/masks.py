@@ -9,8 +9,8 @@ from torch import Tensor
 def box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
     """Returns which cells of a grid lie in boxes: those whose centre is inside.
 
-    A box that is too narrow to hold a centre is one cell wide, at the cell nearest to its own centre;
-    one that is too low is one cell high.
+    A box that is too narrow to hold a centre is one cell wide, at the cell nearest to its own
+    centre; one that is too low is one cell high.
 
     Args:
         boxes: ``(…, 4)``, x0, y0, x1, y1 as shares of the width and the height, from the top left.

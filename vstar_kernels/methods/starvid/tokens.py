@@ -31,7 +31,7 @@ def find_tokens(tokenizer: Any, prompt: str, word: str, occurrence: int = 0) -> 
     >>> find_tokens(pipe.tokenizer, "two cats chase a fire truck", "fire truck")
     [5, 6]
 
-    Where the prompt does not have the word itself, its plural or singular is taken ("box", "boxes").
+    Where the prompt does not have the word itself, its plural or singular is taken.
 
     Args:
         tokenizer: The pipeline's, of transformers: CLIP's, or one with sentencepiece's marks (T5).
