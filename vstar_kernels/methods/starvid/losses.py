@@ -1,9 +1,10 @@
 """StarVid's two losses (arXiv 2409.15259), as pure functions of cross-attention maps.
 
 The paper's idea is that a noun's map is to lie in its subject's box, and a verb's map is to be like
-its noun's in adjacent frames and unlike those of other words. Its formulas are not public, so
-these are public building blocks': the spatial loss has the form of BoxDiff's (arXiv 2307.10816) and LVD's
-(arXiv 2309.17444), the syntax loss that of SynGen's (arXiv 2306.08877). Every choice is an argument.
+its noun's in adjacent frames and unlike those of other words. Its formulas are not public, so these
+are public building blocks': the spatial loss has the form of BoxDiff's (arXiv 2307.10816) and of
+LVD's (arXiv 2309.17444), the syntax loss that of SynGen's (arXiv 2306.08877). Every choice is an
+argument.
 """
 
 from __future__ import annotations
