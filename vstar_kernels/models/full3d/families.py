@@ -20,7 +20,7 @@ from vstar_kernels.models.full3d import layouts
 from vstar_kernels.models.full3d.layouts import Call
 from vstar_kernels.models.full3d.seats import FrameLayer, Reading
 
-Hook = Literal["backend"]  # "processor" and "function" come with routes B and C
+Hook = Literal["backend", "processor", "function"]  # routes A, B and C
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class Family:
         classes: The names of its models' classes; subclasses count.
         layers: Matches the names of the modules that attend over the whole video.
         read: Returns the layouts that the arguments of a call describe.
-        hook: ``"backend"`` where processors go through diffusers' attention dispatcher (route A).
+        hook: ``"backend"`` where processors go through diffusers' attention dispatcher,
+            ``"processor"`` where one of ours must take their place, ``"function"`` where PyTorch's
+            attention is exchanged.
     """
 
     name: str

@@ -93,11 +93,13 @@ class Watcher(Protocol):
         layer: FrameLayer,
         query: Tensor,
         key: Tensor,
-        value: Tensor,
-        key_lengths: Tensor | None,
         change: FrameChange | None,
+        *,
+        key_lengths: Tensor | None,
+        scale: float | None,
+        masked: bool,
     ) -> None:
-        """Takes the tensors of a call, ``(batch, tokens, heads, head_dim)``, and what is done."""
+        """Takes what :func:`attend` is called with, and what is done."""
 
 
 class Traced(threading.local):
@@ -151,6 +153,10 @@ class Seat:
             return self.traced.change
         controller = self.controller  # which another thread may take away
         return None if controller is None else controller.change()
+
+    def is_taken(self) -> bool:
+        """Returns whether the call that runs is changed or watched."""
+        return bool(self.watchers) or self.change() is not None
 
     def keep(self, make_route: Callable[[Seat], Route]) -> None:
         """Has the route in place, whatever has been done to the layer meanwhile."""
@@ -214,7 +220,9 @@ def attend(
     if change is not None and key_lengths is None:
         key_lengths = change.reading.key_lengths
     for watcher in seat.watchers:
-        watcher.see(seat.layer, query, key, value, key_lengths, change)
+        watcher.see(
+            seat.layer, query, key, change, key_lengths=key_lengths, scale=scale, masked=masked
+        )
     if change is None or _skips_scores():
         return stock()
     check(seat.layer, query, key, change.reading, masked)
@@ -244,7 +252,7 @@ def check(layer: FrameLayer, query: Tensor, key: Tensor, reading: Reading, maske
         if tensor.shape[1] != layout.tokens:
             raise ValueError(
                 f"{layer.name} was called with {tensor.shape[1]} {name}, but {reading.source} say "
-                f"{layout.tokens}: {layout}. Give apply_frames the layout="
+                f"{layout.tokens}: {layout}. Give the layout="
             )
 
 
