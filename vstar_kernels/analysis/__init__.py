@@ -26,6 +26,7 @@ from vstar_kernels.analysis.grids import (
 )
 from vstar_kernels.analysis.maps import (
     AttentionMap,
+    FrameMap,
     MapFigures,
     MeanMap,
     band_share,
@@ -62,6 +63,7 @@ __all__ = [
     "AttentionMap",
     "DreamSimEmbedder",
     "Embedder",
+    "FrameMap",
     "JointSimilarity",
     "MTScore",
     "MapFigures",

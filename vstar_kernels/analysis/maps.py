@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -11,6 +11,10 @@ from torch import Tensor
 
 from vstar_kernels.attention import dispatch
 from vstar_kernels.attention.bias import Bias, GaussianBias
+from vstar_kernels.attention.frames.call import check_call
+from vstar_kernels.attention.frames.layout import Frames, Layout
+from vstar_kernels.attention.frames.operation import frame_attention
+from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.attention.temporal import tar_attention
 
 Level = int | Literal["init"]
@@ -50,20 +54,72 @@ class AttentionMap:
     calls: int = 1
     branch: int = 0
 
-    def add(self, other: Tensor) -> None:
+    def add(self, other: AttentionMap) -> None:
         """Takes the map of one more forward pass into the mean.
 
         Raises:
             ValueError: It is of another size.
         """
-        if other.shape != self.map.shape:
+        if other.map.shape != self.map.shape:
             raise ValueError(
                 f"the map of {self.layer} has been {tuple(self.map.shape)} (batch, frames, frames) "
-                f"and is now {tuple(other.shape)}: clear() the capture between videos of other "
+                f"and is now {tuple(other.map.shape)}: clear() the capture between videos of other "
                 "sizes"
             )
         self.calls += 1
-        self.map = self.map + (other - self.map) / self.calls
+        self.map = self._mean(self.map, other.map)
+
+    def _mean(self, mean: Tensor, new: Tensor) -> Tensor:
+        return mean + (new - mean) / self.calls
+
+
+@dataclass
+class FrameMap(AttentionMap):
+    """The mean map between the frames of one layer of a full-3D transformer at one step.
+
+    ``map`` is the mean over heads and over the tokens of a query's frame, of the weight on all
+    tokens of a key's frame. A row adds up to 1 less what goes to text. ``level`` is 0 and ``place``
+    is ``"blocks"``; ``positions`` is of how many tokens of the largest frame the mean is.
+
+    Attributes:
+        text: ``(batch, frames)``, the weight on tokens that belong to no frame.
+        heads: ``(batch, heads, frames, frames + 1)``, each head's own map with text in the last
+            column, as ``frame_attention(…, map_heads=True)`` returns it; None unless asked for.
+        coordinates: Of the frames in the order of the maps, that of the sequence: the time in
+            latent frames, as a rule.
+    """
+
+    text: Tensor = field(kw_only=True)
+    heads: Tensor | None = field(default=None, kw_only=True)
+    coordinates: tuple[float, ...] = field(kw_only=True)
+
+    @property
+    def with_text(self) -> Tensor:
+        """``(batch, frames, frames + 1)``: text in the last column, so that rows add up to 1."""
+        return torch.cat([self.map, self.text[..., None]], dim=-1)
+
+    def add(self, other: AttentionMap) -> None:
+        """Takes the map of one more forward pass into the mean.
+
+        Raises:
+            ValueError: It is of another size, or of frames at other times.
+        """
+        assert isinstance(other, FrameMap)
+        if other.coordinates != self.coordinates:
+            raise ValueError(
+                f"the map of {self.layer} has been of frames at {_listed(self.coordinates)} and is "
+                f"now of frames at {_listed(other.coordinates)}: clear() the capture between "
+                "videos of other sizes"
+            )
+        super().add(other)
+        self.text = self._mean(self.text, other.text)
+        if self.heads is not None and other.heads is not None:
+            self.heads = self._mean(self.heads, other.heads)
+
+
+def _listed(coordinates: tuple[float, ...]) -> str:
+    shown = [f"{x:g}" for x in coordinates]
+    return ", ".join(shown if len(shown) <= 8 else [*shown[:4], "…", *shown[-4:]])
 
 
 def mean_map(
@@ -108,6 +164,80 @@ def _has_kernel(query: Tensor, key: Tensor, bias: Bias | None, scale: float) -> 
     """Returns whether a backend that is not the reference gives the map."""
     why_not = dispatch.why_not(query, key, key, bias, scale=scale, return_map=True)
     return any(not reasons for name, reasons in why_not.items() if name != "reference")
+
+
+def frame_map(
+    query: Tensor,
+    key: Tensor,
+    layout: Layout,
+    rule: FrameRule | None = None,
+    *,
+    key_layout: Layout | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    heads: bool = False,
+    max_rows: int,
+) -> tuple[Tensor, int]:
+    """Returns the map between frames, and of how many tokens of the largest frame it is the mean.
+
+    These are all where a kernel gives maps; else some of each frame at equal distances, by the
+    reference, unless the rule asks for places within a frame.
+
+    Args:
+        query: ``(batch, tokens, heads, head_dim)``.
+        key: ``(batch, keys, key_heads, head_dim)``.
+        layout, rule, key_layout, key_lengths, scale: As for
+            :func:`vstar_kernels.frame_attention`.
+        heads: Whether to return the map of each head.
+        max_rows: How many rows (batch × tokens) the reference takes at most, but at least one
+            token of each frame and each batch element.
+
+    Returns:
+        ``(batch, frames, key frames + 1)``, or ``(batch, heads, frames, key frames + 1)``.
+    """
+    options: dict[str, Any] = {"key_lengths": key_lengths, "scale": scale}
+    options |= {"return_map": True, "map_heads": heads}
+    largest = max(layout.frame_tokens, default=0)
+    if rule is not None and rule.is_identity:
+        return frame_attention(query, key, key, layout, rule, key_layout=key_layout, **options)[
+            1
+        ], largest
+    call = check_call(query, key, key, layout, rule, key_layout=key_layout, **options)
+    reasons = dispatch.FRAME_ATTENTION.why_not(call)
+    has_kernel = any(not why for name, why in reasons.items() if name != "reference")
+    count = max(1, max_rows // (call.batch * max(1, layout.frames)))
+    by_place = call.band is not None or call.factor_span is not None
+    if has_kernel or by_place or count >= largest:
+        backend = None if has_kernel else "reference"
+        return frame_attention(
+            query, key, key, layout, rule, key_layout=key_layout, backend=backend, **options
+        )[1], largest
+    index, kept = _some_tokens(layout, count)
+    if rule is not None and isinstance(rule.stat, Tensor):
+        rule = replace(rule, stat=rule.stat[:, index.to(query.device)])
+    return frame_attention(
+        query[:, index.to(query.device)],
+        key,
+        key,
+        kept,
+        rule,
+        key_layout=layout if key_layout is None else key_layout,
+        backend="reference",
+        **options,
+    )[1], count
+
+
+def _some_tokens(layout: Layout, count: int) -> tuple[Tensor, Layout]:
+    """Returns the places of at most ``count`` tokens of each frame, and the layout of these."""
+    places: list[Tensor] = []
+    kept: list[Frames] = []
+    for frame, coordinate in enumerate(layout.coordinates):
+        runs = [torch.arange(run.start, run.end) for run in layout.runs if run.frame == frame]
+        tokens = torch.cat(runs)
+        chosen = min(count, len(tokens))
+        places.append(tokens[(2 * torch.arange(chosen) + 1) * len(tokens) // (2 * chosen)])
+        kept.append(Frames(1, chosen, first=coordinate))
+    return torch.cat(places), Layout(*kept)
 
 
 class HoldsMaps(Protocol):

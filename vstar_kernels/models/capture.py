@@ -8,7 +8,7 @@ model meanwhile, in whatever order, is seen as it is.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from vstar_kernels.analysis.maps import AttentionMap, Level, Place, mean_map
+from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
 from vstar_kernels.models.front_end import (
     find_front_end,
     models_with_temporal_attention,
     temporal_layers,
 )
+from vstar_kernels.models.full3d.apply import find_full3d
+from vstar_kernels.models.full3d.capture import FrameWatch
+from vstar_kernels.models.full3d.seats import FrameLayer
 from vstar_kernels.models.hooks import (
     Argument,
     Handle,
@@ -39,22 +43,26 @@ from vstar_kernels.models.layers import (
 from vstar_kernels.models.schedule import (
     AnnouncedStep,
     FindScheduler,
+    Turns,
     find_step,
     scheduler_of,
     timestep_value,
 )
 
-Chooses = Callable[[TemporalLayer], bool]
+Layer = TemporalLayer | FrameLayer
+Chooses = Callable[[Layer], bool]
 
 
 def capture_maps(
     pipe_or_model: Any,
     *,
     steps: Collection[int] | None = None,
-    layers: Callable[[TemporalLayer], bool] | None = None,
+    layers: Callable[[Any], bool] | Collection[int] | None = None,
     scheduler: Any = None,
     max_rows: int = 256,
     differentiable: bool = False,
+    map_heads: bool = False,
+    layout: Layout | None = None,
 ) -> MapCapture:
     """Collects the mean temporal attention maps of a model while it runs.
 
@@ -62,10 +70,13 @@ def capture_maps(
     ...     video = pipe(prompt).frames
     >>> capture.mean(place="up", step=13)  # (2, 16, 16): without and with the prompt
 
-    It sees what runs: under :func:`vstar_kernels.apply_tar` the regularized map A′, elsewhere the
-    plain A. The model's output stays the same, bit for bit. Each map is computed a second time for
-    it: of all positions where one of the kernels gives maps, otherwise by the reference from some
-    of them, at equal distances.
+    Of a full-3D transformer (Wan, HunyuanVideo and what else :func:`vstar_kernels.apply_frames`
+    knows) these are maps between frames, :class:`~vstar_kernels.analysis.FrameMap`.
+
+    It sees what runs: under :func:`vstar_kernels.apply_tar` or ``apply_frames`` the changed map A′,
+    elsewhere the plain A. The model's output stays the same, bit for bit. Each map is computed a
+    second time for it: of all positions where one of the kernels gives maps, otherwise by the
+    reference from some of them, at equal distances.
 
     Memory is ``layers × steps × batch × frames² × 4`` bytes: choose ``layers`` and ``steps`` for
     long videos.
@@ -73,7 +84,9 @@ def capture_maps(
     Args:
         pipe_or_model: As for :func:`vstar_kernels.apply_tar`, but not compiled.
         steps: Indices of denoising steps; None is all.
-        layers: Whether to capture a :class:`TemporalLayer`; None is all, ``transformer_in`` too.
+        layers: Whether to capture a :class:`TemporalLayer`, or a layer of a full-3D transformer,
+            which has a ``name`` and an ``index``; or such indices. None is all, ``transformer_in``
+            too. Layers of a full-3D transformer that a cache skips give no map.
         scheduler: Tells the step of a timestep; None is the pipeline's own. A model by itself needs
             it for ``steps``, unless :attr:`MapCapture.step` is set.
         max_rows: For the reference, from how many rows (batch × positions) of a layer a map is
@@ -81,6 +94,9 @@ def capture_maps(
         differentiable: Keep the maps on the model's device and in autograd's graph, wherever
             gradients are enabled. Call ``backward()`` before the handle is removed: a model with
             gradient checkpointing then runs its layers again.
+        map_heads: Of full-3D transformers, keep the map of each head too: ``FrameMap.heads``.
+        layout: Of full-3D transformers, which frame each token belongs to, where that is not what
+            the model's arguments say.
 
     Returns:
         A handle: a context manager, with ``remove()``, which keeps its maps afterwards.
@@ -88,22 +104,48 @@ def capture_maps(
     Raises:
         TypeError: ``pipe_or_model`` is of the wrong kind.
         ValueError: It has no temporal attention or is compiled, or ``layers`` chooses none, or
-            ``max_rows`` is less than 1. At a forward pass: the step cannot be known.
+            ``max_rows`` is less than 1. At a forward pass: the step cannot be known, or the tokens
+            are not those of the layout.
         RuntimeError: At a forward pass: a layer was not called, or its projections were not
             (``fuse_qkv_projections``), or it was called several times (FreeNoise).
     """
     if max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {max_rows}")
-    models = models_with_temporal_attention(pipe_or_model)
-    for name, model in models.items():
+    full3d = find_full3d(pipe_or_model)
+    models = {} if full3d else models_with_temporal_attention(pipe_or_model)
+    if not full3d and (map_heads or layout is not None):
+        raise ValueError(
+            "map_heads and layout are for full-3D transformers, of which there is none"
+        )
+    for name, model in {**models, **{name: model for name, (model, _) in full3d.items()}}.items():
         if is_compiled(pipe_or_model, name, model):
             raise ValueError(f"maps of a compiled {type(model).__name__} cannot be captured")
-    chooses = layers or (lambda layer: True)
-    if not any(chooses(layer) for model in models.values() for layer in temporal_layers(model)):
+    chooses = _chooser(layers)
+    every: list[Any] = [layer for model in models.values() for layer in temporal_layers(model)]
+    every += [layer for model, family in full3d.values() for layer in family.find_layers(model)]
+    if not any(chooses(layer) for layer in every):
         raise ValueError("layers chooses none of the temporal attention layers")
 
-    find_scheduler = scheduler_of(pipe_or_model, scheduler)
-    return MapCapture(models, steps, chooses, find_scheduler, max_rows, differentiable)
+    capture = MapCapture(
+        steps, chooses, scheduler_of(pipe_or_model, scheduler), max_rows, differentiable
+    )
+    watches: list[_ModelWatch | FrameWatch] = [
+        _ModelWatch(capture, name, model) for name, model in models.items()
+    ]
+    watches += [
+        FrameWatch(capture, name, model, family, layout=layout, heads=map_heads)
+        for name, (model, family) in full3d.items()
+    ]
+    capture.install(watches)
+    return capture
+
+
+def _chooser(layers: Callable[[Any], bool] | Collection[int] | None) -> Chooses:
+    if layers is None:
+        return lambda layer: True
+    if callable(layers):
+        return layers
+    return lambda layer: isinstance(layer, FrameLayer) and layer.index in layers
 
 
 class MapCapture(Handle):
@@ -115,7 +157,6 @@ class MapCapture(Handle):
 
     def __init__(
         self,
-        models: dict[str, nn.Module],
         steps: Collection[int] | None,
         chooses: Chooses,
         find_scheduler: FindScheduler,
@@ -130,9 +171,13 @@ class MapCapture(Handle):
         self._find_scheduler = find_scheduler
         self._maps: dict[tuple[Any, ...], AttentionMap] = {}
         self._lock = threading.RLock()  # of the maps
-        self._watches = [_ModelWatch(self, name, model) for name, model in models.items()]
+        self._watches: list[_ModelWatch | FrameWatch] = []
+
+    def install(self, watches: list[_ModelWatch | FrameWatch]) -> None:
+        """Puts on what watches the models; what has been put on is taken off if one cannot be."""
+        self._watches = watches
         try:
-            for watch_ in self._watches:
+            for watch_ in watches:
                 watch_.install()
         except BaseException:
             self.remove()
@@ -218,7 +263,7 @@ class MapCapture(Handle):
         """Returns whether a step's maps are captured."""
         return self._steps is None or step in self._steps
 
-    def add(self, found: list[AttentionMap]) -> None:
+    def add(self, found: Sequence[AttentionMap]) -> None:
         """Keeps the maps of a forward pass, or takes each into the mean of its kind."""
         with self._lock:
             maps = dict(self._maps)
@@ -226,7 +271,7 @@ class MapCapture(Handle):
                 key = (new.model, new.layer, new.step, new.timestep, new.branch)
                 if key in maps:
                     maps[key] = replace(maps[key])
-                    maps[key].add(new.map)
+                    maps[key].add(new)
                 else:
                     maps[key] = new
             self._maps = maps  # all of them, or where something is raised none
@@ -305,7 +350,7 @@ class _ModelWatch:
         self._passes: ForwardPasses[_WatchedPass] = ForwardPasses()
         self._hooks = Hooks()
         self._layers: dict[str, _LayerWatch] = {}
-        self._turn = threading.local()  # the last call of each thread
+        self._turns = Turns()
         self._lock = threading.RLock()  # of the hooks
         self._removed = False
 
@@ -327,7 +372,7 @@ class _ModelWatch:
 
     def _close(self) -> None:
         self._removed = True
-        self._turn = threading.local()
+        self._turns = Turns()
         self._passes.close()
 
     def _begin(
@@ -339,23 +384,9 @@ class _ModelWatch:
         step = self._capture.find_step(self._model, call.timestep)
         wanted = self._watch_layers() if self._capture.wants(step) else set()
         keeps_graph = self._capture.differentiable and torch.is_grad_enabled()
-        branch = self._branch(call)
+        in_turns = self._front_end.guides_in_turns
+        branch = self._turns.branch(call.timestep, call.sample) if in_turns else 0
         self._passes.begin(_WatchedPass(call, step, branch, wanted, keeps_graph=keeps_graph))
-
-    def _branch(self, call: ModelCall) -> int:
-        """Returns which call of a step it is, in samplers that call for each side of guidance.
-
-        These are calls of one thread at the same timestep with the same latents, one after another.
-        """
-        if not self._front_end.guides_in_turns:
-            return 0
-        timestep = timestep_value(call.timestep)
-        before = getattr(self._turn, "last", None)
-        branch = 0
-        if before is not None and before[0] == timestep and _same(before[1], call.sample):
-            branch = before[2] + 1
-        self._turn.last = timestep, call.sample.detach(), branch
-        return branch
 
     def _end(self, *_: object) -> None:
         forward = self._passes.current()
@@ -451,10 +482,6 @@ class _ModelWatch:
                 positions=positions,
             )
         )
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.device == other.device and bool(torch.equal(one, other))
 
 
 class _LayerWatch:

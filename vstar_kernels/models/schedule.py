@@ -282,3 +282,28 @@ def _is_floating(timestep: Any) -> bool:
 def _shorten(values: list[float]) -> str:
     shown = [f"{value:g}" for value in values]
     return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "…", *shown[-2:]])
+
+
+class Turns:
+    """Which side of guidance a call of a model is, where samplers call it for each.
+
+    The calls of a step are those of one thread at the same timestep with the same latents, one
+    after another.
+    """
+
+    def __init__(self) -> None:
+        self._last = threading.local()
+
+    def branch(self, timestep: Any, sample: Tensor) -> int:
+        """Returns how many calls of its step came before a call."""
+        value = torch.as_tensor(timestep).detach().clone()
+        before = getattr(self._last, "call", None)
+        branch = 0
+        if before is not None and _same(before[0], value) and _same(before[1], sample):
+            branch = before[2] + 1
+        self._last.call = value, sample.detach(), branch
+        return branch
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.device == other.device and bool(torch.equal(one, other))

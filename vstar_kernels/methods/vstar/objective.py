@@ -110,7 +110,7 @@ class MapObjective:
                 for step, maps in self._run(noise, capture).items():
                     for item in maps:
                         if (item.layer, step) in means:
-                            means[item.layer, step].add(item.map)
+                            means[item.layer, step].add(item)
                         else:
                             means[item.layer, step] = item
         return list(means.values())

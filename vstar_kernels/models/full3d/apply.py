@@ -89,6 +89,17 @@ def full3d_models(pipe_or_model: Any) -> dict[str, tuple[nn.Module, Family]]:
         TypeError: It is neither a model nor a pipeline (an object with ``components``).
         ValueError: There is none.
     """
+    found = find_full3d(pipe_or_model)
+    if not found:
+        raise ValueError(
+            f"{type(pipe_or_model).__name__} is or holds no full-3D transformer that is known "
+            f"here: known are {known_models()}"
+        )
+    return found
+
+
+def find_full3d(pipe_or_model: Any) -> dict[str, tuple[nn.Module, Family]]:
+    """Returns what :func:`full3d_models` returns, or nothing where there is none."""
     if isinstance(pipe_or_model, nn.Module):
         components: Any = {"": pipe_or_model}
     else:
@@ -98,18 +109,12 @@ def full3d_models(pipe_or_model: Any) -> dict[str, tuple[nn.Module, Family]]:
                 "pipe_or_model must be a torch.nn.Module or a diffusers pipeline, "
                 f"got {type(pipe_or_model).__name__}"
             )
-    found = {
+    return {
         name: (model, family)
         for name, component in components.items()
         if isinstance(component, nn.Module)
         and (family := find_family(model := unwrap(component))) is not None
     }
-    if not found:
-        raise ValueError(
-            f"{type(pipe_or_model).__name__} is or holds no full-3D transformer that is known "
-            f"here: known are {known_models()}"
-        )
-    return found
 
 
 def _chooser(layers: Layers) -> Callable[[FrameLayer], bool]:
