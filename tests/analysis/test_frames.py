@@ -1,5 +1,7 @@
 import builtins
 import math
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -164,6 +166,22 @@ def test_dreamsim():
     assert not embeddings.requires_grad
     torch.testing.assert_close(embeddings, video.mean((2, 3)), rtol=0, atol=0.01)
     assert vk.analysis.frame_similarity(video, embedder).shape == (6, 6)
+
+
+def test_dreamsim_is_loaded_where_it_can_run_and_into_the_cache(monkeypatch, tmp_path):
+    calls = []
+
+    def dreamsim(pretrained=True, device="cuda", cache_dir="./models", dreamsim_type="ensemble"):
+        calls.append((device, cache_dir, dreamsim_type))
+        return StubDreamSim(), None
+
+    monkeypatch.setitem(sys.modules, "dreamsim", SimpleNamespace(dreamsim=dreamsim))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    vk.analysis.DreamSimEmbedder()
+    vk.analysis.DreamSimEmbedder(device="meta", cache_dir="here", dreamsim_type="dino_vitb16")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    own = (device, str(tmp_path / "hub" / "dreamsim"), "ensemble")
+    assert calls == [own, ("meta", "here", "dino_vitb16")]
 
 
 def test_dreamsim_that_is_not_installed(monkeypatch):

@@ -116,6 +116,10 @@ def test_wrong_retrievals_are_refused():
         vk.analysis.mt_score(video(), lambda f, s: torch.zeros(1, 5), **SENTENCES)
     with pytest.raises(ValueError, match=r"a finite logit .* nan"):
         vk.analysis.mt_score(video(), lambda f, s: torch.zeros(5) / 0, **SENTENCES)
+    with pytest.raises(ValueError, match="these look like the cosines themselves"):
+        vk.analysis.mt_score(video(), lambda f, s: torch.full((5,), 0.3), **SENTENCES)
+    with pytest.raises(ValueError, match=r"from -100 to 100, got .*120"):
+        vk.analysis.mt_score(video(), lambda f, s: torch.full((5,), 120.0), **SENTENCES)
     with pytest.raises(
         ValueError, match="general must be a list of at least one sentence, got 'x'"
     ):

@@ -145,6 +145,26 @@ def test_histogram(tmp_path):
     assert labels == list(range(1, 20, 2))
 
 
+def test_histograms_of_several_methods(tmp_path):
+    one, other = (vk.analysis.similarity_histogram(torch.rand(9, 9), limits=(0, 1)) for _ in "ab")
+    figure = vk.analysis.plot_histogram({"baseline": one, "VSTAR": other})
+    render(figure, tmp_path)
+    panels = figure.axes[:2]
+    assert [axes.get_title() for axes in panels] == ["baseline", "VSTAR"]
+    meshes = [axes.collections[0] for axes in panels]
+    assert [mesh.get_array().tolist() for mesh in meshes] == [
+        one.shares.tolist(),
+        other.shares.tolist(),
+    ]
+    assert len({mesh.get_clim() for mesh in meshes}) == 1
+    assert all(axes.yaxis_inverted() for axes in panels)
+    wide = vk.analysis.similarity_histogram(torch.rand(9, 9), limits=(0, 2))
+    with pytest.raises(ValueError, match="'a' and 'b' must have the same intervals"):
+        vk.analysis.plot_histogram({"a": one, "b": wide})
+    with pytest.raises(ValueError, match="at least one method"):
+        vk.analysis.plot_histogram({})
+
+
 def test_losses(tmp_path):
     losses = [NoiseLoss(3.0, 2.0, 0.5), NoiseLoss(1.0, 0.5, 0.6), NoiseLoss(2.0, 1.5, 0.7)]
     found = OptimizedNoise(vk.NoisePrior(), torch.zeros(1), [], losses, 1, False)

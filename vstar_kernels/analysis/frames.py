@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -286,7 +287,9 @@ class DreamSimEmbedder:
         model: What ``dreamsim.dreamsim`` returns, without its preprocessing; None loads it, with
             ``options``, from its own files, downloaded where they are not there yet.
         batch_size: How many frames it embeds at a time.
-        options: Of ``dreamsim.dreamsim``, such as ``cache_dir`` and ``dreamsim_type``.
+        options: Of ``dreamsim.dreamsim``, such as ``dreamsim_type``. Unless they are given, its
+            ``device`` is a GPU where there is one and else the CPU, and its ``cache_dir`` a folder
+            in :func:`torch.hub.get_dir`.
 
     Raises:
         ImportError: ``model`` is None and the package ``dreamsim`` is not installed.
@@ -314,7 +317,12 @@ def _load_dreamsim(options: dict[str, Any]) -> Any:
             'DreamSimEmbedder needs the package dreamsim (pip install dreamsim); "pixels" and '
             '"ssim" need nothing'
         ) from error
-    model, _ = dreamsim(pretrained=True, **options)
+    # Its own defaults are a GPU, and a folder in the one that happens to be the current one.
+    ours = {
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "cache_dir": os.path.join(torch.hub.get_dir(), "dreamsim"),
+    }
+    model, _ = dreamsim(pretrained=True, **{**ours, **options})
     return model
 
 

@@ -16,6 +16,9 @@ from vstar_kernels.analysis.frames import as_frames
 Retriever = Callable[[Tensor, Sequence[str]], Tensor]
 
 
+LARGEST_LOGIT = 101.0  # 100 times a cosine, with the rounding of bfloat16
+
+
 @dataclass(frozen=True, eq=False)
 class CLIPVL:
     """How well frames match their texts.
@@ -123,7 +126,8 @@ def mt_score(
     Args:
         frames: As for :func:`vstar_kernels.analysis.as_frames`.
         retriever: Maps a video ``(frames, 3, height, width)``, from 0 to 1, and the sentences to
-            one logit for each of them.
+            one logit for each of them: 100 times the cosine of their embeddings, as the benchmark
+            has it.
         general: Sentences that describe an ordinary video.
         metamorphic: Sentences that describe a time lapse.
         top: Of how many of the likeliest sentences the probabilities are added up, the benchmark's
@@ -144,6 +148,7 @@ def mt_score(
             f"retriever must return a finite logit for each of the {len(sentences)} sentences, got "
             f"{logits.tolist() if logits.ndim == 1 else tuple(logits.shape)}"
         )
+    _check_scale(logits)
     probabilities = logits.softmax(0)
     counted = torch.zeros_like(probabilities)
     best = probabilities.topk(top or len(sentences)).indices
@@ -151,3 +156,17 @@ def mt_score(
     return MTScore(
         float(counted[len(general) :].sum()), float(counted[: len(general)].sum()), probabilities
     )
+
+
+def _check_scale(logits: Tensor) -> None:
+    """Raises ValueError unless logits can be 100 times cosines, and are not cosines themselves."""
+    largest = float(logits.abs().max())
+    if largest > LARGEST_LOGIT:
+        raise ValueError(
+            f"retriever must return 100 times cosines, from -100 to 100, got {logits.tolist()}"
+        )
+    if largest <= 1:
+        raise ValueError(
+            "retriever must return 100 times cosines; these look like the cosines themselves, of "
+            f"which all sentences are nearly as probable: {logits.tolist()}"
+        )

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from vstar_kernels.analysis.frames import JointSimilarity, SimilarityHistogram
@@ -277,31 +278,57 @@ def plot_similarities(joint: JointSimilarity, *, video: int = 0) -> Figure:
 
 
 @_styled
-def plot_histogram(histogram: SimilarityHistogram) -> Figure:
+def plot_histogram(histogram: SimilarityHistogram | Mapping[str, SimilarityHistogram]) -> Figure:
     """Draws the shares of similarities, a row of bins for each interval, and means (Fig. S.2).
 
     Args:
-        histogram: From :func:`vstar_kernels.analysis.similarity_histogram`.
+        histogram: From :func:`vstar_kernels.analysis.similarity_histogram`; or several, by their
+            methods' names, which are drawn side by side on one scale of colours.
+
+    Raises:
+        ValueError: There is none, or they have not the same intervals and edges of bins.
     """
     from matplotlib.ticker import MaxNLocator
 
-    rows = range(len(histogram.intervals) + 1)
-    figure = _new_figure(5.2, max(2.4, 0.2 * len(rows) + 1.2))
-    axes = figure.subplots()
-    image = axes.pcolormesh(histogram.edges.numpy(), rows, histogram.shares.numpy(), vmin=0)
+    methods = histogram if isinstance(histogram, Mapping) else {"": histogram}
+    _check_comparable(methods)
+    first = next(iter(methods.values()))
+    rows = range(len(first.intervals) + 1)
+    figure = _new_figure(2.2 + 3.0 * len(methods), max(2.4, 0.2 * len(rows) + 1.2))
+    panels = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
+    largest = max(float(shown.shares.max()) for shown in methods.values())
     centres = [row + 0.5 for row in rows[:-1]]
     # White with a dark edge is seen on every colour of the map.
     style = {"color": "white", "markeredgecolor": "black", "marker": "o", "markersize": 5}
-    axes.plot(histogram.means.cpu().tolist(), centres, linestyle="", label="mean", **style)
-    axes.invert_yaxis()
+    image = None
+    for axes, (name, shown) in zip(panels, methods.items(), strict=True):
+        image = axes.pcolormesh(
+            shown.edges.numpy(), rows, shown.shares.numpy(), vmin=0, vmax=largest
+        )
+        (means,) = axes.plot(shown.means.cpu().tolist(), centres, linestyle="", **style)
+        axes.set_title(name)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.set_xlabel("similarity of two frames")
     every = -(-len(centres) // 12)
-    axes.set_yticks(centres[::every], [str(i) for i in histogram.intervals[::every]])
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.set_xlabel("similarity of two frames")
-    axes.set_ylabel("interval (frames)")
-    figure.legend(loc="outside upper right")
-    _add_colour_bar(figure, image, axes, "share of the pairs")
+    panels[0].set_yticks(centres[::every], [str(i) for i in first.intervals[::every]])
+    panels[0].set_ylabel("interval (frames)")
+    panels[0].invert_yaxis()  # and with it those that share it
+    figure.legend([means], ["mean"], loc="outside upper right")
+    _add_colour_bar(figure, image, panels, "share of the pairs")
     return figure
+
+
+def _check_comparable(methods: Mapping[str, SimilarityHistogram]) -> None:
+    """Raises ValueError unless there are histograms, over the same intervals and bins."""
+    if not methods:
+        raise ValueError("histogram must hold at least one method, got none")
+    (first_name, first), *others = methods.items()
+    for name, other in others:
+        if other.intervals != first.intervals or not torch.equal(other.edges, first.edges):
+            raise ValueError(
+                f"the histograms of {first_name!r} and {name!r} must have the same intervals and "
+                "edges of bins: give similarity_histogram the same intervals, bins and limits"
+            )
 
 
 @_styled
