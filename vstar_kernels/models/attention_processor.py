@@ -129,12 +129,21 @@ class ProcessorFrontEnd:
 
     guides_in_turns = False
 
-    @staticmethod
-    def self_attentions(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    @classmethod
+    def self_attentions(cls, model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
         """Yields each self-attention module's name, its name without wrappers, and the module."""
+        # Temporal transformers can be built to attend to the prompt in attn2.
+        return cls._attentions(model, cross=False)
+
+    @classmethod
+    def cross_attentions(cls, model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+        """Yields the same of each cross-attention module."""
+        return cls._attentions(model, cross=True)
+
+    @staticmethod
+    def _attentions(model: nn.Module, *, cross: bool) -> Iterator[tuple[str, str, nn.Module]]:
         for name, module in model.named_modules():
-            # Temporal transformers can be built to attend to the prompt in attn2.
-            if not getattr(module, "is_cross_attention", True):
+            if getattr(module, "is_cross_attention", None) is cross:
                 plain_name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
                 yield name, plain_name, module
 

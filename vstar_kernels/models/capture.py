@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vstar_kernels.analysis.maps import AttentionMap, Level, Place, mean_map
 from vstar_kernels.attention.frames.layout import Layout
+from vstar_kernels.models.conditional import in_conditional_passes
 from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
 from vstar_kernels.models.front_end import (
     find_front_end,
@@ -382,7 +383,8 @@ class _ModelWatch:
             return
         call = self._front_end.read_call(model, args, kwargs)
         step = self._capture.find_step(self._model, call.timestep)
-        wanted = self._watch_layers() if self._capture.wants(step) else set()
+        is_wanted = self._capture.wants(step) and not in_conditional_passes()
+        wanted = self._watch_layers() if is_wanted else set()
         keeps_graph = self._capture.differentiable and torch.is_grad_enabled()
         in_turns = self._front_end.guides_in_turns
         branch = self._turns.branch(call.timestep, call.sample) if in_turns else 0

@@ -11,8 +11,9 @@ from torch import nn
 
 from vstar_kernels.models.attention_processor import ProcessorFrontEnd
 from vstar_kernels.models.hooks import ModelCall
-from vstar_kernels.models.layers import TemporalLayer
+from vstar_kernels.models.layers import CrossLayer, TemporalLayer
 
+_LATTE_CROSS_LAYER = re.compile(r"transformer_blocks\.\d+\.attn2")
 _LATTE_LAYER = re.compile(r"temporal_transformer_blocks\.\d+\.attn1")
 
 
@@ -29,6 +30,12 @@ class TransformerFrontEnd(ProcessorFrontEnd):
         for name, plain_name, module in self.self_attentions(model):
             if _LATTE_LAYER.fullmatch(plain_name):
                 yield TemporalLayer(name, 0, "blocks", module)
+
+    def cross_layers(self, model: nn.Module) -> Iterator[CrossLayer]:
+        """Yields the cross-attention modules to the text."""
+        for name, plain_name, module in self.cross_attentions(model):
+            if _LATTE_CROSS_LAYER.fullmatch(plain_name):
+                yield CrossLayer(name, 0, "blocks", module)
 
     def read_call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]

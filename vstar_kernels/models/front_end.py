@@ -13,7 +13,7 @@ from torch import nn
 
 from vstar_kernels.models.dit import TransformerFrontEnd
 from vstar_kernels.models.hooks import ModelCall
-from vstar_kernels.models.layers import RegularizedAttention, TemporalLayer
+from vstar_kernels.models.layers import CrossLayer, RegularizedAttention, TemporalLayer
 from vstar_kernels.models.lvdm import LvdmFrontEnd
 from vstar_kernels.models.unet import UNetFrontEnd
 
@@ -34,6 +34,9 @@ class FrontEnd(Protocol):
 
     def layers(self, model: nn.Module) -> Iterator[TemporalLayer]:
         """Yields the model's temporal self-attention modules in order; none if it is unknown."""
+
+    def cross_layers(self, model: nn.Module) -> Iterator[CrossLayer]:
+        """Yields the modules by which each frame attends to the text; none if there is no text."""
 
     def read_call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -86,6 +89,19 @@ def temporal_layers(model: nn.Module) -> list[TemporalLayer]:
     """
     model = unwrap(model)
     return list(find_front_end(model).layers(model))
+
+
+def cross_layers(model: nn.Module) -> list[CrossLayer]:
+    """Returns the modules of a model by which each of its frames attends to the text.
+
+    Knows the models of :func:`temporal_layers`; those without a text have none. A compiled model is
+    unwrapped.
+
+    Raises:
+        ValueError: The model has no temporal self-attention.
+    """
+    model = unwrap(model)
+    return list(find_front_end(model).cross_layers(model))
 
 
 def models_with_temporal_attention(pipe_or_model: Any) -> dict[str, nn.Module]:

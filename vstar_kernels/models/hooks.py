@@ -154,6 +154,11 @@ def _run_all(steps: tuple[Callable[[], object], ...]) -> None:
             stack.callback(step)
 
 
+def class_names(model: nn.Module) -> set[str]:
+    """Returns the names of a model's class and of those that it is derived from."""
+    return {cls.__name__ for cls in type(model).__mro__}
+
+
 def is_compiled(pipe_or_model: Any, name: str, model: nn.Module) -> bool:
     """Returns whether a model, ``name`` in a pipeline or ``""``, is compiled, at least in part.
 

@@ -41,6 +41,20 @@ class TemporalLayer:
 
 
 @dataclass(frozen=True)
+class CrossLayer:
+    """One cross-attention module from a frame's positions to the text.
+
+    Attributes:
+        name, level, place, module: As of a :class:`TemporalLayer`.
+    """
+
+    name: str
+    level: int
+    place: Place
+    module: Any
+
+
+@dataclass(frozen=True)
 class Regularization:
     """What changes one layer's attention: a bias, or a map in the place of its own (Fig. 4).
 

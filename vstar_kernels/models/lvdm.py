@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vstar_kernels.analysis.maps import Place
 from vstar_kernels.models.hooks import Argument, ModelCall
-from vstar_kernels.models.layers import RegularizedAttention, TemporalLayer
+from vstar_kernels.models.layers import CrossLayer, RegularizedAttention, TemporalLayer
 
 _SECTIONS: dict[str, Place] = {
     "init_attn": "init",
@@ -99,25 +99,16 @@ class LvdmFrontEnd:
     models = "UNetModel of lvdm (VideoCrafter, VSTAR; with input_blocks and TemporalTransformer)"
 
     def layers(self, model: nn.Module) -> Iterator[TemporalLayer]:
-        """Yields the temporal self-attention modules in the model's order.
+        """Yields the temporal self-attention modules in the model's order."""
+        for name, level, place, module in _attentions(model, "TemporalTransformer"):
+            if name.rpartition(".")[2] in ("attn1", "attn2"):
+                yield TemporalLayer(name, "init" if place == "init" else level, place, module)
 
-        The model's blocks are one flat list; a ``Downsample`` or ``Upsample`` ends a level.
-        """
-        if not all(hasattr(model, name) for name in _SECTIONS if name != "init_attn"):
-            return
-        level = 0
-        for section_name, place in _SECTIONS.items():
-            section = getattr(model, section_name, None)
-            if section is None:
-                continue
-            blocks = [(section_name, section)]
-            if isinstance(section, nn.ModuleList):
-                blocks = [(f"{section_name}.{name}", x) for name, x in section.named_children()]
-            for block_name, block in blocks:
-                for name, module in _attentions(block, block_name):
-                    yield TemporalLayer(name, "init" if place == "init" else level, place, module)
-                classes = {type(module).__name__ for module in block.modules()}
-                level += ("Downsample" in classes) - ("Upsample" in classes)
+    def cross_layers(self, model: nn.Module) -> Iterator[CrossLayer]:
+        """Yields the cross-attention modules to the text."""
+        for name, level, place, module in _attentions(model, "SpatialTransformer"):
+            if name.rpartition(".")[2] == "attn2":
+                yield CrossLayer(name, level, place, module)
 
     def read_call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -157,9 +148,25 @@ class LvdmFrontEnd:
         """Registers nothing: this code base has no registries."""
 
 
-def _attentions(block: nn.Module, block_name: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in block.named_modules(prefix=block_name):
-        if type(module).__name__ == "TemporalTransformer":
-            for child_name, child in module.named_modules(prefix=name):
-                if child_name.rpartition(".")[2] in ("attn1", "attn2"):
-                    yield child_name, child
+def _attentions(model: nn.Module, transformer: str) -> Iterator[tuple[str, int, Place, nn.Module]]:
+    """Yields the name, level and place of each module in a kind of transformer, and the module.
+
+    The model's blocks are one flat list; a ``Downsample`` or ``Upsample`` ends a level.
+    """
+    if not all(hasattr(model, name) for name in _SECTIONS if name != "init_attn"):
+        return
+    level = 0
+    for section_name, place in _SECTIONS.items():
+        section = getattr(model, section_name, None)
+        if section is None:
+            continue
+        blocks = [(section_name, section)]
+        if isinstance(section, nn.ModuleList):
+            blocks = [(f"{section_name}.{name}", x) for name, x in section.named_children()]
+        for block_name, block in blocks:
+            for name, module in block.named_modules(prefix=block_name):
+                if type(module).__name__ == transformer:
+                    for child_name, child in module.named_modules(prefix=name):
+                        yield child_name, level, place, child
+            classes = {type(module).__name__ for module in block.modules()}
+            level += ("Downsample" in classes) - ("Upsample" in classes)

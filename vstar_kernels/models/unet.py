@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from vstar_kernels.models.attention_processor import ProcessorFrontEnd
-from vstar_kernels.models.layers import TemporalLayer
+from vstar_kernels.models.hooks import class_names
+from vstar_kernels.models.layers import CrossLayer, TemporalLayer
 
 # UNet3DConditionModel, I2VGenXLUNet; UNetMotionModel, SparseControlNetModel;
 # UNetSpatioTemporalConditionModel, whose temporal attn2 attends to an image.
@@ -17,7 +18,12 @@ _LAYER = re.compile(
     r"(?:(?:temp_attentions|motion_modules)\.\d+\.transformer_blocks\.\d+\.attn[12]"
     r"|attentions\.\d+\.temporal_transformer_blocks\.\d+\.attn1)"
 )
+_CROSS_LAYER = re.compile(
+    r"(?P<place>down|mid|up)_blocks?(?:\.(?P<index>\d+))?\."
+    r"attentions\.\d+\.transformer_blocks\.\d+\.attn2"
+)
 _INIT_LAYER = re.compile(r"transformer_in\.transformer_blocks\.\d+\.attn[12]")
+_IMAGE_MODEL = "UNetSpatioTemporalConditionModel"  # conditioned on an image, not on a text
 
 
 class UNetFrontEnd(ProcessorFrontEnd):
@@ -41,6 +47,16 @@ class UNetFrontEnd(ProcessorFrontEnd):
                 yield TemporalLayer(name, level, match["place"], module)  # type: ignore[arg-type]
             elif _INIT_LAYER.fullmatch(plain_name):
                 yield TemporalLayer(name, "init", "init", module)
+
+    def cross_layers(self, model: nn.Module) -> Iterator[CrossLayer]:
+        """Yields the cross-attention modules to the text; Stable Video Diffusion has no text."""
+        down_blocks = getattr(model, "down_blocks", None)
+        if not isinstance(down_blocks, nn.ModuleList) or _IMAGE_MODEL in class_names(model):
+            return
+        for name, plain_name, module in self.cross_attentions(model):
+            if match := _CROSS_LAYER.fullmatch(plain_name):
+                level = _level(match, len(down_blocks))
+                yield CrossLayer(name, level, match["place"], module)  # type: ignore[arg-type]
 
 
 def _level(match: re.Match[str], num_levels: int) -> int:
