@@ -29,13 +29,18 @@ from vstar_kernels.models.apply import TARHandle, apply_tar
 from vstar_kernels.models.capture import MapCapture, capture_maps
 from vstar_kernels.models.config import TARConfig
 from vstar_kernels.models.frame_prompts import condition_frames
+from vstar_kernels.models.grid.apply import GridHandle, apply_grid
+from vstar_kernels.models.grid.embedding import FPSEmbedding, GridEmbedding
 
 __all__ = [
     "VSTAR",
     "DenseBias",
+    "FPSEmbedding",
     "FrameRule",
     "Frames",
     "GaussianBias",
+    "GridEmbedding",
+    "GridHandle",
     "Layout",
     "MapCapture",
     "NoisePrior",
@@ -53,6 +58,7 @@ __all__ = [
     "TrajectoryWriter",
     "__version__",
     "analysis",
+    "apply_grid",
     "apply_tar",
     "backends",
     "capture_maps",

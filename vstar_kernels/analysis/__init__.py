@@ -3,6 +3,7 @@
 Every function returns data; those named ``plot_…`` draw it, and need Matplotlib.
 """
 
+from vstar_kernels.analysis.costs import AttentionCost, attention_cost, receptive_field
 from vstar_kernels.analysis.frames import (
     DreamSimEmbedder,
     Embedder,
@@ -60,6 +61,7 @@ from vstar_kernels.analysis.subjects import ActionBinding, Numeracy, action_bind
 __all__ = [
     "CLIPVL",
     "ActionBinding",
+    "AttentionCost",
     "AttentionMap",
     "DreamSimEmbedder",
     "Embedder",
@@ -72,6 +74,7 @@ __all__ = [
     "SimilarityHistogram",
     "action_binding",
     "as_frames",
+    "attention_cost",
     "band_share",
     "band_width",
     "bias_from_frames",
@@ -101,6 +104,7 @@ __all__ = [
     "plot_losses",
     "plot_maps",
     "plot_similarities",
+    "receptive_field",
     "similarity_histogram",
     "spatial_heads",
     "structural_similarity",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vstar_kernels.models.config import TARConfig
@@ -9,7 +10,7 @@ from vstar_kernels.models.front_end import models_with_temporal_attention
 from vstar_kernels.models.hooks import Handle, put_back
 from vstar_kernels.models.layers import RegularizedLayer
 from vstar_kernels.models.regularized import RegularizedModel, check_keys
-from vstar_kernels.models.schedule import StepGate, scheduler_of
+from vstar_kernels.models.schedule import StepGate, Steps, scheduler_of
 
 
 def apply_tar(
@@ -84,21 +85,16 @@ def apply_tar(
     return TARHandle(config, gate, regularized)
 
 
-class TARHandle(Handle):
-    """TAR on a model or pipeline, from :func:`apply_tar`: a context manager, with :meth:`remove`.
+class RegularizedHandle(Handle):
+    """Some models with changed attention: a context manager, with :meth:`remove`."""
 
-    Attributes:
-        config: What was applied.
-    """
-
-    def __init__(self, config: TARConfig, gate: StepGate, models: list[RegularizedModel]) -> None:
-        self.config = config
+    def __init__(self, gate: StepGate, models: Sequence[RegularizedModel]) -> None:
         self._gate = gate
-        self._models = models
-        for model in models:
-            model.peers = models
+        self._models = list(models)
+        for model in self._models:
+            model.peers = self._models
         try:
-            for model in models:
+            for model in self._models:
                 model.install()
         except BaseException:
             self.remove()
@@ -118,15 +114,6 @@ class TARHandle(Handle):
         """The regularized layers; by width they are known after a forward pass."""
         return [layer for model in self._models for layer in model.describe()]
 
-    def describe(self) -> str:
-        """Returns a line for each regularized layer, under a line that says when."""
-        count = sum(len(model.layers) for model in self._models)
-        layers = self.layers
-        lines = [f"TAR on {len(layers)} of {count} temporal attention layers, {self._when()}"]
-        if not layers:
-            lines = [f"TAR on layers to be found by their widths at a forward pass, {self._when()}"]
-        return "\n".join([*lines, *(_describe(layer) for layer in layers)])
-
     def remove(self) -> None:
         """Puts everything back as it was; nothing happens the second time.
 
@@ -134,15 +121,43 @@ class TARHandle(Handle):
         """
         put_back(*(model.remove for model in self._models))
 
-    def _when(self) -> str:
-        steps = self.config.steps
-        if steps is None:
-            return "at all steps"
-        if callable(steps):
-            return f"where {getattr(steps, '__name__', repr(steps))}(step, timestep)"
-        if isinstance(steps, int):
-            return f"at steps 0 to {steps}"
-        return f"in the first {steps:.0%} of the steps"
+    def describe_tar(self, config: TARConfig) -> str:
+        """Returns a line for each regularized layer, under a line that says when."""
+        count = sum(len(model.layers) for model in self._models)
+        layers = self.layers
+        kind, when = self._models[0].attention, _when(config.steps)
+        lines = [f"TAR on {len(layers)} of {count} {kind} layers, {when}"]
+        if not layers:
+            lines = [f"TAR on layers to be found by their widths at a forward pass, {when}"]
+        return "\n".join([*lines, *(_describe(layer) for layer in layers)])
+
+
+class TARHandle(RegularizedHandle):
+    """TAR on a model or pipeline, from :func:`apply_tar`: a context manager, with :meth:`remove`.
+
+    Attributes:
+        config: What was applied.
+    """
+
+    def __init__(
+        self, config: TARConfig, gate: StepGate, models: Sequence[RegularizedModel]
+    ) -> None:
+        self.config = config
+        super().__init__(gate, models)
+
+    def describe(self) -> str:
+        """Returns a line for each regularized layer, under a line that says when."""
+        return self.describe_tar(self.config)
+
+
+def _when(steps: Steps) -> str:
+    if steps is None:
+        return "at all steps"
+    if callable(steps):
+        return f"where {getattr(steps, '__name__', repr(steps))}(step, timestep)"
+    if isinstance(steps, int):
+        return f"at steps 0 to {steps}"
+    return f"in the first {steps:.0%} of the steps"
 
 
 def _describe(layer: RegularizedLayer) -> str:

@@ -69,7 +69,7 @@ class TARAttnProcessor(RegularizedAttention):
             return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         reasons = _why_not(attn, hidden_states, encoder_hidden_states, attention_mask)
         if reasons:
-            raise ValueError(f"TARAttnProcessor does not support {'; '.join(reasons)}")
+            raise ValueError(f"{type(self).__name__} does not support {'; '.join(reasons)}")
         out = self.attend(attn, hidden_states, change)
         for layer in attn.to_out:  # projection, dropout
             out = layer(out)

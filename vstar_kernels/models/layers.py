@@ -194,6 +194,10 @@ class RegularizedAttention:
             project(hidden_states).unflatten(-1, (module.heads, -1))
             for project in (module.to_q, module.to_k, module.to_v)
         )
-        bias, backend = change.bias, self.backend
-        out = tar_attention(query, key, value, bias, scale=module.scale, backend=backend)
-        return out.flatten(-2)
+        return self.operate(query, key, value, change, module.scale).flatten(-2)
+
+    def operate(
+        self, query: Tensor, key: Tensor, value: Tensor, change: Regularization, scale: float
+    ) -> Tensor:
+        """Computes attention over frames; all ``(rows, frames, heads, head_dim)``."""
+        return tar_attention(query, key, value, change.bias, scale=scale, backend=self.backend)

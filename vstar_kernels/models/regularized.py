@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -14,8 +14,8 @@ from vstar_kernels.analysis.maps import Level
 from vstar_kernels.models.classes import ClassChange
 from vstar_kernels.models.config import TARConfig
 from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
-from vstar_kernels.models.front_end import find_front_end
-from vstar_kernels.models.hooks import Hooks, put_back, take_off
+from vstar_kernels.models.front_end import FrontEnd, find_front_end
+from vstar_kernels.models.hooks import Hooks, ModelCall, put_back, take_off
 from vstar_kernels.models.layers import (
     PLAIN,
     STOCK,
@@ -75,8 +75,9 @@ class RegularizedModel:
     Args:
         name: The model's name in its pipeline.
         model: The model.
-        config: What to do; every key matches a layer, see :meth:`check_keys`.
+        config: What to do; every key matches a layer, see :meth:`check_keys`. None changes nothing.
         gate: When to do it.
+        front_end: What knows the model; None finds it.
         backend, stock_elsewhere, extend_positions: See :func:`vstar_kernels.apply_tar`.
 
     Raises:
@@ -84,30 +85,34 @@ class RegularizedModel:
             model has TAR already.
     """
 
+    applied_by = "apply_tar"  # the public function, in messages
+    attention = "temporal attention"  # what it is done to
+
     def __init__(
         self,
         name: str,
         model: nn.Module,
-        config: TARConfig,
+        config: TARConfig | None,
         gate: StepGate,
         *,
+        front_end: FrontEnd | None = None,
         backend: str | None,
         stock_elsewhere: bool,
         extend_positions: bool,
     ) -> None:
         self.name = name
         self.model = model
-        self.front_end = find_front_end(model)
+        self.front_end = find_front_end(model) if front_end is None else front_end
         self.layers = list(self.front_end.layers(model))
         self.peers: list[RegularizedModel] = [self]  # the models under the same handle
         self._config = config
-        self._regularizations = config.regularizations
+        self._regularizations = {} if config is None else config.regularizations
         self._gate = gate
         self._backend = backend
         self._off = STOCK if stock_elsewhere else PLAIN
         self._passes: ForwardPasses[RegularizedPass] = ForwardPasses(
-            f"apply_tar was removed from this {type(model).__name__} while it ran, in another "
-            "thread: a part of its layers was regularized and a part was not"
+            f"{self.applied_by} was removed from this {type(model).__name__} while it ran, in "
+            "another thread: a part of its layers was regularized and a part was not"
         )
         self._positions = Positions(model, extend=extend_positions, tables=self._tables)
         self._hooks = Hooks()
@@ -162,36 +167,44 @@ class RegularizedModel:
         if self._removed:
             return STOCK
         raise RuntimeError(
-            "temporal attention under apply_tar was called without its model's hooks, which "
+            f"{self.attention} under {self.applied_by} was called without its model's hooks, which "
             "tell it the step: call the model itself, not its forward()"
         )
 
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-    ) -> None:
-        """Runs before each forward pass.
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Runs before each forward pass; returns its arguments where they are changed.
 
         ``kwargs`` are missing where another thread has just taken the hook off.
         """
-        if kwargs is not None:
-            self._untraced_before(args, kwargs)
+        return None if kwargs is None else self._untraced_before(args, kwargs)
 
-    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         with self._lock:
             if self._removed:
-                return
+                return None
             self._keep_installed()
         call = self.front_end.read_call(self.model, args, kwargs)
+        layers = self._changes(call)
+        forward = self._make_pass(layers, self._positions.fit(call.sample))
+        for peer in self.peers:  # which share the latents
+            peer._width = call.width
+        self._passes.begin(forward)
+        return None
+
+    def _changes(self, call: ModelCall) -> dict[str, Regularization]:
+        """Returns the change to each layer's attention in a forward pass, by the layer's name."""
         layers = {layer.name: self._regularization(layer, call.width) for layer in self.layers}
         self._check_widths(call.width)
         if not self._gate.is_on(self.model, call.timestep, call.step):
             layers = dict.fromkeys(layers, PLAIN)
-        layers = {name: self._off if x is PLAIN else x for name, x in layers.items()}
-        tables = self._positions.fit(call.sample)
-        forward = RegularizedPass(layers, tables, self._traced())
-        for peer in self.peers:  # which share the latents
-            peer._width = call.width
-        self._passes.begin(forward)
+        return {name: self._off if x is PLAIN else x for name, x in layers.items()}
+
+    def _make_pass(self, layers: Mapping[str, Regularization], tables: Tables) -> RegularizedPass:
+        return RegularizedPass(layers, tables, self._traced())
 
     def _traced(self) -> dict[str, Traced]:
         found = {x.name: self.front_end.get_attention(x.module) for x in self.layers}
@@ -212,7 +225,7 @@ class RegularizedModel:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Becomes a hook that refuses to run in a copy of the model."""
-        return _CopiedHook, ()
+        return _CopiedHook, (self.applied_by,)
 
     def describe(self) -> Iterator[RegularizedLayer]:
         """Yields the layers that are regularized; by width they are known after a forward pass."""
@@ -236,7 +249,7 @@ class RegularizedModel:
 
     def _key(self, layer: TemporalLayer, width: int | None) -> int | None:
         """Returns the level or width by which the configuration may name the layer."""
-        if layer.level == "init" and not self._config.include_init:
+        if self._config is None or (layer.level == "init" and not self._config.include_init):
             return None
         if self._config.key == "width":
             return _width_at(layer.level, width)
@@ -248,7 +261,7 @@ class RegularizedModel:
 
     def _check_widths(self, width: int) -> None:
         """Raises unless every width has a layer in a model under the handle; they share latents."""
-        if self._config.key == "width":
+        if self._config is not None and self._config.key == "width":
             check_keys(self._regularizations, self.peers, "width", width)
 
     def _keep_installed(self) -> None:
@@ -305,8 +318,8 @@ class RegularizedModel:
         for hook in self.model._forward_pre_hooks.values():
             if isinstance(hook, RegularizedModel):
                 raise ValueError(
-                    f"this {type(self.model).__name__} is under apply_tar already: remove() that "
-                    "handle first"
+                    f"this {type(self.model).__name__} is under {hook.applied_by} already: "
+                    "remove() that handle first"
                 )
 
 
@@ -319,7 +332,10 @@ def _width_at(level: Level, width: int | None) -> int | None:
 
 
 def check_keys(
-    wanted: Mapping[int, Any], models: list[RegularizedModel], kind: str, width: int | None = None
+    wanted: Mapping[int, Any],
+    models: Sequence[RegularizedModel],
+    kind: str,
+    width: int | None = None,
 ) -> None:
     """Raises unless each level or width has a layer in one of the models.
 
@@ -336,7 +352,7 @@ def check_keys(
     for key in wanted:
         if key not in present:
             raise ValueError(
-                f"no temporal attention has {kind} {key}: the {kind}s are "
+                f"no {models[0].attention} has {kind} {key}: the {kind}s are "
                 f"{', '.join(map(str, sorted(present)))}"
             )
 
@@ -366,10 +382,17 @@ class _CopiedHook:
 
     The copy is stock, as nobody holds a handle on it; lest that go unnoticed, it does not run until
     it has been under ``apply_tar`` itself.
+
+    Args:
+        applied_by: The function that the model was under.
     """
+
+    def __init__(self, applied_by: str) -> None:
+        self._applied_by = applied_by
 
     def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         raise RuntimeError(
-            f"this {type(model).__name__} is a copy of one under apply_tar, made without TAR: "
-            "apply_tar(copy, …) regularizes it, and remove() of that handle makes it stock"
+            f"this {type(model).__name__} is a copy of one under {self._applied_by}, made without "
+            f"it: {self._applied_by}(copy, …) does the same to the copy, and remove() of that "
+            "handle makes it stock"
         )

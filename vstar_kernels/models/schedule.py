@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -121,47 +121,64 @@ class StepGate:
             )
 
 
-class AnnouncedStep:
-    """The step that the caller announces, by the thread that announces it.
+T = TypeVar("T")
 
-    A thread that announces none is at the step of the thread that does: a pool of threads may run
-    what one thread directs. What a thread has announced ends with the thread.
+
+class Announced(Generic[T]):
+    """What the caller announces of a forward pass, by the thread that announces it.
+
+    A thread that announces nothing has what the thread that does announces: a pool of threads may
+    run what one thread directs. What a thread has announced ends with the thread.
     """
+
+    name = "a value"  # in messages
 
     def __init__(self) -> None:
         # By the thread itself: its number is given to another one when it has ended.
-        self._steps: dict[threading.Thread, int] = {}
+        self._values: dict[threading.Thread, T] = {}
 
-    def get(self) -> int | None:
-        """Returns the step of this thread's forward pass, or None if none is announced.
+    def get(self) -> T | None:
+        """Returns what holds for this thread's forward pass, or None if nothing is announced.
 
         Raises:
             RuntimeError: Several other threads have announced one.
         """
-        steps = {thread: step for thread, step in dict(self._steps).items() if thread.is_alive()}
+        values = {thread: x for thread, x in dict(self._values).items() if thread.is_alive()}
         thread = threading.current_thread()
-        if thread in steps or len(steps) < 2:
-            return steps.get(thread, next(iter(steps.values()), None))
+        if thread in values or len(values) < 2:
+            return values.get(thread, next(iter(values.values()), None))
         raise RuntimeError(
-            f"{len(steps)} threads have announced a step, and the one that calls the model has "
-            "not: announce it in that thread"
+            f"{len(values)} threads have announced {self.name}, and the one that calls the model "
+            "has not: announce it in that thread"
         )
 
-    def set(self, step: int | None) -> None:
+    def set(self, value: T | None) -> None:
+        """Announces it for this thread, None to announce nothing."""
+        for thread in list(self._values):
+            if not thread.is_alive():
+                self._values.pop(thread, None)
+        if value is None:
+            self._values.pop(threading.current_thread(), None)
+        else:
+            self._values[threading.current_thread()] = value
+
+
+class AnnouncedStep(Announced[int]):
+    """The step that the caller announces, by the thread that announces it."""
+
+    name = "a step"
+
+    def set(self, value: int | None) -> None:
         """Announces the step of this thread, None to announce none.
 
         Raises:
             ValueError: It is not an index.
         """
-        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
-            raise ValueError(f"step must be an index of at least 0 or None, got {step!r}")
-        for thread in list(self._steps):
-            if not thread.is_alive():
-                self._steps.pop(thread, None)
-        if step is None:
-            self._steps.pop(threading.current_thread(), None)
-        else:
-            self._steps[threading.current_thread()] = step
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int) or value < 0
+        ):
+            raise ValueError(f"step must be an index of at least 0 or None, got {value!r}")
+        super().set(value)
 
 
 FindScheduler = Callable[[nn.Module], Any]

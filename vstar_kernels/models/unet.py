@@ -43,7 +43,7 @@ class UNetFrontEnd(ProcessorFrontEnd):
             return
         for name, plain_name, module in self.self_attentions(model):
             if match := _LAYER.fullmatch(plain_name):
-                level = _level(match, len(down_blocks))
+                level = level_of(match, len(down_blocks))
                 yield TemporalLayer(name, level, match["place"], module)  # type: ignore[arg-type]
             elif _INIT_LAYER.fullmatch(plain_name):
                 yield TemporalLayer(name, "init", "init", module)
@@ -59,7 +59,8 @@ class UNetFrontEnd(ProcessorFrontEnd):
                 yield CrossLayer(name, level, match["place"], module)  # type: ignore[arg-type]
 
 
-def _level(match: re.Match[str], num_levels: int) -> int:
+def level_of(match: re.Match[str], num_levels: int) -> int:
+    """Returns the level of a module whose name says its ``place`` and ``index``."""
     if match["place"] == "mid":
         return num_levels - 1
     index = int(match["index"])
