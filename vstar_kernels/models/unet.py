@@ -55,7 +55,7 @@ class UNetFrontEnd(ProcessorFrontEnd):
             return
         for name, plain_name, module in self.cross_attentions(model):
             if match := _CROSS_LAYER.fullmatch(plain_name):
-                level = _level(match, len(down_blocks))
+                level = level_of(match, len(down_blocks))
                 yield CrossLayer(name, level, match["place"], module)  # type: ignore[arg-type]
 
 

@@ -19,7 +19,7 @@ from vstar_kernels.models.attention_processor import ProcessorFrontEnd, TARAttnP
 from vstar_kernels.models.config import TARConfig
 from vstar_kernels.models.grid.embedding import GridEmbedding
 from vstar_kernels.models.hooks import Argument, ModelCall
-from vstar_kernels.models.layers import STOCK, Regularization, TemporalLayer, Traced
+from vstar_kernels.models.layers import CrossLayer, Regularization, TemporalLayer, Traced
 from vstar_kernels.models.positions import Tables
 from vstar_kernels.models.regularized import RegularizedModel, RegularizedPass
 from vstar_kernels.models.schedule import Announced, StepGate
@@ -66,6 +66,10 @@ class GridFrontEnd(ProcessorFrontEnd):
             if match := _LAYER.fullmatch(plain_name):
                 level = level_of(match, levels)
                 yield TemporalLayer(name, level, match["place"], module)  # type: ignore[arg-type]
+
+    def cross_layers(self, model: nn.Module) -> Iterator[CrossLayer]:
+        """Yields none: a grid image has one text, not one for each frame."""
+        return iter(())
 
     def read_call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -245,15 +249,16 @@ class GridModel(RegularizedModel):
         self, change: Regularization, layer: TemporalLayer, size: tuple[int, int]
     ) -> Regularization:
         """Returns a change with a layer's layout: the same object for the same size."""
-        if change is STOCK or layer.level == "init":
-            return change
+        assert layer.level != "init"
         key = (id(change), layer.level, size)  # a change lives as long as this
         made = self._made_for_sizes.get(key)
         if made is None:
             h, w = (side // 2**layer.level for side in size)
             layout = self.grid.layout(h, w)
             rule = None if change.bias is None else frame_rule(change.bias, layout)
-            made = GridRegularization(change.bias, change.override, layout=layout, rule=rule)
+            made = GridRegularization(
+                change.bias, change.override, change.stock, layout=layout, rule=rule
+            )
             self._made_for_sizes[key] = made
         return made
 
