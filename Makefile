@@ -53,7 +53,8 @@ OR_NO_TEST = $(if $(ARGS),|| [ $$? -eq 5 ])
 test: native $(STAMP)
 	$(PYTEST) $(ARGS) $(OR_NO_TEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/attention/test_triton.py \
-		tests/attention/frames/test_triton.py $(ARGS) $(OR_NO_TEST)
+		tests/attention/frames/test_triton.py tests/attention/columns/test_triton.py \
+		$(ARGS) $(OR_NO_TEST)
 
 # With the Python of the environment, or another; everything else is fetched anew.
 test-install: | $(PYTHON)

@@ -16,18 +16,21 @@ from typing import Any, Literal
 import triton
 import tyro
 
-from benchmarks.codegen import cases, frame_cases, report
+from benchmarks.codegen import cases, column_cases, frame_cases, report
 from benchmarks.codegen.compile import in_processes
+
+FAMILIES = ("tile", "stream", "frames", "columns")
+TABLES = (*frame_cases.VARIANTS, *column_cases.TABLES)
 
 
 @dataclass(frozen=True)
 class Options(cases.Selection):
     """What to compile, and where the results go."""
 
-    family: tuple[Literal["tile", "stream", "frames"], ...] = ("tile", "stream", "frames")
+    family: tuple[Literal[FAMILIES], ...] = FAMILIES
     """Families of kernels."""
-    table: tuple[Literal[tuple(frame_cases.VARIANTS)], ...] = tuple(frame_cases.VARIANTS)
-    """Of the frames' kernels, the tables of configurations."""
+    table: tuple[Literal[TABLES], ...] = TABLES
+    """Of the frames' and the columns' kernels, the tables of configurations."""
     subset: tyro.conf.FlagCreatePairsOff[bool] = False
     """Compile only those that `make test` compiles."""
     json: Path | None = None
@@ -46,9 +49,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.codegen")
     todo: list[Any] = [case for entry in cases.entries() for case in cases.shipped(entry)]
     of_frames = [x for entry in frame_cases.entries() for x in frame_cases.shipped(entry)]
+    of_columns = [x for entry in column_cases.entries() for x in column_cases.shipped(entry)]
     if options.subset:
         todo, of_frames = cases.subset(todo), frame_cases.subset(of_frames)
-    todo = [case for case in [*todo, *of_frames] if options.has(case.entry)]
+        of_columns = column_cases.subset(of_columns)
+    todo = [case for case in [*todo, *of_frames, *of_columns] if options.has(case.entry)]
     results = in_processes(report.examine, todo, options.jobs, unit="kernel")
     text = report.tables(results)
     print(text)

@@ -27,7 +27,7 @@ from typing import Any
 import jinja2
 import triton
 
-from benchmarks.codegen import cases, frame_cases
+from benchmarks.codegen import cases, column_cases, frame_cases
 from benchmarks.codegen.binary import Binary
 from benchmarks.codegen.cases import Case
 from benchmarks.codegen.compile import inspect
@@ -35,6 +35,7 @@ from benchmarks.codegen.targets import REGISTER_UNIT, TARGETS, VECTOR_BYTES, Tar
 from vstar_kernels.attention.triton import configs
 
 Result = dict[str, Any]
+COLUMNS = column_cases.COMMON
 TEMPLATE = Path(__file__).with_name("report.md.jinja")
 CYCLES = 4.0  # from one instruction of a warp to its next, on average; assumed
 MATRIX_RATES = {"16-bit": 1.0, "tf32": 0.5, "ieee": 1 / 16}  # by kind, of the 16-bit rate
@@ -84,7 +85,7 @@ def tables(results: list[Result]) -> str:
         triton=triton.__version__,
         results=results,
         targets=TARGETS,
-        common=(cases.GAUSSIAN.name, cases.GRADIENTS.name, *frame_cases.COMMON),
+        common=(cases.GAUSSIAN.name, cases.GRADIENTS.name, *frame_cases.COMMON, *COLUMNS),
     )
 
 
@@ -114,17 +115,19 @@ def faults(case: Case, binary: Binary, target: Target) -> list[str]:
         )
     constants = case.launch.constants
     aligned = min(VECTOR_BYTES, constants["HEAD"].UNIT * case.dtype.itemsize)
-    if case.entry.backward:
+    of_columns = case.entry.family == "columns"
+    if case.entry.backward or of_columns:
         aligned = min(aligned, _bytes_of_a_thread(case, target))
     if not binary.loads:
         found.append("no load of queries, keys or values was recognised")
     elif min(binary.loads) < aligned:
         found.append(f"loads {min(binary.loads)} bytes at a time where {aligned} are aligned")
-    staged = case.entry.family == "frames" and case.config.stages > 1
+    in_blocks = case.entry.family in ("frames", "columns")
+    staged = in_blocks and case.config.stages > 1
     if staged and target.triton.backend == "cuda" and not binary.asynchronous:
         # Each block of keys and values would wait for its own loads.
         found.append(f"has {case.config.stages} stages, but no load runs ahead of its use")
-    one_group = case.entry.family == "frames" and not case.entry.backward
+    one_group = in_blocks and (of_columns or not case.entry.backward)
     if one_group and case.entry.kind == "16-bit" and binary.load_groups > 1:
         found.append(f"waits {binary.load_groups} times for loads in one pass over its keys")
     multiplies = case.launch.needed.k  # unlike statistics that the forward pass saved
@@ -137,14 +140,16 @@ def faults(case: Case, binary: Binary, target: Target) -> list[str]:
 def _bytes_of_a_thread(case: Case, target: Target) -> int:
     """Returns the bytes that a thread has of the narrowest block, and cannot load more of.
 
-    Only gradients may have less than a vector: it takes many warps to hold their small blocks.
+    Only gradients may have less than a vector, as it takes many warps to hold their small blocks,
+    and 16 of 77 keys.
     """
     constants = case.launch.constants
     width = min(filter(None, (constants["HEAD"].MAIN, constants["HEAD"].REST)))
     if "FRAMES" in constants:
         height = constants["FRAMES"] * constants["SEQUENCES"]
     else:
-        height = min(constants[x] for x in ("QUERIES", "ROWS", "KEYS") if x in constants)
+        names = ("QUERIES", "ROWS", "KEYS", "KEYS_REST")
+        height = min(constants[x] for x in names if constants.get(x))
     return height * width * case.dtype.itemsize // (constants["num_warps"] * target.lanes)
 
 

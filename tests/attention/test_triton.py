@@ -4,7 +4,6 @@ The interpreter needs ``TRITON_INTERPRET=1`` from the start of its process; ``ma
 file in one of its own.
 """
 
-import ast
 import dataclasses
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 import vstar_kernels as vk
 from tests.attention import not_finite
+from tests.attention.kernel_lines import statements
 from tests.pairwise import pairwise
 from vstar_kernels import testing
 from vstar_kernels.attention import triton as backend
@@ -440,7 +440,7 @@ def test_maps_and_gradients_are_the_same_every_time(frames):
 def test_every_line_of_the_kernels_runs(monkeypatch):
     """No statement is left to chance; a new one needs a case here and among the options."""
     modules = (maps, primitives, stream, stream_backward, tile, tile_backward)
-    statements = {line for module in modules for line in _kernel_statements(module)}
+    expected = {line for module in modules for line in statements(module)}
     files = {module.__file__ for module in modules}
     executed = set()
 
@@ -480,27 +480,7 @@ def test_every_line_of_the_kernels_runs(monkeypatch):
                     gradients(tar, tensors, bias, [torch.ones(())] * 2, scale=-0.1)
     finally:
         sys.settrace(None)
-    assert not sorted(f"{Path(file).name}:{line}" for file, line in statements - executed)
-
-
-def _kernel_statements(module):
-    """(file, line) of every statement in the module's kernels but their docstrings."""
-    kernels = [
-        node
-        for node in ast.parse(Path(module.__file__).read_text()).body
-        if isinstance(node, ast.FunctionDef) and node.decorator_list
-    ]
-    assert kernels
-    return {
-        (module.__file__, statement.lineno)
-        for kernel in kernels
-        for statement in ast.walk(kernel)
-        if isinstance(statement, ast.stmt) and statement is not kernel and not _is_text(statement)
-    }
-
-
-def _is_text(statement):
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    assert not sorted(f"{Path(file).name}:{line}" for file, line in expected - executed)
 
 
 # ---- single properties ----

@@ -32,6 +32,7 @@ from vstar_kernels.attention.frames.call import (
 from vstar_kernels.attention.frames.call import check_call as check_frame_call
 from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.attention.frames.rules import FrameRule
+from vstar_kernels.attention.triton import columns as columns_triton
 from vstar_kernels.attention.triton import frames as frames_triton
 
 
@@ -168,7 +169,7 @@ FRAME_ATTENTION: Operation[FrameCall, FrameWanted, FrameGradients] = Operation(
     },
 )
 COLUMN_ATTENTION: Operation[ColumnCall, ColumnWanted, ColumnGradients] = Operation(
-    "column_attention", {"reference": columns_reference}
+    "column_attention", {"triton": columns_triton, "reference": columns_reference}
 )
 
 

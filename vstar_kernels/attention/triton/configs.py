@@ -16,6 +16,7 @@ from typing import Any
 FILE = Path(__file__).with_name("configs.json")
 BACKWARD_FILE = Path(__file__).with_name("configs_backward.json")
 FRAMES_FILE = Path(__file__).with_name("configs_frames.json")
+COLUMNS_FILE = Path(__file__).with_name("configs_columns.json")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 KINDS = ("16-bit", "tf32", "ieee")  # how products are computed
 TILE_FRAMES = (16, 32, 64, 128)
@@ -63,6 +64,20 @@ class FramesConfig:
     warps: int
     stages: int
     programs: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class ColumnsConfig:
+    """How :mod:`columns_forward` and :mod:`columns_backward` cover a problem.
+
+    ``keys`` is 0 where a program has all keys at a time; ``shared`` is the memory it takes.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
     shared: int
 
 
@@ -117,6 +132,11 @@ def stream_backward(architecture: str, kind: str, head_dim: int) -> StreamConfig
 def frames(architecture: str, kind: str, head_dim: int, table: str) -> FramesConfig:
     """Returns a configuration for attention over frames of tokens, from one of its tables."""
     return _table(FRAMES_FILE, table, FramesConfig)[architecture, kind, None, width(head_dim)]
+
+
+def columns(architecture: str, kind: str, head_dim: int, table: str) -> ColumnsConfig:
+    """Returns a configuration for attention with maps of columns, from one of its tables."""
+    return _table(COLUMNS_FILE, table, ColumnsConfig)[architecture, kind, None, width(head_dim)]
 
 
 def width(head_dim: int) -> int:

@@ -1,0 +1,114 @@
+"""``python -m benchmarks.tune.columns``: chooses ``configs_columns.json`` by the compiled code.
+
+Of the candidates in ``column_candidates.json``, (rows, keys, warps of 32 threads, stages) by kind
+of products and table, in the order of preference, a table gets the first that compiles without
+fault for all of its variants in ``benchmarks.codegen.column_cases``. Needs no GPU; the choice is to
+be corrected by one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from benchmarks.codegen import cases, column_cases
+from benchmarks.codegen.column_cases import TABLES, ColumnEntry
+from benchmarks.codegen.compile import in_processes
+from benchmarks.codegen.targets import TARGETS
+from benchmarks.tune.choose import LEAST_SHARED, inspect_fit
+from vstar_kernels.attention.triton import configs
+from vstar_kernels.attention.triton.configs import ColumnsConfig
+
+SIZES = json.loads(Path(__file__).with_name("column_candidates.json").read_text())
+
+ColumnKey = tuple[str, str, int, str]  # architecture, kind, width and table
+
+
+@dataclass(frozen=True)
+class Options(cases.Selection):
+    """Which configurations to choose."""
+
+    table: tuple[Literal[TABLES], ...] = TABLES
+    """Tables of the file."""
+    jobs: int = 1
+    """Processes."""
+
+
+def candidates(architecture: str, kind: str, width: int, table: str) -> list[ColumnEntry]:
+    """Returns the entries to try, best first; their ``shared`` is not known."""
+    threads = TARGETS[architecture].lanes // 32
+    tile = table.endswith(("80", "128"))
+    return [
+        column_cases.entry(
+            architecture,
+            kind,
+            width,
+            table,
+            ColumnsConfig(rows, 0 if tile else keys, max(1, warps // threads), stages, shared=0),
+        )
+        for rows, keys, warps, stages in SIZES[f"{kind} {table}"]
+    ]
+
+
+def predicted(key: ColumnKey) -> ColumnEntry | None:
+    """Returns the first of a key's candidates that compiles without fault."""
+    return next(filter(None, map(fit, candidates(*key))), None)
+
+
+def fit(entry: ColumnEntry) -> ColumnEntry | None:
+    """Returns the entry with the shared memory that it needs, if none of its cases has a fault."""
+    shared = 0
+    for case in column_cases.shipped(entry):
+        binary = inspect_fit(case)
+        if binary is None or binary.shared > LEAST_SHARED[entry.architecture]:
+            return None
+        shared = max(shared, binary.shared)
+    return replace(entry, config=replace(entry.config, shared=shared))
+
+
+def write(chosen: Iterable[ColumnEntry]) -> None:
+    """Replaces the entries of the chosen keys in the file; the others stay."""
+    merged = {_key(x): x for x in [*column_cases.entries(), *chosen]}
+    tables = []
+    for table in TABLES:
+        lines = ",\n    ".join(
+            _line(merged[key])
+            for architecture in configs.ARCHITECTURES
+            for kind in configs.KINDS
+            for width in configs.WIDTHS
+            if (key := (architecture, kind, width, table)) in merged
+        )
+        tables.append(f'  "{table}": [\n    {lines}\n  ]')
+    configs.COLUMNS_FILE.write_text("{\n" + ",\n".join(tables) + "\n}\n")
+
+
+def _key(entry: ColumnEntry) -> ColumnKey:
+    return entry.architecture, entry.kind, entry.width, entry.table
+
+
+def _line(entry: ColumnEntry) -> str:
+    key = {"architecture": entry.architecture, "kind": entry.kind, "width": entry.width}
+    return json.dumps(key | asdict(entry.config))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Rewrites the file, after each kind and width."""
+    options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.tune.columns")
+    missing = []
+    for kind in options.kind:
+        for width in options.width:
+            todo = [(x, kind, width, table) for x in options.target for table in options.table]
+            chosen = in_processes(predicted, todo, options.jobs, unit="key")
+            write(filter(None, chosen))
+            missing += [key for key, entry in zip(todo, chosen, strict=True) if not entry]
+    if missing:
+        raise SystemExit(f"no configuration is fit for {missing}")
+
+
+if __name__ == "__main__":
+    main()

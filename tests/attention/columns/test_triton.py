@@ -1,0 +1,323 @@
+"""The Triton kernels of column_attention: on a GPU, or interpreted on the CPU.
+
+The interpreter needs ``TRITON_INTERPRET=1`` from the start of its process; ``make test`` runs this
+file so.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vstar_kernels as vk
+from tests.attention.columns import cases
+from tests.attention.kernel_lines import statements
+from tests.pairwise import some
+from vstar_kernels.attention import triton as backend
+from vstar_kernels.attention.columns.call import ColumnWanted, check_call
+from vstar_kernels.testing import assert_columns, assert_gradients
+
+if backend.unavailable():
+    pytest.skip("; ".join(backend.unavailable()), allow_module_level=True)
+
+from vstar_kernels.attention.triton import (
+    columns,
+    columns_backward,
+    columns_forward,
+    columns_plan,
+    configs,
+    plan,
+)
+from vstar_kernels.attention.triton.configs import ColumnsConfig
+
+DEVICE = "cpu" if backend.interpreted() else "cuda"
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """What kernels fill starts as NaN, so that an element left unwritten shows."""
+    for name in ("empty_like", "empty"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+def poisoned(allocate):
+    def run(*args, **options):
+        tensor = allocate(*args, **options)
+        return tensor.fill_(NAN) if tensor.is_floating_point() else tensor
+
+    return run
+
+
+SMALL = ColumnsConfig(rows=32, keys=64, warps=4, stages=1, shared=0)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Few rows a program, and plans that are made anew."""
+    monkeypatch.setattr(configs, "columns", lambda *key: SMALL)
+    yield
+    columns._forward_plan.cache_clear()
+    columns._backward_plan.cache_clear()
+
+
+@pytest.fixture
+def processors(monkeypatch):
+    """Has kernels planned for a device with so many processors, on which programs share work."""
+
+    def choose(count):
+        found = plan.device_of(torch.device(DEVICE))._replace(processors=count)
+        monkeypatch.setattr(plan, "device_of", lambda device: found)
+
+    return choose
+
+
+def on_device(x):
+    """A tensor on the kernels' device, laid as it was; anything else as it is."""
+    return x.to(DEVICE) if isinstance(x, torch.Tensor) else x
+
+
+def run(*arguments, **options):
+    """The kernels' result, on the CPU."""
+    found = vk.column_attention(*map(on_device, arguments), **options, backend="triton")
+    return tuple(x.cpu() for x in found) if isinstance(found, tuple) else found.cpu()
+
+
+TINY = cases.OPTIONS | {
+    "queries": [1, 5, 37],
+    "keys": [1, 16, 64, 77, 100, 128, 130, 226],
+    "count": [1, 4],
+    "heads": [1, 3],
+    "head_dim": [16, 40],
+    "processors": [1, 100],
+    "int64": [False, True],
+}
+
+
+@pytest.mark.parametrize("case", some(TINY, 24), ids=cases.identify)
+def test_options(case, monkeypatch, processors):
+    processors(case["processors"])
+    if case["int64"]:
+        monkeypatch.setattr(plan, "INT32_MAX", -1)
+    arguments, options = cases.make(case)
+    assert_columns(run(*arguments, **options), *arguments, **options)
+
+
+# ---- gradients ----
+
+WANTED = [("query",), ("key", "value"), ("query", "key"), ("query", "value")]
+GRADIENTS = TINY | {
+    "queries": [1, 5, 70],
+    "keys": [16, 77, 128, 130],
+    "wanted": WANTED,
+    "save": [True, False],
+    "dtype": [torch.float32, torch.float16],  # the interpreter truncates to bfloat16
+}
+
+
+class OnDevice:
+    """The kernels with calls and gradients that are on the CPU."""
+
+    @staticmethod
+    def forward(call, *, save):
+        return columns.forward(moved(call), save=save)
+
+    @staticmethod
+    def backward(call, out, saved, grad_out, grad_map, wanted):
+        given = map(on_device, (grad_out, grad_map))
+        found = columns.backward(moved(call), out, saved, *given, wanted)
+        return found._make(None if x is None else x.cpu() for x in found)
+
+
+def moved(call):
+    """The call on the kernels' device."""
+    tensors = {name: on_device(x) for name, x in call.tensors().items()}
+    return dataclasses.replace(call, **tensors)
+
+
+@pytest.mark.parametrize("case", some(GRADIENTS, 12), ids=cases.identify)
+def test_gradients(case, processors):
+    processors(case["processors"])
+    arguments, options = cases.make(case)
+    wanted = [x for x in case["wanted"] if case["value"] or x != "value"]
+    made = cases.Gradients(arguments, options, wanted)
+    half = case["dtype"] == torch.float16
+    compute = made.eager if half else made.autograd
+    # Of rows that see nearly one key the gradients of logits are zero, but for rounding.
+    assert_gradients(
+        made.by(OnDevice, save=case["save"]), compute, vanishing=1e-2 if half else 1e-4
+    )
+
+
+@pytest.mark.parametrize("keys", [77, 130])
+def test_gradients_of_one_result(keys):
+    """The other has none, as where only the maps are in a loss, or only the output."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 9, 2, 16), *torch.randn(2, 2, keys, 2, 16)
+    call = check_call(*map(on_device, (query, key, value, torch.rand(keys, 3))))
+    wanted = ColumnWanted(query=True, key=True, value=True, columns=False)
+    grads = [on_device(torch.randn(2, 9, 2, 16)), on_device(torch.randn(2, 9, 3))]
+    lse = columns.forward(call, save=True).saved
+    both = columns.backward(call, None, lse, *grads, wanted)
+    of_out = columns.backward(call, None, lse, grads[0], None, wanted)
+    of_maps = columns.backward(call, None, lse, None, grads[1], wanted)
+    for total, one, other in zip(both[:3], of_out, of_maps, strict=False):
+        torch.testing.assert_close(one + other, total, rtol=1e-4, atol=1e-5)
+    assert not of_maps.value.any()
+
+
+def test_through_the_operation():
+    """Autograd reaches the kernels, and keeps a number for each row beside their inputs."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, n, 2, 16, device=DEVICE) for n in (40, 77, 77))
+    weights, kept, found = torch.rand(77, 2, device=DEVICE), [], []
+    query.requires_grad_()
+
+    def pack(x):
+        if x.data_ptr() not in [given.data_ptr() for given in (query, key, value, weights)]:
+            kept.append(tuple(x.shape))
+        return x
+
+    text = [x.expand(3, -1, -1, -1) for x in (key, value)]
+    for name in ("triton", "reference"):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out, maps = vk.column_attention(
+                query.expand(3, -1, -1, -1), *text, weights, backend=name
+            )
+        if name == "triton":
+            assert kept == [(3, 2, 40)]
+        loss = out.transpose(1, 3).square().sum() + 20 * maps.square().sum()
+        found += torch.autograd.grad(loss, query)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+# ---- what kernels must not do ----
+
+
+@pytest.mark.parametrize("keys", [77, 130])
+def test_a_nan_stays_in_its_row(keys):
+    """In all that the row gives, whatever columns there are; other rows keep their bits."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 40, 2, 16), *torch.randn(2, 1, keys, 2, 16)
+    weights = torch.zeros(keys, 3)
+    weights[5, 0], weights[keys - 1, 1] = 1, 1
+    clean = run(query, key, value, weights)
+    query[0, 33, 1] = NAN
+    found = run(query, key, value, weights)
+    for x, y in zip(found, clean, strict=True):
+        assert torch.equal(x[0, :33], y[0, :33])
+        assert torch.equal(x[0, 34:], y[0, 34:])
+    assert found[0][0, 33, 1].isnan().all()
+    assert found[1][0, 33].isnan().all()
+
+
+@pytest.mark.parametrize("keys", [77, 130])
+def test_logits_of_any_size(keys):
+    """A key that no query sees, −∞, and logits far beyond what an exponential holds."""
+    query = torch.full((1, 3, 1, 16), 100.0)
+    key, value = torch.randn(2, 1, keys, 1, 16).unbind()
+    key[0, :70, 0, 0] = -torch.inf
+    weights = torch.eye(keys)[:, [0, 75]]
+    out, maps = run(query, key, value, weights, scale=4.0)
+    expected = vk.column_attention(query, key, value, weights, scale=4.0, backend="reference")
+    torch.testing.assert_close((out, maps), expected, rtol=1e-4, atol=1e-5)
+    assert out.isfinite().all()
+
+
+def test_programs_that_share_work_are_the_same_every_time(processors):
+    processors(100)
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 40, 3, 16), *torch.randn(2, 1, 77, 3, 16)
+    results = []
+    for _ in range(2):
+        leaves = [on_device(x).clone().requires_grad_() for x in (query, key, value)]
+        found = vk.column_attention(*leaves, on_device(torch.eye(77)[:, :2]), backend="triton")
+        results.append([*found, *torch.autograd.grad([x.sum() for x in found], leaves)])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_nothing_to_compute():
+    query, key = torch.zeros(0, 4, 2, 16, device=DEVICE), torch.zeros(0, 3, 2, 16, device=DEVICE)
+    query.requires_grad_()
+    out, maps = vk.column_attention(query, key, key, torch.ones(3, 2, device=DEVICE))
+    assert (out.shape, maps.shape) == ((0, 4, 2, 16), (0, 4, 2))
+    (found,) = torch.autograd.grad(out.sum() + maps.sum(), query)
+    assert found.shape == query.shape
+
+
+def test_reasons_name_what_is_missing():
+    x, weights = torch.zeros(1, 600, 1, 16, device=DEVICE), torch.ones(600, 2, device=DEVICE)
+
+    def why_not(keys, **changed):
+        given = {"query": x, "key": x[:, :keys], "value": x[:, :keys], "columns": weights[:keys]}
+        return columns.why_not(check_call(**{**given, **changed}))
+
+    assert why_not(77) == []
+    assert why_not(77, value=None) == []
+    assert why_not(600) == ["takes at most 512 keys, key has 600"]
+    double = {name: x[:, :77].double() for name in ("query", "key", "value")}
+    assert why_not(77, **double)[0].startswith("takes torch.float32")
+    trained = weights[:77].clone().requires_grad_()
+    assert "gradient of columns" in why_not(77, columns=trained)[0]
+    with torch.no_grad():
+        assert not why_not(77, columns=trained)
+
+
+# ---- how work is shared out ----
+
+
+def test_heads_are_shared_out_where_programs_are_few():
+    def shares(processors, programs, heads):
+        x = torch.zeros(1, 1, 1, 16)
+        key = columns_plan.forward_key(check_call(x, x, x, torch.ones(1, 1)), x)
+        device = key.device._replace(processors=processors)
+        return key._replace(device=device).shares(programs, heads)
+
+    assert shares(132, 264, 5) == (1, 5)
+    assert shares(132, 263, 5) == (2, 3)  # and not 3 and 2, of which one would be idle
+    assert shares(132, 100, 20) == (3, 7)
+    assert shares(132, 1, 20) == (20, 1)
+    assert shares(1, 7, 20) == (1, 20)
+
+
+def test_keys_are_split_as_heads_are():
+    def parts(keys):
+        x = torch.zeros(1, keys, 1, 16)
+        key = columns_plan.forward_key(check_call(x, x, x, torch.ones(keys, 1)), x)
+        return key.table, key.is_tile and key.key_parts
+
+    assert parts(1) == ("_80", (16, 0))
+    assert parts(77) == ("_80", (64, 16))
+    assert parts(120) == ("_128", (128, 0))
+    assert parts(129) == ("_stream", False)
+
+
+@pytest.mark.skipif(not backend.interpreted(), reason="on a GPU no line can be watched")
+def test_every_line_of_the_kernels_runs(processors):
+    """No statement is left to chance; a new one needs a case here and among the options."""
+    processors(4)
+    modules = (columns_forward, columns_backward)
+    expected = {line for module in modules for line in statements(module)}
+    files, executed = {module.__file__ for module in modules}, set()
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename not in files:
+            return None
+        executed.add((frame.f_code.co_filename, frame.f_lineno))
+        return trace
+
+    torch.manual_seed(0)
+    sys.settrace(trace)
+    try:
+        for keys in (77, 13, 130):
+            tensors = [torch.randn(1, n, 2, 40, requires_grad=True) for n in (3, keys, keys)]
+            one_hot = torch.eye(keys)[:, :1]
+            found = vk.column_attention(*tensors, one_hot, scale=-0.1, backend="triton")
+            torch.autograd.grad([x.sum() for x in found], tensors)
+            maps = vk.column_attention(*tensors[:2], None, one_hot, backend="triton")
+            torch.autograd.grad(maps.sum(), tensors[0])
+    finally:
+        sys.settrace(None)
+    assert not sorted(f"{Path(file).name}:{line}" for file, line in expected - executed)
