@@ -27,6 +27,7 @@ from vstar_kernels.methods.vstar.vstar import VSTAR
 from vstar_kernels.methods.vstar.writer import SynopsisWriter
 from vstar_kernels.models.apply import TARHandle, apply_tar
 from vstar_kernels.models.capture import MapCapture, capture_maps
+from vstar_kernels.models.columns import ColumnCapture, capture_columns
 from vstar_kernels.models.config import TARConfig
 from vstar_kernels.models.frame_prompts import condition_frames
 from vstar_kernels.models.grid.apply import GridHandle, apply_grid
@@ -34,6 +35,7 @@ from vstar_kernels.models.grid.embedding import FPSEmbedding, GridEmbedding
 
 __all__ = [
     "VSTAR",
+    "ColumnCapture",
     "DenseBias",
     "FPSEmbedding",
     "FrameRule",
@@ -61,6 +63,7 @@ __all__ = [
     "apply_grid",
     "apply_tar",
     "backends",
+    "capture_columns",
     "capture_maps",
     "capture_real_maps",
     "column_attention",

@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from vstar_kernels.models.hooks import Argument, ModelCall
-from vstar_kernels.models.layers import RegularizedAttention
+from vstar_kernels.models.layers import (
+    ColumnController,
+    CrossLayer,
+    RegularizedAttention,
+    WatchedCrossAttention,
+)
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -67,16 +72,15 @@ class TARAttnProcessor(RegularizedAttention):
         change = self.regularization()
         if change.stock:
             return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        reasons = _why_not(attn, hidden_states, encoder_hidden_states, attention_mask)
+        reasons = _why_not(attn, hidden_states, attention_mask)
+        if encoder_hidden_states is not None and encoder_hidden_states is not hidden_states:
+            reasons.append(
+                "cross-attention (encoder_hidden_states of shape "
+                f"{tuple(encoder_hidden_states.shape)}): it is for self-attention over frames"
+            )
         if reasons:
             raise ValueError(f"{type(self).__name__} does not support {'; '.join(reasons)}")
-        out = self.attend(attn, hidden_states, change)
-        for layer in attn.to_out:  # projection, dropout
-            out = layer(out)
-        if attn.residual_connection:
-            out = out + hidden_states
-        # Dividing by 1 would be a pass over the memory, which costs as much as small attention.
-        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+        return _finish(attn, self.attend(attn, hidden_states, change), hidden_states)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies what was there before, as nothing controls the copy of a model under TAR."""
@@ -85,27 +89,66 @@ class TARAttnProcessor(RegularizedAttention):
         return _same, (self.previous,)
 
 
+class ColumnAttnProcessor(WatchedCrossAttention):
+    """An attention processor for cross-attention to the text, with the maps of some words.
+
+    :func:`vstar_kernels.capture_columns` puts it in. It takes and returns ``(rows, positions,
+    channels)``, a row for each frame.
+    """
+
+    # `Attention.forward` passes on only the keywords that it finds here by name.
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attends to the text, projections included.
+
+        Raises:
+            ValueError: The module or the call asks for more than cross-attention; the message lists
+                everything that it asks for.
+        """
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        columns = self.controller.columns(self.layer, hidden_states, context.shape[1])
+        if columns is None:
+            return self.previous(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        reasons = _why_not(attn, hidden_states, attention_mask)
+        if getattr(attn, "norm_cross", None):
+            reasons.append("an attention module with norm_cross")
+        if reasons:
+            raise ValueError(f"capture_columns does not support {'; '.join(reasons)}")
+        out = self.attend(attn, hidden_states, context, columns)
+        return _finish(attn, out, hidden_states)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies what was there before, as nothing captures the maps of the copy of a model."""
+        return _same, (self.previous,)
+
+
 def _same(value: Any) -> Any:
     return value
 
 
-def _why_not(
-    attn: Attention,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor | None,
-    attention_mask: Tensor | None,
-) -> list[str]:
-    """Returns what is asked for that TARAttnProcessor would have to ignore."""
+def _finish(attn: Attention, out: Tensor, hidden_states: Tensor) -> Tensor:
+    """Returns what comes after attention: the output projection and the residual."""
+    for layer in attn.to_out:  # projection, dropout
+        out = layer(out)
+    if attn.residual_connection:
+        out = out + hidden_states
+    # Dividing by 1 would be a pass over the memory, which costs as much as small attention.
+    return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+
+
+def _why_not(attn: Attention, hidden_states: Tensor, attention_mask: Tensor | None) -> list[str]:
+    """Returns what is asked for that our processors would have to ignore."""
     reasons = []
     if hidden_states.ndim != 3:
         reasons.append(
             "hidden_states other than (rows, frames, channels), "
             f"got shape {tuple(hidden_states.shape)}"
-        )
-    if encoder_hidden_states is not None and encoder_hidden_states is not hidden_states:
-        reasons.append(
-            "cross-attention (encoder_hidden_states of shape "
-            f"{tuple(encoder_hidden_states.shape)}): it is for self-attention over frames"
         )
     if attention_mask is not None:
         reasons.append(f"an attention_mask, got shape {tuple(attention_mask.shape)}")
@@ -165,6 +208,22 @@ class ProcessorFrontEnd:
     def make_attention(self, module: nn.Module, backend: str | None) -> TARAttnProcessor:
         """Makes a processor for the module, plain until it is given a bias."""
         return TARAttnProcessor(backend=backend)
+
+    def watch_cross_attention(
+        self, controller: ColumnController, layer: CrossLayer, backend: str | None
+    ) -> ColumnAttnProcessor:
+        """Makes a processor that gives a layer's column maps to the controller."""
+        previous = self.get_attention(layer.module)
+        return ColumnAttnProcessor(controller, layer.name, previous, backend)
+
+    def why_not_watch(self, attention: Any) -> str | None:
+        """Returns why a processor of cross-attention cannot make way, or None."""
+        name = type(attention).__name__
+        if isinstance(attention, ColumnAttnProcessor) or name in PLAIN_PROCESSORS:
+            return None
+        if name.startswith("IPAdapter"):
+            return f"it has an {name}, whose attention to images capture_columns has not"
+        return f"it has a {name}, which capture_columns would replace"
 
     def why_not_replace(self, attention: Any) -> str | None:
         """Returns why a processor that is found in a model cannot make way for TAR, or None."""

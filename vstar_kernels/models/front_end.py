@@ -13,7 +13,13 @@ from torch import nn
 
 from vstar_kernels.models.dit import TransformerFrontEnd
 from vstar_kernels.models.hooks import ModelCall
-from vstar_kernels.models.layers import CrossLayer, RegularizedAttention, TemporalLayer
+from vstar_kernels.models.layers import (
+    ColumnController,
+    CrossLayer,
+    RegularizedAttention,
+    TemporalLayer,
+    WatchedCrossAttention,
+)
 from vstar_kernels.models.lvdm import LvdmFrontEnd
 from vstar_kernels.models.unet import UNetFrontEnd
 
@@ -51,6 +57,14 @@ class FrontEnd(Protocol):
 
     def make_attention(self, module: nn.Module, backend: str | None) -> RegularizedAttention:
         """Makes what computes a layer's attention under TAR; plain until it is given a bias."""
+
+    def watch_cross_attention(
+        self, controller: ColumnController, layer: CrossLayer, backend: str | None
+    ) -> WatchedCrossAttention:
+        """Makes what computes a cross-attention layer, and gives its column maps away."""
+
+    def why_not_watch(self, attention: Any) -> str | None:
+        """Returns why a cross-attention's ``get_attention`` cannot make way for that, or None."""
 
     def why_not_replace(self, attention: Any) -> str | None:
         """Returns why what ``get_attention`` returned cannot make way for TAR, or None."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vstar_kernels.analysis.maps import Level, Place
 from vstar_kernels.attention.bias import Bias, GaussianBias
+from vstar_kernels.attention.columns.operation import column_attention
 from vstar_kernels.attention.temporal import tar_attention
 
 Override = Literal["identity", "uniform"]
@@ -104,6 +105,64 @@ class RegularizedLayer:
     def strength(self) -> float | None:
         """The factor on Δ; None where the map is replaced."""
         return None if self.bias is None else self.bias.strength
+
+
+class ColumnController(Protocol):
+    """What takes the column maps of a model under ``capture_columns``."""
+
+    def columns(self, layer: str, query: Tensor, keys: int) -> Tensor | None:
+        """Returns the columns for a layer's call, None where its maps are not captured.
+
+        Args:
+            layer: The layer's name.
+            query: ``(rows, positions, channels)``.
+            keys: How many there are.
+        """
+
+    def add(self, layer: str, maps: Tensor) -> None:
+        """Takes the maps of a layer's call, ``(rows, positions, columns)``."""
+
+
+class WatchedCrossAttention:
+    """A layer's cross-attention, with its column maps; each front end has a subclass of it.
+
+    Args:
+        controller: What says which columns' maps are captured, and takes them.
+        layer: The layer's name in its model.
+        previous: What it takes the place of, and leaves calls to that are not captured.
+        backend: As for :func:`vstar_kernels.column_attention`.
+    """
+
+    def __init__(
+        self, controller: ColumnController, layer: str, previous: Any, backend: str | None
+    ) -> None:
+        self.controller, self.layer, self.previous = controller, layer, previous
+        self._backend = backend
+
+    def attend(
+        self, module: Any, hidden_states: Tensor, context: Tensor, columns: Tensor
+    ) -> Tensor:
+        """Attends to the context, up to the output projection, and gives the maps away.
+
+        Args:
+            module: Has ``to_q``, ``to_k``, ``to_v``, ``heads`` and ``scale``.
+            hidden_states: ``(rows, positions, channels)``.
+            context: ``(rows, keys, channels)``.
+            columns: What the controller returned.
+        """
+        query, key, value = (
+            project(tokens).unflatten(-1, (module.heads, -1))
+            for project, tokens in (
+                (module.to_q, hidden_states),
+                (module.to_k, context),
+                (module.to_v, context),
+            )
+        )
+        out, maps = column_attention(
+            query, key, value, columns, scale=module.scale, backend=self._backend
+        )
+        self.controller.add(self.layer, maps)
+        return out.flatten(-2)
 
 
 class Controller(Protocol):

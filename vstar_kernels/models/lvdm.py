@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from vstar_kernels.analysis.maps import Place
 from vstar_kernels.models.hooks import Argument, ModelCall
-from vstar_kernels.models.layers import CrossLayer, RegularizedAttention, TemporalLayer
+from vstar_kernels.models.layers import (
+    ColumnController,
+    CrossLayer,
+    RegularizedAttention,
+    TemporalLayer,
+    WatchedCrossAttention,
+)
 
 _SECTIONS: dict[str, Place] = {
     "init_attn": "init",
@@ -68,6 +74,46 @@ class LvdmTARForward(RegularizedAttention):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies the class's own forward, as nothing controls the copy of a model under TAR."""
+        return _own_forward, (self.module,)
+
+
+class LvdmColumnForward(WatchedCrossAttention):
+    """The ``forward`` of a spatial ``CrossAttention``, with the maps of some words.
+
+    It takes and returns ``(rows, positions, channels)``, a row for each frame.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        controller: ColumnController,
+        layer: str,
+        previous: Any,
+        backend: str | None,
+    ) -> None:
+        super().__init__(controller, layer, previous, backend)
+        self.module = module
+
+    def __call__(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, **more: Any
+    ) -> Tensor:
+        """Attends to the text, projections included.
+
+        Raises:
+            ValueError: The call asks for more than cross-attention.
+        """
+        text = x if context is None else context
+        columns = self.controller.columns(self.layer, x, text.shape[1])
+        if columns is None:
+            return self.previous(x, context=context, mask=mask, **more)
+        module: Any = self.module
+        if mask is not None or getattr(module, "image_cross_attention", False):
+            asked = "a mask" if mask is not None else "cross-attention to images"
+            raise ValueError(f"capture_columns in {type(module).__name__} does not support {asked}")
+        return module.to_out(self.attend(module, x, text, columns))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies the class's own forward, as nothing captures the maps of the copy of a model."""
         return _own_forward, (self.module,)
 
 
@@ -137,6 +183,19 @@ class LvdmFrontEnd:
     def make_attention(self, module: nn.Module, backend: str | None) -> LvdmTARForward:
         """Makes a forward for the module, plain until it is given a bias."""
         return LvdmTARForward(module, backend=backend)
+
+    def watch_cross_attention(
+        self, controller: ColumnController, layer: CrossLayer, backend: str | None
+    ) -> LvdmColumnForward:
+        """Makes a forward that gives a layer's column maps to the controller."""
+        previous = self.get_attention(layer.module)
+        return LvdmColumnForward(layer.module, controller, layer.name, previous, backend)
+
+    def why_not_watch(self, attention: Any) -> str | None:
+        """Returns why the forward of cross-attention cannot make way, or None."""
+        if isinstance(attention, LvdmColumnForward | types.MethodType):
+            return None
+        return f"its forward is {attention!r}, which capture_columns would replace"
 
     def why_not_replace(self, attention: Any) -> str | None:
         """Returns why a forward that is found in a model cannot make way for TAR, or None."""
