@@ -30,6 +30,8 @@ from vstar_kernels.models.capture import MapCapture, capture_maps
 from vstar_kernels.models.columns import ColumnCapture, capture_columns
 from vstar_kernels.models.config import TARConfig
 from vstar_kernels.models.frame_prompts import condition_frames
+from vstar_kernels.models.full3d.apply import FramesHandle, apply_frames
+from vstar_kernels.models.full3d.config import FrameTAR
 from vstar_kernels.models.grid.apply import GridHandle, apply_grid
 from vstar_kernels.models.grid.embedding import FPSEmbedding, GridEmbedding
 
@@ -39,7 +41,9 @@ __all__ = [
     "DenseBias",
     "FPSEmbedding",
     "FrameRule",
+    "FrameTAR",
     "Frames",
+    "FramesHandle",
     "GaussianBias",
     "GridEmbedding",
     "GridHandle",
@@ -60,6 +64,7 @@ __all__ = [
     "TrajectoryWriter",
     "__version__",
     "analysis",
+    "apply_frames",
     "apply_grid",
     "apply_tar",
     "backends",

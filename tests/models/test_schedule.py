@@ -160,7 +160,7 @@ class Schedule:
 @pytest.mark.parametrize(
     ("schedule", "timestep", "message"),
     [
-        (None, 1, "needs the step of each forward pass: give apply_tar the scheduler="),
+        (None, 1, "needs the step of each forward pass: give the scheduler="),
         (Schedule(None), 1, "has no timesteps yet: call its set_timesteps"),
         (Schedule(torch.tensor([])), 1, "has no timesteps yet"),
         (Schedule([9, 5, 1]), 4, "timestep 4 is not in the scheduler's timesteps .9, 5, 1."),

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 from vstar_kernels.models.config import TARConfig
 from vstar_kernels.models.front_end import models_with_temporal_attention
+from vstar_kernels.models.full3d.apply import FramesHandle, apply_frames, find_full3d
+from vstar_kernels.models.full3d.config import FrameTAR
 from vstar_kernels.models.hooks import Handle, put_back
 from vstar_kernels.models.layers import RegularizedLayer
 from vstar_kernels.models.regularized import RegularizedModel, check_keys
-from vstar_kernels.models.schedule import StepGate, Steps, scheduler_of
+from vstar_kernels.models.schedule import StepGate, describe_steps, scheduler_of
 
 
+@overload
 def apply_tar(
     pipe_or_model: Any,
     config: TARConfig | str,
+    *,
+    scheduler: Any = ...,
+    backend: str | None = ...,
+    stock_elsewhere: bool = ...,
+    extend_positions: bool = ...,
+) -> TARHandle: ...
+@overload
+def apply_tar(
+    pipe_or_model: Any, config: FrameTAR, *, scheduler: Any = ..., backend: str | None = ...
+) -> FramesHandle: ...
+def apply_tar(
+    pipe_or_model: Any,
+    config: TARConfig | FrameTAR | str,
     *,
     scheduler: Any = None,
     backend: str | None = None,
     stock_elsewhere: bool = False,
     extend_positions: bool = False,
-) -> TARHandle:
+) -> TARHandle | FramesHandle:
     """Regularizes the temporal attention of a video diffusion model (VSTAR, arXiv 2403.13501).
 
     >>> with vk.apply_tar(pipe, "64D1_32D8"):
@@ -34,6 +50,10 @@ def apply_tar(
     official VSTAR and VideoCrafter code (``lvdm``). All temporal self-attention, regularized or
     not, goes through :func:`vstar_kernels.tar_attention`.
 
+    Full-3D transformers (Wan, HunyuanVideo, CogVideoX, LTX, …) attend over space and time at once
+    and take a :class:`FrameTAR` in the place of the configuration: see
+    :func:`vstar_kernels.apply_frames`, which this then calls.
+
     What replaces attention processors or blocks (IP adapters, FreeNoise, fused projections,
     attention slicing) undoes TAR; the next forward pass puts it in again. Models that a pipeline is
     given after this call are not regularized.
@@ -41,13 +61,14 @@ def apply_tar(
     Args:
         pipe_or_model: A pipeline, whose every model with temporal attention is treated, or one
             model, compiled or not.
-        config: A :class:`TARConfig`, or a preset such as ``"64D1_32D8"``.
+        config: A :class:`TARConfig`, or a preset such as ``"64D1_32D8"``; a :class:`FrameTAR` for
+            full-3D transformers.
         scheduler: Tells the step of a timestep; None is the pipeline's own. A model by itself needs
             it unless ``steps`` is None or :attr:`TARHandle.step` is set. The official code passes
             the step to the model.
         backend: As for :func:`vstar_kernels.tar_attention`.
         stock_elsewhere: Leave the layers and steps that are not regularized to the model's own
-            attention.
+            attention, as it always is with a FrameTAR.
         extend_positions: Compute longer frame positions for samples longer than the position
             embeddings of AnimateDiff and Latte, rather than raise.
 
@@ -61,10 +82,29 @@ def apply_tar(
             discard. At a forward pass: no layer has one of the widths, the step cannot be known, or
             the sample has more frames than the model has positions for.
     """
+    if isinstance(config, FrameTAR):
+        if extend_positions:
+            raise ValueError("extend_positions is for temporal attention, not for a FrameTAR")
+        return apply_frames(
+            pipe_or_model,
+            config.rule(),
+            steps=config.steps,
+            layers=config.layers,
+            heads=config.heads,
+            backend=backend,
+            scheduler=scheduler,
+        )
     if isinstance(config, str):
         config = TARConfig.preset(config)
     elif not isinstance(config, TARConfig):
-        raise TypeError(f"config must be a TARConfig or a preset, got {type(config).__name__}")
+        raise TypeError(
+            f"config must be a TARConfig, a preset or a FrameTAR, got {type(config).__name__}"
+        )
+    if find_full3d(pipe_or_model):
+        raise ValueError(
+            f"{type(pipe_or_model).__name__} is or holds a full-3D transformer, which has no "
+            "temporal attention of its own: give apply_tar a vk.FrameTAR(sigma=…)"
+        )
     models = models_with_temporal_attention(pipe_or_model)
 
     gate = StepGate(config.steps, scheduler_of(pipe_or_model, scheduler))
@@ -125,7 +165,7 @@ class RegularizedHandle(Handle):
         """Returns a line for each regularized layer, under a line that says when."""
         count = sum(len(model.layers) for model in self._models)
         layers = self.layers
-        kind, when = self._models[0].attention, _when(config.steps)
+        kind, when = self._models[0].attention, describe_steps(config.steps)
         lines = [f"TAR on {len(layers)} of {count} {kind} layers, {when}"]
         if not layers:
             lines = [f"TAR on layers to be found by their widths at a forward pass, {when}"]
@@ -148,16 +188,6 @@ class TARHandle(RegularizedHandle):
     def describe(self) -> str:
         """Returns a line for each regularized layer, under a line that says when."""
         return self.describe_tar(self.config)
-
-
-def _when(steps: Steps) -> str:
-    if steps is None:
-        return "at all steps"
-    if callable(steps):
-        return f"where {getattr(steps, '__name__', repr(steps))}(step, timestep)"
-    if isinstance(steps, int):
-        return f"at steps 0 to {steps}"
-    return f"in the first {steps:.0%} of the steps"
 
 
 def _describe(layer: RegularizedLayer) -> str:

@@ -17,13 +17,16 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from vstar_kernels.models.classes import ClassChange
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 REMEMBERED = 1024  # forward passes with gradients whose layers may be called again
 
@@ -79,10 +82,17 @@ class ForwardPasses(Generic[P]):
     Args:
         on_cut: What to tell the caller of a forward pass that was running in another thread when
             the handle was removed; None where that does not change what the model returns.
+        opens: Is called with the arguments of each call of the model, before its hooks, and begins
+            a forward pass; torch.compile never traces it. None: a hook begins it.
     """
 
-    def __init__(self, on_cut: str | None = None) -> None:
+    def __init__(
+        self,
+        on_cut: str | None = None,
+        opens: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
+    ) -> None:
         self.on_cut = on_cut
+        self.opens = opens
         self._here = _Here()
         self._running: set[P] = set()
         self._with_gradients: deque[P] = deque(maxlen=REMEMBERED)
@@ -155,21 +165,44 @@ class _Call:
 
     def __init__(self, model: nn.Module) -> None:
         self._outer = [(passes, passes.enter()) for passes in _WATCHED.get(model, ())]
+        self._announced = _ANNOUNCED.model
+        _ANNOUNCED.model = None
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> Self:
+        return self
+
+    def open(self, model: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begins the forward passes that no hook begins, unless the model's call has done so."""
+        if model is None or self._announced is not model:
+            for passes, _ in self._outer:
+                if passes.opens is not None:
+                    passes.opens(args, kwargs)
+
+    def announce(self, model: nn.Module) -> None:
+        """Tells the next watched call in this thread that it is a part of this one."""
+        _ANNOUNCED.model = model
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        _ANNOUNCED.model = None
         cut = [passes.on_cut for passes, outer in self._outer if passes.leave(outer)]
         # An interrupt stays one.
         if any(cut) and (kind is None or issubclass(kind, Exception)):
             raise RuntimeError(next(filter(None, cut)))
 
 
+class _Announced(threading.local):
+    """The model whose ``__call__`` has been entered in this thread, and not yet what it calls."""
+
+    model: nn.Module | None = None
+
+
+_ANNOUNCED = _Announced()
+
+
 @functools.cache
 def _untraced(manager: type[_Call]) -> type[_Call]:
     """Returns a context manager that torch.compile runs and does not trace."""
-    names = ("__init__", "__exit__")
+    names = ("__init__", "open", "announce", "__exit__")
     methods = {name: torch.compiler.disable(getattr(manager, name)) for name in names}
     return type(manager.__name__, (manager,), methods)
 
@@ -181,13 +214,21 @@ def _watched_calls(base: Any) -> dict[str, Callable[..., Any]]:
     """
 
     watched = _untraced(_Call)
+    is_plain = base.__call__ is nn.Module.__call__
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with watched(module):
+        with watched(module) as this:
+            this.open(None, args, kwargs)
+            # What `Module.__call__` does, but that compiled code (torch.compile(module)) begins
+            # behind the second method, which would break its graph.
+            if is_plain and module._compiled_call_impl is None:
+                return base._call_impl(module, *args, **kwargs)
+            this.announce(module)
             return base.__call__(module, *args, **kwargs)
 
     def call_impl(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with watched(module):
+        with watched(module) as this:
+            this.open(module, args, kwargs)
             return base._call_impl(module, *args, **kwargs)
 
     # torch.compile is to run them and to trace what they call. (As decorators they would import

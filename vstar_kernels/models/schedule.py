@@ -38,6 +38,17 @@ def check_steps(steps: Steps) -> None:
         raise ValueError(f"steps as a share of the schedule must be in (0, 1], got {steps}")
 
 
+def describe_steps(steps: Steps) -> str:
+    """Returns when that is, in words."""
+    if steps is None:
+        return "at all steps"
+    if callable(steps):
+        return f"where {getattr(steps, '__name__', repr(steps))}(step, timestep)"
+    if isinstance(steps, int):
+        return f"at steps 0 to {steps}"
+    return f"in the first {steps:.0%} of the steps"
+
+
 class StepGate:
     """Decides whether a forward pass is at a regularized step.
 
@@ -75,21 +86,37 @@ class StepGate:
         """
         if self.steps is None:
             return True
-        announced = self.announced.get()
-        announced = step if announced is None else announced
+        told = self.announced.get()
+        told = step if told is None else told
         scheduler = self._find_scheduler(model)
-        if announced is not None:
-            return self._decide(announced, timestep, scheduler)
-        if scheduler is None:
-            raise ValueError(
-                f"steps={self.steps!r} needs the step of each forward pass: give apply_tar the "
-                "scheduler=, announce it by handle.step = i, or use steps=None for all steps"
-            )
-        step = find_step(timestep, scheduler)
+        if told is not None:
+            return self._decide(told, timestep, scheduler)
+        step = self._look_up(timestep, scheduler, f"steps={self.steps!r}")
         on = self._decide(step, timestep, scheduler)
         if not on and not callable(self.steps):
             self._check_begin(scheduler, timestep)
         return on
+
+    def find(self, model: nn.Module, timestep: Any) -> int:
+        """Returns the step of a forward pass that begins in this thread.
+
+        Raises:
+            ValueError: It cannot be known.
+            RuntimeError: Several other threads have announced a step, and this one has not.
+        """
+        announced = self.announced.get()
+        if announced is not None:
+            return announced
+        return self._look_up(timestep, self._find_scheduler(model), "a rule for each step")
+
+    @staticmethod
+    def _look_up(timestep: Any, scheduler: Any, what: str) -> int:
+        if scheduler is None:
+            raise ValueError(
+                f"{what} needs the step of each forward pass: give the scheduler=, announce it by "
+                "handle.step = i, or use the same for all steps"
+            )
+        return find_step(timestep, scheduler)
 
     def _decide(self, step: int, timestep: Any, scheduler: Any) -> bool:
         if callable(self.steps):
@@ -209,13 +236,18 @@ def running_scheduler(model: nn.Module) -> Any:
     the innermost method of an object with a ``scheduler`` that has the model among its
     ``components``.
     """
+    return getattr(running_pipeline(model), "scheduler", None)
+
+
+def running_pipeline(model: nn.Module) -> Any:
+    """Returns the pipeline that is calling a model, see :func:`running_scheduler`; else None."""
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_argcount and code.co_varnames[0] == "self":
             owner = frame.f_locals.get("self")
             if not isinstance(owner, nn.Module) and _holds(owner, model):
-                return owner.scheduler  # type: ignore[union-attr]
+                return owner
         frame = frame.f_back  # type: ignore[assignment]
     return None
 

@@ -8,7 +8,7 @@ import vstar_kernels as vk
 pytest.importorskip("diffusers")
 from diffusers import WanTransformer3DModel
 
-from vstar_kernels.models.full3d.apply import apply_frames
+apply_frames = vk.apply_frames
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from vstar_kernels.attention.dispatch import FRAME_ATTENTION
 from vstar_kernels.attention.frames.layout import Layout
+from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.models.front_end import unwrap
+from vstar_kernels.models.full3d.config import Layers, checked_indices, checked_layers
 from vstar_kernels.models.full3d.families import Family, find_family, known_models
 from vstar_kernels.models.full3d.model import Rule, RuledModel
 from vstar_kernels.models.full3d.seats import FrameLayer
 from vstar_kernels.models.hooks import Handle, put_back
-from vstar_kernels.models.schedule import StepGate, Steps, scheduler_of
-
-Layers = Collection[int] | Callable[[FrameLayer], bool] | None
+from vstar_kernels.models.schedule import StepGate, Steps, describe_steps, scheduler_of
 
 
 def apply_frames(
@@ -29,9 +31,55 @@ def apply_frames(
     backend: str | None = None,
     scheduler: Any = None,
 ) -> FramesHandle:
-    """Puts a rule between frames on the self-attention of a full-3D video transformer."""
-    models = full3d_models(pipe_or_model)
+    """Puts a rule between frames on the self-attention of a full-3D video transformer.
+
+    >>> with vk.apply_frames(pipe, vk.FrameRule.attenuate(0.9, window=21)):  # UltraViCo, on Wan
+    ...     video = pipe(prompt, num_frames=161).frames
+
+    The layers that attend over all tokens of the video go through
+    :func:`vstar_kernels.frame_attention`; text is neither changed nor masked. Which frame a token
+    belongs to is read from each call of the model, and held against what the layers are called
+    with. Elsewhere, at other steps and in other layers, the model computes what it does by itself,
+    by the attention backend that the user has set.
+
+    Compile after this call (``torch.compile(model)``, ``model.compile()``), or the blocks alone
+    (``compile_repeated_blocks()``) whenever; each rule and layout is a graph of its own.
+
+    Args:
+        pipe_or_model: A pipeline, whose every full-3D transformer is treated (both of Wan 2.2), or
+            one model, compiled or not.
+        rule: What is done between frames; or a callable of (step, timestep) that returns it, or
+            None to leave that forward pass alone.
+        layout: The frame of every token, instead of what the call says. With it a model of a class
+            that is not known here can be treated, in eager mode.
+        steps: When: an int, up to this step index, inclusive; a float in (0, 1], that share of the
+            schedule, rounded up; None, always; or a callable ``(step, timestep) -> bool``.
+        layers: Which of the video's self-attention layers: their indices, such as ``range(10)``; a
+            callable of a :class:`FrameLayer`, which has a ``name`` and an ``index``; None, all.
+        heads: The indices of the heads that follow the rule; None, all. A rule for some heads may
+            have biases and masks of frames, nothing else.
+        backend: As for :func:`vstar_kernels.frame_attention`.
+        scheduler: Tells the step of a timestep; None is the pipeline's own. A model by itself needs
+            it where steps matter, unless :attr:`FramesHandle.step` is set.
+
+    Returns:
+        A handle: a context manager, with ``remove()``.
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: There is no full-3D transformer that is known, one has a rule already, no layer
+            is chosen or an index is beyond the last, or its attention cannot be reached. At a
+            forward pass: the sequence is not what the call says, or the step cannot be known.
+    """
+    if not isinstance(rule, FrameRule) and not callable(rule):
+        raise TypeError(
+            f"rule must be a FrameRule or a callable of (step, timestep), got {type(rule).__name__}"
+        )
+    if layout is not None and not isinstance(layout, Layout):
+        raise TypeError(f"layout must be a Layout or None, got {type(layout).__name__}")
+    FRAME_ATTENTION.check_name(backend)
     gate = StepGate(steps, scheduler_of(pipe_or_model, scheduler))
+    layers, heads = checked_layers(layers), checked_indices(heads, "heads")
     ruled = [
         RuledModel(
             name,
@@ -40,12 +88,29 @@ def apply_frames(
             rule,
             gate,
             layout=layout,
-            chooses=_chooser(layers),
+            chooses=_chooser(layers, family, model),
+            heads=heads,
             backend=backend,
         )
-        for name, (model, family) in models.items()
+        for name, (model, family) in full3d_models(pipe_or_model).items()
     ]
+    if not any(model.layers for model in ruled):
+        raise ValueError("layers chooses none of the video's self-attention layers")
     return FramesHandle(rule, gate, ruled)
+
+
+@dataclass(frozen=True)
+class RuledLayer:
+    """A layer under a rule.
+
+    Attributes:
+        model: The model's name in its pipeline; empty for a model by itself.
+        name, index: Of the :class:`FrameLayer`.
+    """
+
+    model: str
+    name: str
+    index: int
 
 
 class FramesHandle(Handle):
@@ -75,8 +140,27 @@ class FramesHandle(Handle):
     def step(self, step: int | None) -> None:
         self._gate.announced.set(step)
 
+    @property
+    def layers(self) -> list[RuledLayer]:
+        """The layers that follow the rule."""
+        return [
+            RuledLayer(model.name, layer.name, layer.index)
+            for model in self._models
+            for layer in model.layers
+        ]
+
+    def describe(self) -> str:
+        """Returns a line for each model, under one that says what is done and when."""
+        rule = self.rule
+        what = repr(rule) if isinstance(rule, FrameRule) else getattr(rule, "__name__", repr(rule))
+        lines = [f"{what}, {describe_steps(self._gate.steps)}"]
+        return "\n".join([*lines, *(f"  {model.describe()}" for model in self._models)])
+
     def remove(self) -> None:
-        """Puts everything back as it was; nothing happens the second time."""
+        """Puts everything back as it was; nothing happens the second time.
+
+        A processor that has been given another attention backend since then keeps that.
+        """
         put_back(*(model.remove for model in self._models))
 
 
@@ -93,7 +177,8 @@ def full3d_models(pipe_or_model: Any) -> dict[str, tuple[nn.Module, Family]]:
     if not found:
         raise ValueError(
             f"{type(pipe_or_model).__name__} is or holds no full-3D transformer that is known "
-            f"here: known are {known_models()}"
+            f"here: known are {known_models()}. Models with temporal attention of their own take "
+            "apply_tar with a TARConfig"
         )
     return found
 
@@ -117,9 +202,15 @@ def find_full3d(pipe_or_model: Any) -> dict[str, tuple[nn.Module, Family]]:
     }
 
 
-def _chooser(layers: Layers) -> Callable[[FrameLayer], bool]:
+def _chooser(layers: Layers, family: Family, model: nn.Module) -> Callable[[FrameLayer], bool]:
     if layers is None:
         return lambda layer: True
     if callable(layers):
         return layers
+    count = len(family.find_layers(model))
+    if max(layers) >= count:
+        raise ValueError(
+            f"layers names index {max(layers)}, {type(model).__name__} has {count} layers of video "
+            f"self-attention (0 to {count - 1})"
+        )
     return lambda layer: layer.index in layers

@@ -35,6 +35,8 @@ class Family:
         hook: ``"backend"`` where processors go through diffusers' attention dispatcher,
             ``"processor"`` where one of ours must take their place, ``"function"`` where PyTorch's
             attention is exchanged.
+        timestep: Where the timestep is told as the scheduler has it: in the call of the model, or
+            by the pipeline that calls it, where the call has another measure of noise.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Family:
     layers: str
     read: Callable[[Call], Reading]
     hook: Hook = "backend"
+    timestep: Literal["call", "pipeline"] = "call"
 
     def knows(self, model: nn.Module) -> bool:
         """Returns whether a model, which must not be wrapped, is of this family."""

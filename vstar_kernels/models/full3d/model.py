@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.attention.frames.rules import FrameRule
@@ -25,13 +26,46 @@ from vstar_kernels.models.full3d.seats import (
     seat_of,
 )
 from vstar_kernels.models.hooks import Hooks, put_back, take_off
-from vstar_kernels.models.schedule import StepGate
+from vstar_kernels.models.schedule import StepGate, running_pipeline, timestep_value
 
 Rule = FrameRule | Callable[[int, float], FrameRule | None]
 Chooses = Callable[[FrameLayer], bool]
 
 _INSTALLING = threading.RLock()
 _KEYS = itertools.count()
+
+
+@functools.lru_cache(maxsize=256)
+def _key(rule: FrameRule, layout: Layout, key_layout: Layout | None) -> str:
+    """Returns a name for a rule and layouts, the same for the same."""
+    return str(next(_KEYS))
+
+
+@functools.lru_cache(maxsize=32)
+def for_heads(
+    rule: FrameRule, heads: tuple[int, ...], count: int, layout: Layout, key_layout: Layout | None
+) -> FrameRule:
+    """Returns a rule that some of ``count`` heads follow, and the others attend as they do.
+
+    Raises:
+        ValueError: The rule is more than biases and masks of frames.
+    """
+    if rule.is_identity:
+        raise ValueError("heads= cannot be combined with FrameRule.identity()")
+    delta, offset, *others = rule.tables(layout, key_layout)
+    if any(table is not None for table in others):
+        raise ValueError(
+            "heads= takes rules of biases and masks of frames: factors (attenuate) and bands "
+            "within frames (band, radial) hold for all heads"
+        )
+    chosen = torch.zeros(count, 1, 1, dtype=torch.bool)
+    chosen[list(heads)] = True
+    tables = [
+        FrameRule.bias(torch.where(chosen, table, torch.zeros(())), 1.0, stat, clamp)
+        for table, stat, clamp in ((delta, rule.stat, rule.clamp_negative), (offset, "none", False))
+        if table is not None
+    ]
+    return functools.reduce(FrameRule.__add__, tables, FrameRule())
 
 
 class RuledPass(ForwardPass):
@@ -69,10 +103,10 @@ class RuledPass(ForwardPass):
 
 
 class RuledModel:
-    """A rule on one model; itself the hook on the model that runs before each forward pass.
+    """A rule on one model; itself a hook on the model, by which it is found and copied.
 
-    It makes sure that every layer still leads to its seat, looks up whether the step is one of the
-    rule's, reads the layouts and begins the :class:`RuledPass`.
+    Before each forward pass it makes sure that every layer still leads to its seat, looks up
+    whether the step is one of the rule's, reads the layouts and begins the :class:`RuledPass`.
 
     Args:
         name: The model's name in its pipeline.
@@ -82,10 +116,11 @@ class RuledModel:
         gate: When to do it.
         layout: Goes before what the call says.
         chooses: Which layers.
+        heads: Which heads; None: all.
         backend: As for :func:`vstar_kernels.frame_attention`.
 
     Raises:
-        ValueError: The model has a rule already.
+        ValueError: The model has a rule already, or fewer heads.
     """
 
     def __init__(
@@ -98,6 +133,7 @@ class RuledModel:
         *,
         layout: Layout | None,
         chooses: Chooses,
+        heads: tuple[int, ...] | None,
         backend: str | None,
     ) -> None:
         self.name = name
@@ -109,19 +145,24 @@ class RuledModel:
         self._gate = gate
         self._layout = layout
         self._chooses = chooses
+        self._heads = heads
         self._backend = backend
         self._passes: ForwardPasses[RuledPass] = ForwardPasses(
             f"apply_frames was removed from this {type(model).__name__} while it ran, in another "
-            "thread: a part of its layers followed the rule and a part did not"
+            "thread: a part of its layers followed the rule and a part did not",
+            opens=self._begin,
         )
         self._hooks = Hooks()
         self._lock = threading.RLock()  # of what is installed
         self._removed = False
         self._seats: list[Seat] = []  # all that were ever taken
         self._traced = Traced()
-        # torch.compile is to run it, not to trace it into a graph for each step.
-        self._untraced_before = torch.compiler.disable(self._before)
         self._check_free()
+        if heads is not None and heads[-1] >= self._head_count():
+            raise ValueError(
+                f"heads names index {heads[-1]}, {type(model).__name__} has {self._head_count()} "
+                "heads"
+            )
 
     def install(self) -> None:
         """Takes the layers' seats, and puts the hook in."""
@@ -162,14 +203,9 @@ class RuledModel:
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> None:
-        """Runs before each forward pass.
+        """Marks the model: what runs before each forward pass is :meth:`_begin`."""
 
-        ``kwargs`` are missing where another thread has just taken the hook off.
-        """
-        if kwargs is not None:
-            self._untraced_before(args, kwargs)
-
-    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with self._lock:
             if self._removed:
                 return
@@ -178,19 +214,59 @@ class RuledModel:
 
     def _find_change(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FrameChange | None:
         call = Call(self.model, args, kwargs)
-        if not self._gate.is_on(self.model, call["timestep"]):
+        timestep = self._timestep(call)
+        if not self._gate.is_on(self.model, timestep):
             return None
-        rule = self._rule
-        assert isinstance(rule, FrameRule)
+        rule: Any = self._rule
+        if not isinstance(rule, FrameRule):
+            rule = rule(self._gate.find(self.model, timestep), timestep_value(timestep))
+            if rule is None:
+                return None
+            if not isinstance(rule, FrameRule):
+                raise TypeError(
+                    f"a callable rule must return a FrameRule or None, got {type(rule).__name__}"
+                )
         reading = self._read(call)
+        layout, key_layout = reading.layout, reading.key_layout
+        if self._heads is not None:
+            rule = for_heads(rule, self._heads, self._head_count(), layout, key_layout)
         if reading.rule is not None:
             rule = reading.rule + rule
-        return FrameChange(rule, reading, self._backend, str(next(_KEYS)))
+        return FrameChange(rule, reading, self._backend, _key(rule, layout, key_layout))
+
+    def _timestep(self, call: Call) -> Any:
+        """Returns the timestep that tells the step: that of the noisiest tokens.
+
+        Tokens that a condition gives have a timestep of their own (Wan 2.2 TI2V, LTX), and so have
+        frames under diffusion forcing.
+        """
+        if self.family.timestep == "pipeline":
+            pipeline = running_pipeline(self.model)
+            found = getattr(pipeline, "_current_timestep", None)
+            if found is not None:
+                return found
+        timestep = call["timestep"]
+        is_many = isinstance(timestep, Tensor) and timestep.numel() > 1
+        return timestep.max() if is_many else timestep
 
     def _read(self, call: Call) -> Reading:
         if self._layout is not None:
             return Reading(self._layout, "the layout= of apply_frames")
         return self.family.read(call)
+
+    def describe(self) -> str:
+        """Returns a line that says which layers follow the rule."""
+        names = [layer.name for layer in self.layers]
+        shown = names if len(names) <= 4 else [*names[:2], "…", names[-1]]
+        heads = "" if self._heads is None else f", heads {', '.join(map(str, self._heads))}"
+        where = f"{self.name} ({self.family.name})" if self.name else self.family.name
+        count = f"{len(names)} of {len(self.all_layers)} layers"
+        return f"{where}: {count}{heads}: {', '.join(shown)}"
+
+    def _head_count(self) -> int:
+        module = self.all_layers[0].module
+        count: int = module.heads if hasattr(module, "heads") else module.num_heads
+        return count
 
     def _keep_seats(self) -> None:
         if not all(self._is_in_place(layer) for layer in self.all_layers):
