@@ -363,7 +363,7 @@ def test_a_failure_leaves_no_model_half_treated():
     ("arguments", "error", "message"),
     [
         (("unet", "64D1"), TypeError, "pipe_or_model must be .* got str"),
-        ((None, 1.0), TypeError, "config must be a TARConfig or a preset, got float"),
+        ((None, 1.0), TypeError, "config must be a TARConfig, a preset or a FrameTAR, got float"),
         ((None, "64"), ValueError, "a preset must be .* got '64'"),
         ((None, vk.TARConfig({5: 1.0})), ValueError, "has level 5: the levels are 0, 1"),
     ],
