@@ -26,6 +26,7 @@ from vstar_kernels.models.front_end import (
 )
 from vstar_kernels.models.full3d.apply import find_full3d
 from vstar_kernels.models.full3d.capture import FrameWatch
+from vstar_kernels.models.full3d.families import known_models
 from vstar_kernels.models.full3d.seats import FrameLayer
 from vstar_kernels.models.hooks import (
     Argument,
@@ -113,7 +114,7 @@ def capture_maps(
     if max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {max_rows}")
     full3d = find_full3d(pipe_or_model)
-    models = {} if full3d else models_with_temporal_attention(pipe_or_model)
+    models = {} if full3d else _temporal_models(pipe_or_model)
     if not full3d and (map_heads or layout is not None):
         raise ValueError(
             "map_heads and layout are for full-3D transformers, of which there is none"
@@ -139,6 +140,13 @@ def capture_maps(
     ]
     capture.install(watches)
     return capture
+
+
+def _temporal_models(pipe_or_model: Any) -> dict[str, nn.Module]:
+    try:
+        return models_with_temporal_attention(pipe_or_model)
+    except ValueError as error:
+        raise ValueError(f"{error}; full-3D transformers that are: {known_models()}") from None
 
 
 def _chooser(layers: Callable[[Any], bool] | Collection[int] | None) -> Chooses:

@@ -1,0 +1,206 @@
+"""``capture_maps`` on full-3D transformers: which maps there are, and of what."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import vstar_kernels as vk
+from tests.models.full3d.tiny import TINY
+from tests.models.models import KINDS
+from vstar_kernels.analysis import FrameMap, map_figures, mean_maps
+from vstar_kernels.analysis.maps import frame_map
+from vstar_kernels.models.full3d.apply import apply_frames
+
+pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WAN = TINY["wan"]
+RULE = vk.FrameRule.tar(1.0)
+
+
+class Scheduler:
+    order = 1
+
+    def __init__(self, *timesteps):
+        self.timesteps = torch.tensor(timesteps)
+
+
+@pytest.fixture
+def wan():
+    return WAN.make()
+
+
+def call(model, timestep=300, seed=1, **changes):
+    inputs = WAN.call(seed=seed) | {"timestep": torch.tensor([timestep] * 2)} | changes
+    with torch.no_grad():
+        return model(**inputs)[0]
+
+
+def test_steps_layers_and_sides_of_guidance(wan):
+    """Samplers call the model with the prompt and then without, on the same latents."""
+    chosen = {"steps": [1], "layers": [1], "scheduler": Scheduler(500, 300, 100)}
+    with vk.capture_maps(wan, **chosen) as capture:
+        for timestep in (500, 300, 100):
+            call(wan, timestep)
+            call(wan, timestep, encoder_hidden_states=torch.randn(2, 7, 16))
+    found = [
+        (item.layer, item.step, item.timestep, item.branch, item.calls) for item in capture.maps
+    ]
+    assert found == [("blocks.1.attn1", 1, 300.0, branch, 1) for branch in (0, 1)]
+    assert all(isinstance(item, FrameMap) for item in capture.maps)
+    assert capture.maps[0].heads is None
+    assert capture.maps[0].positions == 6
+    assert torch.equal(capture.mean(step=1), capture.maps[0].map)
+    (mean,) = map_figures(mean_maps(capture, by=()))
+    assert mean.diagonalness.shape == (2,)
+
+
+def test_maps_of_the_same_step_are_averaged(wan):
+    with vk.capture_maps(wan, layers=[0], map_heads=True) as capture:
+        for seed in (1, 2):
+            call(wan, seed=seed)
+    ones = []
+    for seed in (1, 2):
+        with vk.capture_maps(wan, layers=[0], map_heads=True) as one:
+            call(wan, seed=seed)
+        ones += one.maps
+    (item,) = capture.maps
+    assert item.calls == 2
+    for name in ("map", "text", "heads", "with_text"):
+        mean = torch.stack([getattr(one, name) for one in ones]).mean(0)
+        torch.testing.assert_close(getattr(item, name), mean)
+    with vk.capture_maps(wan, layers=[0]):
+        call(wan)
+        with pytest.raises(ValueError, match=r"at 0, 1, 2 and is now of frames at 0, 1, 2, 3:"):
+            WAN.run(wan, frames=4)
+
+
+@pytest.mark.parametrize("rule_first", [True, False])
+def test_capture_and_rule_come_and_go_in_any_order(wan, rule_first):
+    stock = call(wan)
+    expected = []
+    for rule in (None, RULE):
+        handle = None if rule is None else apply_frames(wan, rule)
+        with vk.capture_maps(wan) as capture:
+            call(wan)
+        expected.append([item.map for item in capture.maps])
+        if handle is not None:
+            changed = call(wan)
+            handle.remove()
+    plain, ruled = expected
+    assert not torch.equal(plain[0], ruled[0])
+
+    first = apply_frames(wan, RULE) if rule_first else vk.capture_maps(wan)
+    second = vk.capture_maps(wan) if rule_first else apply_frames(wan, RULE)
+    capture = second if rule_first else first
+    assert torch.equal(call(wan), changed)
+    assert all(torch.equal(item.map, x) for item, x in zip(capture.maps, ruled, strict=True))
+    first.remove()
+    if rule_first:
+        capture.clear()
+        assert torch.equal(call(wan), stock)
+        assert all(torch.equal(item.map, x) for item, x in zip(capture.maps, plain, strict=True))
+    else:
+        assert torch.equal(call(wan), changed)
+        assert len(capture.maps) == 2
+    second.remove()
+    assert torch.equal(call(wan), stock)
+
+
+def test_layers_that_a_cache_skips_give_no_map(wan):
+    from diffusers import FirstBlockCacheConfig
+
+    wan.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+    with vk.capture_maps(wan, scheduler=Scheduler(500, 300)) as capture:
+        for timestep in (500, 300):
+            with wan.cache_context("cond"):
+                call(wan, timestep)
+    found = [(item.layer, item.timestep) for item in capture.maps]
+    assert found == [("blocks.0.attn1", 500), ("blocks.1.attn1", 500), ("blocks.0.attn1", 300)]
+
+
+def test_a_failed_pass_leaves_no_map(wan):
+    with vk.capture_maps(wan) as capture:
+        wan.proj_out.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call(wan)
+    assert not capture.maps
+
+
+def test_the_layout_of_the_caller_goes_before_the_calls(wan):
+    halves = vk.Layout(vk.Frames(6, 3))
+    with vk.capture_maps(wan, layers=[0], layout=halves) as capture:
+        call(wan)
+    assert capture.maps[0].map.shape == (2, 6, 6)
+    message = "18 queries, but the layout= of capture_maps say 12"
+    wrong = vk.Layout(vk.Frames(2, 6))
+    with vk.capture_maps(wan, layout=wrong), pytest.raises(ValueError, match=message):
+        call(wan)
+
+
+def test_what_cannot_be_captured_is_an_error(wan):
+    with pytest.raises(ValueError, match="layers chooses none"):
+        vk.capture_maps(wan, layers=[2])
+    unknown = pytest.raises(ValueError, match="steps needs the step")
+    with vk.capture_maps(wan, steps=[0]), unknown:
+        call(wan)
+    with pytest.raises(ValueError, match=r"has no temporal self-attention .* WanTransformer3DMod"):
+        vk.capture_maps(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="full-3D transformers, of which there is none"):
+        vk.capture_maps(KINDS["LatteTransformer3DModel"].make(), map_heads=True)
+    with pytest.raises(ValueError, match="compiled"):
+        vk.capture_maps(torch.compile(wan, backend="eager"))
+
+
+def test_gradients_reach_the_sample_through_maps_and_checkpoints(wan):
+    inputs = WAN.call() | {"hidden_states": WAN.call()["hidden_states"].requires_grad_()}
+    gradients = []
+    for is_checkpointed in (False, True):
+        if is_checkpointed:
+            wan.train().enable_gradient_checkpointing()
+        with vk.capture_maps(wan, layers=[1], differentiable=True) as capture:
+            wan(**inputs)
+            value = capture.maps[0].map.diagonal(dim1=1, dim2=2).sum()
+            gradients.append(torch.autograd.grad(value, inputs["hidden_states"])[0])
+            assert len(capture.maps) == 1
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_model_that_is_watched_cannot_be_copied_and_later_can(wan):
+    stock = call(wan)
+    with vk.capture_maps(wan):
+        call(wan)
+        with pytest.raises(TypeError, match="MapCapture cannot be pickled or copied"):
+            copy.deepcopy(wan)
+    for made in (copy.deepcopy(wan), pickle.loads(pickle.dumps(wan))):
+        assert torch.equal(call(made), stock)
+
+
+@pytest.mark.parametrize("rule", [None, RULE, vk.FrameRule.band(1), vk.FrameRule.identity()])
+def test_some_rows_stand_for_all_where_only_the_reference_runs(rule):
+    """The reference takes some tokens of each frame, but where the rule asks for places."""
+    torch.manual_seed(0)
+    layout = vk.Layout(vk.Text(3), vk.Frames(2, 8), vk.Frames(2, 1, first=1.0, step=4.0))
+    query, key = torch.randn(2, 2, 21, 2, 4, dtype=torch.float64)
+    options = {"return_map": True, "map_heads": True, "backend": "reference"}
+    _, every = vk.frame_attention(query, key, key, layout, rule, **options)
+    found, positions = frame_map(query, key, layout, rule, heads=True, max_rows=24)
+    if rule is None or rule is RULE:
+        assert positions == 4
+        # The tokens of frame 0 that were taken, and all that frame 5.0, of one token, has.
+        chosen = torch.tensor([3 + i for i in (1, 3, 5, 7)])
+        kept = vk.Layout(vk.Frames(1, 4))
+        _, some = vk.frame_attention(
+            query[:, chosen], key, key, kept, rule, key_layout=layout, **options
+        )
+        torch.testing.assert_close(found[:, :, :1], some)
+        torch.testing.assert_close(found[:, :, 2:], every[:, :, 2:])
+    else:
+        assert positions == 9
+        torch.testing.assert_close(found, every)
