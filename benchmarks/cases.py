@@ -26,6 +26,8 @@ COSTS = {
     "backward": Cost(tensors=11, products=7),
     "call": None,
     "step": None,
+    "block": None,
+    "model": None,
     "frames": Cost(tensors=4, products=2),
 }
 
@@ -53,7 +55,8 @@ class Case:
     proportion. ``latents`` is the height and width of a ``unet`` case's latents. In the ``frames``
     suite, what attends to each other are tokens: ``frames`` counts all of them, and ``layout``
     says how many are text, frames, tokens of each frame, and text after them. ``rule`` is one of
-    its rules, which shows the share ``visible`` of all pairs.
+    its rules, which shows the share ``visible`` of all pairs. So it is in ``dit-model``, whose
+    ``uses`` name the model.
     """
 
     suite: str

@@ -28,6 +28,8 @@ from benchmarks.machine import Watch, free_bytes, peak_bytes
 from benchmarks.operations import OPERATIONS, Forward
 from benchmarks.peers import PEERS, Peer
 from benchmarks.results import Outcome, Plan, Record, Task
+from benchmarks.suites import WORKLOADS
+from benchmarks.transformers import Transformer
 from benchmarks.unet import Step
 
 MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -43,11 +45,7 @@ def measure(task: Task, plan: Plan, progress: Callable[[str], None]) -> Record:
     if device == "cpu":
         torch.set_num_threads(case.threads or plan.threads)
     clock = clock_for(device)
-    operation = (
-        Step(case, device, plan.unet_width)
-        if case.operation == "step"
-        else {**OPERATIONS, "frames": Frames}[case.operation](case, device, clock.sets(copied))
-    )
+    operation = _operation(case, plan, clock.sets(copied))
     outcomes: dict[str, Outcome] = {}
     calls: list[WarmCall] = []
     with torch.set_grad_enabled(case.operation == "backward"):
@@ -73,8 +71,18 @@ def measure(task: Task, plan: Plan, progress: Callable[[str], None]) -> Record:
     return Record(case, task.allocator, outcomes, times, bandwidth, flops_per_second, disturbance)
 
 
+def _operation(case: Case, plan: Plan, num_sets: int) -> Forward | Step | Transformer:
+    """Returns the operation of a case."""
+    if case.operation == "step":
+        return Step(case, plan.device, plan.unet_width)
+    if case.operation in ("block", "model"):
+        (use,) = case.uses
+        return Transformer(case, plan.device, WORKLOADS["dit-model"]["models"][use.model])
+    return {**OPERATIONS, "frames": Frames}[case.operation](case, plan.device, num_sets)
+
+
 def _prepare(
-    name: str, peer: Peer, operation: Forward | Step, clock: CpuClock, device: str
+    name: str, peer: Peer, operation: Forward | Step | Transformer, clock: CpuClock, device: str
 ) -> tuple[Outcome, WarmCall | None]:
     """Builds, runs and checks a peer: its outcome so far, and what to time if it may be."""
     case = operation.case
@@ -111,7 +119,9 @@ def _too_large(peer: Peer, case: Case, device: str) -> str:
     return f"its logits take about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
 
 
-def _yardsticks(operation: Forward | Step, clock: CpuClock, device: str) -> list[WarmCall]:
+def _yardsticks(
+    operation: Forward | Step | Transformer, clock: CpuClock, device: str
+) -> list[WarmCall]:
     """Returns matrix products in each type that may serve the case; a copy but of whole models."""
     case, size = operation.case, MATRIX_SIZE[device]
     calls = []

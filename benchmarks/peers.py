@@ -86,7 +86,7 @@ class Peer:
 
 
 VSTAR_KERNELS, EAGER, SDPA = "vstar_kernels", "eager", "sdpa"
-WITHOUT_RULE = "strength-0"
+WITHOUT_RULE, COMPOSED = "strength-0", "composed"
 PEERS = {
     VSTAR_KERNELS: Peer(
         "vstar_kernels",
@@ -108,7 +108,7 @@ PEERS = {
     "eager-compiled": Peer(
         "eager formula, compiled", True, lambda x: compiled(eager(x)), trial=eager, logits_held=4
     ),
-    "composed": Peer(
+    COMPOSED: Peer(
         "composed of others' attention", True, None, build_frames=frames.Composed, ours=True
     ),
     "sdpa-bias": Peer(

@@ -27,9 +27,14 @@ UNET_HEAD_DIM = 64
 # Elements of one tensor on a CPU. In float32 four such tensors are more than its caches hold.
 CPU_ELEMENTS = 1024 * 16 * 5 * 64
 QUICK_ELEMENTS = CPU_ELEMENTS // 4
+# Tokens × channels of a whole block on a CPU: a second or two.
+CPU_CHANNELS = 2048 * 1536
 # Tokens and heads of attention over frames on a CPU: a tenth of a second or so for plain attention.
 CPU_TOKENS, CPU_HEADS = 4096, 2
 QUICK_TOKENS = 2048
+
+# Of frames.RULES, those that whole blocks are measured under.
+BLOCK_RULES = ("tar", "tar-row-max")
 
 Allocator = Literal["warm", "default"]
 Count = Annotated[int, parsed(integer(1), "N")]
@@ -85,6 +90,13 @@ class Selection:
         if self.full_rows or self.device != "cpu":
             return None
         return QUICK_ELEMENTS if self.quick else CPU_ELEMENTS
+
+    @property
+    def channels(self) -> int | None:
+        """Returns how many tokens × channels a block has at most; None where nothing bounds it."""
+        if self.full_rows or self.device != "cpu":
+            return None
+        return CPU_CHANNELS // 4 if self.quick else CPU_CHANNELS
 
     @property
     def tokens(self) -> int | None:
@@ -186,6 +198,38 @@ def frames(selection: Selection, make: Make) -> Iterator[Case]:
             )
 
 
+def transformers(selection: Selection, make: Make) -> Iterator[Case]:
+    """A block of a video transformer on a CPU, the whole model on a GPU, under TAR."""
+    for model, described in WORKLOADS["dit-model"]["models"].items():
+        if model not in selection.transformers:
+            continue
+        shape = WORKLOADS["dit"]["models"][model]
+        full = tuple(shape[name] for name in ("text_first", "frames", "tokens", "text_last"))
+        heads, head_dim = shape["heads"], shape["head_dim"]
+        height, width = described["grid"]
+        most = selection.channels
+        share = 1.0 if most is None else most / (heads * head_dim * layout_of(*full).tokens)
+        if share < 1:
+            height, width = (max(1, round(n * share**0.5)) for n in (height, width))
+        layout = (full[0], full[1], height * width, full[3])
+        count = layout_of(*layout).tokens
+        measured = min(1.0, (count / layout_of(*full).tokens) ** 2)
+        for name in selection.rules:
+            if name not in BLOCK_RULES:
+                continue
+            case = make(
+                1,
+                count,
+                heads,
+                head_dim,
+                layout=layout,
+                latents=(2 * height, 2 * width),
+                rule=name,
+                uses=(Use(model, f"{full[1]} × {full[2]}", 1, shape["calls"], measured),),
+            )
+            yield case if selection.device == "cpu" else replace(case, operation="model")
+
+
 @dataclass(frozen=True)
 class Suite:
     """Cases of one operation, and how the report presents them.
@@ -207,6 +251,10 @@ WHOLE_UNET = (
     "ModelScope's UNet with random weights, TAR with σ = 1 on every level but the first "
     "temporal block; batch is its rows at the finest level."
 )
+WHOLE_BLOCK = (
+    "One block at the real width with random weights on a CPU, on a GPU one evaluation of all "
+    "blocks; of one side of guidance. SDPA without TAR is the model as it is."
+)
 FINEST = "Time per frame and head, finest levels."
 SUITES = {
     "short": Suite(short, "forward", "The models' calls", ONE_CALL, default_allocator=True),
@@ -219,6 +267,7 @@ SUITES = {
     ),
     "threads": Suite(threads, "forward", "Threads"),
     "frames": Suite(frames, "frames", "Attention over frames of tokens"),
+    "dit-model": Suite(transformers, "block", "Video transformers", WHOLE_BLOCK),
 }
 DEFAULTS: dict[str, Any] = {
     "suites": tuple(SUITES),
@@ -263,7 +312,7 @@ def cases(selection: Selection) -> list[Case]:
         for dtype in selection.dtypes:
             make = functools.partial(Case, name, suite.operation, dtype)
             for case in suite.cases(selection, make):
-                if selection.elements and suite.operation != "step":
+                if selection.elements and suite.operation not in ("step", "block"):
                     batch = max(1, selection.elements * case.batch // case.elements)
                     case = replace(case, batch=min(case.batch, batch))
                 uses = found[case].uses if case in found else ()

@@ -196,6 +196,34 @@ def frames(run: Run) -> Table:
     return of_frame(SUITES["frames"].title, frame, note, words=3)
 
 
+def transformers(run: Run) -> Table:
+    """Returns a line for each video transformer and rule, with every peer's time and memory."""
+    suite = SUITES["dit-model"]
+    found = figures.kernel_rows(run, "dit-model")
+    ours = found[found.peer == VSTAR_KERNELS].set_index("key")
+    frame = pd.DataFrame({"model": ours.uses.map(lambda uses: ", ".join(x.model for x in uses))})
+    frame["rule"] = ours.rule.map(lambda name: RULES[name].title)
+    frame["measured"] = ours["size"].map(lambda size: size.rpartition(",")[0])
+    frame["of its attention"] = ours.uses.map(lambda uses: ", ".join(map(share, uses)))
+    frame["type"] = ours.dtype
+    frame["vstar_kernels ms"] = milliseconds(ours.time) + " " + ours.note
+    frame["±"] = written(ours.spread.fillna(0), "{:.1%}".format)
+    frame["MiB"] = written(ours.peak_bytes / 2**20, digits)
+    ratio = (times(found.ratio) + " " + found.note).str.strip().fillna(found.status)
+    cells = found.assign(ratio=ratio).pivot(index="key", columns="peer", values="ratio")
+    peaks = found.pivot(index="key", columns="peer", values="peak_bytes")
+    for peer in found[found.time.notna()].peer.unique():
+        if peer != VSTAR_KERNELS:
+            frame[TITLES[peer]] = cells[peer]
+            mebibytes = written(peaks[peer] / 2**20, digits)
+            frame.insert(frame.shape[1], "MiB", mebibytes, allow_duplicates=True)
+    note = (
+        f"{RATIO_NOTE} MiB: the peak beyond weights, inputs and results. Where a share of its "
+        f"attention is given, frames had fewer tokens. {suite.note}"
+    )
+    return of_frame(suite.title, frame, note, words=3)
+
+
 def share(use: Use) -> str:
     """Returns what share of a model's call was measured."""
     return f"1/{1 / use.measured:,.0f}" if use.measured < 1 else "all"
@@ -267,11 +295,14 @@ def behind(run: Run) -> Table:
     return Table(BEHIND, ("case", "first", "its time over ours"), [*cells], note, words=2)
 
 
+TABLES = {"frames": frames, "dit-model": transformers}  # of suites that have one of their own
+
+
 def all_tables(run: Run) -> list[Table]:
     """Returns the report's tables in order, without the empty ones."""
     found = [
         *(make(run) for make in (overview, behind, disturbed, failures, models)),
-        *(frames(run) if name == "frames" else cases(run, name) for name in SUITES),
+        *(TABLES.get(name, lambda run, name=name: cases(run, name))(run) for name in SUITES),
         allocators(run),
         peers(run),
     ]
