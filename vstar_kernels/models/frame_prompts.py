@@ -2,7 +2,8 @@
 
 VSTAR (arXiv 2403.13501, §3.4) interpolates the embeddings of a few stage descriptions over
 the frames. diffusers' video models take one text for the whole video, ``UNetMotionModel`` excepted;
-here each frame's rows of the spatial cross-attention get their own.
+here each frame's rows of the spatial cross-attention get their own. Full-3D transformers, whose
+tokens of all frames are one sequence, are in ``full3d/prompts.py``.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
 from vstar_kernels.models.front_end import models_with_temporal_attention
+from vstar_kernels.models.full3d.apply import find_full3d
+from vstar_kernels.models.full3d.prompts import PromptedModels, StagePrompts
 from vstar_kernels.models.hooks import Argument, Handle, Hooks, is_compiled, put_back
 
 MODELS = (
@@ -36,14 +40,19 @@ def condition_frames(
     *,
     negative: Tensor | None = None,
     guidance: bool | None = None,
-) -> FramePromptsHandle:
+    rule: FrameRule | None = None,
+    mask: Tensor | None = None,
+    negative_mask: Tensor | None = None,
+) -> Handle:
     """Conditions every frame on a text embedding of its own.
 
     >>> with vk.condition_frames(pipe, embeddings):  # (16, 77, 1024)
     ...     video = pipe(prompt, num_frames=16).frames
 
     It works on ``UNet3DConditionModel`` (ModelScope, Zeroscope), ``I2VGenXLUNet``,
-    ``UNetMotionModel`` (AnimateDiff, PIA) and ``LatteTransformer3DModel``. The prompt that the
+    ``UNetMotionModel`` (AnimateDiff, PIA) and ``LatteTransformer3DModel``; and on the full-3D
+    transformers with cross-attention to text, Wan's, SkyReels-V2's, LTX's, Allegro's and Cosmos',
+    whose frames are latent ones, ``(num_frames − 1) // 4 + 1`` for Wan. The prompt that the
     pipeline is given no longer matters; its negative prompt does, unless ``negative`` replaces it
     too, and so do images and IP adapters. Compiled models are compiled anew.
 
@@ -57,7 +66,15 @@ def condition_frames(
             shape. None leaves that half as the pipeline passes it.
         guidance: Whether the first half of the model's batch is the unconditional one. None decides
             by sizes: guided if the batch is twice that of embeddings, unguided if it is the same,
-            and anything else raises. True or False also allow several videos for each prompt.
+            and anything else raises. True or False also allow several videos for each prompt. Wan,
+            SkyReels-V2 and Cosmos are called for each half in turn, the conditional one first; None
+            then takes a later call of a step for unconditional if it has another text.
+        rule: For full-3D transformers: which frame hears which text, where these are of stages,
+            however many: :meth:`FrameRule.relay` is Prompt Relay's (arXiv 2604.10030). The stages
+            are at the coordinates 0, 1, 2, … of its keys. None: each frame its own.
+        mask, negative_mask: For full-3D transformers: which tokens exist, of embeddings' shape
+            without the channels. None: all of them. LTX and Allegro are trained with masks, which
+            their pipelines' ``encode_prompt`` returns.
 
     Returns:
         A handle: a context manager, with ``remove()``.
@@ -68,6 +85,10 @@ def condition_frames(
         TypeError: ``pipe_or_model`` or the embeddings are of the wrong kind.
     """
     check_embeddings(embeddings, "embeddings")
+    check_mask(mask, embeddings, "mask", "embeddings")
+    check_mask(negative_mask, negative, "negative_mask", "negative")
+    if rule is not None and not isinstance(rule, FrameRule):
+        raise TypeError(f"rule must be a FrameRule, got {type(rule).__name__}")
     if negative is not None:
         check_embeddings(negative, "negative")
         if negative.shape != embeddings.shape:
@@ -78,7 +99,30 @@ def condition_frames(
         if guidance is False:
             raise ValueError("guidance=False contradicts negative, which is for guidance only")
         guidance = True
+    full3d = _full3d_models(pipe_or_model)
+    if full3d:
+        return PromptedModels(
+            full3d,
+            StagePrompts(
+                batched(embeddings),
+                None if negative is None else batched(negative),
+                None if mask is None else mask.bool().cpu().reshape(batched(embeddings).shape[:3]),
+                (
+                    None
+                    if negative is None or negative_mask is None
+                    else negative_mask.bool().cpu().reshape(batched(negative).shape[:3])
+                ),
+                guidance,
+                rule,
+            ),
+        )
     model = _text_model(pipe_or_model)
+    for name, given in (("rule", rule), ("mask", mask), ("negative_mask", negative_mask)):
+        if given is not None:
+            raise ValueError(
+                f"{name} is for full-3D transformers with cross-attention to text, "
+                f"got a {type(model).__name__}"
+            )
     owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
     if any(isinstance(owner, FramePromptsHandle) for owner in owners):
         raise ValueError(
@@ -321,6 +365,30 @@ def check_embeddings(embeddings: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be {SHAPES}, none of them 0, got {tuple(embeddings.shape)}")
     if not embeddings.is_floating_point():
         raise ValueError(f"{name} must be of a floating-point type, got {embeddings.dtype}")
+
+
+def check_mask(mask: Any, embeddings: Tensor | None, name: str, of: str) -> None:
+    """Raises TypeError or ValueError unless it is None, or a mask of embeddings' tokens."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
+    if embeddings is None:
+        raise ValueError(f"{name} is for {of}, which was not given")
+    if mask.shape != embeddings.shape[:-1]:
+        raise ValueError(
+            f"{name} must have the shape of {of} without the channels, "
+            f"{tuple(embeddings.shape[:-1])}, got {tuple(mask.shape)}"
+        )
+
+
+def _full3d_models(pipe_or_model: Any) -> list[nn.Module]:
+    """Returns the full-3D transformers of a pipeline, or a model that is one."""
+    models = find_full3d(pipe_or_model)
+    for name, (model, _) in models.items():
+        if is_compiled(pipe_or_model, name, model):
+            torch.compiler.reset()  # or what has been compiled would run on without our hooks
+    return [model for model, _ in models.values()]
 
 
 def _text_model(pipe_or_model: Any) -> nn.Module:

@@ -402,10 +402,15 @@ class ProcessorRoute:
 
     Args:
         seat: The layer's.
+        make: Makes the processor for the seat and the one whose place it takes; None looks it up
+            in ``PROCESSORS``.
     """
 
-    def __init__(self, seat: Seat) -> None:
+    def __init__(
+        self, seat: Seat, make: Callable[[Seat, Any], FrameProcessor] | None = None
+    ) -> None:
         self._seat = seat
+        self._make = make
         # All that were ever put in: a model may hold on to some, to put them back later (after
         # unfusing its projections).
         self._made: WeakSet[FrameProcessor] = WeakSet()
@@ -425,7 +430,7 @@ class ProcessorRoute:
         found = module.processor
         if isinstance(found, FrameProcessor):  # left behind by another handle
             found = found.previous
-        make = PROCESSORS.get(type(found).__name__)
+        make = self._make or PROCESSORS.get(type(found).__name__)
         if make is None:
             raise ValueError(
                 f"{self._seat.layer.name} has a {type(found).__name__}, whose place none of ours "
