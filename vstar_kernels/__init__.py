@@ -16,6 +16,9 @@ from vstar_kernels.attention.frames.operation import frame_attention
 from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.attention.temporal import tar_attention
 from vstar_kernels.cli.info import info
+from vstar_kernels.methods.starvid.config import GuidanceConfig
+from vstar_kernels.methods.starvid.guidance import GuidanceHandle, guide_latents
+from vstar_kernels.methods.starvid.tokens import find_tokens
 from vstar_kernels.methods.starvid.trajectory import Subject, Trajectory
 from vstar_kernels.methods.starvid.writer import TrajectoryWriter
 from vstar_kernels.methods.vstar.embeddings import interpolate_embeddings
@@ -47,6 +50,8 @@ __all__ = [
     "GaussianBias",
     "GridEmbedding",
     "GridHandle",
+    "GuidanceConfig",
+    "GuidanceHandle",
     "Layout",
     "MapCapture",
     "NoisePrior",
@@ -74,7 +79,9 @@ __all__ = [
     "column_attention",
     "condition_frames",
     "encode_frames",
+    "find_tokens",
     "frame_attention",
+    "guide_latents",
     "info",
     "interpolate_embeddings",
     "optimize_noise",

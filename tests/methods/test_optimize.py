@@ -8,8 +8,9 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 import vstar_kernels as vk
 from vstar_kernels import testing
+from vstar_kernels.methods.gradients import checkpointed
 from vstar_kernels.methods.vstar import noise
-from vstar_kernels.methods.vstar.objective import MapObjective, checkpointed
+from vstar_kernels.methods.vstar.objective import MapObjective
 from vstar_kernels.models.capture import capture_maps
 from vstar_kernels.models.front_end import temporal_layers
 

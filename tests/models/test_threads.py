@@ -485,7 +485,7 @@ def test_noise_is_optimised_for_a_model_in_one_thread_at_a_time():
     found, error = together(optimise, second)
     hook.remove()
     assert isinstance(error, RuntimeError)
-    assert "being optimised for this UNet3DConditionModel already" in str(error)
+    assert "being taken through this UNet3DConditionModel already" in str(error)
     assert len(found.losses) == 1
     assert all("forward" not in vars(module) for module in model.modules())
     assert len(optimise().losses) == 1

@@ -1,4 +1,4 @@
-"""A class of its own for a module, for as long as a handle needs it.
+"""A class of its own for a module or a scheduler, for as long as a handle needs it.
 
 What is to happen around every call of a module, or whenever one of its attributes is read, belongs
 to its class: torch runs no hook after a ``KeyboardInterrupt``, and none when an attribute is read.
@@ -13,14 +13,12 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
-from torch import nn
-
 _CHANGE, _BASE = "_vstar_kernels_change", "_vstar_kernels_base"
 _LOCK = threading.RLock()  # of all modules' classes: several handles may change one at a time
 
 
 class ClassChange:
-    """A change to the classes of some modules, each of which keeps its class's name.
+    """A change to the classes of some modules, or schedulers; each keeps its class's name.
 
     Args:
         attributes: Returns what the new class has that the module's own, which it is given, has
@@ -31,13 +29,13 @@ class ClassChange:
         self._attributes = attributes
         self._made: WeakValueDictionary[type, type] = WeakValueDictionary()
 
-    def put_on(self, module: nn.Module) -> None:
+    def put_on(self, module: Any) -> None:
         """Changes a module's class, unless it is changed already."""
         with _LOCK:
             if not any(cls.__dict__.get(_CHANGE) is self for cls in type(module).__mro__):
                 module.__class__ = self._derive(type(module))
 
-    def take_off(self, module: nn.Module) -> None:
+    def take_off(self, module: Any) -> None:
         """Gives a module the class back that it had.
 
         Where somebody else has put a class over ours since, ours stays underneath.
@@ -55,7 +53,7 @@ class ClassChange:
         while _BASE in own.__dict__:
             own = own.__dict__[_BASE]
 
-        def reduce(module: nn.Module, protocol: Any) -> Any:
+        def reduce(module: Any, protocol: Any) -> Any:
             make, arguments, *rest = base.__reduce_ex__(module, protocol)
             if derived not in arguments:
                 return make, arguments, *rest

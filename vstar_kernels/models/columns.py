@@ -117,7 +117,7 @@ def capture_columns(
             step cannot be known.
         RuntimeError: At a forward pass: a layer was not called, or with a part of the video only.
     """
-    model = _text_model(pipe_or_model)
+    model = text_model(pipe_or_model)
     check_columns(columns)
     for name, value in (("guidance", guidance), ("differentiable", differentiable)):
         if not isinstance(value, bool) and not (name == "guidance" and value is None):
@@ -531,7 +531,7 @@ def check_columns(columns: Any) -> None:
                 raise ValueError(f"columns[{index}] must be indices of tokens, got {token!r}")
 
 
-def _text_model(pipe_or_model: Any) -> nn.Module:
+def text_model(pipe_or_model: Any) -> nn.Module:
     """Returns the model with the text; of several in a pipeline the first.
 
     Raises:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vstar_kernels.attention.frames.rules import FrameRule
+from vstar_kernels.models.conditional import in_conditional_passes
 from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
 from vstar_kernels.models.front_end import models_with_temporal_attention
 from vstar_kernels.models.full3d.apply import find_full3d
@@ -194,6 +195,8 @@ class FramePrompts:
         return Fit(batch * frames, text.shape[1], guided, conditional // prompts)
 
     def _is_guided(self, batch: int, prompts: int, text: Tensor) -> bool:
+        if in_conditional_passes():
+            return False
         if self.guidance is not None:
             return self.guidance
         if batch not in (prompts, 2 * prompts):

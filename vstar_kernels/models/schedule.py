@@ -133,7 +133,7 @@ class StepGate:
                 f"steps={self.steps} is a share of the schedule: give apply_tar the scheduler=, or "
                 "give steps as an index"
             )
-        return find_step(_timesteps(scheduler)[-1], scheduler, last=True) + 1
+        return count_steps(scheduler)
 
     def _check_begin(self, scheduler: Any, timestep: Any) -> None:
         begin = getattr(scheduler, "begin_index", None)
@@ -294,6 +294,15 @@ def find_step(timestep: Any, scheduler: Any, *, last: bool = False) -> int:
     current = getattr(scheduler, "step_index", None)
     place = current if current in places and not last else places[-1]
     return place // order
+
+
+def count_steps(scheduler: Any) -> int:
+    """Returns the number of denoising steps in the scheduler's whole schedule.
+
+    Raises:
+        ValueError: There is no schedule yet.
+    """
+    return find_step(_timesteps(scheduler)[-1], scheduler, last=True) + 1
 
 
 def _timesteps(scheduler: Any) -> list[float]:

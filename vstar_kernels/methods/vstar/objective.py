@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from vstar_kernels.analysis.maps import AttentionMap, Level, map_penalty
+from vstar_kernels.methods.gradients import checkpointed, frozen
 from vstar_kernels.methods.vstar.denoising import Denoising, Maps
 from vstar_kernels.methods.vstar.noising import Noising, check_noising, noising_of
 from vstar_kernels.methods.vstar.real_videos import RealVideoMaps, temporal_model
 from vstar_kernels.models.capture import MapCapture, capture_maps
 from vstar_kernels.models.front_end import temporal_layers
-from vstar_kernels.models.hooks import put_back
 from vstar_kernels.models.layers import TemporalLayer
 
 References = Tensor | Mapping[Level, Tensor] | RealVideoMaps | MapCapture | Iterable[AttentionMap]
@@ -219,87 +217,3 @@ def _targets(
         if not targets:
             raise ValueError(f"reference_maps must be maps of at_step: there is no map of {step}")
     return found
-
-
-@contextlib.contextmanager
-def exclusive(model: nn.Module) -> Iterator[None]:
-    """Keeps others from optimising noise for the model at the same time.
-
-    What that changes in the model (its parameters' gradients, its blocks' ``forward``) can only be
-    put back in the reverse order.
-
-    Raises:
-        RuntimeError: Somebody else does so already.
-    """
-    mine = object()
-    try:
-        if _OPTIMISING.setdefault(model, mine) is not mine:
-            raise RuntimeError(
-                f"noise is being optimised for this {type(model).__name__} already, in another "
-                "thread: wait for that, or give each thread a model of its own"
-            )
-        yield
-    finally:
-        # Not by a flag: an interrupt may come between an entry and its being noted.
-        if _OPTIMISING.get(model) is mine:
-            del _OPTIMISING[model]
-
-
-_OPTIMISING: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Keeps no gradients of the model's own parameters, nor what they would need, meanwhile."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def thaw() -> None:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        put_back(thaw)
-
-
-@contextlib.contextmanager
-def checkpointed(model: nn.Module) -> Iterator[None]:
-    """Lets the model's blocks compute their insides again in the backward pass, to save memory.
-
-    Few of diffusers' video models can do so by themselves (``UNet3DConditionModel`` cannot).
-    """
-    # What an offloading hook has put in the place of the class's own, else None.
-    replaced = {block: block.__dict__.get("forward") for block in _blocks(model)}
-
-    def restore() -> None:
-        for block, before in replaced.items():
-            if before is None:
-                block.__dict__.pop("forward", None)
-            else:
-                block.forward = before
-
-    try:
-        for block in replaced:
-            block.forward = _checkpointing(block.forward)
-        yield
-    finally:
-        put_back(restore)
-
-
-def _checkpointing(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(lambda: forward(*args, **kwargs), use_reentrant=False)
-
-    return run
-
-
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """Yields what a model runs in sequence: a UNet's resolutions, a transformer's blocks."""
-    for name, child in model.named_children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
-        elif name in ("mid_block", "middle_block"):
-            yield child

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vstar_kernels.analysis.maps import AttentionMap
+from vstar_kernels.methods.gradients import exclusive
 from vstar_kernels.methods.vstar.noise import (
     NoisePrior,
     Shape,
@@ -20,7 +21,7 @@ from vstar_kernels.methods.vstar.noise import (
     standard_normal,
 )
 from vstar_kernels.methods.vstar.noising import Noising
-from vstar_kernels.methods.vstar.objective import MapObjective, References, exclusive
+from vstar_kernels.methods.vstar.objective import MapObjective, References
 
 MARGIN = 1e-3  # of β above its least, and of |γ| below 1
 
@@ -149,7 +150,7 @@ def optimize_noise(
         ValueError: An argument is out of range, the maps do not fit the model or the shape, or
             they are of another step.
         FloatingPointError: The loss is not finite.
-        RuntimeError: Noise is being optimised for the model in another thread.
+        RuntimeError: Another thread takes gradients through the model.
         ImportError: ``progress`` without ``tqdm``.
     """
     _check(mean, kl_weight, iterations, learning_rate, patience, draws)
