@@ -28,7 +28,7 @@ from vstar_kernels.models.full3d.seats import (
     seat_of,
 )
 from vstar_kernels.models.hooks import Hooks, put_back
-from vstar_kernels.models.schedule import Turns
+from vstar_kernels.models.schedule import Turns, timestep_value
 
 if TYPE_CHECKING:
     from vstar_kernels.models.capture import MapCapture
@@ -214,16 +214,15 @@ class FrameWatch:
         if kwargs is None:  # another thread has just taken the hook off
             return
         call = Call(model, args, kwargs)
-        timestep = call["timestep"]
-        noisiest = timestep.max() if isinstance(timestep, Tensor) else timestep
-        step = self._capture.find_step(model, noisiest)
+        timestep = self._family.read_timestep(call)
+        step = self._capture.find_step(model, timestep)
         wanted = self._watch_layers() if self._capture.wants(step) else set()
         self._passes.begin(
             _WatchedPass(
                 call,
                 step,
-                float(noisiest),
-                self._turns.branch(timestep, call.sample),
+                timestep_value(timestep),
+                self._turns.branch(call["timestep"], call.sample),
                 wanted,
                 keeps_graph=self._capture.differentiable and torch.is_grad_enabled(),
             )

@@ -11,14 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from vstar_kernels.models.attention_processor import WRAPPERS
 from vstar_kernels.models.full3d import layouts
 from vstar_kernels.models.full3d.layouts import Call
 from vstar_kernels.models.full3d.seats import FrameLayer, Reading
+from vstar_kernels.models.schedule import running_pipeline
 
 Hook = Literal["backend", "processor", "function"]  # routes A, B and C
 
@@ -37,6 +38,8 @@ class Family:
             attention is exchanged.
         timestep: Where the timestep is told as the scheduler has it: in the call of the model, or
             by the pipeline that calls it, where the call has another measure of noise.
+        shows_config: Whether the model makes masks that its configuration asks for, and reads
+            another where a rule takes their place (``own_masks.py``).
     """
 
     name: str
@@ -45,10 +48,25 @@ class Family:
     read: Callable[[Call], Reading]
     hook: Hook = "backend"
     timestep: Literal["call", "pipeline"] = "call"
+    shows_config: bool = False
 
     def knows(self, model: nn.Module) -> bool:
         """Returns whether a model, which must not be wrapped, is of this family."""
         return not {cls.__name__ for cls in type(model).__mro__}.isdisjoint(self.classes)
+
+    def read_timestep(self, call: Call) -> Any:
+        """Returns the timestep that tells the step of a call: that of the noisiest tokens.
+
+        Tokens that a condition gives have a timestep of their own (Wan 2.2 TI2V, LTX), and so have
+        frames under diffusion forcing.
+        """
+        if self.timestep == "pipeline":
+            found = getattr(running_pipeline(call.model), "_current_timestep", None)
+            if found is not None:
+                return found
+        timestep = call["timestep"]
+        is_many = isinstance(timestep, Tensor) and timestep.numel() > 1
+        return timestep.max() if is_many else timestep
 
     def find_layers(self, model: nn.Module) -> list[FrameLayer]:
         """Returns the layers of a model in its order."""
@@ -75,6 +93,13 @@ FAMILIES: tuple[Family, ...] = (
         ),
         r"(vace_)?blocks\.\d+\.attn1",
         layouts.patched_video,
+    ),
+    Family(
+        "SkyReels-V2",
+        ("SkyReelsV2Transformer3DModel",),
+        r"blocks\.\d+\.attn1",
+        layouts.causal_video,
+        shows_config=True,
     ),
 )
 

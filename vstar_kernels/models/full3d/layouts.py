@@ -7,11 +7,13 @@ tokens that the layers are called with; what does not fit raises.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from vstar_kernels.attention.frames.layout import Frames, Layout
+from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.models.full3d.seats import Reading
 from vstar_kernels.models.hooks import Argument
 
@@ -49,3 +51,14 @@ def patched_video(call: Call) -> Reading:
     height, width = size
     source = f"latents of shape {tuple(call.sample.shape)} in patches of {tuple(patch)}"
     return Reading(Layout(Frames(frames, height * width)), source)
+
+
+def causal_video(call: Call) -> Reading:
+    """Reads what SkyReels-V2 reads: where its frames come in blocks, it hides later blocks."""
+    reading = patched_video(call)
+    config = call.model.config
+    block = config.num_frame_per_block
+    if block <= 1:
+        return reading
+    without = type(config)({**config, "num_frame_per_block": 1})
+    return replace(reading, rule=FrameRule.causal(block), masked=True, config=without)

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
 from vstar_kernels.models.full3d.families import Family
 from vstar_kernels.models.full3d.layouts import Call
+from vstar_kernels.models.full3d.own_masks import SHOWING
 from vstar_kernels.models.full3d.routes import make_route
 from vstar_kernels.models.full3d.seats import (
     FrameChange,
@@ -26,7 +27,7 @@ from vstar_kernels.models.full3d.seats import (
     seat_of,
 )
 from vstar_kernels.models.hooks import Hooks, put_back, take_off
-from vstar_kernels.models.schedule import StepGate, running_pipeline, timestep_value
+from vstar_kernels.models.schedule import StepGate, timestep_value
 
 Rule = FrameRule | Callable[[int, float], FrameRule | None]
 Chooses = Callable[[FrameLayer], bool]
@@ -171,6 +172,8 @@ class RuledModel:
             take_off(self.model, lambda hook: isinstance(hook, _CopiedHook))
             self._hooks.before(self.model, self)
         watch(self.model, self._passes)
+        if self.family.shows_config:
+            SHOWING.put_on(self.model)
         with self._lock:
             self._keep_seats()
 
@@ -181,6 +184,7 @@ class RuledModel:
                 self._close,
                 self._hooks.remove,
                 *map(self._leave, list(self._seats)),
+                lambda: SHOWING.take_off(self.model),
                 lambda: unwatch(self.model, self._passes),
             )
 
@@ -200,6 +204,17 @@ class RuledModel:
             "step: call the model itself, not its forward()"
         )
 
+    def shown_config(self, config: Any) -> Any:
+        """Returns what the model reads as its configuration; see ``own_masks.py``."""
+        if torch.compiler.is_compiling():
+            change = self._traced.change
+        else:
+            forward = self._passes.current()
+            change = None if forward is None else forward.change
+        if change is None or change.reading.config is None:
+            return config
+        return change.reading.config if len(self.layers) == len(self.all_layers) else config
+
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> None:
@@ -214,7 +229,7 @@ class RuledModel:
 
     def _find_change(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FrameChange | None:
         call = Call(self.model, args, kwargs)
-        timestep = self._timestep(call)
+        timestep = self.family.read_timestep(call)
         if not self._gate.is_on(self.model, timestep):
             return None
         rule: Any = self._rule
@@ -233,21 +248,6 @@ class RuledModel:
         if reading.rule is not None:
             rule = reading.rule + rule
         return FrameChange(rule, reading, self._backend, _key(rule, layout, key_layout))
-
-    def _timestep(self, call: Call) -> Any:
-        """Returns the timestep that tells the step: that of the noisiest tokens.
-
-        Tokens that a condition gives have a timestep of their own (Wan 2.2 TI2V, LTX), and so have
-        frames under diffusion forcing.
-        """
-        if self.family.timestep == "pipeline":
-            pipeline = running_pipeline(self.model)
-            found = getattr(pipeline, "_current_timestep", None)
-            if found is not None:
-                return found
-        timestep = call["timestep"]
-        is_many = isinstance(timestep, Tensor) and timestep.numel() > 1
-        return timestep.max() if is_many else timestep
 
     def _read(self, call: Call) -> Reading:
         if self._layout is not None:

@@ -47,6 +47,8 @@ class Reading:
         key_lengths: ``(batch,)`` int32: how many keys of each sequence exist. None: all.
         rule: What the model itself masks, as a rule; None: nothing.
         masked: Whether ``key_lengths`` and ``rule`` say all that the layers' own mask says.
+        config: What the model is to read as its configuration where all layers follow ``rule``, so
+            that it makes no mask; None: its own.
     """
 
     layout: Layout
@@ -55,6 +57,7 @@ class Reading:
     key_lengths: Tensor | None = None
     rule: FrameRule | None = None
     masked: bool = False
+    config: Any = None
 
 
 @dataclass(frozen=True, eq=False)
