@@ -75,11 +75,13 @@ class AttentionMap:
 
 @dataclass
 class FrameMap(AttentionMap):
-    """The mean map between the frames of one layer of a full-3D transformer at one step.
+    """The mean map between the frames of one layer at one step, each frame of many tokens.
 
-    ``map`` is the mean over heads and over the tokens of a query's frame, of the weight on all
-    tokens of a key's frame. A row adds up to 1 less what goes to text. ``level`` is 0 and ``place``
-    is ``"blocks"``; ``positions`` is of how many tokens of the largest frame the mean is.
+    It is of a full-3D transformer, whose ``level`` is 0 and ``place`` is ``"blocks"``, or of an
+    image UNet that sees a grid of frames. ``map`` is the mean over heads and over the tokens of a
+    query's frame, of the weight on all tokens of a key's frame. A row adds up to 1 less what goes
+    to text, which a grid has none of. ``positions`` is of how many tokens of the largest frame the
+    mean is.
 
     Attributes:
         text: ``(batch, frames)``, the weight on tokens that belong to no frame.

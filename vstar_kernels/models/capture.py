@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vstar_kernels.analysis.maps import AttentionMap, Level, Place, mean_map
+from vstar_kernels.analysis.maps import AttentionMap, FrameMap, Level, Place, mean_map
 from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.models.conditional import in_conditional_passes
 from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
 from vstar_kernels.models.front_end import (
+    FrontEnd,
     find_front_end,
     models_with_temporal_attention,
     temporal_layers,
@@ -28,6 +29,8 @@ from vstar_kernels.models.full3d.apply import find_full3d
 from vstar_kernels.models.full3d.capture import FrameWatch
 from vstar_kernels.models.full3d.families import known_models
 from vstar_kernels.models.full3d.seats import FrameLayer
+from vstar_kernels.models.grid.capture import find_grids, grid_map, overridden_map
+from vstar_kernels.models.grid.model import GridFrontEnd
 from vstar_kernels.models.hooks import (
     Argument,
     Handle,
@@ -73,7 +76,8 @@ def capture_maps(
     >>> capture.mean(place="up", step=13)  # (2, 16, 16): without and with the prompt
 
     Of a full-3D transformer (Wan, HunyuanVideo and what else :func:`vstar_kernels.apply_frames`
-    knows) these are maps between frames, :class:`~vstar_kernels.analysis.FrameMap`.
+    knows) and of an image UNet under :func:`vstar_kernels.apply_grid` these are maps between
+    frames, :class:`~vstar_kernels.analysis.FrameMap`.
 
     It sees what runs: under :func:`vstar_kernels.apply_tar` or ``apply_frames`` the changed map A′,
     elsewhere the plain A. The model's output stays the same, bit for bit. Each map is computed a
@@ -96,7 +100,8 @@ def capture_maps(
         differentiable: Keep the maps on the model's device and in autograd's graph, wherever
             gradients are enabled. Call ``backward()`` before the handle is removed: a model with
             gradient checkpointing then runs its layers again.
-        map_heads: Of full-3D transformers, keep the map of each head too: ``FrameMap.heads``.
+        map_heads: Where these are maps between frames, keep that of each head too:
+            ``FrameMap.heads``.
         layout: Of full-3D transformers, which frame each token belongs to, where that is not what
             the model's arguments say.
 
@@ -114,8 +119,11 @@ def capture_maps(
     if max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {max_rows}")
     full3d = find_full3d(pipe_or_model)
-    models = {} if full3d else _temporal_models(pipe_or_model)
-    if not full3d and (map_heads or layout is not None):
+    grids = {} if full3d else find_grids(pipe_or_model)
+    models = {name: grid.model for name, grid in grids.items()}
+    if not full3d and not grids:
+        models = _temporal_models(pipe_or_model)
+    if (map_heads and not (full3d or grids)) or (layout is not None and not full3d):
         raise ValueError(
             "map_heads and layout are for full-3D transformers, of which there is none"
         )
@@ -123,7 +131,11 @@ def capture_maps(
         if is_compiled(pipe_or_model, name, model):
             raise ValueError(f"maps of a compiled {type(model).__name__} cannot be captured")
     chooses = _chooser(layers)
-    every: list[Any] = [layer for model in models.values() for layer in temporal_layers(model)]
+    every: list[Any] = [
+        layer
+        for name, model in models.items()
+        for layer in (grids[name].layers if name in grids else temporal_layers(model))
+    ]
     every += [layer for model, family in full3d.values() for layer in family.find_layers(model)]
     if not any(chooses(layer) for layer in every):
         raise ValueError("layers chooses none of the temporal attention layers")
@@ -132,7 +144,14 @@ def capture_maps(
         steps, chooses, scheduler_of(pipe_or_model, scheduler), max_rows, differentiable
     )
     watches: list[_ModelWatch | FrameWatch] = [
-        _ModelWatch(capture, name, model) for name, model in models.items()
+        _ModelWatch(
+            capture,
+            name,
+            model,
+            grids[name].front_end if name in grids else find_front_end(model),
+            heads=map_heads,
+        )
+        for name, model in models.items()
     ]
     watches += [
         FrameWatch(capture, name, model, family, layout=layout, heads=map_heads)
@@ -349,13 +368,24 @@ class _ModelWatch:
         capture: What takes the maps, and says which ones it wants.
         name: The model's name in its pipeline.
         model: The model.
+        front_end: What knows it.
+        heads: Whether to keep the map of each head, where these are maps between frames.
     """
 
-    def __init__(self, capture: MapCapture, name: str, model: nn.Module) -> None:
+    def __init__(
+        self,
+        capture: MapCapture,
+        name: str,
+        model: nn.Module,
+        front_end: FrontEnd,
+        *,
+        heads: bool = False,
+    ) -> None:
         self._capture = capture
         self._name = name
         self._model = model
-        self._front_end = find_front_end(model)
+        self._front_end = front_end
+        self._heads = heads
         self._passes: ForwardPasses[_WatchedPass] = ForwardPasses()
         self._hooks = Hooks()
         self._layers: dict[str, _LayerWatch] = {}
@@ -457,7 +487,10 @@ class _ModelWatch:
         attention = self._front_end.get_attention(module)
         is_ours = isinstance(attention, RegularizedAttention)
         regularization = attention.regularization() if is_ours else PLAIN
+        is_grid = isinstance(self._front_end, GridFrontEnd)
         if regularization.override is not None:
+            if is_grid:
+                return overridden_map(regularization, batch, module.heads if self._heads else None)
             map_ = OVERRIDE_MAPS[regularization.override](frames)
             return map_.repeat(batch, 1, 1), rows // batch
         if set(projected) != {"query", "key"}:
@@ -469,27 +502,42 @@ class _ModelWatch:
             projected[name].unflatten(0, (batch, -1)).unflatten(-1, (module.heads, -1))
             for name in ("query", "key")
         )
+        most: dict[str, Any] = {"max_rows": self._capture.max_rows}
+        if is_grid:
+            q, k = query[:, 0], key[:, 0]
+            return grid_map(regularization, q, k, module.scale, heads=self._heads, **most)
         bias = regularization.bias
         if bias is not None and isinstance(bias.stat, Tensor):
             bias = replace(bias, stat=bias.stat.unflatten(0, (batch, -1)))
-        return mean_map(query, key, bias, module.scale, max_rows=self._capture.max_rows)
+        return mean_map(query, key, bias, module.scale, **most)
 
     def add(
         self, layer: TemporalLayer, forward: _WatchedPass, mean: Tensor, positions: int
     ) -> None:
         """Keeps the map of a layer's call until the forward pass has ended well."""
         forward.uncalled.remove(layer.name)
+        found = mean if self._capture.differentiable else mean.cpu()
+        common: dict[str, Any] = {
+            "model": self._name,
+            "layer": layer.name,
+            "level": layer.level,
+            "place": layer.place,
+            "step": forward.step,
+            "timestep": forward.timestep,
+            "branch": forward.branch,
+            "positions": positions,
+        }
+        if not isinstance(self._front_end, GridFrontEnd):
+            forward.maps.append(AttentionMap(**common, map=found))
+            return
+        between = found.mean(1) if self._heads else found
         forward.maps.append(
-            AttentionMap(
-                model=self._name,
-                layer=layer.name,
-                level=layer.level,
-                place=layer.place,
-                step=forward.step,
-                timestep=forward.timestep,
-                branch=forward.branch,
-                map=mean if self._capture.differentiable else mean.cpu(),
-                positions=positions,
+            FrameMap(
+                **common,
+                map=between[..., :-1],
+                text=between[..., -1],
+                heads=found if self._heads else None,
+                coordinates=tuple(map(float, range(found.shape[-2]))),
             )
         )
 

@@ -384,3 +384,60 @@ def test_masks_are_refused():
     model = make()
     with vk.apply_grid(model, 4), pytest.raises(ValueError, match="an attention_mask"):
         model(noise(1, 4, 8, 8), 1, noise(1, 3, 24), attention_mask=torch.ones(1, 64))
+
+
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("config", [None, always({0: 1.0, 1: 0.7}), "override"])
+def test_the_maps_between_frames(config, heads):
+    model, rows, cols = make(), 2, 3
+    if config == "override":
+        config = vk.TARConfig({0: 1.0}, override={1: "identity"}, steps=None)
+    size = {"batch": 2, "size": (8, 12)}
+    with vk.apply_grid(model, 6, config=config):
+        out = call(model, **size)
+        with vk.capture_maps(model, map_heads=heads) as capture:
+            assert torch.equal(call(model, **size), out)
+        assert len({item.layer for item in capture.maps}) == len(capture.maps) == LAYERS["SD 1.5"]
+        with vk.capture_maps(model, layers=lambda layer: layer.level == 1) as coarse:
+            call(model, **size)
+        assert {item.level for item in coarse.maps} == {1}
+    for item in capture.maps:
+        assert item.map.shape == (2, 6, 6)
+        torch.testing.assert_close(item.map.sum(-1), torch.ones(2, 6))
+        assert item.positions == 16 >> 2 * item.level
+        assert item.coordinates == (0, 1, 2, 3, 4, 5)
+        assert (item.heads is not None) == heads
+        if heads:
+            torch.testing.assert_close(item.heads.mean(1), item.with_text)
+    if config is not None and 1 in config.override:
+        assert torch.equal(capture.mean(level=1), torch.eye(6).expand(2, 6, 6))
+        return
+    # By hand, for the first layer, from what it is given.
+    name = capture.maps[0].layer
+    with vk.apply_grid(model, 6, config=config):
+        seen = []
+        module = model.get_submodule(name)
+        hook = module.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+        call(model, **size)
+        hook.remove()
+    q, k = (p(seen[0]).unflatten(-1, (2, -1)) for p in (module.to_q, module.to_k))
+    logits = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) * module.scale
+    frame = token_frames(rows, cols, 4, 4)
+    if config is not None:
+        delta = vk.GaussianBias(1.0).matrix(6).double()[frame[:, None], frame]
+        logits = logits + logits.amax(-1, keepdim=True) * delta
+    member = torch.nn.functional.one_hot(frame).double()
+    expected = (member.mT @ logits.softmax(-1) @ member / 16).mean(1)
+    torch.testing.assert_close(capture.maps[0].map.double(), expected, **CLOSE)
+
+
+def test_maps_end_with_the_grid():
+    model = make()
+    with pytest.raises(ValueError, match="no temporal self-attention"):
+        vk.capture_maps(model)
+    handle = vk.apply_grid(model, 4)
+    with vk.capture_maps(model):
+        handle.remove()
+        with pytest.raises(RuntimeError, match="apply_grid was removed while its maps"):
+            call(model)
+    call(model)

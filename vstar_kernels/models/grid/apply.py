@@ -164,18 +164,27 @@ def grid_model_of(model: nn.Module) -> GridModel | None:
     return None
 
 
-def _image_models(pipe_or_model: Any) -> dict[str, nn.Module]:
-    """Returns the image UNets of a pipeline by their names; a model by itself has the name ""."""
+def parts_of(pipe_or_model: Any) -> dict[str, Any]:
+    """Returns a pipeline's components by their names; a model by itself has the name ``""``.
+
+    Raises:
+        TypeError: It is neither.
+    """
     if isinstance(pipe_or_model, nn.Module):
-        parts = {"": unwrap(pipe_or_model)}
-    else:
-        components = getattr(pipe_or_model, "components", None)
-        if not isinstance(components, dict):
-            raise TypeError(
-                f"pipe_or_model must be a {IMAGE_MODEL} or a diffusers pipeline, "
-                f"got {type(pipe_or_model).__name__}"
-            )
-        parts = {k: unwrap(part) for k, part in components.items() if isinstance(part, nn.Module)}
+        return {"": pipe_or_model}
+    components = getattr(pipe_or_model, "components", None)
+    if not isinstance(components, dict):
+        raise TypeError(
+            "pipe_or_model must be a torch.nn.Module or a diffusers pipeline, "
+            f"got {type(pipe_or_model).__name__}"
+        )
+    return components
+
+
+def _image_models(pipe_or_model: Any) -> dict[str, nn.Module]:
+    """Returns the image UNets of a pipeline by their names."""
+    components = parts_of(pipe_or_model)
+    parts = {k: unwrap(part) for k, part in components.items() if isinstance(part, nn.Module)}
     models = {name: part for name, part in parts.items() if is_image_model(part)}
     if models:
         return models
