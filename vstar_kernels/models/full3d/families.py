@@ -101,6 +101,55 @@ FAMILIES: tuple[Family, ...] = (
         layouts.causal_video,
         shows_config=True,
     ),
+    Family(
+        "HunyuanVideo-1.5",
+        ("HunyuanVideo15Transformer3DModel",),
+        r"transformer_blocks\.\d+\.attn",
+        layouts.text_last(
+            layouts.patched_video,
+            "encoder_hidden_states",
+            "encoder_hidden_states_2",
+            "image_embeds",
+        ),
+        hook="processor",
+    ),
+    Family(
+        "CogVideoX",
+        ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
+        r"transformer_blocks\.\d+\.attn1",
+        layouts.text_first(layouts.patched_frames, "encoder_hidden_states"),
+        hook="processor",
+    ),
+    Family(
+        "Mochi",
+        ("MochiTransformer3DModel",),
+        r"transformer_blocks\.\d+\.attn1",
+        layouts.text_last(layouts.patched_video, "encoder_hidden_states"),
+        hook="processor",
+    ),
+    Family(
+        "Allegro",
+        ("AllegroTransformer3DModel",),
+        r"transformer_blocks\.\d+\.attn1",
+        layouts.patched_video,
+        hook="processor",
+    ),
+    Family(
+        "Cosmos",
+        ("CosmosTransformer3DModel",),
+        r"transformer_blocks\.\d+\.attn1",
+        layouts.patched_video,
+        hook="processor",
+    ),
+    Family(
+        "EasyAnimate",
+        ("EasyAnimateTransformer3DModel",),
+        r"transformer_blocks\.\d+\.attn1",
+        layouts.text_first(
+            layouts.patched_video, "encoder_hidden_states", "encoder_hidden_states_t5"
+        ),
+        hook="processor",
+    ),
 )
 
 
