@@ -17,10 +17,10 @@ import torch
 from benchmarks.codegen.cases import Key
 from benchmarks.codegen.targets import TARGETS
 from vstar_kernels.attention.frames.call import FrameOptions
-from vstar_kernels.attention.triton import configs, frames_backward, frames_forward, frames_plan
+from vstar_kernels.attention.triton import configs, frames_backward, frames_forward, frames_slots
 from vstar_kernels.attention.triton.configs import FramesConfig
-from vstar_kernels.attention.triton.frames_plan import Contents, FramesKey, Tables
-from vstar_kernels.attention.triton.plan import Device, Launch
+from vstar_kernels.attention.triton.frames_plan import FramesKey, Tables
+from vstar_kernels.attention.triton.plan import Contents, Device, Launch
 
 BATCH, HEADS, KEY_HEADS = 2, 12, 4
 FRAMES, TOKENS, TEXT = 21, 1560, 100  # of one frame, and of text
@@ -227,7 +227,7 @@ def plan_key(entry: FrameEntry, variant: Variant, head_dim: int) -> FramesKey:
 def _runs(variant: Variant) -> torch.Tensor:
     step = 20 if variant.interleaved else TOKENS
     lengths = [(frame, step, place) for place in range(0, TOKENS, step) for frame in range(FRAMES)]
-    lengths.append((frames_plan.TEXT, TEXT, 0))
+    lengths.append((frames_slots.TEXT, TEXT, 0))
     ends = list(itertools.accumulate(tokens for _, tokens, _ in lengths))
     runs = [
         (end - tokens, end, frame, place)

@@ -20,7 +20,7 @@ if backend.unavailable():
     pytest.skip("; ".join(backend.unavailable()), allow_module_level=True)
 
 from vstar_kernels.attention.frames import reference
-from vstar_kernels.attention.triton import configs, frames, frames_plan, plan
+from vstar_kernels.attention.triton import configs, frames, frames_plan, frames_slots, plan
 from vstar_kernels.attention.triton.configs import FramesConfig
 
 DEVICE = "cpu" if backend.interpreted() else "cuda"
@@ -212,7 +212,7 @@ def test_gradients(case):
 def tables(rule, layout, **options):
     """The slots of tiles of 16 rows, each with its key frames' representative and its ranges."""
     key = plan_key(rule, layout)
-    found = frames_plan.tile_tables(
+    found = frames_slots.tile_tables(
         layout.run_table().tolist(),
         layout.run_table().tolist(),
         key.rule_tables(),
@@ -237,7 +237,7 @@ def plan_key(rule, layout, dtype=torch.bfloat16, **options):
 def test_slots_are_frames_of_equal_weights():
     layout = vk.Layout(vk.Text(16), vk.Frames(9, 16))
     found = tables(vk.FrameRule.tar(1.0), layout)
-    everything = [(-1, [(0, 16)]), (0, [(16, 160)])]
+    everything = [(0, [(16, 160)]), (-1, [(0, 16)])]
     assert found[0] == everything  # text sees every frame alike
     of_frame_4 = dict(found[5])
     # Beyond four frames Δ is nothing in 16 bits: none of nine is that far from the middle.
@@ -278,7 +278,7 @@ def test_heads_of_equal_rules_share_their_slots():
     for heads, equal in (([0, 1], False), ([0, 0], True)):
         own = dataclasses.replace(rule, offset=rule.offset[heads])
         runs = layout.run_table().tolist()
-        found = frames_plan.tile_tables(runs, runs, own, rows=16, ordered=False)
+        found = frames_slots.tile_tables(runs, runs, own, rows=16, ordered=False)
         assert torch.equal(found.tiles[0], found.tiles[1]) == equal
 
 

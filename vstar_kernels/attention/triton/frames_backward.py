@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vstar_kernels.attention.triton import configs, frames_plan, plan
+from vstar_kernels.attention.triton import configs, frames_plan, frames_slots, plan
 from vstar_kernels.attention.triton.configs import FramesConfig
 from vstar_kernels.attention.triton.frames_forward import (
     find_keys,
@@ -33,7 +33,8 @@ from vstar_kernels.attention.triton.frames_forward import (
     read_weights,
     slot_bias,
 )
-from vstar_kernels.attention.triton.frames_plan import FramesKey, RuleTables
+from vstar_kernels.attention.triton.frames_plan import FramesKey
+from vstar_kernels.attention.triton.frames_slots import RuleTables
 from vstar_kernels.attention.triton.plan import Launch
 from vstar_kernels.attention.triton.primitives import (
     LOG2E,
@@ -520,7 +521,7 @@ def _plan_sweep(
     query_runs, key_runs = (x.tensor().tolist() for x in key.tables[:2])
     rows, others = (key_runs, query_runs) if by_keys else (query_runs, key_runs)
     rule = rule.transposed() if by_keys else rule
-    made = frames_plan.tile_tables(
+    made = frames_slots.tile_tables(
         rows,
         others,
         rule,

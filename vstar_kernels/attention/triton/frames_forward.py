@@ -27,9 +27,10 @@ import triton.language as tl
 from torch import Tensor
 
 from vstar_kernels.attention.call import Forward
-from vstar_kernels.attention.triton import configs, frames_plan, plan
+from vstar_kernels.attention.triton import configs, frames_plan, frames_slots, plan
 from vstar_kernels.attention.triton.configs import FramesConfig
-from vstar_kernels.attention.triton.frames_plan import FramesKey, TileTables
+from vstar_kernels.attention.triton.frames_plan import FramesKey
+from vstar_kernels.attention.triton.frames_slots import TileTables
 from vstar_kernels.attention.triton.plan import Launch
 from vstar_kernels.attention.triton.primitives import (
     LOG2E,
@@ -535,7 +536,7 @@ def plan_frames(key: FramesKey, config: FramesConfig) -> FramesPlan:
     stat = key.statistic(rule)
     split = stat in ("row_max", "frame_max")
     by_frame = key.has_map or stat == "frame_max"
-    made = frames_plan.tile_tables(
+    made = frames_slots.tile_tables(
         key.tables.query_runs.tensor().tolist(),
         key.tables.key_runs.tensor().tolist(),
         rule,

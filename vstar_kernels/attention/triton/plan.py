@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import sys
@@ -31,6 +32,28 @@ class Device(NamedTuple):
     architecture: str
     shared: int
     processors: int
+
+
+class Contents(NamedTuple):
+    """A tensor by its contents, so that it is the key of what is made of it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    data: bytes
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> Contents | None:
+        """Returns the contents of a contiguous CPU tensor."""
+        if tensor is None:
+            return None
+        data = ctypes.string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+        return cls(tuple(tensor.shape), tensor.dtype, data)
+
+    def tensor(self) -> Tensor:
+        """Returns the tensor again."""
+        if not self.data:
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        return torch.frombuffer(bytearray(self.data), dtype=self.dtype).view(self.shape)
 
 
 class PlanKey(NamedTuple):
