@@ -28,7 +28,7 @@ FRAMES, TOKENS, TEXT = 21, 1560, 100  # of one frame, and of text
 OF_CALL = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
 INT32_TENSORS = (
     "key_lengths", "span", "band", "row_frame", "row_place", "row_order", "key_order", "tiles",
-    "slots", "ranges", "entries", "entry_frame", "stat_frame", "argmax",
+    "biased", "slots", "ranges", "entries", "entry_frame", "stat_frame", "argmax",
 )  # fmt: skip
 
 
@@ -111,10 +111,17 @@ class FrameCase:
         """The kernel with all of its arguments but tensors."""
         key, config = plan_key(self.entry, self.variant, self.head_dim), self.config
         if not self.entry.backward:
-            return frames_forward.plan_frames(key, config).launch
+            return frames_forward.plan_frames(key, config, self._way).launch
         made = frames_backward.plan_frames(key, config, config)
         by_rows = self.entry.table.startswith("grad_query")
         return (made.grad_query if by_rows else made.grad_key).launch
+
+    @property
+    def _way(self) -> str:
+        """How a bias comes to the logits, as the forward kernel takes it."""
+        if self.entry.table.startswith("revisit"):
+            return "revisit"
+        return "split" if self.variant.stat in ("row_max", "frame_max") else "known"
 
     @property
     def tensor_types(self) -> list[torch.dtype | None]:
@@ -136,8 +143,9 @@ class FrameCase:
 def entries() -> list[FrameEntry]:
     """Returns every shipped configuration."""
     found = []
-    for table, lines in json.loads(configs.FRAMES_FILE.read_text()).items():
-        for line in lines:
+    tables = json.loads(configs.FRAMES_FILE.read_text())
+    for table in VARIANTS:
+        for line in tables[table]:
             key = [line.pop(name) for name in ("architecture", "kind", "width")]
             found.append(entry(*key, table, FramesConfig(**line)))
     return found

@@ -46,7 +46,8 @@ class Options(cases.Selection):
 
 def candidates(architecture: str, kind: str, width: int, table: str) -> list[FrameEntry]:
     """Returns the entries to try, best first; ``shared`` and ``programs`` are not known."""
-    name = f"{kind} {table.replace('_query', '').replace('_key', '')}"
+    sizes = table.replace("_query", "").replace("_key", "").replace("revisit", "forward")
+    name = f"{kind} {sizes}"
     ratio = TARGETS[architecture].lanes // 32
     found = [
         frame_cases.entry(

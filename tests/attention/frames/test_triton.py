@@ -54,6 +54,11 @@ def small_tiles(monkeypatch):
     frames._backward_plan.cache_clear()
 
 
+def revisit(monkeypatch, wanted):
+    """Slots whose bias waits for a statistic are gone through twice, or have partial outputs."""
+    monkeypatch.setattr(configs, "revisit_below", lambda *key: float("inf") if wanted else 0.0)
+
+
 def on_device(x):
     """A tensor, or a rule whose statistic is one, on the kernels' device; the rest as it is."""
     if isinstance(x, vk.FrameRule) and isinstance(x.stat, torch.Tensor):
@@ -75,6 +80,7 @@ TINY = cases.OPTIONS | {
     "int64": [False, True],
     "given": [False, True],
     "stages": [1, 2],  # whether values are loaded with their keys, or behind
+    "revisit": [False, True],  # or split, where a bias waits for a statistic
 }
 
 
@@ -82,6 +88,7 @@ TINY = cases.OPTIONS | {
 def test_options(case, monkeypatch):
     config = dataclasses.replace(SMALL, stages=case["stages"])
     monkeypatch.setattr(configs, "frames", lambda *key: config)
+    revisit(monkeypatch, case["revisit"])
     if case["int64"]:
         monkeypatch.setattr(plan, "INT32_MAX", -1)
     arguments, options = cases.make(case)
@@ -92,11 +99,13 @@ def test_options(case, monkeypatch):
 
 @pytest.mark.parametrize("lengths", [None, [20, 40]])
 @pytest.mark.parametrize("stat", ["row_max", "frame_max"])
-def test_the_statistic_is_of_what_the_row_sees(stat, lengths):
+@pytest.mark.parametrize("twice", [False, True])
+def test_the_statistic_is_of_what_the_row_sees(stat, lengths, twice, monkeypatch):
     """Rows of all frames share tiles here, and what some do not see has by far the largest logits.
 
     A row that sees no frame but text has a statistic of 0.
     """
+    revisit(monkeypatch, twice)
     layout = vk.Layout(vk.Text(4), vk.Frames(3, 12))
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 40, 1, 16).unbind()
@@ -107,6 +116,31 @@ def test_the_statistic_is_of_what_the_row_sees(stat, lengths):
     options = {"key_lengths": lengths and torch.tensor(lengths, dtype=torch.int32)}
     found = run(query, key, value, layout, rule, **options)
     assert_frames(found, query, key, value, layout, rule, **options)
+
+
+@pytest.mark.parametrize("stat", ["row_max", "frame_max"])
+@pytest.mark.parametrize("largest", ["text", "far", "near"])
+def test_a_revisited_statistic_is_exact_whatever_dominates(stat, largest, monkeypatch):
+    """What is far above the rest must not make the others' sums vanish from the statistic.
+
+    Δ reaches two frames in one direction, and the rule lowers one far frame by much.
+    """
+    revisit(monkeypatch, True)
+    layout = vk.Layout(vk.Text(8), vk.Frames(6, 16))
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 104, 1, 16).unbind()
+    place = {"text": slice(0, 8), "far": slice(88, 104), "near": slice(8, 24)}[largest]
+    query, key[:, place] = query.abs(), 60 * key[:, place].abs()
+    delta = torch.ones(6, 6).triu() - torch.ones(6, 6).triu(3)
+    lower = torch.zeros(6, 6)
+    lower[:, 4] = -300.0
+    rule = vk.FrameRule.bias(0.1 * delta, stat=stat)
+    call = check_call(query, key, value, layout, rule)
+    call = dataclasses.replace(call, offset=lower)
+    moved = {name: on_device(getattr(call, name)) for name in ("query", "key", "value")}
+    found = frames.forward(dataclasses.replace(call, **moved), save=True)
+    expected = reference.forward(call)
+    torch.testing.assert_close(found.out.cpu(), expected.out, rtol=1e-4, atol=1e-4)
 
 
 # ---- gradients ----
@@ -254,6 +288,33 @@ def test_slots_are_frames_of_equal_weights():
     assert len(far) == 7
 
 
+def made_plan(rule, layout, dtype=torch.bfloat16):
+    key = plan_key(rule, layout, dtype)
+    return frames._forward_plan(key, torch.device("cpu"))
+
+
+def test_short_frames_are_revisited_long_ones_split_and_known_biases_neither():
+    tar = vk.FrameRule.tar(1.0)
+    for tokens, rule, way in ((32, tar, "revisit"), (320, tar, "split"), (32, None, "known")):
+        made = made_plan(rule, vk.Layout(vk.Frames(12, tokens), vk.Text(3)))
+        assert made.launch.constants["WAY"] == way
+        assert ("part" in made.filled) == (way == "split")
+
+
+def test_slots_with_a_bias_come_first_and_their_keys_are_counted():
+    layout = vk.Layout(vk.Text(16), vk.Frames(9, 16))
+    key = plan_key(vk.FrameRule.tar(1.0), layout)
+    runs = layout.run_table().tolist()
+    found = frames_slots.tile_tables(runs, runs, key.rule_tables(), rows=16, ordered=False)
+    biased = (found.biased - found.tiles[..., 0])[0].tolist()
+    # Text has none; frame 0 sees frames 0 to 4 so, frame 4 pairs of them, and text is beside.
+    assert biased[:2] == [0, 5]
+    assert biased[5] == 5
+    slots = (found.tiles[..., 1] - found.tiles[..., 0]).sum()
+    keys = 16 * sum(min(f + 4, 8) - max(f - 4, 0) + 1 for f in range(9))
+    assert found.biased_keys_of_a_slot() == pytest.approx(keys / slots)
+
+
 def test_frames_keep_their_ranges_where_sums_by_frame_are_wanted():
     layout = vk.Layout(vk.Frames(9, 16))
     found = dict(tables(vk.FrameRule.tar(1.0), layout, by_frame=True)[0])
@@ -315,7 +376,9 @@ def test_plans_are_made_on_the_cpu_whatever_the_default_device():
         made = frames._forward_plan(key, torch.device("cpu"))
     finally:
         torch.set_default_device(None)
-    assert {x.device.type for x in [*made.tables.values(), *made.map.tables]} == {"cpu"}
+    assert {
+        x.device.type for x in [*made.tables.in_use().values(), *made.map.tables.in_use().values()]
+    } == {"cpu"}
 
 
 # ---- what kernels must not do ----

@@ -139,6 +139,14 @@ def columns(architecture: str, kind: str, head_dim: int, table: str) -> ColumnsC
     return _table(COLUMNS_FILE, table, ColumnsConfig)[architecture, kind, None, width(head_dim)]
 
 
+def revisit_below(architecture: str, kind: str) -> float:
+    """Returns how many keys a slot must have for its partial output to cost less than a revisit.
+
+    :mod:`frames_forward` says what these are.
+    """
+    return _revisits()[architecture, kind]
+
+
 def width(head_dim: int) -> int:
     """Returns which of ``WIDTHS`` serves a head size."""
     return next(size for size in WIDTHS if size >= sum(split(head_dim)))
@@ -149,3 +157,9 @@ def _table(file: Path, kernel: str, config: Callable[..., Any]) -> dict[tuple[ob
     rows = json.loads(file.read_text())[kernel]
     keys = ("architecture", "kind", "frames", "width")
     return {tuple(row.pop(key, None) for key in keys): config(**row) for row in rows}
+
+
+@functools.cache
+def _revisits() -> dict[tuple[str, str], float]:
+    rows = json.loads(FRAMES_FILE.read_text())["revisit_below"]
+    return {(row["architecture"], row["kind"]): row["keys"] for row in rows}

@@ -23,9 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vstar_kernels.attention.triton import configs, frames_plan, frames_slots, plan
+from vstar_kernels.attention.triton import frames_plan, frames_slots, plan
 from vstar_kernels.attention.triton.configs import FramesConfig
-from vstar_kernels.attention.triton.frames_forward import (
+from vstar_kernels.attention.triton.frames_plan import FramesKey
+from vstar_kernels.attention.triton.frames_primitives import (
     find_keys,
     frame_logits,
     key_length,
@@ -33,9 +34,8 @@ from vstar_kernels.attention.triton.frames_forward import (
     read_weights,
     slot_bias,
 )
-from vstar_kernels.attention.triton.frames_plan import FramesKey
 from vstar_kernels.attention.triton.frames_slots import RuleTables
-from vstar_kernels.attention.triton.plan import Launch
+from vstar_kernels.attention.triton.plan import DeviceTables, Launch
 from vstar_kernels.attention.triton.primitives import (
     LOG2E,
     add_weighted_sums,
@@ -427,11 +427,11 @@ class Sweep:
     """One of the two launches, with its tables on the device."""
 
     launch: Launch
-    tables: dict[str, Tensor]
+    tables: DeviceTables
 
     def to(self, device: torch.device) -> Sweep:
         """Returns the same with the tables on a device."""
-        return replace(self, tables={name: x.to(device) for name, x in self.tables.items()})
+        return replace(self, tables=self.tables.to(device))
 
 
 @dataclass(frozen=True)
@@ -475,17 +475,13 @@ class FramesBackwardPlan:
             "argmax": plan.new(out, *rows, dtype=torch.int32) if needed.argmax else None,
         }
         for sweep in (self.grad_query, self.grad_key):
-            sweep.launch.on(**{**tensors, **sweep.tables})
+            sweep.launch.on(**{**tensors, **sweep.tables.in_use()})
 
 
 def make_plan(key: FramesKey, device: torch.device) -> FramesBackwardPlan:
     """Returns the plan of a backward pass, with its tables on the device."""
     rule = key.rule_tables()
-    by_rows, by_keys = (
-        configs.frames(key.device.architecture, key.kind, key.head_dim, key.table(kernel, rule))
-        for kernel in ("grad_query", "grad_key")
-    )
-    made = plan_frames(key, by_rows, by_keys)
+    made = plan_frames(key, key.config("grad_query", rule), key.config("grad_key", rule))
     return replace(made, grad_query=made.grad_query.to(device), grad_key=made.grad_key.to(device))
 
 
@@ -574,4 +570,4 @@ def _plan_sweep(
             "num_warps": config.warps,
         },
     )
-    return Sweep(launch, tables)
+    return Sweep(launch, DeviceTables(tables))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vstar_kernels.attention.triton import configs, plan
+from vstar_kernels.attention.triton.configs import FramesConfig
 from vstar_kernels.attention.triton.frames_slots import TEXT, RuleTables, TileTables, interleaved
 from vstar_kernels.attention.triton.plan import Contents, Device, Head, Strides
 
@@ -100,19 +101,20 @@ class FramesKey(NamedTuple):
         """Whether kernels go through the tokens frame by frame."""
         return any(interleaved(x.tensor().tolist()) for x in self.tables[:2])
 
-    def table(self, kernel: str, rule: RuleTables) -> str:
-        """Returns the table of configurations for "forward", "grad_query" or "grad_key".
+    def config(self, kernel: str, rule: RuleTables) -> FramesConfig:
+        """Returns the configuration for "forward", "revisit", "grad_query" or "grad_key".
 
         Biases and masks by frames leave a kernel more registers than factors, bands and orders of
         tokens do; with those, statistics of the logits and maps take the most.
         """
         plain = rule.factor is None and rule.band is None and not self.ordered
-        if kernel != "forward":
-            return kernel if plain and not self.grad_map else f"{kernel}_full"
-        if plain:
-            return kernel
-        known = self.statistic(rule) in ("none", "tensor")
-        return "forward_masked" if known and not self.has_map else "forward_full"
+        known = self.statistic(rule) in ("none", "tensor") and not self.has_map
+        table = kernel if plain else f"{kernel}_full"
+        if kernel == "forward" and known and not plain:
+            table = "forward_masked"
+        elif kernel.startswith("grad") and self.grad_map:
+            table = f"{kernel}_full"
+        return configs.frames(self.device.architecture, self.kind, self.head_dim, table)
 
     def rule_tables(self) -> RuleTables:
         """Returns the rule's tables."""

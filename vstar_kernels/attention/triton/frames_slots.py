@@ -88,6 +88,14 @@ class TileTables:
     frame_first: Tensor  # (frames + 1,): where each query frame's entries begin in frame_entries
     frame_entries: Tensor  # the entries by query frame
 
+    def biased_keys_of_a_slot(self) -> float:
+        """Returns how many keys with a bias tiles see, for each of their slots."""
+        of_ranges = _sums(self.ranges[:, 1] - self.ranges[:, 0])
+        of_slots = _sums(of_ranges[self.slots[:, 2]] - of_ranges[self.slots[:, 1]])
+        first, end = self.tiles.long().unbind(-1)
+        keys = of_slots[self.biased] - of_slots[first]
+        return float(keys.sum() / (end - first).sum().clamp(min=1))
+
 
 def tile_tables(
     query_runs: Sequence[Run],
@@ -147,7 +155,7 @@ def tile_tables(
         entries=_int32(list(itertools.pairwise(bounds))).view(-1, 2),
         entry_frame=_int32(entry_frame),
         most_slots=made.most,
-        frame_first=torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32),
+        frame_first=_sums(counts).to(torch.int32),
         frame_entries=_int32(by_query_frame),
     )
 
@@ -309,6 +317,11 @@ def _merged(ranges: Iterable[Range]) -> list[Range]:
         else:
             found.append((start, end, 0, -1))
     return found
+
+
+def _sums(numbers: Tensor) -> Tensor:
+    """Returns the sums of the first numbers, of none to all."""
+    return torch.nn.functional.pad(numbers.long().cumsum(0), (1, 0))
 
 
 def _starts(runs: Sequence[Run], rows: int) -> range:

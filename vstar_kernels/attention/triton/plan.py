@@ -6,7 +6,7 @@ import ctypes
 import functools
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -420,6 +420,38 @@ class Launch:
         """
         pairs = self.needed._asdict().items()
         self(type(self.needed)(*(tensors.get(name) if needed else None for name, needed in pairs)))
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceTables:
+    """Tables that a plan keeps on a device, for as long as anything there may read them.
+
+    Plans are forgotten while other streams than the tables' own have yet to run kernels that read
+    them, whose memory would be given away at once; and graphs read them whenever they are replayed.
+    """
+
+    tensors: dict[str, Tensor]
+    streams: set[int] = field(default_factory=set)  # that are known to the tables' memory
+
+    def to(self, device: torch.device) -> DeviceTables:
+        """Returns the tables on a device."""
+        return DeviceTables({name: x.to(device) for name, x in self.tensors.items()})
+
+    def in_use(self) -> dict[str, Tensor]:
+        """Returns the tables by name, for a kernel that is launched on the current stream."""
+        device = next(iter(self.tensors.values())).device
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                CAPTURED.add(self)
+            stream = torch.cuda.current_stream(device)
+            if stream.cuda_stream not in self.streams:
+                for tensor in self.tensors.values():
+                    tensor.record_stream(stream)
+                self.streams.add(stream.cuda_stream)
+        return self.tensors
+
+
+CAPTURED = set[DeviceTables]()  # by graphs, which do not say when they are gone
 
 
 def map_weight(call: Call) -> float:

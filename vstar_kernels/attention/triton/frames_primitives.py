@@ -1,0 +1,121 @@
+"""What the kernels of attention over frames share: how they find keys, weights and logits.
+
+Names and shapes are those of :mod:`primitives`. ``t`` are a kernel's tensors, which all have the
+tables of :mod:`frames_slots` and of the rule by the names of :class:`frames_forward.Tensors`;
+``RULE`` is the tuple of :mod:`frames_plan`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from vstar_kernels.attention.triton.primitives import inner_products
+
+
+class Weights(NamedTuple):
+    """What the tables say of a slot, each one number for each row, ``(ROWS,)``; or 0, unread."""
+
+    positive: Any  # the factor of logits above zero
+    negative: Any
+    span_low: Any
+    span_high: Any
+    band_low: Any
+    band_high: Any
+
+
+@triton.jit
+def key_length(p_key_lengths, i_batch, keys, RULE: tl.constexpr):
+    """Returns how many keys a batch element has."""
+    length = keys
+    if RULE.LENGTHS:
+        length = tl.load(p_key_lengths + i_batch)  # below 0 as 0; ranges end at the last key anyhow
+    return length
+
+
+@triton.jit
+def read_range(p_ranges, i_range, length, RULE: tl.constexpr):
+    """Returns the first and the end of a range of keys, and what is added for places in frames."""
+    p = p_ranges + i_range * 4
+    end = tl.load(p + 1)
+    if RULE.LENGTHS and not RULE.ORDERED:
+        end = tl.minimum(end, length)
+    return tl.load(p), end, tl.load(p + 2)
+
+
+@triton.jit
+def find_keys(p_key_order, o_j, end, length, RULE: tl.constexpr):
+    """Returns the keys at places ``o_j`` of a range, ``(KEYS,)``, and which of them there are."""
+    m_j = o_j < end
+    j = o_j
+    if RULE.ORDERED:
+        j = tl.load(p_key_order + o_j, mask=m_j, other=-1)
+        if RULE.LENGTHS:
+            m_j = m_j & (j < length)
+    return j, m_j
+
+
+@triton.jit
+def read_weights(t, o_rule, o_pair, i_frame, m_rule, pairs, factor_half, RULE: tl.constexpr):
+    """Returns what the tables say of the rows' frames and the key frame, but the bias."""
+    positive = 0.0
+    negative = 0.0
+    span_low = 0
+    span_high = 0
+    band_low = 0
+    band_high = 0
+    if RULE.FACTOR:
+        p = t.factor + o_rule + i_frame
+        positive = tl.load(p, mask=m_rule, other=1.0)
+        negative = tl.load(p + factor_half, mask=m_rule, other=1.0)
+    if RULE.SPAN:
+        p = t.span + o_pair + i_frame
+        span_low = tl.load(p, mask=m_rule, other=-0x7FFFFFFF)
+        span_high = tl.load(p + pairs, mask=m_rule, other=0x7FFFFFFF)
+    if RULE.BAND:
+        p = t.band + o_pair + i_frame
+        band_low = tl.load(p, mask=m_rule, other=-0x7FFFFFFF)
+        band_high = tl.load(p + pairs, mask=m_rule, other=0x7FFFFFFF)
+    return Weights(positive, negative, span_low, span_high, band_low, band_high)
+
+
+@triton.jit
+def slot_bias(t, o_rule, i_frame, m_rule, b_stat, RULE: tl.constexpr):
+    """Returns what is added to a slot's logits, to base 2, one number for each row."""
+    b_bias = tl.zeros(b_stat.shape, tl.float32)
+    if RULE.DELTA:
+        if RULE.CLAMP:
+            b_stat = tl.maximum(b_stat, 0.0)
+        b_bias += b_stat * tl.load(t.delta + o_rule + i_frame, mask=m_rule, other=0.0)
+    if RULE.OFFSET:
+        b_bias += tl.load(t.offset + o_rule + i_frame, mask=m_rule, other=0.0)
+    return b_bias
+
+
+@triton.jit
+def frame_logits(b_q, b_k, m_j, j_place, b_place, weights, HEAD: tl.constexpr, RULE: tl.constexpr):
+    """Returns a·φ / |scale|, −∞ where a key is not seen, the factor a, and which keys are.
+
+    All are ``(ROWS, KEYS)``, and the factor only where there is one.
+    """
+    b_s = inner_products(b_q, b_k, HEAD)
+    if HEAD.NEGATIVE:
+        b_s = -b_s
+    b_distance = tl.expand_dims(j_place, 0) - tl.expand_dims(b_place, 1)
+    b_a = b_s
+    if RULE.FACTOR:
+        b_positive = tl.expand_dims(weights.positive, 1)
+        b_a = tl.where(b_s > 0.0, b_positive, tl.expand_dims(weights.negative, 1))
+        if RULE.SPAN:
+            m_span = b_distance >= tl.expand_dims(weights.span_low, 1)
+            m_span = m_span & (b_distance <= tl.expand_dims(weights.span_high, 1))
+            b_a = tl.where(m_span, b_a, 1.0)
+        b_s *= b_a
+    m_s = tl.expand_dims(m_j, 0)
+    if RULE.BAND:
+        m_s = m_s & (b_distance >= tl.expand_dims(weights.band_low, 1))
+        m_s = m_s & (b_distance <= tl.expand_dims(weights.band_high, 1))
+    m_s = tl.broadcast_to(m_s, b_s.shape)
+    return tl.where(m_s, b_s, float("-inf")), b_a, m_s
