@@ -5,6 +5,7 @@ file so.
 """
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_the_statistic_is_of_what_the_row_sees(stat, lengths, twice, monkeypatch
 
 
 @pytest.mark.parametrize("stat", ["row_max", "frame_max"])
-@pytest.mark.parametrize("largest", ["text", "far", "near"])
+@pytest.mark.parametrize("largest", ["text", "far", "near", "lowered"])
 def test_a_revisited_statistic_is_exact_whatever_dominates(stat, largest, monkeypatch):
     """What is far above the rest must not make the others' sums vanish from the statistic.
 
@@ -129,12 +130,13 @@ def test_a_revisited_statistic_is_exact_whatever_dominates(stat, largest, monkey
     layout = vk.Layout(vk.Text(8), vk.Frames(6, 16))
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 104, 1, 16).unbind()
-    place = {"text": slice(0, 8), "far": slice(88, 104), "near": slice(8, 24)}[largest]
+    frame = {"text": slice(0, 8), "far": slice(88, 104), "near": slice(8, 24)}
+    place = frame.get(largest, slice(72, 88))
     query, key[:, place] = query.abs(), 60 * key[:, place].abs()
     delta = torch.ones(6, 6).triu() - torch.ones(6, 6).triu(3)
     lower = torch.zeros(6, 6)
     lower[:, 4] = -300.0
-    rule = vk.FrameRule.bias(0.1 * delta, stat=stat)
+    rule = vk.FrameRule.bias(delta, stat=stat)
     call = check_call(query, key, value, layout, rule)
     call = dataclasses.replace(call, offset=lower)
     moved = {name: on_device(getattr(call, name)) for name in ("query", "key", "value")}
@@ -379,6 +381,34 @@ def test_plans_are_made_on_the_cpu_whatever_the_default_device():
     assert {
         x.device.type for x in [*made.tables.in_use().values(), *made.map.tables.in_use().values()]
     } == {"cpu"}
+
+
+class OnGPU:
+    """Stands for a table on a GPU: it notes which streams its memory waits for."""
+
+    device = torch.device("cuda")
+
+    def __init__(self):
+        self.waits_for = []
+
+    def record_stream(self, stream):
+        self.waits_for.append(stream.cuda_stream)
+
+
+def test_tables_of_a_forgotten_plan_outlive_the_kernels_that_read_them(monkeypatch):
+    stream = types.SimpleNamespace(cuda_stream=1)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: stream.cuda_stream == 3)
+    monkeypatch.setattr(plan, "CAPTURED", set())
+    made = plan.DeviceTables({"slots": OnGPU(), "ranges": OnGPU()})
+    for number in (1, 2, 1, 2):
+        stream.cuda_stream = number
+        assert made.in_use() is made.tensors
+    assert [table.waits_for for table in made.tensors.values()] == [[1, 2], [1, 2]]
+    assert not plan.CAPTURED
+    stream.cuda_stream = 3  # a graph is captured, which reads them whenever it is replayed
+    made.in_use()
+    assert {made} == plan.CAPTURED
 
 
 # ---- what kernels must not do ----
