@@ -387,7 +387,7 @@ def test_the_subset_has_every_kernel_kind_and_variant():
     assert {(x.kernel, x.entry.width) for x in chosen} == widths  # heads of one part and of two
 
 
-FRAME_KERNELS = ("forward", "grad_query", "grad_key")
+FRAME_KERNELS = ("forward", "revisit", "grad_query", "grad_key")
 
 
 def every_frame_case():

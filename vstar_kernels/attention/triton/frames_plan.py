@@ -102,19 +102,23 @@ class FramesKey(NamedTuple):
         return any(interleaved(x.tensor().tolist()) for x in self.tables[:2])
 
     def config(self, kernel: str, rule: RuleTables) -> FramesConfig:
-        """Returns the configuration for "forward", "revisit", "grad_query" or "grad_key".
+        """Returns the configuration for "forward", "revisit", "grad_query" or "grad_key"."""
+        table = self.table(kernel, rule)
+        return configs.frames(self.device.architecture, self.kind, self.head_dim, table)
+
+    def table(self, kernel: str, rule: RuleTables) -> str:
+        """Returns the table of configurations for one of these.
 
         Biases and masks by frames leave a kernel more registers than factors, bands and orders of
         tokens do; with those, statistics of the logits and maps take the most.
         """
         plain = rule.factor is None and rule.band is None and not self.ordered
+        if kernel.startswith("grad"):
+            plain = plain and not self.grad_map
         known = self.statistic(rule) in ("none", "tensor") and not self.has_map
-        table = kernel if plain else f"{kernel}_full"
         if kernel == "forward" and known and not plain:
-            table = "forward_masked"
-        elif kernel.startswith("grad") and self.grad_map:
-            table = f"{kernel}_full"
-        return configs.frames(self.device.architecture, self.kind, self.head_dim, table)
+            return "forward_masked"
+        return kernel if plain else f"{kernel}_full"
 
     def rule_tables(self) -> RuleTables:
         """Returns the rule's tables."""
