@@ -59,7 +59,11 @@ class FrameProcessor:
         return copy.copy(self.previous)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.previous.__reduce_ex__(protocol)
+        return _same, (self.previous,)
+
+
+def _same(processor: Any) -> Any:
+    return processor
 
 
 class CogVideoXProcessor(FrameProcessor):
