@@ -157,8 +157,7 @@ def capture_maps(
         FrameWatch(capture, name, model, family, layout=layout, heads=map_heads)
         for name, (model, family) in full3d.items()
     ]
-    capture.install(watches)
-    return capture
+    return capture.install(watches)
 
 
 def _temporal_models(pipe_or_model: Any) -> dict[str, nn.Module]:
@@ -201,12 +200,16 @@ class MapCapture(Handle):
         self._lock = threading.RLock()  # of the maps
         self._watches: list[_ModelWatch | FrameWatch] = []
 
-    def install(self, watches: list[_ModelWatch | FrameWatch]) -> None:
-        """Puts on what watches the models; what has been put on is taken off if one cannot be."""
+    def install(self, watches: list[_ModelWatch | FrameWatch]) -> MapCapture:
+        """Puts on what watches the models; what has been put on is taken off if one cannot be.
+
+        Returns itself, so that no interrupt comes between the last of them and what takes it off.
+        """
         self._watches = watches
         try:
             for watch_ in watches:
                 watch_.install()
+            return self
         except BaseException:
             self.remove()
             raise

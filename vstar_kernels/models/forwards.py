@@ -217,7 +217,8 @@ def _watched_calls(base: Any) -> dict[str, Callable[..., Any]]:
     is_plain = base.__call__ is nn.Module.__call__
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with watched(module) as this:
+        # Twice, so that the one ends what an interrupt keeps the other from ending.
+        with watched(module) as this, watched(module):
             this.open(None, args, kwargs)
             # What `Module.__call__` does, but that compiled code (torch.compile(module)) begins
             # behind the second method, which would break its graph.

@@ -155,6 +155,7 @@ class FrameWatch:
         if not is_running and not forward.keeps_graph:
             return
         reading = self._reading(forward) if change is None else change.reading
+        reading = reading.of(layer)
         rule = reading.rule if change is None else change.rule
         check(layer, query, key, reading, masked and key_lengths is None)
         with torch.set_grad_enabled(forward.keeps_graph and torch.is_grad_enabled()):

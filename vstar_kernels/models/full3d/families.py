@@ -82,73 +82,78 @@ def _matching(model: nn.Module, pattern: re.Pattern[str]) -> Iterator[FrameLayer
             index += 1
 
 
+ALL_BLOCKS = r"(single_)?transformer_blocks\.\d+\.attn"
+BLOCKS = r"transformer_blocks\.\d+\.attn1"
+
 FAMILIES: tuple[Family, ...] = (
     Family(
         "Wan",
-        (
-            "WanTransformer3DModel",
-            "WanVACETransformer3DModel",
-            "ChronoEditTransformer3DModel",
-            "WanAnimateTransformer3DModel",
-        ),
+        ("WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel"),
         r"(vace_)?blocks\.\d+\.attn1",
-        layouts.patched_video,
+        layouts.video,
+    ),
+    Family(
+        "ChronoEdit", ("ChronoEditTransformer3DModel",), r"blocks\.\d+\.attn1", layouts.chronoedit
     ),
     Family(
         "SkyReels-V2",
         ("SkyReelsV2Transformer3DModel",),
         r"blocks\.\d+\.attn1",
-        layouts.causal_video,
+        layouts.skyreels,
         shows_config=True,
+    ),
+    Family("Helios", ("HeliosTransformer3DModel",), r"blocks\.\d+\.attn1", layouts.helios),
+    Family("HunyuanVideo", ("HunyuanVideoTransformer3DModel",), ALL_BLOCKS, layouts.hunyuan),
+    Family(
+        "FramePack", ("HunyuanVideoFramepackTransformer3DModel",), ALL_BLOCKS, layouts.framepack
     ),
     Family(
         "HunyuanVideo-1.5",
         ("HunyuanVideo15Transformer3DModel",),
-        r"transformer_blocks\.\d+\.attn",
-        layouts.text_last(
-            layouts.patched_video,
-            "encoder_hidden_states",
-            "encoder_hidden_states_2",
-            "image_embeds",
-        ),
+        ALL_BLOCKS,
+        layouts.hunyuan15,
         hook="processor",
     ),
     Family(
         "CogVideoX",
         ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
-        r"transformer_blocks\.\d+\.attn1",
-        layouts.text_first(layouts.patched_frames, "encoder_hidden_states"),
-        hook="processor",
-    ),
-    Family(
-        "Mochi",
-        ("MochiTransformer3DModel",),
-        r"transformer_blocks\.\d+\.attn1",
-        layouts.text_last(layouts.patched_video, "encoder_hidden_states"),
-        hook="processor",
-    ),
-    Family(
-        "Allegro",
-        ("AllegroTransformer3DModel",),
-        r"transformer_blocks\.\d+\.attn1",
-        layouts.patched_video,
-        hook="processor",
-    ),
-    Family(
-        "Cosmos",
-        ("CosmosTransformer3DModel",),
-        r"transformer_blocks\.\d+\.attn1",
-        layouts.patched_video,
+        BLOCKS,
+        layouts.cogvideox,
         hook="processor",
     ),
     Family(
         "EasyAnimate",
         ("EasyAnimateTransformer3DModel",),
-        r"transformer_blocks\.\d+\.attn1",
-        layouts.text_first(
-            layouts.patched_video, "encoder_hidden_states", "encoder_hidden_states_t5"
-        ),
+        BLOCKS,
+        layouts.easyanimate,
         hook="processor",
+    ),
+    Family(
+        "LTX", ("LTXVideoTransformer3DModel", "LTX2VideoTransformer3DModel"), BLOCKS, layouts.ltx
+    ),
+    Family("Mochi", ("MochiTransformer3DModel",), BLOCKS, layouts.mochi, hook="processor"),
+    Family("Allegro", ("AllegroTransformer3DModel",), BLOCKS, layouts.video, hook="processor"),
+    Family(
+        "Cosmos",
+        ("CosmosTransformer3DModel",),
+        BLOCKS,
+        layouts.video,
+        hook="processor",
+        timestep="pipeline",
+    ),
+    Family(
+        "Kandinsky 5",
+        ("Kandinsky5Transformer3DModel",),
+        r"visual_transformer_blocks\.\d+\.self_attention",
+        layouts.kandinsky,
+    ),
+    Family("MotifVideo", ("MotifVideoTransformer3DModel",), ALL_BLOCKS, layouts.motif),
+    Family(
+        "MiniMax-H3",
+        ("MiniMaxH3Transformer3DModel",),
+        r"transformer_blocks\.\d+\.attn",
+        layouts.minimax_h3,
+        timestep="pipeline",
     ),
 )
 

@@ -1,15 +1,15 @@
 """Layouts as they are read from the arguments of a model's call.
 
 A ``Family`` (``families.py``) names one of these functions. What it returns is held against the
-tokens that the layers are called with; what does not fit raises.
+tokens that the layers are called with; what does not fit raises. Coordinates are in latent frames.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vstar_kernels.attention.frames.layout import Frames, Layout, Text
@@ -40,65 +40,233 @@ class Call:
         found: Tensor = self["hidden_states"]
         return found
 
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.model.config
 
-def patched_video(call: Call) -> Reading:
-    """Reads latents ``(batch, channels, frames, height, width)`` cut into patches: Wan's.
+    def frames(self) -> Frames:
+        """Returns the frames of latents ``(batch, channels, frames, height, width)`` in patches.
 
-    The number of frames and of patches round down, as a convolution without padding has it.
-    """
-    return _patched(call, tuple(call.sample.shape[-3:]))
+        All three numbers round down, as a convolution without padding has it.
+        """
+        frames, height, width = (
+            n // p for n, p in zip(self.sample.shape[-3:], self.patch(), strict=True)
+        )
+        return Frames(frames, height * width)
 
+    def patch(self) -> tuple[int, int, int]:
+        """Returns the patch ``(frames, height, width)``."""
+        size = self.config.patch_size
+        if isinstance(size, int):
+            return getattr(self.config, "patch_size_t", None) or 1, size, size
+        frames, height, width = size
+        return frames, height, width
 
-def patched_frames(call: Call) -> Reading:
-    """Reads latents ``(batch, frames, channels, height, width)`` cut into patches: CogVideoX's."""
-    _, frames, _, height, width = call.sample.shape
-    return _patched(call, (frames, height, width))
+    def tokens(self, *names: str) -> int:
+        """Returns how many tokens arguments ``(batch, tokens, channels)`` have together."""
+        return sum(0 if self[name] is None else self[name].shape[1] for name in names)
 
-
-def _patched(call: Call, size: tuple[int, ...]) -> Reading:
-    config = call.model.config
-    patch = config.patch_size
-    if isinstance(patch, int):
-        patch = (getattr(config, "patch_size_t", None) or 1, patch, patch)
-    frames, height, width = (n // p for n, p in zip(size, patch, strict=True))
-    source = f"latents of shape {tuple(call.sample.shape)} in patches of {tuple(patch)}"
-    return Reading(Layout(Frames(frames, height * width)), source)
-
-
-def text_first(video: Callable[[Call], Reading], *names: str) -> Callable[[Call], Reading]:
-    """Returns what reads a video with the tokens of the named arguments before it."""
-
-    def read(call: Call) -> Reading:
-        reading, text = video(call), _tokens(call, names)
-        source = f"{reading.source} after {text} tokens of text"
-        return replace(reading, layout=Layout(Text(text), *reading.layout.segments), source=source)
-
-    return read
-
-
-def text_last(video: Callable[[Call], Reading], *names: str) -> Callable[[Call], Reading]:
-    """Returns what reads a video with the tokens of the named arguments after it."""
-
-    def read(call: Call) -> Reading:
-        reading, text = video(call), _tokens(call, names)
-        source = f"{reading.source} before {text} tokens of text"
-        return replace(reading, layout=Layout(*reading.layout.segments, Text(text)), source=source)
-
-    return read
+    def read(self, *segments: Frames | Text, **more: Any) -> Reading:
+        """Returns a reading of segments, in the order of the sequence."""
+        source = f"latents of shape {tuple(self.sample.shape)} in patches of {self.patch()}"
+        if any(isinstance(segment, Text) for segment in segments):
+            source += ", and the text,"
+        return Reading(Layout(*segments), source, **more)
 
 
-def _tokens(call: Call, names: tuple[str, ...]) -> int:
-    """Returns how many tokens the named arguments are, ``(batch, tokens, channels)`` or None."""
-    found = (call[name] for name in names)
-    return sum(x.shape[1] for x in found if x is not None)
+def video(call: Call) -> Reading:
+    """Reads latents ``(batch, channels, frames, height, width)`` without text among them."""
+    return call.read(call.frames())
 
 
-def causal_video(call: Call) -> Reading:
-    """Reads what SkyReels-V2 reads: where its frames come in blocks, it hides later blocks."""
-    reading = patched_video(call)
-    config = call.model.config
-    block = config.num_frame_per_block
+def chronoedit(call: Call) -> Reading:
+    """Reads an edit of an image: of two frames, the second is at the end of a time left out."""
+    frames = call.frames()
+    if call.sample.shape[2] != 2:
+        return call.read(frames)
+    apart = call.config.rope_temporal_skip_len - 1
+    return call.read(Frames(frames.count, frames.tokens, step=max(apart, 1)))
+
+
+def skyreels(call: Call) -> Reading:
+    """Reads a video whose frames see those of their block and of the blocks before it."""
+    block = call.config.num_frame_per_block
     if block <= 1:
-        return reading
-    without = type(config)({**config, "num_frame_per_block": 1})
-    return replace(reading, rule=FrameRule.causal(block), masked=True, config=without)
+        return call.read(call.frames())
+    without = type(call.config)({**call.config, "num_frame_per_block": 1})
+    return call.read(call.frames(), rule=FrameRule.causal(block), masked=True, config=without)
+
+
+def cogvideox(call: Call) -> Reading:
+    """Reads a prompt, and latents ``(batch, frames, channels, height, width)`` after it."""
+    _, frames, _, height, width = call.sample.shape
+    of_frames, of_height, of_width = call.patch()
+    tokens = (height // of_height) * (width // of_width)
+    return call.read(
+        Text(call.tokens("encoder_hidden_states")), Frames(-(-frames // of_frames), tokens)
+    )
+
+
+def easyanimate(call: Call) -> Reading:
+    """Reads two prompts, and the video after them."""
+    text = call.tokens("encoder_hidden_states", "encoder_hidden_states_t5")
+    return call.read(Text(text), call.frames())
+
+
+def mochi(call: Call) -> Reading:
+    """Reads a video and a prompt after it, whose length the layers are told."""
+    return call.read(call.frames(), Text(call.tokens("encoder_hidden_states")))
+
+
+def hunyuan15(call: Call) -> Reading:
+    """Reads a video, and an image and two prompts after it, whose length the layers are told."""
+    text = call.tokens("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
+    return call.read(call.frames(), Text(text))
+
+
+def hunyuan(call: Call) -> Reading:
+    """Reads a video and a prompt after it; which of the prompt's tokens exist, a mask says."""
+    frames, text = call.frames(), call.tokens("encoder_hidden_states")
+    lengths = frames.count * frames.tokens + _valid(call)
+    return call.read(frames, Text(text), key_lengths=lengths, masked=True)
+
+
+def motif(call: Call) -> Reading:
+    """Reads a video and a prompt after it; the last layers attend to the video twice, instead.
+
+    They are a decoder, which sees what the layers before it have made of the video.
+    """
+    frames = call.frames()
+    text = call.tokens("image_embeds", "encoder_hidden_states")
+    decoder = len(call.model.single_transformer_blocks) - call.config.num_decoder_layers
+    twice = call.read(frames, frames)
+    own = {
+        f"single_transformer_blocks.{i}.attn": twice
+        for i in range(decoder, len(call.model.single_transformer_blocks))
+    }
+    if call["encoder_attention_mask"] is None:
+        return call.read(frames, Text(text), layers=own)
+    lengths = frames.count * frames.tokens + call.tokens("image_embeds") + _valid(call)
+    return call.read(frames, Text(text), key_lengths=lengths, masked=True, layers=own)
+
+
+def framepack(call: Call) -> Reading:
+    """Reads history, the oldest in the largest patches, the new frames, an image and a prompt."""
+    segments = [
+        *_history(call, "latents_history_4x", "indices_latents_history_4x", 4),
+        *_history(call, "latents_history_2x", "indices_latents_history_2x", 2),
+        *_history(call, "latents_clean", "indices_latents_clean", 1),
+        *_placed(call.frames(), _times(call["indices_latents"])),
+    ]
+    video = sum(x.count * x.tokens for x in segments)
+    image, text = call.tokens("image_embeds"), call.tokens("encoder_hidden_states")
+    valid = _valid(call)
+    if len(valid) == 1:  # the model cuts the prompt off where its tokens end
+        return call.read(*segments, Text(image + int(valid)))
+    lengths = video + image + valid
+    return call.read(*segments, Text(image + text), key_lengths=lengths, masked=True)
+
+
+def helios(call: Call) -> Reading:
+    """Reads history, the oldest in the largest patches, and the new frames."""
+    return call.read(
+        *_history(call, "latents_history_long", "indices_latents_history_long", 4),
+        *_history(call, "latents_history_mid", "indices_latents_history_mid", 2),
+        *_history(call, "latents_history_short", "indices_latents_history_short", 1),
+        *_placed(call.frames(), _times(call["indices_hidden_states"])),
+    )
+
+
+def kandinsky(call: Call) -> Reading:
+    """Reads latents ``(batch, frames, height, width, channels)``."""
+    frames, height, width = (
+        n // p for n, p in zip(call.sample.shape[-4:-1], call.patch(), strict=True)
+    )
+    return call.read(Frames(frames, height * width))
+
+
+def ltx(call: Call) -> Reading:
+    """Reads a sequence of frames whose number and size are told, or whose coordinates are.
+
+    Coordinates are those of pixels, in seconds. The first latent frame is of one pixel frame, each
+    other one is of eight. Frames of a condition, before or after the video's, have theirs.
+    """
+    coordinates = call["video_coords"]
+    if coordinates is None:
+        frames, height, width = (call[name] for name in ("num_frames", "height", "width"))
+        source = f"num_frames={frames}, height={height} and width={width}"
+        return Reading(Layout(Frames(frames, height * width)), source)
+    times = coordinates[0, 0].double()
+    if times.ndim == 2:  # LTX-2 gives where each patch begins and ends
+        times = times[:, 0]
+    source = f"video_coords of shape {tuple(coordinates.shape)}"
+    return Reading(Layout.from_coordinates(_in_latent_frames(times.cpu())), source)
+
+
+def minimax_h3(call: Call) -> Reading:
+    """Reads a packed sequence of video, text and audio, of which the coordinates are told."""
+    times, tags = call["position_ids"][:, 0], call["token_tags"]
+    source = f"position_ids and token_tags of {len(tags)} tokens"
+    return Reading(Layout.from_coordinates(times, text=tags != 0), source)
+
+
+def no_layout(call: Call) -> Reading:
+    """Raises ValueError: nothing is known of the model's arguments."""
+    raise ValueError(
+        f"nothing is known of what a {type(call.model).__name__} is called with: give the layout="
+    )
+
+
+def _valid(call: Call) -> Tensor:
+    """Returns how many tokens of each prompt exist, ``(batch,)`` int32."""
+    mask: Tensor = call["encoder_attention_mask"]
+    return mask.sum(dim=1, dtype=torch.int32)
+
+
+def _times(indices: Tensor | None) -> list[float] | None:
+    """Returns the times of frames, which are the same in each sequence of a batch."""
+    if indices is None:
+        return None
+    times: list[float] = (indices[0] if indices.ndim == 2 else indices).tolist()
+    return times
+
+
+def _history(call: Call, latents: str, indices: str, patch: int) -> list[Frames]:
+    """Returns frames that are conditions, ``patch`` of them as one, in patches as much larger.
+
+    Where they do not fill the last patch, they are repeated. The time of a patch is the mean.
+    """
+    if call[latents] is None or call[indices] is None:
+        return []
+    _, of_height, of_width = call.patch()
+    *_, height, width = call[latents].shape
+    size = height // of_height, width // of_width
+    if patch > 1:  # they are padded to whole patches, the others are cut
+        size = -(-height // (of_height * patch)), -(-width // (of_width * patch))
+    times = _times(call[indices]) or []
+    times = times + times[-1:] * (-len(times) % patch)
+    means = [sum(times[i : i + patch]) / patch for i in range(0, len(times), patch)]
+    return _placed(Frames(max(len(means), 1), size[0] * size[1]), means)
+
+
+def _placed(frames: Frames, times: Sequence[float] | None) -> list[Frames]:
+    """Returns frames at these times, which need not be equally far apart."""
+    if times is None:
+        return [frames]
+    return [Frames(1, frames.tokens, first=time) for time in times]
+
+
+def _in_latent_frames(seconds: Tensor) -> Tensor:
+    """Returns times in latent frames, of which the first is one pixel frame and others are eight.
+
+    What stands between the video's own frames, such as a condition's, keeps its place between them.
+    """
+    ratio = 8
+    distinct = seconds.unique()
+    if len(distinct) < 3:
+        return torch.searchsorted(distinct, seconds).double()
+    step = distinct.diff().median()
+    times = seconds / step + (ratio - 1) / ratio
+    times = torch.where(seconds == 0, 0.0, times)
+    return (times * 1024).round() / 1024  # what are whole numbers of frames, are in floats too

@@ -8,8 +8,8 @@ layer knows nothing of routes. Both meet in the layer's :class:`Seat`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -49,6 +49,8 @@ class Reading:
         masked: Whether ``key_lengths`` and ``rule`` say all that the layers' own mask says.
         config: What the model is to read as its configuration where all layers follow ``rule``, so
             that it makes no mask; None: its own.
+        layers: Readings for the layers whose sequences are others, by the layers' names; of the
+            same frames.
     """
 
     layout: Layout
@@ -58,6 +60,11 @@ class Reading:
     rule: FrameRule | None = None
     masked: bool = False
     config: Any = None
+    layers: Mapping[str, Reading] = field(default_factory=dict)
+
+    def of(self, layer: FrameLayer) -> Reading:
+        """Returns the reading for a layer."""
+        return self.layers.get(layer.name, self) if self.layers else self
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,15 +228,15 @@ def attend(
     """
     change = seat.change()
     if change is not None and key_lengths is None:
-        key_lengths = change.reading.key_lengths
+        key_lengths = change.reading.of(seat.layer).key_lengths
     for watcher in seat.watchers:
         watcher.see(
             seat.layer, query, key, change, key_lengths=key_lengths, scale=scale, masked=masked
         )
     if change is None or _skips_scores():
         return stock()
-    check(seat.layer, query, key, change.reading, masked)
-    reading = change.reading
+    reading = change.reading.of(seat.layer)
+    check(seat.layer, query, key, reading, masked)
     return frame_attention(
         query,
         key,
