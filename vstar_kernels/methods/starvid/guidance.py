@@ -133,7 +133,7 @@ def guide_latents(
         )
     encoded = _as_encoded(pipe)
     words = [
-        plan_words(tokenizer, one, [encoded(text) for text in texts or [one.prompt]])
+        plan_words(tokenizer, one, [encoded(x) for x in ([one.prompt] if texts is None else texts)])
         for one in plans
     ]
     if config.lambdas[1] > 0 and config.syntax is not None:
