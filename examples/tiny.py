@@ -20,6 +20,7 @@ from diffusers import (
     LattePipeline,
     LatteTransformer3DModel,
     MotionAdapter,
+    StableDiffusionPipeline,
     StableVideoDiffusionPipeline,
     TextToVideoSDPipeline,
     UNet2DConditionModel,
@@ -63,6 +64,14 @@ def animatediff() -> AnimateDiffPipeline:
     )
     parts = (_vae(), _text_encoder(), _tokenizer(), unet, adapter, _scheduler())
     return AnimateDiffPipeline(*parts)
+
+
+def stable_diffusion() -> StableDiffusionPipeline:
+    """Makes Stable Diffusion's, for images: ``UNet2DConditionModel``."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**_unet("CrossAttnDownBlock2D", "DownBlock2D"))
+    parts = (_vae(), _text_encoder(), _tokenizer(), unet, _scheduler())
+    return StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)
 
 
 def i2vgen_xl() -> I2VGenXLPipeline:

@@ -16,6 +16,7 @@ from vstar_kernels.attention.frames.operation import frame_attention
 from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.attention.temporal import tar_attention
 from vstar_kernels.cli.info import info
+from vstar_kernels.methods.grid.video import GridVideo
 from vstar_kernels.methods.starvid.config import GuidanceConfig
 from vstar_kernels.methods.starvid.guidance import GuidanceHandle, guide_latents
 from vstar_kernels.methods.starvid.tokens import find_tokens
@@ -50,6 +51,7 @@ __all__ = [
     "GaussianBias",
     "GridEmbedding",
     "GridHandle",
+    "GridVideo",
     "GuidanceConfig",
     "GuidanceHandle",
     "Layout",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,10 +20,12 @@ from vstar_kernels.analysis.grids import (
 )
 from vstar_kernels.attention.bias import check_finite
 from vstar_kernels.attention.frames.layout import check_count
+from vstar_kernels.files import write_atomically
 
 Where = Literal["noise", "time"]
 IMAGE_SET_FPS = 0  # of a clip of different images with one label
 REPEATED_FPS = 120  # of a clip that repeats one image
+_SETTINGS = "vstar_kernels.GridEmbedding"  # of a file's metadata
 PERIOD = 10000.0  # of the sinusoids, as of the model's timesteps
 
 
@@ -60,6 +64,13 @@ class FPSEmbedding(nn.Module):
         self.out_dim = out_dim
         self._flip = flip_sin_to_cos
         self._shift = freq_shift
+        self.settings = {
+            "embedding_dim": embedding_dim,
+            "out_dim": out_dim,
+            "hidden": hidden,
+            "flip_sin_to_cos": flip_sin_to_cos,
+            "freq_shift": freq_shift,
+        }
         wide = hidden * embedding_dim
         self.layers = nn.Sequential(
             nn.Linear(embedding_dim, wide),
@@ -194,6 +205,51 @@ class GridEmbedding(nn.Module):
         if self.fps is not None and self.where == "noise" and fps is not None:
             out = out + self.fps(fps).to(sample)[:, :, None, None]
         return out
+
+    def save(self, path: str | Path) -> None:
+        """Writes the embedding, its settings and its parameters, as safetensors.
+
+        Raises:
+            ImportError: ``safetensors`` is not installed (diffusers brings it).
+            OSError: The file cannot be written.
+        """
+        from safetensors.torch import save
+
+        learned = isinstance(self.gain, Tensor)
+        settings = {
+            "channels": self.channels,
+            "theta": self.theta,
+            "index": self.index,
+            "where": self.where,
+            "gain": "learned" if learned else self.gain,
+            "fps": None if self.fps is None else self.fps.settings,
+        }
+        state = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
+        write_atomically(path, save(state, metadata={_SETTINGS: json.dumps(settings)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> GridEmbedding:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            ImportError: ``safetensors`` is not installed.
+            OSError: The file cannot be read.
+            ValueError: It holds something else.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        Path(path).open("rb").close()  # an OSError that names the file
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                settings = json.loads((file.metadata() or {})[_SETTINGS])
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            fps = settings.pop("fps")
+            embedding = cls(**settings, fps=None if fps is None else FPSEmbedding(**fps))
+            embedding.load_state_dict(state)
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path} holds no GridEmbedding: {reason}") from None
+        return embedding
 
     def extra_repr(self) -> str:
         return f"{self.channels}, theta={self.theta}, index={self.index!r}, where={self.where!r}"

@@ -1,0 +1,1 @@
+"""ETC: a video as one grid image, temporal attention from spatial attention."""
