@@ -64,10 +64,19 @@ class Member:
         self.name = name
 
     @classmethod
-    def take(cls, seat: Seat, previous: Any) -> Member:
-        """Returns a member for a layer."""
+    def of(cls, seat: Seat, previous: Any) -> Member:
+        """Returns a member for a layer, or one that it shares with others."""
         with _LOCK:
-            member = cls._unused.pop() if cls._unused else cls()
+            if seat.common is None:
+                return cls._take(seat, previous)
+            shared = _SHARED.setdefault(seat.common, {})
+            if previous not in shared:
+                shared[previous] = cls._take(seat.common, previous)
+            return shared[previous]
+
+    @classmethod
+    def _take(cls, seat: Seat, previous: Any) -> Member:
+        member = cls._unused.pop() if cls._unused else cls()
         member.previous, member.seat = previous, seat
         return member
 
@@ -122,6 +131,16 @@ class Member:
         return self.previous.__reduce_ex__(protocol)
 
 
+_SHARED: WeakKeyDictionary[Seat, dict[Any, Member]] = WeakKeyDictionary()
+
+
+def retire_shared(common: Seat) -> None:
+    """Retires the members that layers have shared."""
+    with _LOCK:
+        for member in _SHARED.pop(common, {}).values():
+            member.retire()
+
+
 class MemberRoute:
     """Route A of one layer; see the file.
 
@@ -139,7 +158,9 @@ class MemberRoute:
     def is_in(self) -> bool:
         """Returns whether the layer's processor names the member."""
         member = self._member
-        return member is not None and _backend(self._seat.layer.module.processor) is member.name
+        if member is None or member.seat is not (self._seat.common or self._seat):
+            return False
+        return _backend(self._seat.layer.module.processor) is member.name
 
     def put_in(self) -> None:
         """Has the layer's processor name a member, and notes what it named before."""
@@ -149,11 +170,9 @@ class MemberRoute:
                 f"{self._seat.layer.name} has a {type(processor).__name__}, which does not go "
                 "through diffusers' attention backends: frame_attention cannot be put in there"
             )
+        self.take_out()
         found = vars(processor).get(ATTRIBUTE, _ABSENT)
-        previous = _backend(processor)
-        if self._member is None:
-            self._member = Member.take(self._seat, previous)
-        self._member.previous = previous
+        self._member = Member.of(self._seat, _backend(processor))
         self._given[processor] = found
         setattr(processor, ATTRIBUTE, self._member.name)
 
@@ -168,7 +187,8 @@ class MemberRoute:
                     vars(processor).pop(ATTRIBUTE, None)
                 else:
                     setattr(processor, ATTRIBUTE, found)
-        member.retire()
+        if self._seat.common is None or member.seat is self._seat:
+            member.retire()
         self._member = None
 
 

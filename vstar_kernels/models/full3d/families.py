@@ -40,6 +40,7 @@ class Family:
             by the pipeline that calls it, where the call has another measure of noise.
         shows_config: Whether the model makes masks that its configuration asks for, and reads
             another where a rule takes their place (``own_masks.py``).
+        uniform: Whether all layers attend over the same sequence.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Family:
     hook: Hook = "backend"
     timestep: Literal["call", "pipeline"] = "call"
     shows_config: bool = False
+    uniform: bool = True
 
     def knows(self, model: nn.Module) -> bool:
         """Returns whether a model, which must not be wrapped, is of this family."""
@@ -147,7 +149,13 @@ FAMILIES: tuple[Family, ...] = (
         r"visual_transformer_blocks\.\d+\.self_attention",
         layouts.kandinsky,
     ),
-    Family("MotifVideo", ("MotifVideoTransformer3DModel",), ALL_BLOCKS, layouts.motif),
+    Family(
+        "MotifVideo",
+        ("MotifVideoTransformer3DModel",),
+        ALL_BLOCKS,
+        layouts.motif,
+        uniform=False,
+    ),
     Family(
         "MiniMax-H3",
         ("MiniMaxH3Transformer3DModel",),

@@ -6,7 +6,8 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
+from vstar_kernels.models.full3d.backend_member import retire_shared
 from vstar_kernels.models.full3d.families import Family
 from vstar_kernels.models.full3d.layouts import Call
 from vstar_kernels.models.full3d.own_masks import SHOWING
@@ -31,15 +33,40 @@ from vstar_kernels.models.schedule import StepGate, timestep_value
 
 Rule = FrameRule | Callable[[int, float], FrameRule | None]
 Chooses = Callable[[FrameLayer], bool]
+T = TypeVar("T")
 
 _INSTALLING = threading.RLock()
 _KEYS = itertools.count()
 
 
-@functools.lru_cache(maxsize=256)
-def _key(rule: FrameRule, layout: Layout, key_layout: Layout | None) -> str:
-    """Returns a name for a rule and layouts, the same for the same."""
+@functools.lru_cache(maxsize=1024)
+def _one(value: T) -> T:
+    """Returns the same object for equal rules or layouts: torch.compile tells them apart by it."""
+    return value
+
+
+@functools.lru_cache(maxsize=1024)
+def _key(*values: Any) -> str:
+    """Returns a name for rules and layouts, the same for the same."""
     return str(next(_KEYS))
+
+
+def _make_change(rule: FrameRule, reading: Reading, backend: str | None) -> FrameChange:
+    """Returns what is done, of objects that are the same for the same."""
+    rule = _one(rule)
+    layers = {name: _with_one(x) for name, x in reading.layers.items()}
+    reading = replace(_with_one(reading), layers=layers)
+    layouts = [x for one in (reading, *layers.values()) for x in (one.layout, one.key_layout)]
+    return FrameChange(rule, reading, backend, _key(rule, *layouts))
+
+
+def _with_one(reading: Reading) -> Reading:
+    key_layout = reading.key_layout
+    return replace(
+        reading,
+        layout=_one(reading.layout),
+        key_layout=None if key_layout is None else _one(key_layout),
+    )
 
 
 @functools.lru_cache(maxsize=32)
@@ -158,6 +185,8 @@ class RuledModel:
         self._removed = False
         self._seats: list[Seat] = []  # all that were ever taken
         self._traced = Traced()
+        self._common = Seat(FrameLayer(f"a layer of {type(model).__name__}", -1, None))
+        self._common.controller, self._common.traced = self, self._traced
         self._check_free()
         if heads is not None and heads[-1] >= self._head_count():
             raise ValueError(
@@ -184,6 +213,7 @@ class RuledModel:
                 self._close,
                 self._hooks.remove,
                 *map(self._leave, list(self._seats)),
+                lambda: retire_shared(self._common),
                 lambda: SHOWING.take_off(self.model),
                 lambda: unwatch(self.model, self._passes),
             )
@@ -247,7 +277,7 @@ class RuledModel:
             rule = for_heads(rule, self._heads, self._head_count(), layout, key_layout)
         if reading.rule is not None:
             rule = reading.rule + rule
-        return FrameChange(rule, reading, self._backend, _key(rule, layout, key_layout))
+        return _make_change(rule, reading, self._backend)
 
     def _read(self, call: Call) -> Reading:
         if self._layout is not None:
@@ -272,12 +302,22 @@ class RuledModel:
         if not all(self._is_in_place(layer) for layer in self.all_layers):
             self.all_layers = self.family.find_layers(self.model)
             self.layers = [layer for layer in self.all_layers if self._chooses(layer)]
+        shares = self.family.uniform and self._has_compiled_blocks()
+        common = self._common if shares else None
         for layer in self.layers:
             seat = seat_of(layer)
             if seat.controller is not self:
                 self._seats.append(seat)  # noted first, so that it can be left at any time
                 seat.controller, seat.traced = self, self._traced
+            seat.common = common
             seat.keep(lambda seat: make_route(self.family, seat))
+
+    def _has_compiled_blocks(self) -> bool:
+        """Returns whether parts of the model are compiled by themselves, the same code for all."""
+        parts = (module for module in self.model.modules() if module is not self.model)
+        return any(
+            part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in parts
+        )
 
     def _is_in_place(self, layer: FrameLayer) -> bool:
         try:
@@ -290,6 +330,7 @@ class RuledModel:
             if seat.controller is self:
                 seat.controller = None
             seat.release()
+            seat.common = None
 
         return leave
 

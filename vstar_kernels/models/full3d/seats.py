@@ -144,6 +144,8 @@ class Seat:
         watchers: What looks on.
         route: How it is reached; there is one from the first :meth:`keep` to the last
             :meth:`release`.
+        common: What stands for all controlled layers of a model, where they share compiled code:
+            torch.compile would compile it once more for each of them. None: each has its own.
     """
 
     def __init__(self, layer: FrameLayer) -> None:
@@ -152,6 +154,7 @@ class Seat:
         self.traced: Traced = _NOTHING
         self.watchers: tuple[Watcher, ...] = ()
         self.route: Route | None = None
+        self.common: Seat | None = None
 
     def change(self) -> FrameChange | None:
         """Returns what is done in the call that runs; None: the model's own attention.
@@ -235,6 +238,7 @@ def attend(
         )
     if change is None or _skips_scores():
         return stock()
+    assert change.key  # which torch.compile holds the next call against, as it cannot a rule
     reading = change.reading.of(seat.layer)
     check(seat.layer, query, key, reading, masked)
     return frame_attention(
