@@ -58,22 +58,6 @@ struct FramesBackwardPlan {
   }
 };
 
-// Where a product over queries is added to rows of sums.
-struct RowSums {
-  float* sums;
-  int64_t stride, rows;
-
-  RowSums tile_at(int64_t row, int64_t column) const {
-    return {sums + row * stride + column, stride, rows - row};
-  }
-  template <bool PARTIAL>
-  VSTAR_INLINE void put(int r, int column, Vec y, int) const {
-    if (r >= rows) return;
-    float* p = sums + r * stride + column;
-    store(p, add(load(p), y));
-  }
-};
-
 // Sets dot[i] = sum_j cells[j][i] grads[j][i].
 template <int VECTORS>
 VSTAR_STAGE void dot_cells(int64_t keys, const float* cells, const float* grads, float* dot) {

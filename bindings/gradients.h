@@ -91,4 +91,20 @@ VSTAR_STAGE void dot_delta(const float* delta, int64_t key_stride, int64_t keys,
   });
 }
 
+// Where a product over queries is added to rows of sums.
+struct RowSums {
+  float* sums;
+  int64_t stride, rows;
+
+  RowSums tile_at(int64_t row, int64_t column) const {
+    return {sums + row * stride + column, stride, rows - row};
+  }
+  template <bool PARTIAL>
+  VSTAR_INLINE void put(int r, int column, Vec y, int) const {
+    if (r >= rows) return;
+    float* p = sums + r * stride + column;
+    store(p, add(load(p), y));
+  }
+};
+
 }  // namespace vstar::VSTAR_ISA

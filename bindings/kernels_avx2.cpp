@@ -4,6 +4,8 @@
 #define VSTAR_ISA avx2
 #include "simd_avx2.h"
 #include "backward.h"
+#include "columns_backward.h"
+#include "columns_forward.h"
 #include "forward.h"
 #include "frames_backward.h"
 #include "frames_forward.h"
@@ -21,5 +23,10 @@ const Kernels kernels_avx2 = {"avx2",
                               avx2::frames_backward_scratch,
                               avx2::frames_backward,
                               avx2::frames_backward_finish,
+                              avx2::columns_scratch,
+                              avx2::columns_forward,
+                              avx2::columns_backward_scratch,
+                              avx2::columns_backward,
+                              avx2::columns_backward_finish,
                               avx2::exp2};
 }  // namespace vstar

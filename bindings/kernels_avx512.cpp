@@ -4,6 +4,8 @@
 #define VSTAR_ISA avx512
 #include "simd_avx512.h"
 #include "backward.h"
+#include "columns_backward.h"
+#include "columns_forward.h"
 #include "forward.h"
 #include "frames_backward.h"
 #include "frames_forward.h"
@@ -21,5 +23,10 @@ const Kernels kernels_avx512 = {"avx512",
                                 avx512::frames_backward_scratch,
                                 avx512::frames_backward,
                                 avx512::frames_backward_finish,
+                                avx512::columns_scratch,
+                                avx512::columns_forward,
+                                avx512::columns_backward_scratch,
+                                avx512::columns_backward,
+                                avx512::columns_backward_finish,
                                 avx512::exp2};
 }  // namespace vstar

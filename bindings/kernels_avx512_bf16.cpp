@@ -5,6 +5,8 @@
 #define VSTAR_BFLOAT16_PAIRS
 #include "simd_avx512.h"
 #include "backward.h"
+#include "columns_backward.h"
+#include "columns_forward.h"
 #include "forward.h"
 #include "frames_backward.h"
 #include "frames_forward.h"
@@ -22,5 +24,10 @@ const Kernels kernels_avx512_bf16 = {"avx512_bf16",
                                      avx512_bf16::frames_backward_scratch,
                                      avx512_bf16::frames_backward,
                                      avx512_bf16::frames_backward_finish,
+                                     avx512_bf16::columns_scratch,
+                                     avx512_bf16::columns_forward,
+                                     avx512_bf16::columns_backward_scratch,
+                                     avx512_bf16::columns_backward,
+                                     avx512_bf16::columns_backward_finish,
                                      avx512_bf16::exp2};
 }  // namespace vstar

@@ -4,6 +4,8 @@
 #define VSTAR_ISA neon
 #include "simd_neon.h"
 #include "backward.h"
+#include "columns_backward.h"
+#include "columns_forward.h"
 #include "forward.h"
 #include "frames_backward.h"
 #include "frames_forward.h"
@@ -21,5 +23,10 @@ const Kernels kernels_neon = {"neon",
                               neon::frames_backward_scratch,
                               neon::frames_backward,
                               neon::frames_backward_finish,
+                              neon::columns_scratch,
+                              neon::columns_forward,
+                              neon::columns_backward_scratch,
+                              neon::columns_backward,
+                              neon::columns_backward_finish,
                               neon::exp2};
 }  // namespace vstar

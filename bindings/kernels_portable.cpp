@@ -4,6 +4,8 @@
 #define VSTAR_ISA portable
 #include "simd_portable.h"
 #include "backward.h"
+#include "columns_backward.h"
+#include "columns_forward.h"
 #include "forward.h"
 #include "frames_backward.h"
 #include "frames_forward.h"
@@ -21,5 +23,10 @@ const Kernels kernels_portable = {"portable",
                                   portable::frames_backward_scratch,
                                   portable::frames_backward,
                                   portable::frames_backward_finish,
+                                  portable::columns_scratch,
+                                  portable::columns_forward,
+                                  portable::columns_backward_scratch,
+                                  portable::columns_backward,
+                                  portable::columns_backward_finish,
                                   portable::exp2};
 }  // namespace vstar

@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "columns_schedule.h"
 #include "frames_schedule.h"
 #include "schedule.h"
 
@@ -37,9 +38,16 @@ vstar::ScalarType scalar_type(const Tensor& t) {
   }
 }
 
+bool is_empty(const Tensor& t) {
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) == 0) return true;
+  }
+  return false;
+}
+
 // Returns the last dimension's stride; 1 where it means nothing.
 int64_t dim_stride(const Tensor& t) {
-  return t.size(t.dim() - 1) == 1 ? 1 : t.stride(t.dim() - 1);
+  return t.size(t.dim() - 1) == 1 || is_empty(t) ? 1 : t.stride(t.dim() - 1);
 }
 
 bool has_shape(const Tensor& t, const Tensor& of, int64_t dims) {
@@ -263,13 +271,6 @@ void cpu_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value,
 
 // ---- attention over frames ----
 
-bool is_empty(const Tensor& t) {
-  for (int64_t d = 0; d < t.dim(); ++d) {
-    if (t.size(d) == 0) return true;
-  }
-  return false;
-}
-
 vstar::Strides token_strides(const Tensor& t) {
   return {t.stride(0), 0, t.stride(1), t.stride(2)};
 }
@@ -468,6 +469,114 @@ void cpu_frames_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, 
   vstar::run_frames_backward(args, arguments.queries, arguments.keys, threads());
 }
 
+// ---- columns of attention's weights ----
+
+// Returns null where there is no tensor.
+const void* data_of(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+void* mutable_data_of(const std::optional<Tensor>& t) {
+  return t ? t->mutable_data_ptr() : nullptr;
+}
+vstar::Strides token_strides(const std::optional<Tensor>& t) {
+  return t ? token_strides(*t) : vstar::Strides{};
+}
+
+// The arguments that both operators of columns take, in their order.
+struct ColumnArguments {
+  const Tensor& query;
+  const Tensor& key;
+  const std::optional<Tensor>& value;
+  const Tensor& columns;
+  double scale;
+
+  // Checks the arguments and sets the kernels'.
+  void set(vstar::ColumnArgs& args) const {
+    check_tokens(query, query, "query");
+    check_tokens(key, query, "key");
+    STD_TORCH_CHECK(key.size(2) == query.size(2) && key.size(1) > 0,
+                    "key must have query's heads, and keys");
+    if (value) check_like_key(*value, "value");
+    args.type = scalar_type(query);
+    args.batch = query.size(0);
+    args.queries = query.size(1);
+    args.keys = key.size(1);
+    args.heads = query.size(2);
+    args.head_dim = query.size(3);
+    check_contiguous(columns, "columns");
+    STD_TORCH_CHECK(columns.dim() == 3 && columns.size(1) == args.keys && columns.size(2) > 0 &&
+                        (columns.size(0) == args.batch || columns.size(0) == 1),
+                    "columns must be (batch or 1, keys, columns)");
+    args.columns = columns.size(2);
+    args.column_weights = columns.const_data_ptr<float>();
+    args.column_weights_stride = columns.size(0) == 1 ? 0 : args.keys * args.columns;
+    args.query = query.const_data_ptr();
+    args.key = key.const_data_ptr();
+    args.value = data_of(value);
+    args.query_strides = token_strides(query);
+    args.key_strides = token_strides(key);
+    args.value_strides = token_strides(value);
+    args.scale = static_cast<float>(scale);
+  }
+
+  void check_like_key(const Tensor& t, const char* name) const {
+    check_tokens(t, query, name);
+    STD_TORCH_CHECK(has_shape(t, key, 4), name, " must have key's shape");
+  }
+
+  void check_maps(const Tensor& maps, const char* name) const {
+    check_contiguous(maps, name);
+    STD_TORCH_CHECK(maps.dim() == 3 && maps.size(0) == query.size(0) &&
+                        maps.size(1) == query.size(1) && maps.size(2) == columns.size(2),
+                    name, " must be (batch, queries, columns)");
+  }
+};
+
+void cpu_columns_forward(std::optional<Tensor> out, std::optional<Tensor> maps, Tensor query,
+                         Tensor key, std::optional<Tensor> value, Tensor columns, double scale) {
+  const ColumnArguments arguments = {query, key, value, columns, scale};
+  vstar::ColumnArgs args = {};
+  arguments.set(args);
+  STD_TORCH_CHECK(out.has_value() == value.has_value(), "out goes with value");
+  if (out) check_like(*out, query, "out");
+  if (maps) arguments.check_maps(*maps, "maps");
+  if (is_empty(query)) return;
+  args.out = mutable_data_of(out);
+  args.out_strides = token_strides(out);
+  if (maps) args.maps = maps->mutable_data_ptr<float>();
+  vstar::run_columns_forward(args, threads());
+}
+
+void cpu_columns_backward(std::optional<Tensor> grad_query, std::optional<Tensor> grad_key,
+                          std::optional<Tensor> grad_value, std::optional<Tensor> grad_out,
+                          std::optional<Tensor> grad_maps, Tensor query, Tensor key,
+                          std::optional<Tensor> value, Tensor columns, double scale) {
+  const ColumnArguments arguments = {query, key, value, columns, scale};
+  vstar::ColumnBackwardArgs args = {};
+  arguments.set(args);
+  STD_TORCH_CHECK(value || !grad_out, "grad_out goes with value");
+  STD_TORCH_CHECK(grad_out || !grad_value, "grad_value goes with grad_out");
+  if (grad_query) check_like(*grad_query, query, "grad_query");
+  if (grad_key) arguments.check_like_key(*grad_key, "grad_key");
+  if (grad_value) arguments.check_like_key(*grad_value, "grad_value");
+  if (grad_out) check_like(*grad_out, query, "grad_out");
+  if (grad_maps) arguments.check_maps(*grad_maps, "grad_maps");
+  if (is_empty(query)) {
+    for (std::optional<Tensor>* grad : {&grad_query, &grad_key, &grad_value}) {
+      if (*grad) torch::stable::zero_(**grad);
+    }
+    return;
+  }
+  args.grad_out = data_of(grad_out);
+  args.grad_out_strides = token_strides(grad_out);
+  if (grad_maps) args.grad_maps = grad_maps->const_data_ptr<float>();
+  args.grad_query = mutable_data_of(grad_query);
+  args.grad_key = mutable_data_of(grad_key);
+  args.grad_value = mutable_data_of(grad_value);
+  args.grad_query_strides = token_strides(grad_query);
+  args.grad_key_strides = token_strides(grad_key);
+  args.grad_value_strides = token_strides(grad_value);
+  vstar::run_columns_backward(args, threads());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(vstar_kernels, CPU, m) {
@@ -475,4 +584,6 @@ STABLE_TORCH_LIBRARY_IMPL(vstar_kernels, CPU, m) {
   m.impl("cpu_backward", TORCH_BOX(&cpu_backward));
   m.impl("cpu_frames_forward", TORCH_BOX(&cpu_frames_forward));
   m.impl("cpu_frames_backward", TORCH_BOX(&cpu_frames_backward));
+  m.impl("cpu_columns_forward", TORCH_BOX(&cpu_columns_forward));
+  m.impl("cpu_columns_backward", TORCH_BOX(&cpu_columns_backward));
 }

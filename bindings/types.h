@@ -98,6 +98,8 @@ struct BackwardArgs : Problem {
 
 struct FrameArgs;  // frames.h
 struct FrameBackwardArgs;
+struct ColumnArgs;  // columns.h
+struct ColumnBackwardArgs;
 
 // One instruction set's kernels.
 struct Kernels {
@@ -121,6 +123,14 @@ struct Kernels {
   void (*frames_backward)(const FrameBackwardArgs&, int64_t item, float* scratch);
   // Writes the gradients of keys and values of a sequence, batch * key_heads + key head.
   void (*frames_backward_finish)(const FrameBackwardArgs&, int64_t sequence);
+  int64_t (*columns_scratch)(const ColumnArgs&);
+  // Computes one item; item = batch * blocks + block.
+  void (*columns_forward)(const ColumnArgs&, int64_t item, float* scratch);
+  int64_t (*columns_backward_scratch)(const ColumnBackwardArgs&);
+  // Computes one item; item = (batch * heads + head) * parts + part.
+  void (*columns_backward)(const ColumnBackwardArgs&, int64_t item, float* scratch);
+  // Writes the gradients of keys and values of a sequence, batch * heads + head.
+  void (*columns_backward_finish)(const ColumnBackwardArgs&, int64_t sequence);
   // Sets out[i] = 2^in[i], as the softmax computes it; for tests.
   void (*exp2)(const float* in, float* out, int64_t count);
 };

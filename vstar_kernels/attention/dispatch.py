@@ -17,6 +17,7 @@ from torch import Tensor
 from vstar_kernels.attention import cpu, reference, triton
 from vstar_kernels.attention.bias import Bias
 from vstar_kernels.attention.call import Call, Forward, Gradients, Wanted, check_call
+from vstar_kernels.attention.columns import cpu as columns_cpu
 from vstar_kernels.attention.columns import reference as columns_reference
 from vstar_kernels.attention.columns.call import ColumnCall, ColumnGradients, ColumnWanted
 from vstar_kernels.attention.columns.call import check_call as check_column_call
@@ -169,7 +170,8 @@ FRAME_ATTENTION: Operation[FrameCall, FrameWanted, FrameGradients] = Operation(
     },
 )
 COLUMN_ATTENTION: Operation[ColumnCall, ColumnWanted, ColumnGradients] = Operation(
-    "column_attention", {"triton": columns_triton, "reference": columns_reference}
+    "column_attention",
+    {"triton": columns_triton, "cpu": columns_cpu, "reference": columns_reference},
 )
 
 

@@ -47,7 +47,16 @@ LIBRARY.define(
     "cpu_frames_backward(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, "
     f"Tensor grad_out, Tensor? grad_map, {_FRAME_INPUTS}) -> ()"
 )
-for _name in ("cpu_forward", "cpu_backward", "cpu_frames_forward", "cpu_frames_backward"):
+_COLUMN_INPUTS = "Tensor query, Tensor key, Tensor? value, Tensor columns, float scale"
+LIBRARY.define(f"cpu_columns_forward(Tensor(a!)? out, Tensor(b!)? maps, {_COLUMN_INPUTS}) -> ()")
+LIBRARY.define(
+    "cpu_columns_backward(Tensor(a!)? grad_query, Tensor(b!)? grad_key, Tensor(c!)? grad_value, "
+    f"Tensor? grad_out, Tensor? grad_maps, {_COLUMN_INPUTS}) -> ()"
+)
+for _name in (
+    "cpu_forward", "cpu_backward", "cpu_frames_forward", "cpu_frames_backward",
+    "cpu_columns_forward", "cpu_columns_backward",
+):  # fmt: skip
     # They write what they are given and return nothing.
     torch.library.register_fake(f"vstar_kernels::{_name}", lambda *arguments: None, lib=LIBRARY)
 
@@ -60,7 +69,7 @@ FRAME_STAT_NUMBERS = {"none": 0, "row_max": 1, "frame_max": 2, "tensor": 3}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels take
 DIRECTORY = Path(__file__).parents[1] / "lib"
 ISA_VARIABLE = "VSTAR_KERNELS_CPU_ISA"
-INTERFACE = 3  # of these operators; vstar_kernels_interface() in bindings/dispatch.cpp says it too
+INTERFACE = 4  # of these operators; vstar_kernels_interface() in bindings/dispatch.cpp says it too
 
 
 @dataclass(frozen=True)

@@ -139,9 +139,12 @@ class Gradients:
         for name in self.wanted:
             changed[name].requires_grad_()
         out, maps, *_ = forward(dataclasses.replace(self.call, **changed))
-        pairs = [(maps, self.grad_map)]
-        if self.grad_out is not None and out.requires_grad:  # of columns, only the maps
-            pairs.append((out, self.grad_out))
-        results, grads = zip(*((x, change(grad).to(x)) for x, grad in pairs), strict=True)
+        # Of columns there are only the maps, of values only the output.
+        pairs = [
+            (x, change(grad).to(x))
+            for x, grad in ((out, self.grad_out), (maps, self.grad_map))
+            if grad is not None and x.requires_grad
+        ]
+        results, grads = zip(*pairs, strict=True)
         found = torch.autograd.grad(results, [changed[x] for x in self.wanted], grads)
         return dict(zip(self.wanted, found, strict=True))

@@ -170,13 +170,6 @@ def test_every_backend_is_named():
     assert reasons["reference"] == []
 
 
-def test_what_is_too_large_for_kernels():
-    for name, reasons in vk.backends.why_not_columns(*inputs(keys=513, count=65)).items():
-        if name != "reference":
-            assert "takes at most 512 keys, key has 513" in reasons
-            assert "takes at most 64 columns, columns has 65" in reasons
-
-
 def test_an_explicit_choice_never_falls_back(monkeypatch):
     class Refuses:
         unavailable = staticmethod(list)

@@ -257,6 +257,9 @@ def test_an_empty_batch(attend):
     out, mean_map = attend(q, k, v, LAYOUT, R.tar(1.0), return_map=True)
     assert out.shape == q.shape
     assert mean_map.shape == (0, 3, 4)
+    q.requires_grad_()
+    attend(q, k, v, LAYOUT).sum().backward()
+    assert q.grad.shape == q.shape
 
 
 # ---- the identity rule ----

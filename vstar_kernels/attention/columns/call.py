@@ -12,7 +12,7 @@ from torch import Tensor
 from vstar_kernels.attention.bias import check_finite, check_strided
 from vstar_kernels.attention.call import DTYPES, autocast, has_autocast
 
-# What the kernels hold of a row at a time; the reference takes any number.
+# What the kernels of GPUs hold of a row at a time; those of CPUs and the reference take any number.
 MAX_KEYS = 512
 MAX_COLUMNS = 64
 
@@ -107,7 +107,7 @@ class ColumnCall:
         )
 
     def refusals(self) -> list[str]:
-        """Returns what the kernels of every device have against this call's sizes."""
+        """Returns what the kernels of GPUs have against this call's sizes."""
         reasons = []
         if self.keys > MAX_KEYS:
             reasons.append(f"takes at most {MAX_KEYS} keys, key has {self.keys}")
