@@ -24,7 +24,7 @@ import av
 from diffusers import MotionAdapter, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
-from examples import tiny
+from examples import tiny, tiny_transformers
 from tests.methods.chat_server import ChatServer, fails, tells
 
 pytestmark = [
@@ -33,6 +33,7 @@ pytestmark = [
 ]
 PROMPT = "a kite rises over a beach"
 SYNOPSIS = vk.Synopsis(PROMPT, ["a kite on the sand", "a kite low", "a kite high"])
+FULL3D = ("--prompt", PROMPT, "--size", "32x32", "--seed", 1)
 ALL = {"video.mp4", "video.gif", "maps.png", "generation.json", "synopsis.json", "config.json"}
 
 
@@ -43,7 +44,8 @@ def models(tmp_path_factory):
 
     def find(name):
         if not (folder / name).exists():
-            getattr(tiny, name)().save_pretrained(folder / name)
+            make = getattr(tiny, name, None) or getattr(tiny_transformers, name)
+            make().save_pretrained(folder / name)
         return str(folder / name)
 
     return find
@@ -455,3 +457,31 @@ def test_a_missing_package_names_the_extra(generate, output, monkeypatch):
     assert status == 2
     assert "pip install 'vstar_kernels[generate]'" in printed
     assert_nothing_written(output)
+
+
+def test_a_full_3d_transformer(generate, output, tmp_path):
+    """Wan with stages: its own default, and a configuration that FrameTAR saved."""
+    status, printed = generate(*FULL3D, model="wan", frames=5)
+    assert status == 0, printed
+    assert names(output) == ALL
+    assert "TAR on 2 layers" in printed
+    assert vk.FrameTAR.load(output / "config.json") == vk.FrameTAR()
+    assert len(decode(output / "video.mp4")[0]) == 5
+    config = vk.FrameTAR(0.5, layers=[1])
+    config.save(tmp_path / "config")
+    status, printed = generate(
+        *FULL3D, "--config", tmp_path / "config", "--overwrite", model="wan", frames=5
+    )
+    assert status == 0, printed
+    assert "TAR on 1 layers" in printed
+    assert vk.FrameTAR.load(output / "config.json") == config
+
+
+def test_what_a_full_3d_transformer_does_not_take(generate, output):
+    status, printed = generate(*FULL3D, model="wan", frames=6)
+    assert status == 2
+    assert "num_frames must be 1 more than a multiple of 4 for WanPipeline, got 6" in printed
+    status, printed = generate(*FULL3D, "--preset", "64D1", model="wan", frames=5)
+    assert status == 2
+    assert "config must be a FrameTAR or None, got TARConfig" in printed
+    assert not output.exists()

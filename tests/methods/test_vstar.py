@@ -120,7 +120,7 @@ def test_latte_cuts_the_padding_as_its_pipeline_does():
     from vstar_kernels.methods.pipelines import PipelineCall
 
     call = PipelineCall(pipe, options(pipe))
-    stages, negative = call.encode(("a kite", "a kite high up in the sky"))
+    stages, negative, *_ = call.encode(("a kite", "a kite high up in the sky"))
     both, _ = pipe.encode_prompt(["a kite", "a kite high up in the sky"], False)
     torch.testing.assert_close(stages, both[:, : stages.shape[1]])
     assert both[:, stages.shape[1] :].abs().max() == 0

@@ -45,7 +45,8 @@ from vstar_kernels.methods.vstar.writer import (
     SynopsisWriter,
 )
 from vstar_kernels.models.config import TARConfig
-from vstar_kernels.reading import read_bytes, shorten
+from vstar_kernels.models.full3d.config import FrameTAR
+from vstar_kernels.reading import decode, read_bytes, read_text, shorten
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,6 +58,7 @@ MAX_SEED = 2**32 - 1
 MAX_FPS = 120
 MAX_FRAMES = 10_000
 MAPS_DPI = 120
+ONLY_FRAME_TAR = ("layers", "heads")  # fields, which FrameTAR.save always writes
 CONSTANT_RATE_FACTOR = "18"  # x264's: hardly to be told from the original
 
 one_config = create_mutex_group(required=False, title="temporal attention regularization: one of")
@@ -69,7 +71,9 @@ class VideoOptions:
 
     model: Annotated[str, option("ID_OR_PATH")]
     """A saved pipeline, or one on the Hugging Face hub: TextToVideoSDPipeline, AnimateDiffPipeline,
-    I2VGenXLPipeline or LattePipeline."""
+    I2VGenXLPipeline or LattePipeline; of full-3D transformers WanPipeline, SkyReelsV2Pipeline,
+    LTXPipeline, AllegroPipeline, CosmosTextToWorldPipeline, CogVideoXPipeline, HunyuanVideoPipeline
+    or MochiPipeline."""
     adapter: Annotated[str | None, option("ID_OR_PATH")] = None
     """AnimateDiff's motion adapter, which makes --model an image pipeline's."""
     prompt: Annotated[str | None, option("TEXT")] = None
@@ -79,7 +83,7 @@ class VideoOptions:
     image: Annotated[Path | None, option("FILE")] = None
     """The image to animate, for I2VGen-XL."""
     frames: Annotated[int, parsed(integer(1, MAX_FRAMES), "N")] = 16
-    """How many frames."""
+    """How many frames; for Wan and SkyReels-V2 1 more than a multiple of 4."""
     size: Annotated[
         tuple[int, int] | None,
         parsed(size(MIN_SIZE), "HEIGHTxWIDTH"),
@@ -139,9 +143,10 @@ class RegularizationOptions:
         one_config,
         option("NAME", default="sigma 1 at the finest level in the first 56 percent of the steps"),
     ] = None
-    """Such as 64D1_32D8: sigma 1 at width 64 and 8 at width 32, in steps 0 to 13."""
+    """Such as 64D1_32D8: sigma 1 at width 64 and 8 at width 32, in steps 0 to 13. Full-3D
+    transformers have none; their default is sigma 1 in the first 30 percent."""
     config: Annotated[Path | None, one_config, option("FILE")] = None
-    """JSON that TARConfig.save wrote."""
+    """JSON that TARConfig.save wrote, or for a full-3D transformer FrameTAR.save."""
     no_tar: Annotated[bool, one_config] = False
     """Sample without it: the baseline, or with stages synopsis prompting alone."""
     extend_positions: bool = False
@@ -273,7 +278,7 @@ class GenerateOptions:
             write_results(scratch, _writers(generation, record, self.output.fps))
         for index, stage in enumerate(generation.synopsis.stages, start=1):
             print(f"stage {index}: {shorten(stage, SHOWN)}")
-        tar = "no TAR" if config is None else f"TAR on {len(generation.layers)} layers"
+        tar = f"TAR on {len(generation.layers)} layers" if generation.config else "no TAR"
         print(f"seed {generation.seed}, {tar}")
         print(f"video: {shorten(str(output / 'video.mp4'), SHOWN)}")
         return 0
@@ -285,16 +290,25 @@ def _best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _config(options: RegularizationOptions) -> TARConfig | None:
+def _config(options: RegularizationOptions) -> TARConfig | FrameTAR | None:
+    """Returns the configuration; PAPER, where none is given, is full-3D transformers' own too."""
     if options.no_tar:
         return None
     option = "--preset" if options.preset is not None else "--config"
     try:
         if options.preset is not None:
             return TARConfig.preset(options.preset)
-        return PAPER if options.config is None else TARConfig.load(options.config)
+        return PAPER if options.config is None else _load_config(options.config)
     except (OSError, ValueError, TypeError) as error:
         raise CommandError(f"{option}: {error}") from error
+
+
+def _load_config(path: Path) -> TARConfig | FrameTAR:
+    """Returns the configuration of a file, of the kind that its fields are of."""
+    fields = decode(read_text(path))
+    if isinstance(fields, dict) and not fields.keys().isdisjoint(ONLY_FRAME_TAR):
+        return FrameTAR.load(path)
+    return TARConfig.load(path)
 
 
 def _writer(options: SynopsisOptions) -> SynopsisWriter | None:

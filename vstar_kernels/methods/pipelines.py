@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,22 @@ PIPELINES = (
     "I2VGenXLPipeline",
     "LattePipeline",
 )
+# Of full-3D transformers, and what attribute says how many frames make a latent one. Those of
+# TEXT_APART attend to text crosswise, so that each latent frame may have its own.
+TEXT_APART = {
+    "WanPipeline": "vae_scale_factor_temporal",
+    "SkyReelsV2Pipeline": "vae_scale_factor_temporal",
+    "LTXPipeline": "vae_temporal_compression_ratio",
+    "AllegroPipeline": "vae_scale_factor_temporal",
+    "CosmosTextToWorldPipeline": "vae_scale_factor_temporal",
+}
+FULL3D = TEXT_APART | {
+    "CogVideoXPipeline": "vae_scale_factor_temporal",
+    "HunyuanVideoPipeline": "vae_scale_factor_temporal",
+    "MochiPipeline": "vae_temporal_scale_factor",
+}
+# Which make another number of frames than they are asked for, unless it is 1 more than a multiple.
+ROUNDING = ("WanPipeline", "SkyReelsV2Pipeline")
 FRAMES = ("num_frames", "video_length")
 COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
 # Arguments of pipelines that are given otherwise here, and how.
@@ -29,14 +45,35 @@ OURS = {
     **dict.fromkeys(COUNTS, "call again with another seed"),
 }
 # What a pipeline passes from its own arguments to `encode_prompt`, where it has them.
-TEXT_OPTIONS = ("negative_prompt", "clip_skip", "clean_caption", "mask_feature")
+TEXT_OPTIONS = (
+    "negative_prompt",
+    "clip_skip",
+    "clean_caption",
+    "mask_feature",
+    "max_sequence_length",
+)
+
+
+class Encoded(NamedTuple):
+    """Texts as a pipeline encodes its prompts.
+
+    Attributes:
+        embeddings: ``(texts, tokens, channels)``.
+        negative: Of the negative prompt, ``(tokens, channels)``; None where it is not needed.
+        mask, negative_mask: ``(texts, tokens)`` and ``(tokens,)``: which tokens exist; None: all.
+    """
+
+    embeddings: Tensor
+    negative: Tensor | None = None
+    mask: Tensor | None = None
+    negative_mask: Tensor | None = None
 
 
 class PipelineCall:
     """A call of a pipeline for one video.
 
     Args:
-        pipe: One of ``PIPELINES``, or of a class derived from one.
+        pipe: One of ``PIPELINES`` or ``FULL3D``, or of a class derived from one.
         options: Its arguments, but for those in ``OURS``; the rest have the pipeline's defaults.
 
     Raises:
@@ -62,26 +99,39 @@ class PipelineCall:
         """Whether it is under classifier-free guidance."""
         return self._get("guidance_scale") > 1
 
+    def check_frames(self, num_frames: int) -> None:
+        """Raises ValueError if the pipeline would make another number of frames."""
+        if _kind(self._pipe, ROUNDING) and (num_frames - 1) % self.frames_of_a_latent:
+            raise ValueError(
+                f"num_frames must be 1 more than a multiple of {self.frames_of_a_latent} for "
+                f"{type(self._pipe).__name__}, got {num_frames}"
+            )
+
+    @property
+    def frames_of_a_latent(self) -> int:
+        """How many frames of the video a latent frame is of; the first may be of fewer."""
+        name = _kind(self._pipe, FULL3D)
+        return int(getattr(self._pipe, FULL3D[name])) if name else 1
+
     @torch.no_grad()
-    def encode(self, texts: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+    def encode(self, texts: tuple[str, ...]) -> Encoded:
         """Returns the embeddings of some texts, and of the negative prompt if it is needed.
 
         Each text is encoded as the pipeline encodes a prompt. Latte's cuts the padding off: shorter
         texts are filled with zeros, which is what it does to several prompts.
-
-        Returns:
-            ``(texts, tokens, channels)``, and ``(tokens, channels)`` or None.
         """
         arguments = self._text_arguments()
         with _text_model(self._pipe):
-            pairs = [self._pipe.encode_prompt(text, **arguments) for text in texts]
-        positive = [pair[0][0] for pair in pairs]
+            found = [self._pipe.encode_prompt(text, **arguments) for text in texts]
+        masked = len(found[0]) == 4  # each embedding is followed by its mask
+        positive = [encoded[0][0] for encoded in found]
         embeddings = torch.nn.utils.rnn.pad_sequence(positive, batch_first=True)
+        mask = torch.stack([encoded[1][0].bool() for encoded in found]) if masked else None
         if not self.guided:
-            return embeddings, None
+            return Encoded(embeddings, mask=mask)
         # The negative prompt is cut as the positive one is: of the longest nothing is missing.
-        negative = max((pair[1][0] for pair in pairs), key=len)
-        return embeddings, negative
+        negative = max((encoded[2 if masked else 1][0] for encoded in found), key=len)
+        return Encoded(embeddings, negative, mask, found[0][3][0].bool() if masked else None)
 
     def sample(self, prompt: str, num_frames: int, seed: int) -> Any:
         """Makes one video, in the pipeline's ``output_type``, by default PIL images."""
@@ -113,12 +163,29 @@ class PipelineCall:
 
 
 def check_pipeline(pipe: Any) -> None:
-    """Raises TypeError unless it is one of ``PIPELINES``."""
-    if {cls.__name__ for cls in type(pipe).__mro__}.isdisjoint(PIPELINES):
+    """Raises TypeError unless it is one of ``PIPELINES`` or ``FULL3D``."""
+    known = (*PIPELINES, *FULL3D)
+    if not _kind(pipe, known):
         raise TypeError(
-            f"pipe must be one of diffusers' {', '.join(PIPELINES)}, got {type(pipe).__name__}; "
+            f"pipe must be one of diffusers' {', '.join(known)}, got {type(pipe).__name__}; "
             "with others, combine apply_tar, condition_frames and capture_maps"
         )
+
+
+def is_full3d(pipe: Any) -> bool:
+    """Returns whether a pipeline's model is a full-3D transformer."""
+    return bool(_kind(pipe, FULL3D))
+
+
+def has_text_apart(pipe: Any) -> bool:
+    """Returns whether frames may have texts of their own."""
+    return bool(_kind(pipe, (*PIPELINES, *TEXT_APART)))
+
+
+def _kind(pipe: Any, names: Iterable[str]) -> str:
+    """Returns which of the classes a pipeline is of, by name; nothing if it is of none."""
+    classes = [cls.__name__ for cls in type(pipe).__mro__]
+    return next((name for name in names if name in classes), "")
 
 
 @contextmanager

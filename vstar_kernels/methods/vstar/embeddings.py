@@ -29,6 +29,7 @@ def interpolate_embeddings(
     anchors: Sequence[int] | None = None,
     mode: Interpolation = "linear",
     rounding: Rounding = "down",
+    every: int = 1,
 ) -> Tensor:
     """Returns one embedding for each frame, between those of the stages (VSTAR, §3.4).
 
@@ -53,6 +54,8 @@ def interpolate_embeddings(
             ``"nearest"``, halves up, where 3 stages over 16 frames are at 0, 8 and 15. The
             official code's floating-point numbers sometimes end just below a whole frame and then
             give the frame before; here anchors are exact.
+        every: Return frames 0, ``every``, 2 · ``every``, … alone: the latent frames of a model that
+            makes one of so many, of Wan 4.
 
     Returns:
         ``(num_frames, tokens, channels)`` or ``(batch, num_frames, tokens, channels)``, of the same
@@ -61,7 +64,7 @@ def interpolate_embeddings(
     Raises:
         TypeError, ValueError: An argument is of the wrong kind, or out of its range.
     """
-    _check(stage_embeddings, num_frames, mode)
+    _check(stage_embeddings, num_frames, mode, every)
     check_rounding(rounding)
     num_stages = stage_embeddings.shape[-3]
     if anchors is not None:
@@ -72,7 +75,7 @@ def interpolate_embeddings(
         places = _even(num_stages, num_frames, rounding)
     else:
         places = list(map(Fraction, anchors))
-    lower, upper, weight = _neighbours(places, num_frames)
+    lower, upper, weight = _neighbours(places, range(0, num_frames, every))
     if mode == "hold":
         return stage_embeddings[..., lower, :, :]
     wide = torch.promote_types(stage_embeddings.dtype, torch.float32)
@@ -95,11 +98,11 @@ def _even(num_stages: int, num_frames: int, rounding: Rounding) -> list[Fraction
 
 
 def _neighbours(
-    places: Sequence[Fraction], num_frames: int
+    places: Sequence[Fraction], frames: Sequence[int]
 ) -> tuple[list[int], list[int], list[float]]:
     """Returns the stages before (or at) and after each frame, and the weight of the later one."""
     lower, upper, weight = [], [], []
-    for frame in range(num_frames):
+    for frame in frames:
         after = bisect_right(places, frame)
         # Of stages in the same place (a single frame) the first.
         before = places.index(places[after - 1]) if after else 0
@@ -144,7 +147,7 @@ def check_rounding(rounding: Any) -> None:
         raise ValueError(f"rounding must be {allowed}, got {rounding!r}")
 
 
-def _check(stage_embeddings: Tensor, num_frames: int, mode: str) -> None:
+def _check(stage_embeddings: Tensor, num_frames: int, mode: str, every: int) -> None:
     if not isinstance(stage_embeddings, Tensor):
         raise TypeError(
             f"stage_embeddings must be a torch.Tensor, got {type(stage_embeddings).__name__}"
@@ -160,5 +163,7 @@ def _check(stage_embeddings: Tensor, num_frames: int, mode: str) -> None:
         raise TypeError(f"num_frames must be an integer, got {type(num_frames).__name__}")
     if num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, got {num_frames}")
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be an integer of at least 1, got {every!r}")
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")

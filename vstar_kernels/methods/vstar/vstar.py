@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from vstar_kernels.methods.arguments import check_integer
-from vstar_kernels.methods.pipelines import PipelineCall, check_pipeline
+from vstar_kernels.methods.pipelines import (
+    PipelineCall,
+    check_pipeline,
+    has_text_apart,
+    is_full3d,
+)
 from vstar_kernels.methods.vstar.embeddings import (
     MODES,
     Interpolation,
@@ -23,12 +28,17 @@ from vstar_kernels.models.apply import TARHandle, apply_tar
 from vstar_kernels.models.capture import MapCapture, capture_maps
 from vstar_kernels.models.config import TARConfig
 from vstar_kernels.models.frame_prompts import condition_frames
+from vstar_kernels.models.full3d.apply import FramesHandle, RuledLayer
+from vstar_kernels.models.full3d.config import FrameTAR
+from vstar_kernels.models.hooks import Handle
 from vstar_kernels.models.layers import RegularizedLayer
 
 SEEDS = 2**32
 # The paper's σ at the finest level and the official code's first 14 of 25 steps, for any model and
 # any number of steps.
 PAPER = TARConfig(sigma=1.0, steps=0.56)
+# Of full-3D transformers, where nobody has published any.
+FULL3D_DEFAULT = FrameTAR()
 # Regularizes at no step: only the positions are extended.
 NEVER = TARConfig(sigma=1.0, steps=lambda step, timestep: False)
 
@@ -48,9 +58,9 @@ class Generation:
 
     frames: Any
     synopsis: Synopsis
-    config: TARConfig | None
+    config: TARConfig | FrameTAR | None
     seed: int
-    layers: list[RegularizedLayer]
+    layers: list[RegularizedLayer] | list[RuledLayer]
     maps: MapCapture | None
 
 
@@ -67,11 +77,16 @@ class VSTAR:
 
     Args:
         pipe: diffusers' ``TextToVideoSDPipeline``, ``AnimateDiffPipeline``, ``I2VGenXLPipeline`` or
-            ``LattePipeline``, on its device.
+            ``LattePipeline``, on its device; or, of full-3D transformers, ``WanPipeline``,
+            ``SkyReelsV2Pipeline``, ``LTXPipeline``, ``AllegroPipeline``,
+            ``CosmosTextToWorldPipeline``, ``CogVideoXPipeline``, ``HunyuanVideoPipeline`` or
+            ``MochiPipeline``. The last three take one text for the whole video, as it is one
+            sequence with it: a synopsis of one stage.
         config: A :class:`TARConfig` or a preset such as ``"64D1_32D8"``; by default σ = 1 at level
-            0, as in the paper, in the first 56 % of the steps, the official code's 14 of 25. None
-            samples without regularization: the baseline, and with a synopsis VSP alone, which are
-            two of the paper's four columns (Table 2).
+            0, as in the paper, in the first 56 % of the steps, the official code's 14 of 25. For a
+            full-3D transformer a :class:`FrameTAR`, by default ``FrameTAR()``. None samples without
+            regularization: the baseline, and with a synopsis VSP alone, which are two of the
+            paper's four columns (Table 2).
         writer: Writes the synopses of prompts; without one, all frames have the prompt.
         mode, rounding: How to interpolate between stages, and on which frames stages without
             anchors are, see :func:`interpolate_embeddings`.
@@ -84,7 +99,7 @@ class VSTAR:
     def __init__(
         self,
         pipe: Any,
-        config: TARConfig | str | None = PAPER,
+        config: TARConfig | FrameTAR | str | None = PAPER,
         *,
         writer: SynopsisWriter | None = None,
         mode: Interpolation = "linear",
@@ -97,9 +112,19 @@ class VSTAR:
             raise TypeError(f"writer must be a SynopsisWriter, got {type(writer).__name__}")
         if isinstance(config, str):
             config = TARConfig.preset(config)
-        elif config is not None and not isinstance(config, TARConfig):
+        if is_full3d(pipe):
+            config = FULL3D_DEFAULT if config is PAPER else config
+            if extend_positions:
+                raise ValueError(
+                    f"extend_positions is for models with temporal layers, got a "
+                    f"{type(pipe).__name__}"
+                )
+        kind, name = (FrameTAR, "FrameTAR") if is_full3d(pipe) else (TARConfig, "TARConfig")
+        if config is not None and not isinstance(config, kind):
+            presets = "" if is_full3d(pipe) else ", a preset"
             raise TypeError(
-                f"config must be a TARConfig, a preset or None, got {type(config).__name__}"
+                f"config must be a {name}{presets} or None, got {type(config).__name__}, for a "
+                f"{type(pipe).__name__}"
             )
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
@@ -128,7 +153,8 @@ class VSTAR:
         Args:
             prompt: The video in a sentence, of which the writer makes a synopsis if there is one;
                 or a synopsis.
-            num_frames: The video's number of frames.
+            num_frames: The video's number of frames; for Wan and SkyReels-V2 1 more than a multiple
+                of 4, as a latent frame is of 4.
             seed: From 0 to 2³² − 1; None draws one, which the result has.
             num_stages: How many stages the writer makes; None leaves it to the writer.
             refresh: Whether to ask the writer even for what is in its cache.
@@ -144,31 +170,67 @@ class VSTAR:
         """
         call = PipelineCall(self._pipe, options)
         self._check(prompt, num_frames, seed, num_stages)
+        call.check_frames(num_frames)
         seed = secrets.randbelow(SEEDS) if seed is None else seed
         with self._regularize() as tar:  # first, as it finds most mistakes
             synopsis = self._synopsis(prompt, num_stages, refresh)
-            stages, negative = call.encode(tuple(synopsis.stages))
-            embeddings = interpolate_embeddings(
-                stages, num_frames, synopsis.anchors, self._mode, self._rounding
-            )
-            if negative is not None:
-                negative = negative.expand(num_frames, -1, -1)
             with (
-                condition_frames(self._pipe, embeddings, negative=negative, guidance=call.guided),
+                self._condition(call, synopsis, num_frames),
                 self._capture(maps) as capture,
             ):
                 frames = call.sample(synopsis.prompt, num_frames, seed)
             layers = [] if self._config is None or tar is None else tar.layers
             return Generation(frames, synopsis, self._config, seed, layers, capture)
 
+    def _condition(
+        self, call: PipelineCall, synopsis: Synopsis, num_frames: int
+    ) -> AbstractContextManager[Handle | None]:
+        """Returns what gives the video's frames, or latent frames, their texts.
+
+        A full-3D pipeline is given a single stage as its prompt.
+        """
+        single = len(synopsis.stages) == 1
+        if is_full3d(self._pipe) and single and synopsis.stages[0] == synopsis.prompt:
+            return nullcontext()
+        if not has_text_apart(self._pipe):
+            raise ValueError(
+                f"{type(self._pipe).__name__} has one text for the whole video, as text and video "
+                "are one sequence there: its synopsis must be of one stage, the prompt itself, got "
+                f"{len(synopsis.stages)}"
+            )
+        encoded = call.encode(tuple(synopsis.stages))
+        options: dict[str, Any] = {
+            "num_frames": num_frames,
+            "anchors": synopsis.anchors,
+            "rounding": self._rounding,
+            "every": call.frames_of_a_latent,
+        }
+        embeddings = interpolate_embeddings(encoded.embeddings, mode=self._mode, **options)
+        masks: dict[str, Any] = {}
+        if encoded.mask is not None:
+            # What exists in a stage exists in all frames that have something of it.
+            exists = encoded.mask[..., None].float()
+            mode: Interpolation = "hold" if self._mode == "hold" else "linear"
+            masks["mask"] = interpolate_embeddings(exists, mode=mode, **options)[..., 0] > 0
+        negative = encoded.negative
+        if negative is not None:
+            negative = negative.expand(len(embeddings), -1, -1)
+            if encoded.negative_mask is not None:
+                masks["negative_mask"] = encoded.negative_mask.expand(len(embeddings), -1)
+        return condition_frames(
+            self._pipe, embeddings, negative=negative, guidance=call.guided, **masks
+        )
+
     def _capture(self, maps: bool | Collection[int]) -> AbstractContextManager[MapCapture | None]:
         if maps is False:
             return nullcontext()
         return capture_maps(self._pipe, steps=None if maps is True else maps)
 
-    def _regularize(self) -> AbstractContextManager[TARHandle | None]:
+    def _regularize(self) -> AbstractContextManager[TARHandle | FramesHandle | None]:
         if self._config is None and not self._extend_positions:
             return nullcontext()
+        if isinstance(self._config, FrameTAR):
+            return apply_tar(self._pipe, self._config, backend=self._backend)
         return apply_tar(
             self._pipe,
             NEVER if self._config is None else self._config,
