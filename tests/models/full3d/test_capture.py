@@ -13,6 +13,7 @@ from tests.models.full3d.tiny import TINY
 from tests.models.models import KINDS
 from vstar_kernels.analysis import FrameMap, map_figures, mean_maps
 from vstar_kernels.analysis.maps import frame_map
+from vstar_kernels.models.full3d import capture as frames_capture
 from vstar_kernels.models.full3d.apply import apply_frames
 
 pytest.importorskip("diffusers")
@@ -170,6 +171,20 @@ def test_gradients_reach_the_sample_through_maps_and_checkpoints(wan):
             assert len(capture.maps) == 1
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(*gradients)
+
+
+def test_a_checkpoint_does_not_compute_maps_again_that_are_not_in_the_graph(wan, monkeypatch):
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return frame_map(*args, **options)
+
+    monkeypatch.setattr(frames_capture, "frame_map", counted)
+    wan.train().enable_gradient_checkpointing()
+    with vk.capture_maps(wan):
+        wan(**WAN.call())[0].sum().backward()
+    assert len(calls) == 2
 
 
 def test_a_model_that_is_watched_cannot_be_copied_and_later_can(wan):

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 import vstar_kernels as vk
 from tests.models.full3d.dense import Dense
 from tests.models.full3d.tiny import TINY, Tiny
-from vstar_kernels.models.full3d.apply import apply_frames
-from vstar_kernels.models.full3d.families import find_family
 
 pytest.importorskip("diffusers")
 
@@ -36,8 +34,6 @@ class Case(NamedTuple):
 def case(request):
     tiny = TINY[request.param]
     model = tiny.make()
-    if find_family(model) is None:
-        pytest.skip(f"{tiny.name} is not known yet")
     return Case(tiny, model, tiny.run(model))
 
 
@@ -59,7 +55,7 @@ def restored(case):
 
 
 def test_nothing_is_changed_by_a_rule_that_changes_nothing(case):
-    with apply_frames(case.model, vk.FrameRule.tar(1.0, strength=0.0)):
+    with vk.apply_frames(case.model, vk.FrameRule.tar(1.0, strength=0.0)):
         case.assert_runs_as(case.stock)
 
 
@@ -67,7 +63,7 @@ def test_nothing_is_changed_by_a_rule_that_changes_nothing(case):
 def test_tar_is_that_of_the_oracle(case, stat):
     expected = Dense(case.tiny, strength=1.0, stat=stat).run(case.model)
     assert (expected - case.stock).abs().max() > 20 * case.tiny.tolerance + 1e-3
-    with apply_frames(case.model, vk.FrameRule.tar(1.0, stat=stat)):
+    with vk.apply_frames(case.model, vk.FrameRule.tar(1.0, stat=stat)):
         case.assert_runs_as(expected)
 
 
@@ -78,7 +74,7 @@ def test_only_the_chosen_layers_and_steps_change(case):
     def chosen(layer):
         return layer.name in case.tiny.layers[1:]
 
-    with apply_frames(case.model, rule, layers=chosen, steps=1) as handle:
+    with vk.apply_frames(case.model, rule, layers=chosen, steps=1) as handle:
         handle.step = 1
         case.assert_runs_as(expected)
         handle.step = 2
@@ -91,7 +87,7 @@ def test_maps_are_the_means_of_dense_maps(case, strength):
     dense = Dense(case.tiny, strength=strength or 0.0)
     dense.run(case.model)
     rule = vk.FrameRule.tar(1.0)
-    handle = None if strength is None else apply_frames(case.model, rule)
+    handle = None if strength is None else vk.apply_frames(case.model, rule)
     expected = case.tiny.run(case.model)
     with vk.capture_maps(case.model, map_heads=True) as capture:
         assert torch.equal(case.tiny.run(case.model), expected)

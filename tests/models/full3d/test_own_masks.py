@@ -10,7 +10,6 @@ from torch.utils._pytree import tree_leaves
 import vstar_kernels as vk
 from tests.models.full3d.dense import Dense
 from tests.models.full3d.tiny import TINY
-from vstar_kernels.models.full3d.families import find_family
 
 pytest.importorskip("diffusers")
 
@@ -38,8 +37,6 @@ class Pairs(TorchDispatchMode):
 
 @pytest.fixture(params=MASKING)
 def tiny(request):
-    if find_family(TINY[request.param].make()) is None:
-        pytest.skip("it is not known yet")
     return TINY[request.param]
 
 
@@ -78,8 +75,6 @@ def test_padding_of_any_length_is_hidden():
     """Of a prompt of HunyuanVideo-1.5: none of it, some, all but an image."""
     tiny = TINY["hunyuan-1.5"]
     model = tiny.make()
-    if find_family(model) is None:
-        pytest.skip("it is not known yet")
     whole, some, none = ([6, 6], [4, 4], 1.0), ([4, 0], [0, 1], 0.0), ([0, 0], [0, 0], 1.0)
     for first, second, image in (whole, some, none):
         inputs = tiny.call()

@@ -60,6 +60,19 @@ def test_cogvideox_is_fused_and_unfused_under_a_rule():
     assert torch.equal(tiny.run(model), stock)
     with vk.apply_frames(model, RULE):
         torch.testing.assert_close(tiny.run(model), expected, **CLOSE)
+    assert not any(isinstance(x, FrameProcessor) for x in processors("cogvideox", model))
+
+
+def test_a_mask_that_nothing_accounts_for_is_an_error():
+    tiny = TINY["cogvideox"]
+    model = tiny.make()
+    inputs = tiny.call() | {"attention_kwargs": {"attention_mask": torch.zeros(2, 1, 23)}}
+    handle = vk.apply_frames(model, RULE)
+    for watching in (handle, vk.capture_maps(model)):
+        with watching, pytest.raises(ValueError, match=r"0.attn1 masks its attention, and nothing"):
+            model(**inputs)
+        handle.remove()
+    model(**inputs)
 
 
 def test_a_processor_that_is_not_known_is_an_error():

@@ -123,7 +123,7 @@ class EasyAnimateProcessor(FrameProcessor):
         image_rotary_emb: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns the video's tokens and the prompt's."""
-        if self.seat is None or encoder_hidden_states is None:
+        if self.seat is None:
             return self.previous(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
@@ -244,19 +244,18 @@ class AllegroProcessor(FrameProcessor):
         image_rotary_emb: Any = None,
     ) -> Tensor:
         """Returns the video's tokens."""
-        odd = attn.spatial_norm, attn.group_norm, encoder_hidden_states
-        if self.seat is None or hidden_states.ndim != 3 or any(x is not None for x in odd):
+        if self.seat is None:
             return self.previous(
                 attn, hidden_states, encoder_hidden_states, attention_mask, temb, image_rotary_emb
             )
-        residual = hidden_states
-        batch, tokens, _ = hidden_states.shape
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        batch, tokens, _ = context.shape
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
             attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
         query, key, value = (
-            _heads_first(project(hidden_states), attn.heads)
-            for project in (attn.to_q, attn.to_k, attn.to_v)
+            _heads_first(x, attn.heads)
+            for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
         if image_rotary_emb is not None and not attn.is_cross_attention:
             from diffusers.models.embeddings import apply_rotary_emb_allegro
@@ -267,11 +266,7 @@ class AllegroProcessor(FrameProcessor):
         if attention_mask is not None and self.seat.is_taken():
             lengths = key_lengths(attention_mask, self.seat.layer.name)
         out = _attend(self.seat, query, key, value, attention_mask, lengths)
-        out = attn.to_out[1](attn.to_out[0](out.flatten(2).to(query.dtype)))
-        if attn.residual_connection:
-            out = out + residual
-        out = out / attn.rescale_output_factor
-        return out
+        return attn.to_out[1](attn.to_out[0](out.flatten(2).to(query.dtype)))
 
 
 class CosmosProcessor(FrameProcessor):
@@ -286,16 +281,17 @@ class CosmosProcessor(FrameProcessor):
         image_rotary_emb: Any = None,
     ) -> Tensor:
         """Returns the video's tokens."""
-        if self.seat is None or encoder_hidden_states is not None:
+        if self.seat is None:
             return self.previous(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
         from diffusers.models.attention_dispatch import dispatch_attention_fn
         from diffusers.models.embeddings import apply_rotary_emb
 
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = (
-            project(hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-            for project in (attn.to_q, attn.to_k, attn.to_v)
+            x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
         query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
@@ -330,12 +326,12 @@ class HunyuanVideo15Processor(FrameProcessor):
         self,
         attn: Any,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor,
         image_rotary_emb: Any = None,
-    ) -> Any:
+    ) -> tuple[Tensor, Tensor]:
         """Returns the video's tokens and the prompt's."""
-        if self.seat is None or encoder_hidden_states is None or attention_mask is None:
+        if self.seat is None:
             return self.previous(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
