@@ -236,6 +236,29 @@ def test_latte(generate, output):
     assert len(decode(output / "video.mp4")[0]) == 16
 
 
+def test_a_grid_of_frames(generate, output, models, tmp_path):
+    options = ["--method", "grid", "--prompt", "a kite", "--size", "16x8", "--seed", 3]
+    run = {"model": "stable_diffusion", "frames": 6}
+    tar = ["--preset", "4D1", "--embedding", tmp_path / "embedding"]
+    missing, printed = generate(*options, *tar, **run)
+    assert missing == 2
+    assert "--embedding: " in printed
+    vk.GridEmbedding(fps=vk.FPSEmbedding(32, 4)).save(tmp_path / "embedding")
+    status, printed = generate(*options, *tar, "--rows", 2, **run)
+    assert status == 0, printed
+    assert names(output) == ALL
+    frames, _ = decode(output / "video.mp4")
+    assert [frame.size for frame in frames] == [(8, 16)] * 6
+    record = json.loads((output / "generation.json").read_text())
+    assert record["method"] == "grid"
+    assert record["grid"] == {
+        "embedding": str(tmp_path / "embedding"),
+        "rows": 2,
+        "decode": "frames",
+    }
+    assert record["layers"] > 0
+
+
 def test_other_folders_are_left_alone(generate, output):
     output.mkdir()
     assert generate("--prompt", PROMPT)[0] == 0  # an empty one may be there
@@ -400,6 +423,12 @@ def test_a_video_of_odd_size(tmp_path):
         (["--prompt", "p", "--writer", "m", "--writer-url", "x"], "--writer: base_url must be"),
         (["--prompt", "p", "--writer-local", "/no/where"], "--writer-local: model /no/where"),
         (["--prompt", "p", "--preset", "999D1"], "999"),
+        (["--prompt", "p", "--rows", "2"], "--rows is for --method grid, not for vstar"),
+        (
+            ["--prompt", "p", "--method", "grid", "--synopsis", "f"],
+            "--synopsis is for --method vstar, not for grid: a grid of frames is one image with",
+        ),
+        (["--prompt", "p", "--method", "grid"], "pipe must be one of diffusers' StableDiffusion"),
         (["--prompt", "p", "--image", sys.executable], "--image: "),
     ],
 )

@@ -1,4 +1,4 @@
-"""``vstar-kernels generate``: a video from a prompt by the whole method, in a folder."""
+"""``vstar-kernels generate``: a video from a prompt by a whole method, in a folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import create_mutex_group
 
@@ -35,6 +35,7 @@ from vstar_kernels.cli.options import (
 )
 from vstar_kernels.files import write_atomically
 from vstar_kernels.methods.arguments import check_text
+from vstar_kernels.methods.grid.video import SIDE, Decode, GridVideo
 from vstar_kernels.methods.vstar.embeddings import Interpolation, Rounding
 from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.methods.vstar.vstar import PAPER, VSTAR, Generation
@@ -46,6 +47,7 @@ from vstar_kernels.methods.vstar.writer import (
 )
 from vstar_kernels.models.config import TARConfig
 from vstar_kernels.models.full3d.config import FrameTAR
+from vstar_kernels.models.grid.embedding import GridEmbedding
 from vstar_kernels.reading import decode, read_bytes, read_text, shorten
 
 if TYPE_CHECKING:
@@ -73,7 +75,9 @@ class VideoOptions:
     """A saved pipeline, or one on the Hugging Face hub: TextToVideoSDPipeline, AnimateDiffPipeline,
     I2VGenXLPipeline or LattePipeline; of full-3D transformers WanPipeline, SkyReelsV2Pipeline,
     LTXPipeline, AllegroPipeline, CosmosTextToWorldPipeline, CogVideoXPipeline, HunyuanVideoPipeline
-    or MochiPipeline."""
+    or MochiPipeline; for --method grid StableDiffusionPipeline or StableDiffusionXLPipeline."""
+    method: Literal["vstar", "grid"] = "vstar"
+    """VSTAR, or the frames as a grid in one image (ETC)."""
     adapter: Annotated[str | None, option("ID_OR_PATH")] = None
     """AnimateDiff's motion adapter, which makes --model an image pipeline's."""
     prompt: Annotated[str | None, option("TEXT")] = None
@@ -87,9 +91,9 @@ class VideoOptions:
     size: Annotated[
         tuple[int, int] | None,
         parsed(size(MIN_SIZE), "HEIGHTxWIDTH"),
-        option(default="the model's"),
+        option(default=f"the model's; {SIDE}x{SIDE} for --method grid"),
     ] = None
-    """In pixels, multiples of 8."""
+    """Of a frame in pixels, multiples of 8."""
     steps: Annotated[int, parsed(integer(1, MAX_STEPS), "N")] = 25
     """Denoising steps."""
     guidance_scale: Annotated[
@@ -141,7 +145,11 @@ class RegularizationOptions:
     preset: Annotated[
         str | None,
         one_config,
-        option("NAME", default="sigma 1 at the finest level in the first 56 percent of the steps"),
+        option(
+            "NAME",
+            default="sigma 1 at the finest level in the first 56 percent of the steps; none for "
+            "--method grid",
+        ),
     ] = None
     """Such as 64D1_32D8: sigma 1 at width 64 and 8 at width 32, in steps 0 to 13. Full-3D
     transformers have none; their default is sigma 1 in the first 30 percent."""
@@ -154,6 +162,22 @@ class RegularizationOptions:
 
 
 @dataclass(frozen=True)
+class GridOptions:
+    """A grid of frames in one image: --method grid."""
+
+    embedding: Annotated[
+        Path | None, option("FILE", default="the paper's mixed embedding, untrained")
+    ] = None
+    """A trained embedding that GridEmbedding.save wrote."""
+    rows: Annotated[int | None, parsed(integer(1), "N"), option(default="the most square grid")] = (
+        None
+    )
+    """Rows of the grid; they divide --frames."""
+    decode: Decode = "frames"
+    """Decode the latents frame by frame, or the grid at once."""
+
+
+@dataclass(frozen=True)
 class OutputOptions:
     """What is written."""
 
@@ -162,7 +186,7 @@ class OutputOptions:
     overwrite: bool = False
     """Replace the files of an earlier run in --output."""
     fps: Annotated[int, parsed(integer(1, MAX_FPS), "N")] = 8
-    """Frames per second of the video."""
+    """Frames per second of the video, and what a grid's trained embedding is told."""
     map_steps: Annotated[
         tuple[int, ...] | None,
         several(integer(0), "STEP"),
@@ -176,11 +200,12 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """A video from a prompt, with the whole method."""
+    """A video from a prompt, with a whole method."""
 
     video: VideoOptions
     synopsis: SynopsisOptions
     regularization: RegularizationOptions
+    grid: GridOptions
     output: OutputOptions
 
     def __post_init__(self) -> None:
@@ -195,12 +220,42 @@ class GenerateOptions:
                 check_text("--negative-prompt", self.video.negative_prompt)
         except ValueError as error:
             raise CommandError(str(error)) from None
+        self._check_method()
         self._check_sources()
         steps = self.video.steps
         late = [step for step in self.output.map_steps or () if step >= steps]
         if late:
             raise CommandError(f"--map-steps must be below --steps, {steps}, got {late[0]}")
         check_output(self.output.output, overwrite=self.output.overwrite)
+
+    def _check_method(self) -> None:
+        """Raises for options that are for another method."""
+        video, stages, grid = self.video, self.synopsis, self.grid
+        regularization = self.regularization
+        given = {
+            "grid": {
+                "--rows": grid.rows is not None,
+                "--embedding": grid.embedding is not None,
+                "--decode": grid.decode != "frames",
+            },
+            "vstar": {
+                "--adapter": video.adapter is not None,
+                "--image": video.image is not None,
+                "--synopsis": stages.synopsis is not None,
+                "--writer": stages.has_endpoint or stages.writer_local is not None,
+                "--stages": stages.stages is not None,
+                "--extend-positions": regularization.extend_positions,
+            },
+        }
+        for method, options in given.items():
+            for name, is_given in options.items():
+                if is_given and method != video.method:
+                    why = ": a grid of frames is one image with one text"
+                    has_text = name in ("--synopsis", "--writer", "--stages")
+                    raise CommandError(
+                        f"{name} is for --method {method}, not for {video.method}"
+                        + (why if has_text else "")
+                    )
 
     def _check_sources(self) -> None:
         options = self.synopsis
@@ -250,30 +305,12 @@ class GenerateOptions:
         check_packages(PACKAGES, extra="generate")
         device = self.video.device or _best_device()
         check_device(device)
-        config, writer = _config(self.regularization), _writer(self.synopsis)
-        prompt, image = _prompt(self), _image(self.video.image)
+        make = METHODS[self.video.method](self)
         output = self.output.output
         with output_folder(output, FILES, overwrite=self.output.overwrite) as scratch:
             pipe = _load(self.video, device)
             with _errors_of_the_call():
-                vstar = VSTAR(
-                    pipe,
-                    config,
-                    writer=writer,
-                    mode=self.synopsis.mode,
-                    rounding=self.synopsis.rounding,
-                    extend_positions=self.regularization.extend_positions,
-                )
-                generation = vstar(
-                    prompt,
-                    num_frames=self.video.frames,
-                    seed=self.video.seed,
-                    num_stages=self.synopsis.stages,
-                    refresh=self.synopsis.refresh,
-                    maps=self.captured_steps or False,
-                    **self.settings,
-                    **image,
-                )
+                generation = make(pipe)
             record = _record(self, type(pipe).__name__, generation, device)
             write_results(scratch, _writers(generation, record, self.output.fps))
         for index, stage in enumerate(generation.synopsis.stages, start=1):
@@ -290,7 +327,66 @@ def _best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _config(options: RegularizationOptions) -> TARConfig | FrameTAR | None:
+def _vstar(options: GenerateOptions) -> Callable[[Any], Generation]:
+    """Returns what makes the video from a pipeline by VSTAR, all files read."""
+    config, writer = _config(options.regularization, PAPER), _writer(options.synopsis)
+    prompt, image = _prompt(options), _image(options.video.image)
+
+    def make(pipe: Any) -> Generation:
+        vstar = VSTAR(
+            pipe,
+            config,
+            writer=writer,
+            mode=options.synopsis.mode,
+            rounding=options.synopsis.rounding,
+            extend_positions=options.regularization.extend_positions,
+        )
+        return vstar(
+            prompt,
+            num_frames=options.video.frames,
+            seed=options.video.seed,
+            num_stages=options.synopsis.stages,
+            refresh=options.synopsis.refresh,
+            maps=options.captured_steps or False,
+            **options.settings,
+            **image,
+        )
+
+    return make
+
+
+def _grid(options: GenerateOptions) -> Callable[[Any], Generation]:
+    """Returns what makes the video from a pipeline as a grid of frames, all files read."""
+    config, grid = _config(options.regularization, None), options.grid
+    if isinstance(config, FrameTAR):
+        raise CommandError("--config: FrameTAR is for full-3D transformers, a grid has TARConfig")
+    embedding: bool | GridEmbedding = True
+    if grid.embedding is not None:
+        try:
+            embedding = GridEmbedding.load(grid.embedding)
+        except (OSError, ValueError) as error:
+            raise CommandError(f"--embedding: {error}") from error
+
+    def make(pipe: Any) -> Generation:
+        video = GridVideo(pipe, config, embedding=embedding, rows=grid.rows, decode=grid.decode)
+        return video(
+            _prompt(options),
+            frames=options.video.frames,
+            fps=options.output.fps,
+            seed=options.video.seed,
+            maps=options.captured_steps or False,
+            **options.settings,
+        )
+
+    return make
+
+
+METHODS = {"vstar": _vstar, "grid": _grid}
+
+
+def _config(
+    options: RegularizationOptions, default: TARConfig | None
+) -> TARConfig | FrameTAR | None:
     """Returns the configuration; PAPER, where none is given, is full-3D transformers' own too."""
     if options.no_tar:
         return None
@@ -298,7 +394,7 @@ def _config(options: RegularizationOptions) -> TARConfig | FrameTAR | None:
     try:
         if options.preset is not None:
             return TARConfig.preset(options.preset)
-        return PAPER if options.config is None else _load_config(options.config)
+        return default if options.config is None else _load_config(options.config)
     except (OSError, ValueError, TypeError) as error:
         raise CommandError(f"{option}: {error}") from error
 
@@ -389,7 +485,16 @@ def _record(
 ) -> dict[str, Any]:
     """Returns what it takes to make the video again."""
     video, config = options.video, generation.config
+    more: dict[str, Any] = {}
+    if video.method == "grid":
+        path, grid = options.grid.embedding, options.grid
+        more["grid"] = {
+            "embedding": None if path is None else str(path),
+            "rows": grid.rows,
+            "decode": grid.decode,
+        }
     return {
+        "method": video.method,
         "model": video.model,
         "adapter": video.adapter,
         "pipeline": pipeline,
@@ -405,6 +510,7 @@ def _record(
         "seed": generation.seed,
         "image": None if video.image is None else str(video.image),
         "settings": options.settings,
+        **more,
         "versions": info(),
     }
 

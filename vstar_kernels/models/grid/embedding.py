@@ -21,10 +21,12 @@ from vstar_kernels.analysis.grids import (
 from vstar_kernels.attention.bias import check_finite
 from vstar_kernels.attention.frames.layout import check_count
 from vstar_kernels.files import write_atomically
+from vstar_kernels.reading import read_bytes, shorten
 
 Where = Literal["noise", "time"]
 IMAGE_SET_FPS = 0  # of a clip of different images with one label
 REPEATED_FPS = 120  # of a clip that repeats one image
+LARGEST_EMBEDDING = 2**28  # bytes
 _SETTINGS = "vstar_kernels.GridEmbedding"  # of a file's metadata
 PERIOD = 10000.0  # of the sinusoids, as of the model's timesteps
 
@@ -236,18 +238,21 @@ class GridEmbedding(nn.Module):
             OSError: The file cannot be read.
             ValueError: It holds something else.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
+        from safetensors.torch import load
 
-        Path(path).open("rb").close()  # an OSError that names the file
+        data = read_bytes(path, LARGEST_EMBEDDING)
         try:
-            with safe_open(str(path), framework="pt") as file:
-                settings = json.loads((file.metadata() or {})[_SETTINGS])
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Eight bytes of its length, then a header in JSON, with metadata that load leaves out.
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            settings = json.loads(header["__metadata__"][_SETTINGS])
             fps = settings.pop("fps")
             embedding = cls(**settings, fps=None if fps is None else FPSEmbedding(**fps))
-            embedding.load_state_dict(state)
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            embedding.load_state_dict(load(data))
+        # Of JSON with other things in it: whatever is done with them.
+        except (SafetensorError, ArithmeticError, LookupError, AttributeError, TypeError,
+                ValueError, RuntimeError) as error:  # fmt: skip
+            reason = shorten(f"{type(error).__name__}: {error}".splitlines()[0])
             raise ValueError(f"{path} holds no GridEmbedding: {reason}") from None
         return embedding
 
