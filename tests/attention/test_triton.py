@@ -5,6 +5,7 @@ file in one of its own.
 """
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from unittest import mock
@@ -129,8 +130,10 @@ OPTIONS = {
 def test_options(case, monkeypatch):
     if case["int64"]:
         monkeypatch.setattr(plan, "INT32_MAX", -1)
-    frames, heads = case["frames"], 3
-    shape = (2, 2, frames, heads) if case["five"] else (3, frames, heads)
+    frames = case["frames"]
+    # The interpreter's time is in the sequences of long videos: a few of them do.
+    batch, heads = (3, 3) if frames < 100 else (2, 2)
+    shape = (batch - 1, 2, frames, heads) if case["five"] else (batch, frames, heads)
     q, k, v = (case["layout"](x) for x in inputs(*shape, case["head_dim"], dtype=case["dtype"]))
     torch.manual_seed(1)
     stat = case["stat"]
@@ -422,7 +425,7 @@ def _on_cpu(x, change):
 
 @pytest.mark.parametrize("frames", [16, 70])
 def test_maps_and_gradients_are_the_same_every_time(frames):
-    tensors = inputs(3, frames, 3, 16)
+    tensors = inputs(3, frames, 1, 16)
     values = torch.rand(frames)
 
     def run():
@@ -440,14 +443,18 @@ def test_maps_and_gradients_are_the_same_every_time(frames):
 def test_every_line_of_the_kernels_runs(monkeypatch):
     """No statement is left to chance; a new one needs a case here and among the options."""
     modules = (maps, primitives, stream, stream_backward, tile, tile_backward)
-    expected = {line for module in modules for line in statements(module)}
     files = {module.__file__ for module in modules}
-    executed = set()
+    missing = {line for module in modules for line in statements(module)}
+    lines_of = functools.cache(lambda code: {(code.co_filename, x) for *_, x in code.co_lines()})
 
     def trace(frame, event, _):
-        if frame.f_code.co_filename not in files:
+        file = frame.f_code.co_filename
+        if file not in files:
             return None
-        executed.add((frame.f_code.co_filename, frame.f_lineno))
+        missing.discard((file, frame.f_lineno))
+        # A function whose lines have all been seen is not watched: that takes most of the time.
+        if event == "call" and missing.isdisjoint(lines_of(frame.f_code)):
+            return None
         return trace
 
     cases = [
@@ -480,7 +487,7 @@ def test_every_line_of_the_kernels_runs(monkeypatch):
                     gradients(tar, tensors, bias, [torch.ones(())] * 2, scale=-0.1)
     finally:
         sys.settrace(None)
-    assert not sorted(f"{Path(file).name}:{line}" for file, line in expected - executed)
+    assert not sorted(f"{Path(file).name}:{line}" for file, line in missing)
 
 
 # ---- single properties ----

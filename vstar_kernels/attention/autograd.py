@@ -65,6 +65,12 @@ def _func_is_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def _func_makes_functional() -> bool:
+    """Returns whether the outermost of torch.func's transformations is ``functionalize``."""
+    outermost = torch._C._functorch.peek_interpreter_stack()
+    return outermost.key() == torch._C._functorch.TransformType.Functionalize
+
+
 class Operator:
     """An operation's operator, its gradient, and what runs one of them.
 
@@ -153,7 +159,7 @@ class Operator:
         """
         tensors = [getattr(call, name) for name in self.tensors]
         if _func_is_active() and not torch.compiler.is_compiling() and type(call.query) in PLAIN:
-            out, mean_map = _ForFunc.apply(*tensors, *call.options, backend, self)
+            out, mean_map = self.under_func(*tensors, *call.options, backend)
         elif traced(call):
             out, mean_map = self.forward_operator(*tensors, *call.options, backend)
         else:
@@ -186,9 +192,21 @@ class Operator:
             return out, nothing(query)
         return out, query.new_empty(call.map_shape, dtype=torch.float32)
 
+    def under_func(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """Runs the operator as the outermost of torch.func's transformations can follow it."""
+        if not _func_is_active() or _func_makes_functional():
+            return self.forward_operator(*arguments)
+        return _ForFunc.apply(*arguments, self)
+
+    def backward_under_func(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """Runs the gradient's operator as :meth:`under_func` does the other one."""
+        if not _func_is_active() or _func_makes_functional():
+            return self.backward_operator(*arguments)
+        return _BackwardForFunc.apply(*arguments, self)
+
     def _vmap(self, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         self._refuse_mapped(in_dims)
-        results = self.forward_operator(*self._fold(arguments, in_dims, info.batch_size))
+        results = self.under_func(*self._fold(arguments, in_dims, info.batch_size))
         options = self.options(*arguments[len(self.tensors) : -1])
         asked = (self.has_out(options), self.has_map(options))
         mapped = tuple(
@@ -262,7 +280,7 @@ class Operator:
         if any(place in self.shared and getattr(wanted, name) for name, place in places):
             self._refuse_mapped(None)
         folded = self._fold(arguments, in_dims, info.batch_size, first=first)
-        gradients = self.backward_operator(*folded)
+        gradients = self.backward_under_func(*folded)
         mapped = tuple(x.unflatten(0, (info.batch_size, -1)) if x.numel() else x for x in gradients)
         return mapped, tuple(0 if x.numel() else None for x in gradients)
 
@@ -313,9 +331,13 @@ def _gradient(ctx: Any, grad_out: Tensor | None, grad_map: Tensor | None) -> tup
     gradients: tuple[Tensor | None, ...]
     arguments = (grad_out, grad_map, out, *wanted, *tensors, *ctx.options, ctx.backend)
     if _func_is_active():
-        gradients = _BackwardForFunc.apply(*arguments, operator)
-    elif torch.is_grad_enabled() or type(tensors[0]) not in PLAIN or tensors[0].is_meta:
-        # create_graph, traced, or there is nothing to compute.
+        gradients = operator.backward_under_func(*arguments)
+    elif (
+        torch.is_grad_enabled()  # create_graph
+        or type(tensors[0]) not in PLAIN  # traced
+        or tensors[0].is_meta  # there is nothing to compute
+        or any(map(_is_batched, (grad_out, grad_map)))
+    ):
         gradients = operator.backward_operator(*arguments)
     else:
         call = operator.call(*tensors, ctx.options)
@@ -325,6 +347,11 @@ def _gradient(ctx: Any, grad_out: Tensor | None, grad_map: Tensor | None) -> tup
     for place, gradient, keep in zip(operator.graded, gradients, kept.values(), strict=True):
         result[place] = gradient if keep else None
     return tuple(result)
+
+
+def _is_batched(gradient: Tensor | None) -> bool:
+    """Returns whether it is many gradients: of ``is_grads_batched``, which is not torch.func's."""
+    return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

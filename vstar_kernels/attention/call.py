@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vstar_kernels.attention import bias as bias_forms
 from vstar_kernels.attention.bias import (
@@ -309,6 +311,29 @@ def empty_like(tensor: Tensor) -> Tensor:
     if like.stride(-1) == 1:
         return like
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def laid_like(tensor: Tensor, values: Tensor) -> Tensor:
+    """Returns values in a tensor's type, laid as :func:`empty_like` lays what is of its shape.
+
+    torch.func's tensors cannot be written into one that has not all of their dimensions.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return values.to(tensor.dtype)
+    return empty_like(tensor).copy_(values)
+
+
+def carry_tangents(tensors: Iterable[Tensor]) -> bool:
+    """Returns whether one of the tensors is dual: forward-mode differentiation follows it.
+
+    Of torch.func's tensors, which may hide duals, all are where it computes tangents.
+    """
+    if forward_ad._current_level < 0:
+        return False
+    for transform in torch._C._functorch.get_interpreter_stack() or ():
+        if transform.key() == torch._C._functorch.TransformType.Jvp:
+            return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def nothing(like: Tensor) -> Tensor:

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from vstar_kernels.attention import cpu, reference, triton
 from vstar_kernels.attention.bias import Bias
-from vstar_kernels.attention.call import Call, Forward, Gradients, Wanted, check_call
+from vstar_kernels.attention.call import (
+    Call,
+    Forward,
+    Gradients,
+    Wanted,
+    carry_tangents,
+    check_call,
+)
 from vstar_kernels.attention.columns import cpu as columns_cpu
 from vstar_kernels.attention.columns import reference as columns_reference
 from vstar_kernels.attention.columns.call import ColumnCall, ColumnGradients, ColumnWanted
@@ -39,6 +46,9 @@ from vstar_kernels.attention.triton import frames as frames_triton
 
 class Describable(Protocol):
     """A call of any operation."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors that there are, by their names in messages."""
 
     def describe(self) -> str:
         """Returns a line for each tensor and one for the options, for messages."""
@@ -98,7 +108,7 @@ class Operation(Generic[C, W_contra, G_co]):
 
     def why_not(self, call: C) -> dict[str, list[str]]:
         """Returns each backend's reasons why it cannot run this call; an empty list if it can."""
-        return {name: backend.why_not(call) for name, backend in self.backends.items()}
+        return {name: self._reasons(call, name) for name in self.backends}
 
     def backend(self, call: C, name: str | None) -> Backend[C, W_contra, G_co]:
         """Returns the backend that :meth:`choose` names."""
@@ -115,13 +125,20 @@ class Operation(Generic[C, W_contra, G_co]):
             self.check_name(name)
             return self._check_choice(call, name)
         reasons = {}
-        for name, backend in self.backends.items():
-            reasons[name] = backend.why_not(call)
+        for name in self.backends:
+            reasons[name] = self._reasons(call, name)
             if not reasons[name]:
                 if name == "reference":
                     _warn_once(self.name, _list_reasons(reasons))
                 return name
         raise AssertionError("the reference runs any checked call")
+
+    def _reasons(self, call: C, name: str) -> list[str]:
+        """Returns a backend's reasons, and that kernels have no forward-mode derivative."""
+        reasons = self.backends[name].why_not(call)
+        if name != "reference" and carry_tangents(call.tensors().values()):
+            reasons = [*reasons, "has no forward-mode derivative, and a tensor carries a tangent"]
+        return reasons
 
     def check_name(self, name: str | None) -> None:
         """Raises TypeError or ValueError unless a backend has this name, or it is None."""
@@ -134,7 +151,7 @@ class Operation(Generic[C, W_contra, G_co]):
             raise ValueError(f"backend must be one of {allowed} or None, got {name!r}")
 
     def _check_choice(self, call: C, name: str) -> str:
-        reasons = self.backends[name].why_not(call)
+        reasons = self._reasons(call, name)
         if reasons:
             raise ValueError(
                 f"backend {name!r} cannot run this call:\n{_list_reasons({name: reasons})}\n"

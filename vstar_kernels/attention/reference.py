@@ -26,8 +26,8 @@ from vstar_kernels.attention.call import (
     Wanted,
     block_gradient,
     block_sums,
-    empty_like,
     has_autocast,
+    laid_like,
     make_call,
 )
 
@@ -66,7 +66,7 @@ def forward(call: Call, *, save: bool = False) -> Forward:
     with _without_autocast(call.device):
         _, weights = _logits_and_weights(call)
         v = heads_first(call.value)
-        out = empty_like(call.query).copy_((weights @ v).transpose(-3, -2))
+        out = laid_like(call.query, (weights @ v).transpose(-3, -2))
     if not call.options.map_block:
         return Forward(out)
     mean = weights.mean(dim=tuple(range(1, weights.ndim - 2)))
@@ -141,13 +141,10 @@ def backward(
             d_delta = _delta_gradient(call, logits, d_logits)
         d_logits, d_stat = _through_statistic(call, logits, d_logits)
 
-    def laid_like(tensor: Tensor, gradient: Tensor) -> Tensor:
-        return empty_like(tensor).copy_(gradient.transpose(-3, -2))
-
     return Gradients(
-        laid_like(call.query, scale * (d_logits @ k)),
-        laid_like(call.key, scale * (d_logits.mT @ q)),
-        laid_like(call.value, weights.mT @ d_out),
+        laid_like(call.query, scale * (d_logits @ k).transpose(-3, -2)),
+        laid_like(call.key, scale * (d_logits.mT @ q).transpose(-3, -2)),
+        laid_like(call.value, (weights.mT @ d_out).transpose(-3, -2)),
         d_delta,
         d_stat if wanted.stat else None,
     )

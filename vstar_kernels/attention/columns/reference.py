@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vstar_kernels.attention.call import Forward, empty_like, nothing
+from vstar_kernels.attention.call import Forward, laid_like, nothing
 from vstar_kernels.attention.columns.call import (
     ColumnCall,
     ColumnGradients,
@@ -55,7 +55,7 @@ def forward(call: ColumnCall, *, save: bool = False) -> Forward:
         out = nothing(call.query)
         if call.value is not None:
             attended = weights @ heads_first(call.value)
-            out = empty_like(call.query).copy_(attended.transpose(1, 2))
+            out = laid_like(call.query, attended.transpose(1, 2))
     return Forward(out, maps.float())
 
 
@@ -85,23 +85,22 @@ def backward(
     d_out = None
     if grad_out is not None and value is not None:
         d_out = heads_first(grad_out)
-        d_weights += d_out @ heads_first(value).mT
+        d_weights = d_weights + d_out @ heads_first(value).mT
     if grad_map is not None:
         d_mean = grad_map.to(weights)
-        d_weights += ((d_mean @ columns.mT) / call.heads).unsqueeze(1)
+        d_weights = d_weights + ((d_mean @ columns.mT) / call.heads).unsqueeze(1)
     d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True))
-
-    def laid_like(tensor: Tensor, gradient: Tensor) -> Tensor:
-        return empty_like(tensor).copy_(gradient.transpose(1, 2))
 
     d_query = d_key = d_value = d_columns = None
     if wanted.query:
-        d_query = laid_like(call.query, scale * (d_logits @ heads_first(call.key)))
+        of_query = scale * (d_logits @ heads_first(call.key))
+        d_query = laid_like(call.query, of_query.transpose(1, 2))
     if wanted.key:
-        d_key = laid_like(call.key, scale * (d_logits.mT @ heads_first(call.query)))
+        of_key = scale * (d_logits.mT @ heads_first(call.query))
+        d_key = laid_like(call.key, of_key.transpose(1, 2))
     if wanted.value and value is not None:
         of_value = torch.zeros_like(heads_first(value)) if d_out is None else weights.mT @ d_out
-        d_value = laid_like(value, of_value)
+        d_value = laid_like(value, of_value.transpose(1, 2))
     if wanted.columns:
         of_columns = torch.zeros_like(columns) if grad_map is None else weights.mean(1).mT @ d_mean
         d_columns = of_columns.to(call.columns.dtype)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vstar_kernels.attention.call import Forward, empty_like
+from vstar_kernels.attention.call import Forward, carry_tangents, empty_like, laid_like
 from vstar_kernels.attention.frames.call import FrameCall, FrameGradients, FrameWanted, check_call
 
 CHUNK = 2**19  # logits that are held at a time, of all heads and sequences
@@ -58,7 +58,7 @@ def forward(call: FrameCall, *, save: bool = False) -> Forward:
             if mass is not None:
                 mass = mass.index_add(2, places.frame_rows[rows], weight)
         if result is None:
-            result = _laid_like(call.query, torch.cat(outs, dim=1))
+            result = laid_like(call.query, torch.cat(outs, dim=1))
         if mass is None:
             return Forward(result)
         mean = mass[:, :, : call.frames] / places.frame_sizes[:, None]
@@ -67,7 +67,7 @@ def forward(call: FrameCall, *, save: bool = False) -> Forward:
 
 def _is_plain(call: FrameCall) -> bool:
     """Returns whether nobody wants to see how the results are computed."""
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or carry_tangents(call.tensors().values()):
         return False
     return not (torch.is_grad_enabled() and call.requires_grad)
 
@@ -250,11 +250,6 @@ def heads_first(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def _laid_like(tensor: Tensor, x: Tensor) -> Tensor:
-    """Returns ``x`` in ``tensor``'s type, laid as kernels lay a result of its shape."""
-    return empty_like(tensor).copy_(x)
-
-
 def backward(
     call: FrameCall,
     out: Tensor,
@@ -312,13 +307,13 @@ def backward(
         d_value += found.weights.mT @ d_out
 
     def of_key(gradient: Tensor, tensor: Tensor) -> Tensor:
-        return _laid_like(tensor, gradient.unflatten(1, group).sum(2).transpose(1, 2))
+        return laid_like(tensor, gradient.unflatten(1, group).sum(2).transpose(1, 2))
 
     stat = None
     if wanted.stat and call.stat is not None:
         stat = torch.cat(d_stat, dim=1).to(call.stat)
     return FrameGradients(
-        _laid_like(call.query, torch.cat(d_query, dim=1)),
+        laid_like(call.query, torch.cat(d_query, dim=1)),
         of_key(d_key, call.key),
         of_key(d_value, call.value),
         d_delta.to(call.delta) if d_delta is not None and wanted.delta else None,
