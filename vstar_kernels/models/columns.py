@@ -35,6 +35,7 @@ from vstar_kernels.models.schedule import (
     scheduler_of,
     timestep_value,
 )
+from vstar_kernels.models.text import share_text, unshare_text
 
 Columns = Sequence[Sequence[int]] | Tensor
 Size = int | tuple[int, int]
@@ -222,6 +223,7 @@ class ColumnCapture(Handle):
         try:
             self._install_attentions()
             watch(model, self._passes)
+            share_text(model, self)
             self._hooks.before(model, self._begin)
             self._hooks.after(model, self._end)
         except BaseException:
@@ -293,6 +295,7 @@ class ColumnCapture(Handle):
                 self._close,
                 self._hooks.remove,
                 self._put_attentions_back,
+                lambda: unshare_text(self._model, self),
                 lambda: unwatch(self._model, self._passes),
             )
 

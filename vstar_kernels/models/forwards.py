@@ -115,13 +115,27 @@ class ForwardPasses(Generic[P]):
             RuntimeError: A backward pass calls the layer again, and it cannot be told for which of
                 several forward passes that differ.
         """
-        forward: P | None = self._here.forward
         if torch.compiler.is_compiling():
+            forward: P | None = self._here.forward
             return self._untraced_find_again() if forward is None else forward
-        task = torch._C._current_graph_task_id()
-        if forward is not None and forward.graph_task == task:
-            return forward
-        return None if task == -1 else self._find_again()
+        if (running := self.running()) is not None:
+            return running
+        return None if torch._C._current_graph_task_id() == -1 else self._find_again()
+
+    def running(self) -> P | None:
+        """Returns the forward pass that runs in this thread; None to layers that are called again.
+
+        Those are called in the backward pass, by gradient checkpointing.
+        """
+        forward: P | None = self._here.forward
+        if forward is None or forward.graph_task != torch._C._current_graph_task_id():
+            return None
+        return forward
+
+    @property
+    def are_running(self) -> bool:
+        """Whether a forward pass runs in any thread."""
+        return bool(self._running)
 
     def close(self) -> None:
         """Marks the forward passes that run at present as cut, and those that are yet to begin."""

@@ -23,6 +23,14 @@ from vstar_kernels.models.front_end import models_with_temporal_attention
 from vstar_kernels.models.full3d.apply import find_full3d
 from vstar_kernels.models.full3d.prompts import PromptedModels, StagePrompts
 from vstar_kernels.models.hooks import Argument, Handle, Hooks, is_compiled, put_back
+from vstar_kernels.models.text import (
+    EqualFrames,
+    equal_rows,
+    mark_equal_rows,
+    share_text,
+    text_blocks,
+    unshare_text,
+)
 
 MODELS = (
     "UNet3DConditionModel",
@@ -248,6 +256,8 @@ class FramePromptsHandle(Handle):
         self._model = model
         self._prompts = prompts
         self._project = getattr(model, "caption_projection", nn.Identity())  # Latte's
+        self._equal = EqualFrames(prompts.embeddings)
+        self._equal_negative = EqualFrames(prompts.negative)
         self._passes: ForwardPasses[_PromptedPass] = ForwardPasses(
             f"condition_frames was removed from this {type(model).__name__} while it ran, in "
             "another thread: a part of its blocks had the frames' texts and a part had not"
@@ -268,7 +278,12 @@ class FramePromptsHandle(Handle):
 
     def remove(self) -> None:
         """Takes the hooks off; nothing happens the second time."""
-        put_back(self._close, self._hooks.remove, lambda: unwatch(self._model, self._passes))
+        put_back(
+            self._close,
+            self._hooks.remove,
+            lambda: unshare_text(self._model, self),
+            lambda: unwatch(self._model, self._passes),
+        )
 
     def _close(self) -> None:
         self._removed = True
@@ -277,8 +292,9 @@ class FramePromptsHandle(Handle):
     def _install(self) -> None:
         model = self._model
         watch(model, self._passes)
+        share_text(model, self)
         self._hooks.before(model, self._before_model)
-        for block in _text_blocks(model):
+        for block in text_blocks(model):
             hook = self._before_block(Argument(block, "encoder_hidden_states"))
             self._hooks.before(block, hook)
 
@@ -347,7 +363,24 @@ class FramePromptsHandle(Handle):
             )
             text = torch.cat([unconditional, text])
         image = context[:, fit.tokens :]
-        return torch.cat([text, image], dim=1) if image.shape[1] else text
+        if image.shape[1]:
+            text = torch.cat([text, image], dim=1)
+        if not torch.compiler.is_compiling():
+            self._mark_equal_rows(text, fit, context, has_image=bool(image.shape[1]))
+        return text
+
+    def _mark_equal_rows(self, text: Tensor, fit: Fit, context: Tensor, *, has_image: bool) -> None:
+        """Notes which rows of the new context are equal, as far as is known."""
+        given, videos = equal_rows(context), fit.videos_per_prompt
+        frames = batched(self._prompts.embeddings).shape[1]
+        if has_image and len(given) != fit.rows // frames:
+            return  # or else a video's images are the same for all of its frames
+        equal = self._equal.rows(videos)
+        if fit.guided:
+            kept = given[: len(given) // 2]
+            replaced = self._equal_negative.rows(videos)
+            equal = [*(kept if self._prompts.negative is None else replaced), *equal]
+        mark_equal_rows(text, equal)
 
     def _rows(self, embeddings: Tensor, fit: Fit, context: Tensor) -> Tensor:
         """Returns embeddings as the blocks take them, with a row for each frame of each video."""
@@ -412,11 +445,3 @@ def _text_model(pipe_or_model: Any) -> nn.Module:
         f"frame prompts work on {', '.join(MODELS)}, got {given}"
         + NO_TEXT * ("UNetSpatioTemporalConditionModel" in given)
     )
-
-
-def _text_blocks(model: Any) -> list[nn.Module]:
-    """Returns the blocks whose ``encoder_hidden_states`` are the text of each frame."""
-    if hasattr(model, "transformer_blocks"):
-        return list(model.transformer_blocks)
-    blocks = [*model.down_blocks, model.mid_block, *model.up_blocks]
-    return [block for block in blocks if getattr(block, "has_cross_attention", False)]

@@ -99,10 +99,13 @@ class Hooks:
     def __init__(self) -> None:
         self._noted: list[tuple[nn.Module, Callable[..., Any]]] = []
 
-    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        """Puts on a hook ``(module, args, kwargs)`` that runs before the module's forward."""
+    def before(self, module: nn.Module, hook: Callable[..., Any], *, first: bool = False) -> None:
+        """Puts on a hook ``(module, args, kwargs)`` that runs before the module's forward.
+
+        With ``first``, it runs before the hooks that are there.
+        """
         self._noted.append((module, hook))
-        module.register_forward_pre_hook(hook, with_kwargs=True)
+        module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
 
     def after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Puts on a hook ``(module, args, kwargs, output)`` that runs after a forward returned."""

@@ -27,6 +27,7 @@ from vstar_kernels.models.layers import (
 )
 from vstar_kernels.models.positions import Positions, Tables
 from vstar_kernels.models.schedule import StepGate
+from vstar_kernels.models.text import share_text, unshare_text
 
 _INSTALLING = threading.RLock()
 
@@ -136,6 +137,8 @@ class RegularizedModel:
         self.front_end.register()
         watch(self.model, self._passes)
         _RESETTING.put_on(self.model)
+        if self._off is PLAIN:  # or what is not regularized is left to the model
+            share_text(self.model, self)
         with self._lock:
             self._install_attentions()
 
@@ -147,6 +150,7 @@ class RegularizedModel:
                 self._hooks.remove,
                 self._put_attentions_back,
                 self._positions.restore,
+                lambda: unshare_text(self.model, self),
                 lambda: _RESETTING.take_off(self.model),
                 lambda: unwatch(self.model, self._passes),
             )
