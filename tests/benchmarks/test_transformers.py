@@ -12,9 +12,6 @@ from benchmarks.results import MEASURED, Outcome, Record, Run
 from benchmarks.suites import CPU_CHANNELS, WORKLOADS, Selection, plan
 from benchmarks.transformers import Transformer
 from tests.benchmarks.conftest import a_plan
-from vstar_kernels.models.full3d.families import FAMILIES
-
-HAS = {name for family in FAMILIES for name in family.classes}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {
@@ -76,7 +73,7 @@ def tiny(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("name", [x for x in TINY if TINY[x][1]["class"] in HAS])
+@pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("rule", ["tar", "bias"])
 def test_every_peer_is_right_or_says_why_it_cannot(name, rule):
     """Whatever was run before: each puts its own attention in, and leaves the model as it was."""

@@ -9,21 +9,10 @@ import vstar_kernels as vk
 
 pytest.importorskip("diffusers")
 from tests.models.full3d.tiny import PLACES, TINY
-from vstar_kernels.models.full3d.families import FAMILIES
 
-HAS = {name for family in FAMILIES for name in family.classes}
 pytestmark = pytest.mark.usefixtures("one_thread")
 FRAMES = 3
 
-
-def known(*names):
-    return [
-        pytest.param(n, marks=pytest.mark.skipif(TINY[n].name not in HAS, reason="no family"))
-        for n in names
-    ]
-
-
-needs_ltx = pytest.mark.skipif(TINY["ltx"].name not in HAS, reason="no family")
 NAMES = ("wan", "wan-i2v", "wan-vace", "skyreels-v2", "cosmos", "ltx", "allegro")
 
 
@@ -112,7 +101,7 @@ def side_by_side(name, texts):
     return inputs_of(name, **changes)
 
 
-@pytest.mark.parametrize("name", known(*NAMES))
+@pytest.mark.parametrize("name", NAMES)
 def test_each_frame_hears_its_own_text(models, name):
     model, texts = models[name], texts_of(name)
     if name == "wan-i2v":  # whose own processor takes the last 512 tokens for text
@@ -126,7 +115,7 @@ def test_each_frame_hears_its_own_text(models, name):
     assert torch.equal(run(model, inputs_of(name)), stock)
 
 
-@pytest.mark.parametrize("name", known("wan", "ltx", "cosmos"))
+@pytest.mark.parametrize("name", ["wan", "ltx", "cosmos"])
 def test_one_text_for_all_frames_is_the_native_path(models, name):
     """With any rule: of equal texts it does not matter which a frame hears."""
     model, text = models[name], texts_of(name, stages=1)
@@ -138,7 +127,7 @@ def test_one_text_for_all_frames_is_the_native_path(models, name):
         torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", known("wan", "skyreels-v2", "wan-vace"))
+@pytest.mark.parametrize("name", ["wan", "skyreels-v2", "wan-vace"])
 def test_prompt_relay(models, name):
     """The penalty on each pair of tokens, as a mask of the model's own attention."""
     model, texts, sigma = models[name], texts_of(name, stages=2), 0.4
@@ -153,7 +142,6 @@ def test_prompt_relay(models, name):
     torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
 
 
-@needs_ltx
 def test_tokens_that_do_not_exist_are_not_heard(models):
     """LTX: masks that differ by frame and by sequence, of the prompt and of the pipeline's text."""
     model, texts = models["ltx"], texts_of("ltx", batch=1)
@@ -217,7 +205,6 @@ def test_wan_is_guided_in_turns(models):
             torch.testing.assert_close(run(model, calls[index]), expected[index], rtol=0, atol=2e-6)
 
 
-@needs_ltx
 def test_ltx_is_guided_in_one_batch(models):
     model, texts = models["ltx"], texts_of("ltx", batch=1)
     given = inputs_of("ltx")
@@ -269,7 +256,6 @@ def test_the_copy_of_a_model_is_refused(models):
         copy.deepcopy(models["wan"])
 
 
-@needs_ltx
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -304,7 +290,7 @@ def test_what_does_not_fit_raises_at_the_call(models, call, message):
         )
 
 
-@pytest.mark.parametrize("name", known("cogvideox", "hunyuan", "mochi"))
+@pytest.mark.parametrize("name", ["cogvideox", "hunyuan", "mochi"])
 def test_joint_attention_is_refused(name):
     with pytest.raises(ValueError, match="Transformer3DModel has no cross-attention to text"):
         vk.condition_frames(TINY[name].make(), torch.zeros(3, 5, 8))
