@@ -98,3 +98,26 @@ def test_skyreels_reads_its_own_configuration_again():
         assert model.config.num_frame_per_block == 2
     assert model.config is own
     assert type(model) is cls
+
+
+def test_a_compiled_skyreels_makes_its_mask_where_no_rule_is_on():
+    tiny = TINY["skyreels-v2-ar"]
+    model = tiny.make(num_layers=1)
+    with vk.apply_frames(model, vk.FrameRule.tar(1.0), steps=0) as handle:
+        expected = []
+        for step in (0, 1):
+            handle.step = step
+            expected.append(tiny.run(model))
+        made = []
+
+        def backend(graph, inputs):
+            made.append("causal_mask" in graph.code)
+            return graph.forward
+
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        for step in (0, 1, 0):
+            handle.step = step
+            found = tiny.run(compiled)
+            torch.testing.assert_close(found, expected[step], rtol=0, atol=1e-6)
+    assert made == [False, True]

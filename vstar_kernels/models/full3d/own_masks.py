@@ -25,8 +25,10 @@ class ShowsConfig(Protocol):
 def _showing(base: Any) -> dict[str, Any]:
     """Returns the property that a model reads its configuration by."""
 
+    read = base.config.fget  # here, as torch.compile does not trace it
+
     def config(model: nn.Module) -> Any:
-        own = base.config.fget(model)
+        own = read(model)
         for hook in model._forward_pre_hooks.values():
             if hasattr(hook, "shown_config"):
                 return hook.shown_config(own)
