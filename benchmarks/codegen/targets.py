@@ -47,6 +47,11 @@ class Target:
         """The threads of a warp."""
         return self.triton.warp_size
 
+    def most_registers(self, warps: int) -> int:
+        """Returns what a thread of so many warps may be told to take at most; 0 where it cannot."""
+        nvidia = self.triton.backend == "cuda"
+        return min(255, self.registers // (self.lanes * warps)) if nvidia else 0
+
 
 def read_targets() -> dict[str, Target]:
     """Returns the targets that ``targets.json`` describes, by architecture."""

@@ -19,7 +19,7 @@ from typing import Literal
 import tyro
 
 from benchmarks.codegen import cases, frame_cases, report
-from benchmarks.codegen.compile import in_processes
+from benchmarks.codegen.compile import in_processes, inspect
 from benchmarks.codegen.frame_cases import VARIANTS, FrameEntry
 from benchmarks.codegen.targets import TARGETS, VECTOR_BYTES
 from benchmarks.tune.candidates import itemsize
@@ -86,22 +86,44 @@ def predicted(key: FrameKey) -> FrameEntry | None:
 
 
 def repaired(key: FrameKey) -> FrameEntry | None:
-    """Returns the shipped entry if it compiles without fault, or else a candidate after it."""
+    """Returns the shipped entry if it is fit, or else a candidate after it, or else before it."""
     shipped = next((x for x in frame_cases.entries() if _key(x) == key), None)
     entries = candidates(*key)
     if shipped and loads_vectors(shipped):
         places = [n for n, x in enumerate(entries) if _sizes(x) == _sizes(shipped)]
-        entries = entries[places[0] :] if places else [shipped, *entries]
+        first = places[0] if places else 0
+        entries = [shipped, *entries[first:], *entries[:first]]
     return next(filter(None, map(fit, entries)), None)
 
 
 def _sizes(entry: FrameEntry) -> FramesConfig:
     """Returns what was chosen of a configuration."""
-    return replace(entry.config, programs=0, shared=0)
+    return replace(entry.config, programs=0, shared=0, registers=0)
 
 
 def fit(entry: FrameEntry) -> FrameEntry | None:
-    """Returns the entry with what it needs, if none of its cases has a fault."""
+    """Returns the entry with what it needs, if none of its cases has a fault.
+
+    Where the compiler spills though it could take more registers, the entry says that it may.
+    """
+    found = _with_needs(entry)
+    most = TARGETS[entry.architecture].most_registers(entry.config.warps)
+    if found is None and most and most != entry.config.registers and _spares(entry, most):
+        found = _with_needs(replace(entry, config=replace(entry.config, registers=most)))
+    return found
+
+
+def _spares(entry: FrameEntry, most: int) -> bool:
+    """Tells whether spilling cases of an entry, if any, leave registers that they could take."""
+    try:
+        binaries = [inspect(case) for case in frame_cases.shipped(entry)]
+    except (RuntimeError, ValueError):  # the compiler's, for what it cannot do
+        return False
+    # A few are kept back for what the compiler needs itself.
+    return all(not x.spilled or x.registers < most - 8 for x in binaries)
+
+
+def _with_needs(entry: FrameEntry) -> FrameEntry | None:
     found = []
     for case in frame_cases.shipped(entry):
         binary = inspect_fit(case)
@@ -127,6 +149,9 @@ def write(chosen: Iterable[FrameEntry]) -> None:
             if (key := (architecture, kind, width, table)) in merged
         )
         tables.append(f'  "{table}": [\n    {lines}\n  ]')
+    rows = json.loads(configs.FRAMES_FILE.read_text())["revisit_below"]
+    lines = ",\n    ".join(map(json.dumps, rows))
+    tables.append(f'  "revisit_below": [\n    {lines}\n  ]')
     configs.FRAMES_FILE.write_text("{\n" + ",\n".join(tables) + "\n}\n")
 
 
@@ -136,7 +161,8 @@ def _key(entry: FrameEntry) -> FrameKey:
 
 def _line(entry: FrameEntry) -> str:
     key = {"architecture": entry.architecture, "kind": entry.kind, "width": entry.width}
-    return json.dumps(key | asdict(entry.config))
+    config = asdict(entry.config)
+    return json.dumps(key | {name: x for name, x in config.items() if x or name != "registers"})
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, get_type_hints
 import torch
 from torch import Tensor
 
-from vstar_kernels.attention import dispatch
+from vstar_kernels.attention import dispatch, flops
 from vstar_kernels.attention.call import Call, Gradients, Options, Wanted, empty_like, nothing
 from vstar_kernels.attention.columns.call import (
     ColumnCall,
@@ -30,6 +30,7 @@ from vstar_kernels.attention.frames.call import (
     FrameOptions,
     FrameWanted,
 )
+from vstar_kernels.attention.frames.cost import kept_pairs
 from vstar_kernels.attention.native import LIBRARY
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -56,9 +57,11 @@ def needed(call: AnyCall) -> bool:
 
 
 def traced(call: AnyCall) -> bool:
-    """Returns whether a call is not run, but traced, or is of tensors that have no numbers."""
+    """Returns whether a call is traced or counted, not only run, or its tensors have no numbers."""
+    if torch.compiler.is_compiling():
+        return True
     query = call.query
-    return torch.compiler.is_compiling() or type(query) not in PLAIN or query.is_meta
+    return type(query) not in PLAIN or query.is_meta or flops.counted()
 
 
 def _func_is_active() -> bool:
@@ -83,6 +86,7 @@ class Operator:
         tensors: The names and types of a call's tensors in its order, as a schema has them.
         call, options, wanted, gradients: The classes of the operation's calls.
         shared: Of the tensors, those that are the same for the whole batch.
+        pairs: How many pairs of a query and a key are multiplied, of all heads and sequences.
         has_map: Whether options ask for a map.
         has_out: Whether options ask for an output.
         keeps_out: Whether the output is kept for the gradient, and given to it.
@@ -98,6 +102,7 @@ class Operator:
         wanted: type[Any],
         gradients: type[Any],
         shared: tuple[str, ...],
+        pairs: Callable[[Any], int],
         has_map: Callable[[Any], bool],
         has_out: Callable[[Any], bool] = lambda options: True,
         keeps_out: bool = True,
@@ -105,7 +110,7 @@ class Operator:
         self.operation, self.name, self.tensors = operation, name, tuple(tensors)
         self.call, self.options = call, options
         self.has_map, self.has_out, self.keeps_out = has_map, has_out, keeps_out
-        self.wanted, self.gradients = wanted, gradients
+        self.wanted, self.gradients, self.pairs = wanted, gradients, pairs
         self.shared = {self.tensors.index(x) for x in shared}
         self.graded = tuple(self.tensors.index(x) for x in gradients._fields)
         # A statistic's name and the tensor that it may be are both called stat.
@@ -134,6 +139,8 @@ class Operator:
         )
         self.forward_operator = getattr(torch.ops.vstar_kernels, name)
         self.backward_operator = getattr(torch.ops.vstar_kernels, f"{name}_backward")
+        flops.FORMULAS[self.forward_operator] = self.flops
+        flops.FORMULAS[self.backward_operator] = self.backward_flops
 
     def _define(
         self,
@@ -176,6 +183,22 @@ class Operator:
         """Returns the call and the backend that an operator's arguments are."""
         tensors, options = arguments[: len(self.tensors)], arguments[len(self.tensors) : -1]
         return self.call(*tensors, self.options(*options)), arguments[-1]
+
+    # ---- its operations ----
+
+    def flops(self, *arguments: Any, out_val: Any = None) -> int:
+        """Returns the operations of QKᵀ and of PV, if it is wanted, as SDPA's are counted."""
+        call, _ = self.split(arguments)
+        return self._flops(call, 2 if self.has_out(call.options) else 1)
+
+    def backward_flops(self, *arguments: Any, out_val: Any = None) -> int:
+        """Returns the operations of QKᵀ again, dP, dQ, dK and dV."""
+        *_, rest = self._split_backward(arguments)
+        call, _ = self.split(rest)
+        return self._flops(call, 5 if self.has_out(call.options) else 3)
+
+    def _flops(self, call: Any, products: int) -> int:
+        return 2 * products * self.pairs(call) * int(call.query.shape[-1])
 
     # ---- the operator ----
 
@@ -337,6 +360,7 @@ def _gradient(ctx: Any, grad_out: Tensor | None, grad_map: Tensor | None) -> tup
         or type(tensors[0]) not in PLAIN  # traced
         or tensors[0].is_meta  # there is nothing to compute
         or any(map(_is_batched, (grad_out, grad_map)))
+        or flops.counted()
     ):
         gradients = operator.backward_operator(*arguments)
     else:
@@ -442,6 +466,7 @@ attention = Operator(
     Wanted,
     Gradients,
     shared=("delta",),
+    pairs=lambda call: call.query.numel() // call.head_dim * call.frames,
     has_map=lambda options: options.map_block > 0,
 )
 
@@ -469,6 +494,7 @@ frame_attention = Operator(
     shared=(
         "query_runs", "key_runs", "delta", "offset", "factor", "factor_span", "band",
     ),
+    pairs=lambda call: call.batch * kept_pairs(call),
     has_map=lambda options: options.mean_map != "none",
 )  # fmt: skip
 
@@ -481,6 +507,7 @@ column_attention = Operator(
     ColumnWanted,
     ColumnGradients,
     shared=(),
+    pairs=lambda call: call.batch * call.heads * call.queries * call.keys,
     has_map=lambda options: True,
     has_out=lambda options: options.wants_out,
     keeps_out=False,

@@ -57,7 +57,11 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class FramesConfig:
-    """How :mod:`frames_forward` covers a problem, with so many ``programs`` on a processor."""
+    """How :mod:`frames_forward` covers a problem, with so many ``programs`` on a processor.
+
+    ``registers`` is the most that a thread may take, 0 where the compiler knows best. NVIDIA's aims
+    at several programs on a processor, and may spill where it could just take more.
+    """
 
     rows: int
     keys: int
@@ -65,6 +69,13 @@ class FramesConfig:
     stages: int
     programs: int
     shared: int
+    registers: int = 0
+
+    def constants(self) -> dict[str, int]:
+        """Returns what a launch compiles in."""
+        found = {"ROWS": self.rows, "KEYS": self.keys, "STAGES": self.stages}
+        found["num_warps"] = self.warps
+        return found | ({"maxnreg": self.registers} if self.registers else {})
 
 
 @dataclass(frozen=True)

@@ -564,10 +564,7 @@ def _plan_sweep(
             "HEAD": key.head(),
             "RULE": frames_plan.constants(key, rule, made),
             "GRAD_MAP": key.grad_map,
-            "ROWS": config.rows,
-            "KEYS": config.keys,
-            "STAGES": config.stages,
-            "num_warps": config.warps,
+            **config.constants(),
         },
     )
     return Sweep(launch, DeviceTables(tables))

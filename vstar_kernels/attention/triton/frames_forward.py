@@ -587,10 +587,7 @@ def _plan(
             "WAY": way,
             "MAP": key.has_map,
             "SAVE": key.save,
-            "ROWS": config.rows,
-            "KEYS": config.keys,
-            "STAGES": config.stages,
-            "num_warps": config.warps,
+            **config.constants(),
         },
     )
     return FramesPlan(

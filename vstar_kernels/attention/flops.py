@@ -1,0 +1,40 @@
+"""The operators' floating-point operations, as ``torch.utils.flop_counter`` counts them.
+
+Importing that module takes Triton along, so nothing here does. Where somebody else imported it,
+the first call under a ``FlopCounterMode`` makes the formulas known: to all modes to come, and to
+those that count already. Such a call goes through its operator, which else it might do without.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+COUNTER = "torch.utils.flop_counter"
+# By operator: the operations of its arguments, as the counter calls it.
+FORMULAS: dict[Any, Callable[..., int]] = {}
+
+
+def counted() -> bool:
+    """Returns whether a ``FlopCounterMode`` counts operations; if one does, it has the formulas."""
+    if COUNTER not in sys.modules or not torch._C._len_torch_dispatch_stack():
+        return False
+    counters = [getattr(mode, "counter", mode) for mode in _get_current_dispatch_mode_stack()]
+    registries = [x.flop_registry for x in counters if hasattr(x, "flop_registry")]
+    if registries:
+        _register()
+    for registry in registries:
+        registry.update(FORMULAS)
+    return bool(registries)
+
+
+@functools.cache
+def _register() -> None:
+    register = sys.modules[COUNTER].register_flop_formula
+    for operator, formula in FORMULAS.items():
+        register(operator, get_raw=True)(formula)
