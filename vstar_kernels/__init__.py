@@ -19,6 +19,7 @@ from vstar_kernels.cli.info import info
 from vstar_kernels.methods.grid.video import GridVideo
 from vstar_kernels.methods.starvid.config import GuidanceConfig
 from vstar_kernels.methods.starvid.guidance import GuidanceHandle, guide_latents
+from vstar_kernels.methods.starvid.starvid import GuidedVideo, StarVid
 from vstar_kernels.methods.starvid.tokens import find_tokens
 from vstar_kernels.methods.starvid.trajectory import Subject, Trajectory
 from vstar_kernels.methods.starvid.writer import TrajectoryWriter
@@ -54,12 +55,14 @@ __all__ = [
     "GridVideo",
     "GuidanceConfig",
     "GuidanceHandle",
+    "GuidedVideo",
     "Layout",
     "MapCapture",
     "NoisePrior",
     "OptimizedNoise",
     "RealVideoMaps",
     "SlowBackendWarning",
+    "StarVid",
     "Subject",
     "Synopsis",
     "SynopsisWriter",

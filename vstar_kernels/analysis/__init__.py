@@ -40,6 +40,7 @@ from vstar_kernels.analysis.maps import (
     min_max,
 )
 from vstar_kernels.analysis.metrics import CLIPVL, MTScore, clip_vl, mt_score
+from vstar_kernels.analysis.plan_plots import plot_guidance, plot_plan, plot_word_maps
 from vstar_kernels.analysis.plots import (
     plot_deltas,
     plot_figures,
@@ -100,10 +101,13 @@ __all__ = [
     "plot_deltas",
     "plot_figures",
     "plot_frame_maps",
+    "plot_guidance",
     "plot_histogram",
     "plot_losses",
     "plot_maps",
+    "plot_plan",
     "plot_similarities",
+    "plot_word_maps",
     "receptive_field",
     "similarity_histogram",
     "spatial_heads",

@@ -55,7 +55,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def _styled(plot: Callable[P, R]) -> Callable[P, R]:
+def styled(plot: Callable[P, R]) -> Callable[P, R]:
     """Returns a plotting function under this style, which leaves Matplotlib's settings alone.
 
     Raises:
@@ -76,7 +76,7 @@ def _styled(plot: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-@_styled
+@styled
 def plot_maps(means: Sequence[MeanMap], *, batch: int = -1) -> Figure:
     """Draws maps in a grid: a row for each level and place, a column for each step (Figs. 3, 10).
 
@@ -93,7 +93,7 @@ def plot_maps(means: Sequence[MeanMap], *, batch: int = -1) -> Figure:
         raise ValueError("means must hold at least one map, got none")
     rows = list(dict.fromkeys(_row(item) for item in means))
     steps = list(dict.fromkeys(item.step for item in means))
-    figure = _new_figure(PANEL * len(steps) + 1.4, PANEL * len(rows) + 0.5)
+    figure = new_figure(PANEL * len(steps) + 1.4, PANEL * len(rows) + 0.5)
     grid = figure.subplots(len(rows), len(steps), squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat:
         axes.set_axis_off()  # of what there is no map of
@@ -111,7 +111,7 @@ def plot_maps(means: Sequence[MeanMap], *, batch: int = -1) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def plot_frame_maps(maps: Mapping[str, Tensor], *, batch: int = 0) -> Figure:
     """Draws maps between frames side by side on one logarithmic scale, text in the last column.
 
@@ -133,7 +133,7 @@ def plot_frame_maps(maps: Mapping[str, Tensor], *, batch: int = 0) -> Figure:
     if not any(x[:, -1].any() for x in shown.values()):
         shown = {name: x[:, :-1] for name, x in shown.items()}
     largest = max(float(x.max()) for x in shown.values())
-    figure = _new_figure(PANEL * len(shown) + 1.4, PANEL + 0.7)
+    figure = new_figure(PANEL * len(shown) + 1.4, PANEL + 0.7)
     panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
     image = None
     for axes, (name, matrix) in zip(panels, shown.items(), strict=True):
@@ -146,7 +146,7 @@ def plot_frame_maps(maps: Mapping[str, Tensor], *, batch: int = 0) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def plot_figures(figures: Sequence[MapFigures], *, batch: int = -1) -> Figure:
     """Draws diagonalness and the band's share and width over steps, a line per level and place.
 
@@ -164,7 +164,7 @@ def plot_figures(figures: Sequence[MapFigures], *, batch: int = -1) -> Figure:
         "band_share": f"share of attention with |j − i| ≤ {figures[0].half_width}",
         "band_width": "band width (frames)",
     }
-    figure = _new_figure(9.6, 3.4)
+    figure = new_figure(9.6, 3.4)
     panels = figure.subplots(1, len(quantities))
     rows = list(dict.fromkeys(_row(item.source) for item in figures))
     for (name, title), axes in zip(quantities.items(), panels, strict=True):
@@ -180,7 +180,7 @@ def plot_figures(figures: Sequence[MapFigures], *, batch: int = -1) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def plot_deltas(deltas: Mapping[str, Tensor]) -> Figure:
     """Draws the regularization matrices Δ on one scale, and their middle rows (Fig. S.13).
 
@@ -201,7 +201,7 @@ def plot_deltas(deltas: Mapping[str, Tensor]) -> Figure:
         min(0.0, *(float(m.min()) for m in matrices.values())),
         max(float(m.max()) for m in matrices.values()),
     )
-    figure = _new_figure(PANEL * len(matrices) + 4.0, PANEL + 0.6)
+    figure = new_figure(PANEL * len(matrices) + 4.0, PANEL + 0.6)
     widths = [1.0] * len(matrices) + [1.3]
     *panels, profile = figure.subplots(1, len(matrices) + 1, width_ratios=widths)
     image = None
@@ -256,7 +256,7 @@ class NoiseSearch(Protocol):
         """The iteration of the lowest loss."""
 
 
-@_styled
+@styled
 def plot_similarities(joint: JointSimilarity, *, video: int = 0) -> Figure:
     """Draws the similarity matrices of several methods side by side, on one scale (Fig. S.1).
 
@@ -264,7 +264,7 @@ def plot_similarities(joint: JointSimilarity, *, video: int = 0) -> Figure:
         joint: From :func:`vstar_kernels.analysis.normalize_jointly`.
         video: Which one of each method.
     """
-    figure = _new_figure(PANEL * len(joint.matrices) + 1.4, PANEL + 0.7)
+    figure = new_figure(PANEL * len(joint.matrices) + 1.4, PANEL + 0.7)
     panels = figure.subplots(1, len(joint.matrices), squeeze=False)[0]
     image = None
     for axes, (name, matrices) in zip(panels, joint.matrices.items(), strict=True):
@@ -277,7 +277,7 @@ def plot_similarities(joint: JointSimilarity, *, video: int = 0) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def plot_histogram(histogram: SimilarityHistogram | Mapping[str, SimilarityHistogram]) -> Figure:
     """Draws the shares of similarities, a row of bins for each interval, and means (Fig. S.2).
 
@@ -294,7 +294,7 @@ def plot_histogram(histogram: SimilarityHistogram | Mapping[str, SimilarityHisto
     _check_comparable(methods)
     first = next(iter(methods.values()))
     rows = range(len(first.intervals) + 1)
-    figure = _new_figure(2.2 + 3.0 * len(methods), max(2.4, 0.2 * len(rows) + 1.2))
+    figure = new_figure(2.2 + 3.0 * len(methods), max(2.4, 0.2 * len(rows) + 1.2))
     panels = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
     largest = max(float(shown.shares.max()) for shown in methods.values())
     centres = [row + 0.5 for row in rows[:-1]]
@@ -331,7 +331,7 @@ def _check_comparable(methods: Mapping[str, SimilarityHistogram]) -> None:
             )
 
 
-@_styled
+@styled
 def plot_losses(found: NoiseSearch) -> Figure:
     """Draws the loss, the maps' distance and the KL divergence over the iterations (App. B).
 
@@ -340,7 +340,7 @@ def plot_losses(found: NoiseSearch) -> Figure:
     """
     from matplotlib.ticker import MaxNLocator
 
-    figure = _new_figure(8.4, 2.9)
+    figure = new_figure(8.4, 2.9)
     panels = figure.subplots(1, 3)
     titles = {
         "total": "loss",
@@ -391,7 +391,7 @@ def _label_steps(axes: Any, steps: Sequence[int | None]) -> None:
         axes.set_xticks([])
 
 
-def _new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """Returns an empty figure, in inches, which belongs to no window and needs no closing."""
     from matplotlib.figure import Figure
 

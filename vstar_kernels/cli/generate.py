@@ -33,9 +33,13 @@ from vstar_kernels.cli.options import (
     size,
     write_results,
 )
+from vstar_kernels.cli.starvid import FILES as PLAN_FILES
+from vstar_kernels.cli.starvid import PlanOptions, record_of, starvid, writers_of
 from vstar_kernels.files import write_atomically
 from vstar_kernels.methods.arguments import check_text
 from vstar_kernels.methods.grid.video import SIDE, Decode, GridVideo
+from vstar_kernels.methods.starvid.starvid import GuidedVideo
+from vstar_kernels.methods.starvid.writer import PlanError
 from vstar_kernels.methods.vstar.embeddings import Interpolation, Rounding
 from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.methods.vstar.vstar import PAPER, VSTAR, Generation
@@ -53,7 +57,7 @@ from vstar_kernels.reading import decode, read_bytes, read_text, shorten
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PACKAGES = ("diffusers", "transformers", "av", "matplotlib", "PIL", "pydantic")
+PACKAGES = ("diffusers", "transformers", "av", "jinja2", "matplotlib", "PIL", "pydantic")
 FILES = ("video.mp4", "video.gif", "maps.png", "generation.json", "synopsis.json", "config.json")
 MIN_SIZE = 8  # pixels
 MAX_SEED = 2**32 - 1
@@ -76,8 +80,8 @@ class VideoOptions:
     I2VGenXLPipeline or LattePipeline; of full-3D transformers WanPipeline, SkyReelsV2Pipeline,
     LTXPipeline, AllegroPipeline, CosmosTextToWorldPipeline, CogVideoXPipeline, HunyuanVideoPipeline
     or MochiPipeline; for --method grid StableDiffusionPipeline or StableDiffusionXLPipeline."""
-    method: Literal["vstar", "grid"] = "vstar"
-    """VSTAR, or the frames as a grid in one image (ETC)."""
+    method: Literal["vstar", "grid", "starvid"] = "vstar"
+    """VSTAR, the frames as a grid in one image (ETC), or each subject in its boxes (StarVid)."""
     adapter: Annotated[str | None, option("ID_OR_PATH")] = None
     """AnimateDiff's motion adapter, which makes --model an image pipeline's."""
     prompt: Annotated[str | None, option("TEXT")] = None
@@ -206,12 +210,14 @@ class GenerateOptions:
     synopsis: SynopsisOptions
     regularization: RegularizationOptions
     grid: GridOptions
+    plan: PlanOptions
     output: OutputOptions
 
     def __post_init__(self) -> None:
         """Raises CommandError for what can be found wrong without loading anything."""
         check_model(self.video.model)
-        if self.video.prompt is None and self.synopsis.synopsis is None:
+        files = (self.synopsis.synopsis, self.plan.plan)
+        if self.video.prompt is None and files == (None, None):
             raise CommandError("--prompt or --synopsis must be given")
         try:
             if self.video.prompt is not None:
@@ -230,32 +236,41 @@ class GenerateOptions:
 
     def _check_method(self) -> None:
         """Raises for options that are for another method."""
-        video, stages, grid = self.video, self.synopsis, self.grid
+        video, stages, grid, plan = self.video, self.synopsis, self.grid, self.plan
         regularization = self.regularization
         given = {
-            "grid": {
+            ("grid",): {
                 "--rows": grid.rows is not None,
                 "--embedding": grid.embedding is not None,
                 "--decode": grid.decode != "frames",
             },
-            "vstar": {
-                "--adapter": video.adapter is not None,
-                "--image": video.image is not None,
+            ("vstar",): {
                 "--synopsis": stages.synopsis is not None,
-                "--writer": stages.has_endpoint or stages.writer_local is not None,
                 "--stages": stages.stages is not None,
                 "--extend-positions": regularization.extend_positions,
             },
+            ("vstar", "starvid"): {
+                "--adapter": video.adapter is not None,
+                "--image": video.image is not None,
+                "--writer": stages.has_endpoint or stages.writer_local is not None,
+            },
+            ("starvid",): {
+                "--plan": plan.plan is not None,
+                "--guidance": plan.guidance is not None,
+                "--key-frames": plan.key_frames is not None,
+            },
         }
-        for method, options in given.items():
+        for methods, options in given.items():
             for name, is_given in options.items():
-                if is_given and method != video.method:
+                if is_given and video.method not in methods:
                     why = ": a grid of frames is one image with one text"
                     has_text = name in ("--synopsis", "--writer", "--stages")
                     raise CommandError(
-                        f"{name} is for --method {method}, not for {video.method}"
-                        + (why if has_text else "")
+                        f"{name} is for --method {' and '.join(methods)}, not for {video.method}"
+                        + (why if has_text and video.method == "grid" else "")
                     )
+        if video.method == "starvid":
+            plan.check(self)
 
     def _check_sources(self) -> None:
         options = self.synopsis
@@ -307,16 +322,15 @@ class GenerateOptions:
         check_device(device)
         make = METHODS[self.video.method](self)
         output = self.output.output
-        with output_folder(output, FILES, overwrite=self.output.overwrite) as scratch:
+        names = (*FILES, *PLAN_FILES)  # what another method wrote must not be left there
+        with output_folder(output, names, overwrite=self.output.overwrite) as scratch:
             pipe = _load(self.video, device)
             with _errors_of_the_call():
                 generation = make(pipe)
             record = _record(self, type(pipe).__name__, generation, device)
             write_results(scratch, _writers(generation, record, self.output.fps))
-        for index, stage in enumerate(generation.synopsis.stages, start=1):
-            print(f"stage {index}: {shorten(stage, SHOWN)}")
-        tar = f"TAR on {len(generation.layers)} layers" if generation.config else "no TAR"
-        print(f"seed {generation.seed}, {tar}")
+        for line in _told(generation):
+            print(line)
         print(f"video: {shorten(str(output / 'video.mp4'), SHOWN)}")
         return 0
 
@@ -381,7 +395,26 @@ def _grid(options: GenerateOptions) -> Callable[[Any], Generation]:
     return make
 
 
-METHODS = {"vstar": _vstar, "grid": _grid}
+def _starvid(options: GenerateOptions) -> Callable[[Any], GuidedVideo]:
+    """Returns what makes the video from a pipeline by StarVid, all files read."""
+    tar, image = _config(options.regularization, None), _image(options.video.image)
+    if isinstance(tar, FrameTAR):
+        raise CommandError("--config: FrameTAR is for full-3D transformers, StarVid has TARConfig")
+    return starvid(options, tar, image)
+
+
+METHODS: dict[str, Callable[[GenerateOptions], Callable[[Any], Generation | GuidedVideo]]]
+METHODS = {"vstar": _vstar, "grid": _grid, "starvid": _starvid}
+
+
+def _told(generation: Generation | GuidedVideo) -> list[str]:
+    """Returns what is said of a finished video."""
+    if isinstance(generation, GuidedVideo):
+        return [f"seed {generation.seed}, {len(generation.updates)} updates of the latents"]
+    stages = enumerate(generation.synopsis.stages, start=1)
+    tar = f"TAR on {len(generation.layers)} layers" if generation.config else "no TAR"
+    told = [f"stage {index}: {shorten(stage, SHOWN)}" for index, stage in stages]
+    return [*told, f"seed {generation.seed}, {tar}"]
 
 
 def _config(
@@ -474,17 +507,34 @@ def _errors_of_the_call() -> Iterator[None]:
     """Turns what is wrong with the arguments, the model or the writer into one line."""
     import torch
 
+    wrong = (TypeError, ValueError, FloatingPointError, SynopsisError, PlanError)
     try:
         yield
-    except (TypeError, ValueError, SynopsisError, torch.OutOfMemoryError) as error:
+    except (*wrong, torch.OutOfMemoryError) as error:
         raise CommandError(str(error)) from error
 
 
 def _record(
-    options: GenerateOptions, pipeline: str, generation: Generation, device: str
+    options: GenerateOptions, pipeline: str, generation: Generation | GuidedVideo, device: str
 ) -> dict[str, Any]:
     """Returns what it takes to make the video again."""
-    video, config = options.video, generation.config
+    video = options.video
+    common = {
+        "method": video.method,
+        "model": video.model,
+        "adapter": video.adapter,
+        "pipeline": pipeline,
+        "device": device,
+        "frames": video.frames,
+        "fps": options.output.fps,
+        "seed": generation.seed,
+        "image": None if video.image is None else str(video.image),
+        "settings": options.settings,
+        "versions": info(),
+    }
+    if isinstance(generation, GuidedVideo):
+        return common | record_of(generation)
+    config = generation.config
     more: dict[str, Any] = {}
     if video.method == "grid":
         path, grid = options.grid.embedding, options.grid
@@ -493,30 +543,19 @@ def _record(
             "rows": grid.rows,
             "decode": grid.decode,
         }
-    return {
-        "method": video.method,
-        "model": video.model,
-        "adapter": video.adapter,
-        "pipeline": pipeline,
-        "device": device,
+    return common | {
         "synopsis": json.loads(generation.synopsis.to_json()),
         "mode": options.synopsis.mode,
         "rounding": options.synopsis.rounding,
         "config": None if config is None else json.loads(config.to_json()),
         "extend_positions": options.regularization.extend_positions,
         "layers": len(generation.layers),
-        "frames": video.frames,
-        "fps": options.output.fps,
-        "seed": generation.seed,
-        "image": None if video.image is None else str(video.image),
-        "settings": options.settings,
         **more,
-        "versions": info(),
     }
 
 
 def _writers(
-    generation: Generation, record: dict[str, Any], fps: int
+    generation: Generation | GuidedVideo, record: dict[str, Any], fps: int
 ) -> dict[str, Callable[[Path], object]]:
     """Returns what writes each of the files."""
     from diffusers.utils.export_utils import export_to_gif
@@ -526,9 +565,11 @@ def _writers(
     writers: dict[str, Callable[[Path], object]] = {
         "video.mp4": lambda path: write_mp4(path, frames, fps),
         "video.gif": lambda path: export_to_gif(list(frames), str(path), fps),
-        "synopsis.json": generation.synopsis.save,
         "generation.json": lambda path: write_atomically(path, text),
     }
+    if isinstance(generation, GuidedVideo):
+        return writers | writers_of(generation, record)
+    writers["synopsis.json"] = generation.synopsis.save
     if (config := generation.config) is not None:
         writers["config.json"] = config.save
     if (maps := generation.maps) is not None:
