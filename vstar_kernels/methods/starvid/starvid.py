@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from vstar_kernels.methods.arguments import check_flag, check_integer
-from vstar_kernels.methods.pipelines import PipelineCall, check_pipeline
+from vstar_kernels.methods.pipelines import PIPELINES, PipelineCall, check_pipeline
 from vstar_kernels.methods.starvid.config import GuidanceConfig
 from vstar_kernels.methods.starvid.guidance import GuidanceUpdate, guide_latents
 from vstar_kernels.methods.starvid.trajectory import Trajectory
@@ -90,6 +90,10 @@ class StarVid:
         backend: str | None = None,
     ) -> None:
         check_pipeline(pipe)
+        if {cls.__name__ for cls in type(pipe).__mro__}.isdisjoint(PIPELINES):
+            raise TypeError(
+                f"pipe must be one of diffusers' {', '.join(PIPELINES)}, got {type(pipe).__name__}"
+            )
         if config is not None and not isinstance(config, GuidanceConfig):
             raise TypeError(f"config must be a GuidanceConfig or None, got {type(config).__name__}")
         if writer is not None and not isinstance(writer, TrajectoryWriter):
@@ -158,8 +162,11 @@ class StarVid:
             if self._tar is not None:
                 stack.enter_context(apply_tar(self._pipe, self._tar))
             if synopsis is not None:
-                stages, negative = call.encode(tuple(synopsis.stages))
-                embeddings = interpolate_embeddings(stages, num_frames, synopsis.anchors)
+                encoded = call.encode(tuple(synopsis.stages))
+                embeddings = interpolate_embeddings(
+                    encoded.embeddings, num_frames, synopsis.anchors
+                )
+                negative = encoded.negative
                 if negative is not None:
                     negative = negative.expand(num_frames, -1, -1)
                 stack.enter_context(
