@@ -16,6 +16,9 @@ from vstar_kernels.attention.frames.operation import frame_attention
 from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.attention.temporal import tar_attention
 from vstar_kernels.cli.info import info
+from vstar_kernels.methods.grid.data import Clip, TripleData, frame_indices
+from vstar_kernels.methods.grid.filtering import clip_scores, filter_by_score
+from vstar_kernels.methods.grid.training import grid_loss
 from vstar_kernels.methods.grid.video import GridVideo
 from vstar_kernels.methods.starvid.config import GuidanceConfig
 from vstar_kernels.methods.starvid.guidance import GuidanceHandle, guide_latents
@@ -42,6 +45,7 @@ from vstar_kernels.models.grid.embedding import FPSEmbedding, GridEmbedding
 
 __all__ = [
     "VSTAR",
+    "Clip",
     "ColumnCapture",
     "DenseBias",
     "FPSEmbedding",
@@ -72,6 +76,7 @@ __all__ = [
     "ToeplitzBias",
     "Trajectory",
     "TrajectoryWriter",
+    "TripleData",
     "__version__",
     "analysis",
     "apply_frames",
@@ -81,11 +86,15 @@ __all__ = [
     "capture_columns",
     "capture_maps",
     "capture_real_maps",
+    "clip_scores",
     "column_attention",
     "condition_frames",
     "encode_frames",
+    "filter_by_score",
     "find_tokens",
     "frame_attention",
+    "frame_indices",
+    "grid_loss",
     "guide_latents",
     "info",
     "interpolate_embeddings",

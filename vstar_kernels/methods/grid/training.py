@@ -1,0 +1,81 @@
+"""The loss that a grid is trained by: an image model's own, on the grid (ETC)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vstar_kernels.analysis.grids import to_grid
+from vstar_kernels.models.grid.apply import grid_model_of
+from vstar_kernels.models.grid.embedding import check_fps
+
+
+def grid_loss(
+    unet: nn.Module,
+    scheduler: Any,
+    latents: Tensor,
+    text: Tensor,
+    fps: float | Tensor | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Tensor:
+    """Returns the denoising loss of some videos as grids: ‖target − unet(z_t, t, text)‖², the mean.
+
+    >>> with vk.apply_grid(unet, 16, embedding=embedding):
+    ...     loss = vk.grid_loss(unet, scheduler, latents, text, fps)
+
+    Noise and timesteps are drawn for each video; the target is the scheduler's ``prediction_type``.
+    What :func:`vstar_kernels.apply_grid` put on the model says how the frames are laid out and adds
+    the embeddings, to whose parameters gradients flow too.
+
+    Args:
+        unet: Under ``apply_grid``; a wrapper of it, such as DDP's, will do.
+        scheduler: Has ``add_noise`` and a ``config``, as diffusers' have.
+        latents: ``(batch, frames, channels, h, w)``.
+        text: ``(batch, tokens, channels)`` embeddings.
+        fps: Of each video, for an embedding with an :class:`FPSEmbedding`; None leaves what
+            ``apply_grid`` was given.
+        generator: Draws noise and timesteps.
+        options: More arguments of the model, such as SDXL's ``added_cond_kwargs``.
+
+    Raises:
+        ValueError: The model is not under ``apply_grid``, the frames are not the grid's, or the
+            scheduler predicts something else than noise, v or the sample.
+    """
+    model = grid_model_of(unet)
+    if model is None:
+        raise ValueError("unet is not under apply_grid, which lays out the frames")
+    rows, cols, order = model.grid
+    config, device = scheduler.config, latents.device
+    drawn_on = device if generator is None else generator.device
+    noise = torch.randn(latents.shape, generator=generator, device=drawn_on, dtype=latents.dtype)
+    times = torch.randint(
+        config.num_train_timesteps, latents.shape[:1], generator=generator, device=drawn_on
+    )
+    noise, times = noise.to(device), times.to(device)
+    kind = config.prediction_type
+    if kind == "epsilon":
+        target = noise
+    elif kind == "v_prediction":
+        target = scheduler.get_velocity(latents, noise, times)
+    elif kind == "sample":
+        target = latents
+    else:
+        raise ValueError(
+            f"the scheduler's prediction_type must be 'epsilon', 'v_prediction' or 'sample', got "
+            f"{kind!r}"
+        )
+    noisy = to_grid(scheduler.add_noise(latents, noise, times), rows, cols, order)
+    before = model.fps.get()
+    try:
+        if fps is not None:
+            model.fps.set(check_fps(fps))
+        predicted = unet(noisy, times, encoder_hidden_states=text, **options).sample
+    finally:
+        if fps is not None:
+            model.fps.set(before)
+    return F.mse_loss(predicted.float(), to_grid(target, rows, cols, order).float())
