@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -123,6 +124,27 @@ def test_layers_that_a_cache_skips_give_no_map(wan):
                 call(wan, timestep)
     found = [(item.layer, item.timestep) for item in capture.maps]
     assert found == [("blocks.0.attn1", 500), ("blocks.1.attn1", 500), ("blocks.0.attn1", 300)]
+
+
+def test_threads_capture_each_its_own(wan):
+    timesteps = (500, 300, 100)
+    expected = {}
+    for seed in range(4):
+        with vk.capture_maps(wan) as capture:
+            for timestep in timesteps:
+                call(wan, timestep, seed)
+        expected |= {(seed, item.timestep, item.layer): item.map for item in capture.maps}
+
+    def run(seed):
+        capture.step = seed
+        for timestep in timesteps:
+            call(wan, timestep, seed)
+
+    with vk.capture_maps(wan) as capture, ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(4)))
+    found = {(item.step, item.timestep, item.layer): item.map for item in capture.maps}
+    assert len(capture.maps) == len(expected)
+    assert all(torch.equal(found[key], map_) for key, map_ in expected.items())
 
 
 def test_a_failed_pass_leaves_no_map(wan):
