@@ -35,6 +35,8 @@ class Options(cases.Selection):
     """Compile only those that `make test` compiles."""
     json: Path | None = None
     """Write the data here, and the tables beside it, as .md."""
+    update: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Keep what that file has of other kernels, if their configurations are shipped still."""
     jobs: int = 1
     """Processes."""
 
@@ -53,8 +55,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.subset:
         todo, of_frames = cases.subset(todo), frame_cases.subset(of_frames)
         of_columns = column_cases.subset(of_columns)
-    todo = [case for case in [*todo, *of_frames, *of_columns] if options.has(case.entry)]
+    every = [*todo, *of_frames, *of_columns]
+    todo = [case for case in every if options.has(case.entry)]
     results = in_processes(report.examine, todo, options.jobs, unit="kernel")
+    if options.update and options.json:
+        results = report.merged(json.loads(options.json.read_text())["kernels"], results, every)
     text = report.tables(results)
     print(text)
     if options.json:

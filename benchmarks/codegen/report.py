@@ -60,7 +60,7 @@ def examine(case: Case) -> Result:
         "kind": entry.kind,
         "frames": entry.frames,
         "head_dim": case.head_dim,
-        "config": {name: n for name, n in vars(case.config).items() if isinstance(n, int)},
+        "config": config_of(case),
         **asdict(binary),
         "resident": resident(binary, case.config.warps, target),
         "faults": found,
@@ -68,6 +68,26 @@ def examine(case: Case) -> Result:
     if case.kernel == "tile":
         result |= asdict(predict(case, binary, target))
     return result
+
+
+def merged(before: Iterable[Result], results: list[Result], every: Iterable[Case]) -> list[Result]:
+    """Returns results and those from before of other kernels, in the order of every case.
+
+    Left out is what was found of other configurations than are shipped.
+    """
+    known = {x["name"]: x for x in before} | {x["name"]: x for x in results}
+    examined = {x["name"] for x in results}
+    return [
+        found
+        for case in every
+        if (found := known.get(case.name))
+        and (case.name in examined or found.get("config") == config_of(case))
+    ]
+
+
+def config_of(case: Case) -> dict[str, int]:
+    """Returns the numbers of a case's configuration."""
+    return {name: n for name, n in vars(case.config).items() if isinstance(n, int)}
 
 
 def offenders(results: Iterable[Result]) -> list[str]:

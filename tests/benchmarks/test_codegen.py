@@ -482,6 +482,17 @@ def test_a_representative_subset_compiles_without_fault(architecture, tmp_path):
     assert path.with_suffix(".md").read_text().startswith("# Compiled kernels\n\nTriton ")
 
 
+def test_an_updated_report_keeps_what_is_shipped_still():
+    every = every_frame_case()[:3]
+    kept, changed, again = (
+        {"name": case.name, "config": report.config_of(case), "faults": []} for case in every
+    )
+    changed["config"] = changed["config"] | {"rows": 1}
+    before = [again | {"registers": 1}, kept, changed, {"name": "of no case"}]
+    assert report.merged(before, [again], every) == [kept, again]
+    assert report.merged(before, [changed], every)[1] == changed  # as it was examined now
+
+
 def test_the_command_exits_with_the_offenders(monkeypatch):
     monkeypatch.setattr(report, "examine", lambda case: {"name": case.name, "faults": ["spills"]})
     with pytest.raises(SystemExit, match=r"Not fit to ship:\nsm_80 tile 16-bit N=16 .*: spills"):

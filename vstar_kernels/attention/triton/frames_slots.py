@@ -88,13 +88,17 @@ class TileTables:
     frame_first: Tensor  # (frames + 1,): where each query frame's entries begin in frame_entries
     frame_entries: Tensor  # the entries by query frame
 
-    def biased_keys_of_a_slot(self) -> float:
-        """Returns how many keys with a bias tiles see, for each of their slots."""
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """Returns how many slots tiles have, and how many keys with a bias; ([heads,] tiles)."""
         of_ranges = _sums(self.ranges[:, 1] - self.ranges[:, 0])
         of_slots = _sums(of_ranges[self.slots[:, 2]] - of_ranges[self.slots[:, 1]])
         first, end = self.tiles.long().unbind(-1)
-        keys = of_slots[self.biased] - of_slots[first]
-        return float(keys.sum() / (end - first).sum().clamp(min=1))
+        return end - first, of_slots[self.biased] - of_slots[first]
+
+    def biased_keys_of_a_slot(self) -> float:
+        """Returns how many keys with a bias tiles see, for each of their slots."""
+        slots, keys = (x.sum() for x in self.counts())
+        return float(keys / slots.clamp(min=1))
 
 
 def tile_tables(
