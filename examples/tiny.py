@@ -39,6 +39,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+import vstar_kernels as vk
+
 WIDTHS = (32, 64)  # channels of the two levels
 TEXT_CHANNELS = 32
 TEXT_TOKENS = 16
@@ -129,6 +131,30 @@ def latte() -> LattePipeline:
     letters = [("▁", -1.0), *((letter, -1.0) for letter in string.ascii_lowercase)]
     tokenizer = T5Tokenizer([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters])
     return LattePipeline(tokenizer, text_encoder.eval(), _vae(), transformer.eval(), _scheduler())
+
+
+@torch.no_grad()
+def plant_words(pipe: TextToVideoSDPipeline, prompt: str, strength: float = 16.0) -> None:
+    """Gives a tiny pipeline cross-attention in which the latents decide every word's map.
+
+    Keys of the prompt's words are orthogonal directions, those of all other tokens are 0, and the
+    queries along each direction are a fixed random projection of the features.
+    """
+    tokens = pipe.tokenizer(prompt, padding="max_length", max_length=TEXT_TOKENS)
+    text = pipe.text_encoder(torch.tensor([tokens.input_ids]))[0][0]
+    words, generator = prompt.split(), torch.Generator().manual_seed(1)
+    for module in pipe.unet.modules():
+        if not getattr(module, "is_cross_attention", False):
+            continue
+        inner, channels = module.to_q.weight.shape
+        size = (inner // module.heads, len(words))
+        directions, _ = torch.linalg.qr(torch.randn(size, generator=generator))
+        keys = torch.zeros(len(text), size[0])
+        for word, direction in zip(words, directions.mT, strict=True):
+            keys[vk.find_tokens(pipe.tokenizer, prompt, word)] = direction
+        projection = torch.randn(len(words), channels, generator=generator) / channels**0.5
+        module.to_k.weight.copy_((torch.linalg.pinv(text) @ keys.repeat(1, module.heads)).mT)
+        module.to_q.weight.copy_((strength * directions @ projection).repeat(module.heads, 1))
 
 
 def _unet(cross_attention_block: str, plain_block: str) -> dict:

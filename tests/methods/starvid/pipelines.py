@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 import vstar_kernels as vk
-from vstar_kernels.models.front_end import cross_layers
 
 PROMPT = "cat eats dog naps"  # of which each letter is a token; the text encoder takes 16
 LEFT, RIGHT = [(0.0, 0.1, 0.45, 0.9)] * 2, [(0.55, 0.1, 1.0, 0.9)] * 2
@@ -41,27 +40,3 @@ def run(pipe: Any, prompt: Any = PROMPT, *, steps: int = STEPS, seeds: Any = 0, 
         image = Image.new("RGB", (16, 16), (90, 120, 30))
         settings |= {"image": image, "clip_skip": None}
     return pipe(prompt=prompt, **settings | changes).frames
-
-
-@torch.no_grad()
-def plant(pipe: Any, strength: float = 16.0) -> Any:
-    """Gives cross-attention weights by which each word of the prompt can be drawn anywhere.
-
-    The keys of the four words are orthogonal directions, those of all other tokens are 0, and the
-    queries along each direction are a fixed random projection of the features, which the latents
-    decide. So every word's map is what the latents make of it.
-    """
-    ids = pipe.tokenizer(PROMPT, padding="max_length", max_length=16, return_tensors="pt").input_ids
-    text = pipe.text_encoder(ids)[0][0]
-    generator = torch.Generator().manual_seed(1)
-    for layer in cross_layers(pipe.unet):
-        module = layer.module
-        inner, channels = module.to_q.weight.shape
-        directions, _ = torch.linalg.qr(torch.randn(inner // module.heads, 4, generator=generator))
-        keys = torch.zeros(len(text), inner // module.heads)
-        for word, direction in zip(PROMPT.split(), directions.mT, strict=True):
-            keys[vk.find_tokens(pipe.tokenizer, PROMPT, word)] = direction
-        projection = torch.randn(4, channels, generator=generator) / channels**0.5
-        module.to_k.weight.copy_((torch.linalg.pinv(text) @ keys.repeat(1, module.heads)).mT)
-        module.to_q.weight.copy_((strength * directions @ projection).repeat(module.heads, 1))
-    return pipe

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 import diffusers
 
 from examples import tiny
-from tests.methods.starvid.pipelines import FRAMES, LEFT, PLAN, PROMPT, RIGHT, plant, run
+from tests.methods.starvid.pipelines import FRAMES, LEFT, PLAN, PROMPT, RIGHT, run
 from vstar_kernels.methods.starvid import guidance
 from vstar_kernels.methods.starvid.guidance import _GUIDED, _GUIDING, goes_on
 from vstar_kernels.methods.starvid.losses import map_distance
@@ -130,7 +130,8 @@ def test_one_update_by_hand():
 
 def test_the_planted_boxes_are_found():
     """Keys and queries by which the latents decide each word's map: guidance finds the boxes."""
-    pipe = plant(tiny.text_to_video())
+    pipe = tiny.text_to_video()
+    tiny.plant_words(pipe, PROMPT)
     config = vk.GuidanceConfig(
         spatial=(0, 1),
         syntax=(0, 1),
