@@ -23,14 +23,19 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.fuzz.case import Case, Layout, Runner, cases
+from tests.fuzz.columns import ColumnCase, ColumnRunner, column_cases
 from tests.fuzz.frames import FrameCase, FrameRunner, frame_cases
 
-OPERATIONS = {"tar": (Runner, cases), "frames": (FrameRunner, frame_cases)}
+OPERATIONS = {
+    "tar": (Case, Runner, cases),
+    "frames": (FrameCase, FrameRunner, frame_cases),
+    "columns": (ColumnCase, ColumnRunner, column_cases),
+}
 
 
 def fuzz(operation: str, calls: int, first_seed: int, record: Path) -> None:
     """Make ``calls`` drawn calls, the present one always in ``record``."""
-    make_runner, drawn = OPERATIONS[operation]
+    _, make_runner, drawn = OPERATIONS[operation]
     runner = make_runner()
     start = time.monotonic()
     done = 0
@@ -45,7 +50,7 @@ def fuzz(operation: str, calls: int, first_seed: int, record: Path) -> None:
         suppress_health_check=list(HealthCheck),
     )
     @given(drawn())
-    def check(case: Case | FrameCase) -> None:
+    def check(case: Case | FrameCase | ColumnCase) -> None:
         nonlocal done
         record.write_text(repr(case))
         runner.run(case)
@@ -67,9 +72,9 @@ def main() -> int:
     args = parser.parse_args()
     faulthandler.enable()
     if args.case:
-        case = eval(args.case, {x.__name__: x for x in (Case, FrameCase, Layout)})
-        runner = FrameRunner() if isinstance(case, FrameCase) else Runner()
-        runner.run(case)
+        kinds = {kind: make for kind, make, _ in OPERATIONS.values()}
+        case = eval(args.case, {x.__name__: x for x in (*kinds, Layout)})
+        kinds[type(case)]().run(case)
         print("no failure")
         return 0
     if args.record:
