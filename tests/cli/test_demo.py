@@ -111,7 +111,7 @@ def test_every_figure_is_there(small):
     assert results["environment"]["vstar_kernels"] == vk.__version__
     model = results["model"]
     assert (model["frames"], model["latent_height"], model["latent_width"]) == (FRAMES, 8, 8)
-    assert (model["temporal_layers"], model["regularized_layers"]) == (32, 20)
+    assert (model["attention_layers"], model["regularized_layers"]) == (32, 20)
     for variant in results["variants"].values():
         assert len(variant["steps"]) == model["regularized_steps"] == 2
         assert 0 < variant["core_seconds"] < variant["step_seconds"]
@@ -341,3 +341,42 @@ def test_no_script_of_a_text_runs_in_the_report(small, tmp_path):
     text = report.page(results, {HOSTILE: gif})
     assert "dataset.ran" in text
     assert not scripts_run(text, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def wan(one_thread, tmp_path_factory):
+    """The folder of a run on a tiny Wan, and what it printed, of 17 frames."""
+    folder = tmp_path_factory.mktemp("wan")
+    arguments = ["demo", "--model", "wan", "--size", "64x64", "--frames", "17"]
+    assert main([*arguments, "--sigma", "0.7", "--output", str(folder)]) == 0
+    return folder
+
+
+def test_wan_shows_maps_without_and_with_tar(wan):
+    """TAR over frames of tokens agrees with its formula over all pairs; the maps turn diagonal."""
+    results = read_results(wan)
+    assert results["agrees"]
+    assert results["variants"]["stock"]["difference_from_eager"] > 3 * results["tolerance"]
+    model = results["model"]
+    assert (model["frames"], model["latent_height"], model["latent_width"]) == (5, 8, 8)
+    assert (model["attention_layers"], model["regularized_layers"]) == (3, 3)
+    assert [block["name"] for block in results["maps"]] == ["block 0", "block 1", "block 2"]
+    for block in results["maps"]:
+        without, regularized = (torch.tensor(block[x]["map"]) for x in ("without_tar", "with_tar"))
+        for matrix in (without, regularized):
+            assert matrix.shape == (5, 5)
+            torch.testing.assert_close(matrix.sum(-1), torch.ones(5), rtol=0, atol=1e-5)
+        assert (regularized.diagonal() > without.diagonal()).all()
+    assert not (wan / "stock.gif").exists()
+
+
+def test_the_page_of_wan_is_the_demos(wan):
+    page = (wan / "report.html").read_text(encoding="utf-8")
+    assert "self-attention over space and time" in page
+    assert "block 2, with TAR, σ = 0.7" in page
+    assert "<script" not in page
+
+
+def test_wan_takes_one_sigma(tmp_path, read_error):
+    assert main(["demo", "--model", "wan", "--sigma", "1", "2", "--output", str(tmp_path)]) == 2
+    assert "--sigma takes one value for wan" in read_error()

@@ -6,11 +6,9 @@ import ctypes
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-
-from vstar_kernels.models.layers import TemporalLayer
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
@@ -23,13 +21,25 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+class TimedLayer(Protocol):
+    """A layer whose attention is measured."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def module(self) -> Any:
+        """Its module, with ``to_q``, ``to_k``, ``to_v`` and ``to_out``."""
+
+
 class CoreTimer:
     """Measures the seconds in each attention module outside its projections, in a ``with`` block.
 
     It watches the modules by hooks, so it measures any processor in the same way.
     """
 
-    def __init__(self, layers: Iterable[TemporalLayer], device: torch.device) -> None:
+    def __init__(self, layers: Iterable[TimedLayer], device: torch.device) -> None:
         self._layers = list(layers)
         self._device = device
         self._handles: list[Any] = []

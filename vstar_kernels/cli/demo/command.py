@@ -14,7 +14,7 @@ import torch
 
 from vstar_kernels.analysis.maps import Level
 from vstar_kernels.attention.bias import GaussianBias
-from vstar_kernels.cli.demo import report
+from vstar_kernels.cli.demo import report, transformer
 from vstar_kernels.cli.demo.denoise import KERNELS, STOCK, Demo
 from vstar_kernels.cli.demo.models import VideoModel, pretrained_model, random_model
 from vstar_kernels.cli.options import (
@@ -35,6 +35,7 @@ from vstar_kernels.cli.options import (
     write_results,
 )
 from vstar_kernels.models.front_end import temporal_layers
+from vstar_kernels.models.full3d.config import FrameTAR
 
 PACKAGES = ("diffusers", "transformers", "jinja2", "matplotlib", "tqdm")
 # Pixels. Below, group norms over single positions amplify rounding without bound.
@@ -63,7 +64,8 @@ class DemoOptions:
     """A video UNet denoises with stock attention, eager TAR and these kernels."""
 
     model: Annotated[str | None, option("ID_OR_PATH", default="random weights")] = None
-    """Real weights: a text-to-video pipeline for TextToVideoSDPipeline.from_pretrained."""
+    """Real weights: a text-to-video pipeline for TextToVideoSDPipeline.from_pretrained. Or wan: a
+    full-3D transformer, tiny and with random weights."""
     prompt: Annotated[str, option("TEXT")] = "A landscape turns from spring to winter, time lapse."
     """What to draw, where there are real weights."""
     width: Annotated[int, parsed(_width, "CHANNELS")] = 32
@@ -74,14 +76,14 @@ class DemoOptions:
     size: Annotated[
         tuple[int, int] | None,
         parsed(size(MIN_SIZE), "HEIGHTxWIDTH"),
-        option(default="320x512, or the model's"),
+        option(default="320x512, 192x320 for wan, or the model's"),
     ] = None
     """In pixels, multiples of 8 from 64."""
     steps: Annotated[int, parsed(integer(1, MAX_STEPS), "N")] = 2
     """Denoising steps, of which the first 14 are regularized."""
     sigma: Annotated[tuple[float, ...], several(_sigma, "FRAMES")] = (1.0,)
     """Standard deviation in frames at each UNet level from the finest; levels without one are not
-    regularized."""
+    regularized. Wan has one, of latent frames."""
     strength: Annotated[float, parsed(number, "X")] = 1.0
     """Factor on the regularization."""
     seed: Annotated[int, parsed(integer(0, 2**63 - 1), "N")] = 0
@@ -94,7 +96,13 @@ class DemoOptions:
     def __post_init__(self) -> None:
         """Raises CommandError for what can be found wrong without loading anything."""
         check_output(self.output, overwrite=True)
-        if self.model is not None:
+        if self.model == transformer.NAME:
+            if len(self.sigma) > 1:
+                raise CommandError(
+                    "--sigma takes one value for wan, whose blocks are alike, "
+                    f"got {len(self.sigma)}"
+                )
+        elif self.model is not None:
             check_model(self.model)
 
     def run(self) -> int:
@@ -140,12 +148,18 @@ class DemoOptions:
         return 1
 
 
-def prepare(options: DemoOptions) -> Demo:
+def prepare(options: DemoOptions) -> Demo | transformer.TransformerDemo:
     """Returns the demo that the options ask for, with its model loaded.
 
     Raises:
         CommandError: The model cannot be loaded, or lacks a level that ``--sigma`` names.
     """
+    if options.model == transformer.NAME:
+        wan = transformer.random_wan(
+            frames=options.frames, size=options.size, seed=options.seed, device=options.device
+        )
+        config = FrameTAR(options.sigma[0], options.strength)
+        return transformer.TransformerDemo(wan, config, steps=options.steps)
     model = load_model(options)
     try:
         layers = [layer for layer in temporal_layers(model.unet) if layer.level != "init"]
@@ -181,7 +195,7 @@ def load_model(options: DemoOptions) -> VideoModel:
     return pretrained_model(options.model, options.prompt, **noise)
 
 
-def _denoise(demo: Demo) -> None:
+def _denoise(demo: Demo | transformer.TransformerDemo) -> None:
     """Runs the demo under a progress bar."""
     from tqdm import tqdm
 
@@ -199,7 +213,7 @@ def _denoise(demo: Demo) -> None:
         demo.run(progress)
 
 
-def _write_videos(folder: Path, demo: Demo) -> dict[str, Path]:
+def _write_videos(folder: Path, demo: Demo | transformer.TransformerDemo) -> dict[str, Path]:
     """Writes a GIF of each shown variant, where the model can decode; returns them by label."""
     if demo.model.pipeline is None:
         return {}

@@ -113,6 +113,28 @@ class Denoising:
     capture: MapCapture | None = None
 
 
+@dataclass(frozen=True)
+class Panel:
+    """A map that the report shows, without TAR and with it.
+
+    Attributes:
+        name: Of a level, or of a block.
+        level: Its number.
+        height, width: Of the feature maps there.
+        layers: Of how many layers it is the mean.
+        sigma: In frames; None where there is no TAR.
+        select: Returns the map from what was captured, ``(frames, frames)``.
+    """
+
+    name: str
+    level: Level
+    height: int
+    width: int
+    layers: int
+    sigma: float | None
+    select: Callable[[MapCapture], Tensor]
+
+
 class Demo:
     """A model that is denoised by every variant, with the bias of each regularized level.
 
@@ -121,6 +143,8 @@ class Demo:
         regularized: Those of ``layers`` whose level has a bias.
         regularized_calls: In how many calls of the model they are regularized.
     """
+
+    attention = "temporal attention"
 
     def __init__(
         self,
@@ -175,6 +199,22 @@ class Demo:
                     self._step(denoising, index, timer)
                     progress(denoising.variant.label)
         self._install(self._stock_processors)
+
+    def panels(self) -> list[Panel]:
+        """Returns what maps the report shows: each level's."""
+        found = []
+        for level in sorted({layer.level for layer in self.layers if layer.level != "init"}):
+            bias = self.biases.get(level)
+            # Each level halves the resolution, rounding up.
+            height, width = (-(-extent // 2**level) for extent in self.model.latents.shape[-2:])
+            count = sum(layer.level == level for layer in self.layers)
+            name, sigma = f"level {level} ({height} × {width})", bias.sigma if bias else None
+
+            def select(capture: MapCapture, level: Level = level) -> Tensor:
+                return capture.mean(level=level).mean(dim=0)
+
+            found.append(Panel(name, level, height, width, count, sigma, select))
+        return found
 
     def _warm_up(self) -> None:
         """Runs the model once for each variant.

@@ -14,13 +14,15 @@ from torch import Tensor
 from vstar_kernels.analysis import band_share
 from vstar_kernels.analysis.maps import Level
 from vstar_kernels.analysis.plots import COLOUR_MAP
-from vstar_kernels.attention.bias import GaussianBias
-from vstar_kernels.cli.demo.denoise import EAGER, KERNELS, STOCK, Demo, Denoising
+from vstar_kernels.cli.demo.denoise import EAGER, KERNELS, STOCK, Demo, Denoising, Panel
+from vstar_kernels.cli.demo.transformer import NAME as WAN
+from vstar_kernels.cli.demo.transformer import TransformerDemo
 from vstar_kernels.cli.info import info
 from vstar_kernels.cli.page import DARK, LIGHT, Colours, data_uri, figure_uri, render
 
 # Of the largest latent. Rounding alone gives some 1e-5; leaving TAR out, 1e-1.
 RELATIVE_TOLERANCE = 1e-4
+PANEL_FIELDS = ("name", "level", "height", "width", "layers", "sigma")
 COLUMNS = (
     "attention core",
     "against eager",
@@ -30,14 +32,13 @@ COLUMNS = (
 )
 
 
-def results_of(demo: Demo) -> dict[str, Any]:
+def results_of(demo: Demo | TransformerDemo) -> dict[str, Any]:
     """Returns everything that a demo measured and saw, for JSON."""
     denoisings = {denoising.variant.name: denoising for denoising in demo.denoisings}
     eager = denoisings[EAGER.name]
     variants = {name: _figures(denoising, eager, demo) for name, denoising in denoisings.items()}
     tolerance = RELATIVE_TOLERANCE * float(eager.latents.abs().max())
     _, _, frames, height, width = demo.model.latents.shape
-    levels = sorted({layer.level for layer in demo.layers if layer.level != "init"})
     return {
         "model": {
             "description": demo.model.description,
@@ -48,7 +49,8 @@ def results_of(demo: Demo) -> dict[str, Any]:
             "latent_width": width,
             "steps": len(demo.timesteps),
             "regularized_steps": demo.regularized_calls,
-            "temporal_layers": len(demo.layers),
+            "attention": demo.attention,
+            "attention_layers": len(demo.layers),
             "regularized_layers": len(demo.regularized),
         },
         "environment": info(),
@@ -59,11 +61,13 @@ def results_of(demo: Demo) -> dict[str, Any]:
         "tolerance": tolerance,
         # Not the other way round: a NaN agrees with nothing.
         "agrees": variants[KERNELS.name]["difference_from_eager"] <= tolerance,
-        "maps": [_maps_of_level(level, denoisings, demo) for level in levels],
+        "maps": [_panel(panel, denoisings) for panel in demo.panels()],
     }
 
 
-def _figures(denoising: Denoising, eager: Denoising, demo: Demo) -> dict[str, Any]:
+def _figures(
+    denoising: Denoising, eager: Denoising, demo: Demo | TransformerDemo
+) -> dict[str, Any]:
     by_level = {level: _core_seconds(denoising, demo, level) for level in demo.biases}
     peaks = [step.peak_bytes for step in denoising.figures if step.peak_bytes is not None]
     return {
@@ -77,7 +81,7 @@ def _figures(denoising: Denoising, eager: Denoising, demo: Demo) -> dict[str, An
     }
 
 
-def _core_seconds(denoising: Denoising, demo: Demo, level: Level) -> float:
+def _core_seconds(denoising: Denoising, demo: Demo | TransformerDemo, level: Level) -> float:
     """Returns the seconds in one level's layers in a step: their number times their median.
 
     The layers of a level do the same work, so the median is over all of them in every step, which
@@ -88,22 +92,15 @@ def _core_seconds(denoising: Denoising, demo: Demo, level: Level) -> float:
     return len(names) * median(seconds)
 
 
-def _maps_of_level(level: int, denoisings: dict[str, Denoising], demo: Demo) -> dict[str, Any]:
-    """Returns one level's maps without and with TAR, the mean over its layers and the batch."""
-    bias: GaussianBias | None = demo.biases.get(level)
+def _panel(panel: Panel, denoisings: dict[str, Denoising]) -> dict[str, Any]:
+    """Returns one panel's maps without and with TAR."""
     without, regularized = denoisings[STOCK.name].capture, denoisings[KERNELS.name].capture
     assert without is not None
     assert regularized is not None
-    # Each level halves the resolution, rounding up.
-    height, width = (-(-extent // 2**level) for extent in demo.model.latents.shape[-2:])
-    return {
-        "level": level,
-        "height": height,
-        "width": width,
-        "layers": sum(layer.level == level for layer in demo.layers),
-        "sigma": bias.sigma if bias else None,
-        "without_tar": _map_figures(without.mean(level=level).mean(dim=0)),
-        "with_tar": _map_figures(regularized.mean(level=level).mean(dim=0)),
+    fields = {name: getattr(panel, name) for name in PANEL_FIELDS}
+    return fields | {
+        "without_tar": _map_figures(panel.select(without)),
+        "with_tar": _map_figures(panel.select(regularized)),
     }
 
 
@@ -210,7 +207,7 @@ def _map_row(results: dict[str, Any], key: str, title: str) -> Iterator[dict[str
         if key == "with_tar":
             setting = f", σ = {level['sigma']:g}" if level["sigma"] is not None else ""
             setting = setting or ", not regularized"
-        label = f"level {level['level']} ({level['height']} × {level['width']}), {title}{setting}"
+        label = f"{level['name']}, {title}{setting}"
         low, high = min(map(min, rows)), max(map(max, rows))
         neighbours = f"neighbours {100 * level[key]['band_share']:.1f} %"
         yield {
@@ -222,11 +219,12 @@ def _map_row(results: dict[str, Any], key: str, title: str) -> Iterator[dict[str
 
 def _settings(results: dict[str, Any]) -> list[tuple[str, Any]]:
     """Returns the options that counted, and facts of the model."""
-    without_effect = "width" if results["settings"]["model"] else "prompt"
+    model = results["settings"]["model"]
+    without_effect = {None: ("prompt",), WAN: ("prompt", "width")}.get(model, ("width",))
     given = (
         (f"--{name}", " ".join(map(str, value)) if isinstance(value, tuple) else value)
         for name, value in results["settings"].items()
-        if value is not None and name != without_effect
+        if value is not None and name not in without_effect
     )
-    model = ((name.replace("_", " "), value) for name, value in results["model"].items())
-    return [*given, *model, ("seconds in all", f"{results['total_seconds']:.0f}")]
+    facts = ((name.replace("_", " "), value) for name, value in results["model"].items())
+    return [*given, *facts, ("seconds in all", f"{results['total_seconds']:.0f}")]
