@@ -78,7 +78,8 @@ class CogVideoXProcessor(FrameProcessor):
         image_rotary_emb: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns the video's tokens and the prompt's."""
-        if self.seat is None:
+        seat = self.seat
+        if seat is None:
             return self.previous(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
@@ -103,7 +104,7 @@ class CogVideoXProcessor(FrameProcessor):
             if not attn.is_cross_attention:
                 _rotate_after(text, key, image_rotary_emb)
 
-        out = _attend(self.seat, query, key, value, attention_mask)
+        out = _attend(seat, query, key, value, attention_mask)
         out = attn.to_out[1](attn.to_out[0](out.flatten(2)))
         return out[:, text:], out[:, :text]
 
@@ -123,7 +124,8 @@ class EasyAnimateProcessor(FrameProcessor):
         image_rotary_emb: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns the video's tokens and the prompt's."""
-        if self.seat is None:
+        seat = self.seat
+        if seat is None:
             return self.previous(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
@@ -156,7 +158,7 @@ class EasyAnimateProcessor(FrameProcessor):
             if not attn.is_cross_attention:
                 _rotate_after(text, key, image_rotary_emb)
 
-        out = _attend(self.seat, query, key, value, attention_mask).flatten(2).to(query.dtype)
+        out = _attend(seat, query, key, value, attention_mask).flatten(2).to(query.dtype)
         encoder_hidden_states, hidden_states = out[:, :text], out[:, text:]
         if getattr(attn, "to_out", None) is not None:
             hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
@@ -181,7 +183,8 @@ class MochiProcessor(FrameProcessor):
         image_rotary_emb: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns the video's tokens and the prompts', those that exist first, the others 0."""
-        if self.seat is None:
+        seat = self.seat
+        if seat is None:
             return self.previous(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
@@ -221,7 +224,7 @@ class MochiProcessor(FrameProcessor):
                 outs.append(F.pad(out, (0, 0, 0, 0, 0, query.shape[1] - length)))
             return torch.cat(outs)
 
-        out = attend(self.seat, query, key, value, key_lengths=lengths, stock=stock)
+        out = attend(seat, query, key, value, key_lengths=lengths, stock=stock)
         padded = torch.arange(query.shape[1], device=query.device) >= lengths[:, None]
         out = out.masked_fill(padded[..., None, None], 0.0).flatten(2)
         hidden_states, encoder_hidden_states = out[:, :video], out[:, video:]
@@ -244,7 +247,8 @@ class AllegroProcessor(FrameProcessor):
         image_rotary_emb: Any = None,
     ) -> Tensor:
         """Returns the video's tokens."""
-        if self.seat is None:
+        seat = self.seat
+        if seat is None:
             return self.previous(
                 attn, hidden_states, encoder_hidden_states, attention_mask, temb, image_rotary_emb
             )
@@ -263,9 +267,9 @@ class AllegroProcessor(FrameProcessor):
             query, key = (apply_rotary_emb_allegro(x, *image_rotary_emb[:2]) for x in (query, key))
 
         lengths = None
-        if attention_mask is not None and self.seat.is_taken():
-            lengths = key_lengths(attention_mask, self.seat.layer.name)
-        out = _attend(self.seat, query, key, value, attention_mask, lengths)
+        if attention_mask is not None and seat.is_taken():
+            lengths = key_lengths(attention_mask, seat.layer.name)
+        out = _attend(seat, query, key, value, attention_mask, lengths)
         return attn.to_out[1](attn.to_out[0](out.flatten(2).to(query.dtype)))
 
 
@@ -281,7 +285,8 @@ class CosmosProcessor(FrameProcessor):
         image_rotary_emb: Any = None,
     ) -> Tensor:
         """Returns the video's tokens."""
-        if self.seat is None:
+        seat = self.seat
+        if seat is None:
             return self.previous(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
@@ -301,7 +306,7 @@ class CosmosProcessor(FrameProcessor):
             )
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         out = attend(
-            self.seat,
+            seat,
             q,
             k,
             v,
@@ -331,7 +336,8 @@ class HunyuanVideo15Processor(FrameProcessor):
         image_rotary_emb: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns the video's tokens and the prompt's."""
-        if self.seat is None:
+        seat = self.seat
+        if seat is None:
             return self.previous(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
@@ -375,7 +381,7 @@ class HunyuanVideo15Processor(FrameProcessor):
             return out
 
         lengths = exists.sum(1, dtype=torch.int32)
-        out = attend(self.seat, query, key, value, key_lengths=lengths, stock=stock)
+        out = attend(seat, query, key, value, key_lengths=lengths, stock=stock)
         out = out.flatten(2).to(query.dtype)
         hidden_states, encoder_hidden_states = out[:, :-text], out[:, -text:]
         if getattr(attn, "to_out", None) is not None:
