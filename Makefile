@@ -89,8 +89,9 @@ native-neon: $(STAMP)
 	$(PYTHON) -m cmake --build build/neon --parallel $(JOBS)
 	$(CTEST) build/neon
 
+# In the folder of the library's own build, so that the kernels are compiled once.
 native: $(STAMP)
-	$(PYTHON) -m cmake -S . -B build/native -DVSTAR_TORCH=OFF
+	$(PYTHON) -m cmake -S . -B build/native -DVSTAR_TESTS=ON
 	$(PYTHON) -m cmake --build build/native --parallel $(JOBS)
 	$(CTEST) build/native --parallel $(JOBS)
 
@@ -155,7 +156,8 @@ $(PYTHON):
 $(STAMP): pyproject.toml constraints.txt $(NATIVE_SOURCES) | $(PYTHON)
 	$(HAS_TORCH:python=$(PYTHON)) || $(PIP) -c constraints.txt torch
 	$(PIP) -c constraints.txt "setuptools>=77" wheel cmake ninja
-	$(PIP) -c constraints.txt --no-build-isolation --editable ".[test]"
+	VSTAR_KERNELS_BUILD=build/native $(PIP) -c constraints.txt --no-build-isolation \
+		--editable ".[test]"
 	@mkdir -p $(dir $(STAMP)) && touch $(STAMP)
 
 clean:

@@ -3,7 +3,8 @@
 ``VSTAR_KERNELS_NATIVE`` decides what happens where they cannot be built (no torch to build
 against, no compiler): ``auto``, the default, installs without them; ``require`` fails; ``off`` does
 not try. What happened is written to ``vstar_kernels/lib/build.json``, which ``python -m
-vstar_kernels info`` shows.
+vstar_kernels info`` shows. ``VSTAR_KERNELS_BUILD`` names a folder that keeps what was compiled, for
+the next build and for the kernels' own tests.
 """
 
 import importlib.util
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parent.resolve()
 LIBRARY = "libvstar_kernels" + (".dylib" if sys.platform == "darwin" else ".so")
 MODE = os.environ.get("VSTAR_KERNELS_NATIVE", "auto")
 MODES = ("auto", "require", "off")
+BUILD_FOLDER = os.environ.get("VSTAR_KERNELS_BUILD")
 
 
 class CannotBuildError(Exception):
@@ -118,7 +120,8 @@ class BuildNative(build_ext):
         try:
             if MODE == "off":
                 raise CannotBuildError("VSTAR_KERNELS_NATIVE=off")
-            library = build_library(Path(self.build_temp).resolve() / "vstar_kernels")
+            folder = BUILD_FOLDER or Path(self.build_temp) / "vstar_kernels"
+            library = build_library(Path(folder).resolve())
             shutil.copy2(library, target / LIBRARY)
             record = {"built": True, "reason": "built from source"}
         except CannotBuildError as error:

@@ -34,7 +34,7 @@ def small_cases():
 def a_plan(cases, **changes):
     tasks = suites.tasks(list(cases), "cpu", ("warm", "default"))
     options = {"device": "cpu", "threads": 1, "isa": None, "peers": PEERS, "rounds": 5,
-               "seconds": 0.2, "unet_width": 32, "tasks": tasks}  # fmt: skip
+               "seconds": 0.02, "unet_width": 32, "tasks": tasks}  # fmt: skip
     return Plan(**{**options, **changes})
 
 

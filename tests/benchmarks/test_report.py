@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import io
 import re
 
 import pytest
@@ -57,10 +59,17 @@ def test_who_is_first():
     ]
 
 
-def test_the_report_has_every_case_and_says_what_could_not_run(finished, run, capsys, tmp_path):
-    write_report(finished, tmp_path / "report")
-    markdown = (tmp_path / "report.md").read_text()
-    html = (tmp_path / "report.html").read_text()
+@pytest.fixture(scope="module")
+def written(finished, tmp_path_factory):
+    """The report's Markdown, its page and what is printed."""
+    folder = tmp_path_factory.mktemp("report")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        write_report(finished, folder / "report")
+    return *((folder / f"report.{x}").read_text() for x in ("md", "html")), printed.getvalue()
+
+
+def test_the_report_has_every_case_and_says_what_could_not_run(run, written):
+    markdown, html, printed = written
     for text in (markdown, html):
         for record in run.records:
             assert " × ".join(map(str, record.case.shape)) in text
@@ -69,11 +78,11 @@ def test_the_report_has_every_case_and_says_what_could_not_run(finished, run, ca
     for line in markdown.splitlines():
         if line.startswith("|"):
             assert len(re.findall(r"(?<!\\)\|", line)) >= 3
-    assert "Overview" in capsys.readouterr().out
+    assert "Overview" in printed
 
 
-def test_the_page_needs_nothing_beside_it(run):
-    html = page.render(run)
+def test_the_page_needs_nothing_beside_it(run, written):
+    html = written[1]
     assert not re.findall(r'(?:src|href|srcset)="(?!data:)', html)
     drawn = {plot.title for plot in plots.all_plots(run)}
     assert drawn == {"Time against frames", "Speed-up by model", "Share of the floor",
@@ -99,7 +108,6 @@ def test_failures_are_in_the_report(run):
     rows = tables.failures(changed_run).rows
     assert (first.key, "eager formula", FAILED, "no memory") in rows
     assert (second.key, "all", FAILED, "ended by SIGKILL") in rows
-    page.render(changed_run)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +124,7 @@ def test_what_is_published_is_that_of_the_kept_results(page, name, make):
     assert f"<!-- {name} -->\n\n{make()}\n\n<!-- end -->" in text
 
 
-def test_no_script_of_a_file_runs_in_the_report(run, tmp_path):
+def test_no_script_of_a_file_whose_cases_all_failed_runs_in_the_report(run, tmp_path):
     environment = {
         name: value + HOSTILE if isinstance(value, str) else value
         for name, value in run.environment.items()
