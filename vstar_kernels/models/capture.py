@@ -118,7 +118,7 @@ def capture_maps(
     """
     if max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {max_rows}")
-    full3d = find_full3d(pipe_or_model)
+    full3d = find_full3d(pipe_or_model, unknown=layout is not None)
     grids = {} if full3d else find_grids(pipe_or_model)
     models = {name: grid.model for name, grid in grids.items()}
     if not full3d and not grids:

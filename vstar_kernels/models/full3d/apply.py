@@ -13,7 +13,7 @@ from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.models.front_end import unwrap
 from vstar_kernels.models.full3d.config import Layers, checked_indices, checked_layers
-from vstar_kernels.models.full3d.families import Family, find_family, known_models
+from vstar_kernels.models.full3d.families import UNKNOWN, Family, find_family, known_models
 from vstar_kernels.models.full3d.model import Rule, RuledModel
 from vstar_kernels.models.full3d.seats import FrameLayer
 from vstar_kernels.models.hooks import Handle, put_back
@@ -92,7 +92,7 @@ def apply_frames(
             heads=heads,
             backend=backend,
         )
-        for name, (model, family) in full3d_models(pipe_or_model).items()
+        for name, (model, family) in full3d_models(pipe_or_model, layout is not None).items()
     ]
     if not any(model.layers for model in ruled):
         raise ValueError("layers chooses none of the video's self-attention layers")
@@ -164,26 +164,28 @@ class FramesHandle(Handle):
         put_back(*(model.remove for model in self._models))
 
 
-def full3d_models(pipe_or_model: Any) -> dict[str, tuple[nn.Module, Family]]:
+def full3d_models(pipe_or_model: Any, unknown: bool = False) -> dict[str, tuple[nn.Module, Family]]:
     """Returns a pipeline's full-3D transformers and their families by their names.
 
-    Compiled models are unwrapped. A model by itself has the name ``""``.
+    Compiled models are unwrapped. A model by itself has the name ``""``. Where none is known and
+    ``unknown`` ones may be, it is the model, or the pipeline's ``transformer`` and what is numbered
+    after that.
 
     Raises:
         TypeError: It is neither a model nor a pipeline (an object with ``components``).
         ValueError: There is none.
     """
-    found = find_full3d(pipe_or_model)
+    found = find_full3d(pipe_or_model, unknown)
     if not found:
         raise ValueError(
             f"{type(pipe_or_model).__name__} is or holds no full-3D transformer that is known "
             f"here: known are {known_models()}. Models with temporal attention of their own take "
-            "apply_tar with a TARConfig"
+            "apply_tar with a TARConfig; others, a layout="
         )
     return found
 
 
-def find_full3d(pipe_or_model: Any) -> dict[str, tuple[nn.Module, Family]]:
+def find_full3d(pipe_or_model: Any, unknown: bool = False) -> dict[str, tuple[nn.Module, Family]]:
     """Returns what :func:`full3d_models` returns, or nothing where there is none."""
     if isinstance(pipe_or_model, nn.Module):
         components: Any = {"": pipe_or_model}
@@ -194,11 +196,15 @@ def find_full3d(pipe_or_model: Any) -> dict[str, tuple[nn.Module, Family]]:
                 "pipe_or_model must be a torch.nn.Module or a diffusers pipeline, "
                 f"got {type(pipe_or_model).__name__}"
             )
+    models = {name: unwrap(x) for name, x in components.items() if isinstance(x, nn.Module)}
+    families = {name: find_family(model) for name, model in models.items()}
+    known = {name: (models[name], family) for name, family in families.items() if family}
+    if known or not unknown:
+        return known
     return {
-        name: (model, family)
-        for name, component in components.items()
-        if isinstance(component, nn.Module)
-        and (family := find_family(model := unwrap(component))) is not None
+        name: (model, UNKNOWN)
+        for name, model in models.items()
+        if name == "" or name.startswith("transformer")
     }
 
 

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from vstar_kernels.models.full3d.context_parallel import attend_spread, is_spread
 from vstar_kernels.models.full3d.seats import Seat, attend
 
 ATTRIBUTE = "_attention_backend"  # of processors
@@ -54,12 +55,12 @@ class Member:
         Member._count += 1
         name: Any = str.__new__(names, value)
         name._name_, name._value_ = value.upper(), value
-        # What is copied or pickled with a processor is the backend that was there before.
+        # What is pickled or copied in depth with a processor is the backend that was there before.
         name.__deepcopy__ = lambda memo: self.previous
-        name.__copy__ = lambda: self.previous
         name.__reduce_ex__ = self._reduce
         registry._constraints[name] = []
         registry._supported_arg_names[name] = _ARGUMENTS
+        registry._supports_context_parallel.add(value)
         registry._backends[name] = self.attend
         self.name = name
 
@@ -121,9 +122,20 @@ class Member:
         seat = self.seat
         if seat is None or is_causal:  # what is causal is text (Cosmos 3)
             return stock()
-        return attend(
-            seat, query, key, value, scale=scale, masked=attn_mask is not None, stock=stock
-        )
+        masked = attn_mask is not None
+        if is_spread(_parallel_config):
+            if not seat.is_taken():
+                return stock()
+            return attend_spread(
+                seat,
+                query,
+                key,
+                value,
+                scale=scale,
+                masked=masked,
+                parallel_config=_parallel_config,
+            )
+        return attend(seat, query, key, value, scale=scale, masked=masked, stock=stock)
 
     def _reduce(self, protocol: Any) -> Any:
         if self.previous is None:
@@ -172,9 +184,20 @@ class MemberRoute:
             )
         self.take_out()
         found = vars(processor).get(ATTRIBUTE, _ABSENT)
+        self._refuse_shared(processor)
         self._member = Member.of(self._seat, _backend(processor))
         self._given[processor] = found
         setattr(processor, ATTRIBUTE, self._member.name)
+
+    def _refuse_shared(self, processor: Any) -> None:
+        """Raises ValueError where another layer that is controlled has the same processor."""
+        function = _registry()._backends.get(_backend(processor))
+        member = getattr(function, "__self__", None)
+        if isinstance(member, Member) and member.seat not in (None, self._seat, self._seat.common):
+            raise ValueError(
+                f"{self._seat.layer.name} has the same processor object as "
+                f"{member.seat.layer.name}: give each layer one of its own"
+            )
 
     def take_out(self) -> None:
         """Gives the processors back what they named, where they still name the member."""
@@ -194,3 +217,9 @@ class MemberRoute:
 
 def _backend(processor: Any) -> Any:
     return getattr(processor, ATTRIBUTE, None)
+
+
+def _registry() -> Any:
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    return _AttentionBackendRegistry

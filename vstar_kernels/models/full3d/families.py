@@ -75,6 +75,26 @@ class Family:
         return list(_matching(model, re.compile(self.layers)))
 
 
+class UnknownFamily(Family):
+    """Models of any class, of which the caller gives the layout."""
+
+    def find_layers(self, model: nn.Module) -> list[FrameLayer]:
+        """Returns the modules that may attend over a video, in the model's order.
+
+        They are those with a processor, as in diffusers, but for cross-attention; in a model that
+        has none, those whose class is named after attention.
+        """
+        modules = list(model.named_modules())
+        found = [
+            (name, module)
+            for name, module in modules
+            if hasattr(module, "processor") and not getattr(module, "is_cross_attention", False)
+        ]
+        if not found:
+            found = [item for item in modules if "attention" in type(item[1]).__name__.lower()]
+        return [FrameLayer(name, index, module) for index, (name, module) in enumerate(found)]
+
+
 def _matching(model: nn.Module, pattern: re.Pattern[str]) -> Iterator[FrameLayer]:
     index = 0
     for name, module in model.named_modules():
@@ -164,6 +184,9 @@ FAMILIES: tuple[Family, ...] = (
         timestep="pipeline",
     ),
 )
+
+
+UNKNOWN = UnknownFamily("of a class that is not known", (), "", layouts.no_layout, hook="function")
 
 
 def find_family(model: nn.Module) -> Family | None:

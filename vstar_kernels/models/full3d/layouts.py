@@ -261,12 +261,17 @@ def _in_latent_frames(seconds: Tensor) -> Tensor:
     """Returns times in latent frames, of which the first is one pixel frame and others are eight.
 
     What stands between the video's own frames, such as a condition's, keeps its place between them.
+    The frame rate is not told: eight pixel frames are what most neighbours in the sequence are
+    apart, of several such lengths the longest.
     """
     ratio = 8
+    seconds = seconds.contiguous()
     distinct = seconds.unique()
     if len(distinct) < 3:
         return torch.searchsorted(distinct, seconds).double()
-    step = distinct.diff().median()
-    times = seconds / step + (ratio - 1) / ratio
-    times = torch.where(seconds == 0, 0.0, times)
+    steps = seconds.unique_consecutive().diff()
+    lengths, counts = (steps[steps > 0] * 1e5).round().unique(return_counts=True)
+    longest = lengths[counts == counts.max()].max()
+    step = steps[(steps * 1e5).round() == longest].mean()
+    times = torch.where(seconds == 0, 0.0, seconds / step + (ratio - 1) / ratio)
     return (times * 1024).round() / 1024  # what are whole numbers of frames, are in floats too

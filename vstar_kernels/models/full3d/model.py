@@ -295,7 +295,12 @@ class RuledModel:
 
     def _head_count(self) -> int:
         module = self.all_layers[0].module
-        count: int = module.heads if hasattr(module, "heads") else module.num_heads
+        count: int | None = getattr(module, "heads", getattr(module, "num_heads", None))
+        if count is None:
+            raise ValueError(
+                f"heads= needs to know how many there are, and a {type(module).__name__} has "
+                "neither heads nor num_heads"
+            )
         return count
 
     def _keep_seats(self) -> None:
