@@ -1,4 +1,4 @@
-"""Forward passes under a rule: in several threads, stopped by interrupts, and when a handle goes."""
+"""Forward passes under a rule: in several threads, interrupted, and while a handle is removed."""
 
 import threading
 

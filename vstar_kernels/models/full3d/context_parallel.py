@@ -45,8 +45,8 @@ def attend_spread(
     name = seat.layer.name
     if parallel_config.context_parallel_config.ring_degree > 1:
         raise ValueError(
-            f"{name} runs under ring attention (ring_degree > 1), where no process sees all keys of "
-            "a row: frame_attention takes Ulysses (ulysses_degree) alone"
+            f"{name} runs under ring attention (ring_degree > 1), where no process sees all keys "
+            "of a row: frame_attention takes Ulysses (ulysses_degree) alone"
         )
     if seat.watchers:
         raise ValueError(
