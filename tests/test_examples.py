@@ -1,3 +1,4 @@
+import ast
 import os
 import re
 import runpy
@@ -8,6 +9,7 @@ import textwrap
 import pytest
 import torch
 
+import vstar_kernels as vk
 from tests.helpers import ROOT
 from tests.models.lvdm_model import UNetModel
 
@@ -15,7 +17,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 from PIL import Image
 
-from examples import tiny
+from examples import tiny, tiny_transformers
 
 EXAMPLES = ROOT / "examples"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +30,7 @@ VIDEOS = {  # what each writes, with how many frames
     "stable_video_diffusion": {"stock": 16, "tar": 16},
     "text_to_video": {"stock": 16, "tar": 16},
 }
-SHARED = {"common", "tiny"}
+SHARED = {"common", "tiny", "tiny_transformers"}
 
 
 @pytest.fixture
@@ -148,9 +150,27 @@ def test_videocrafter(tmp_path):
 
 def test_every_example_is_tested_and_listed():
     names = {path.stem for path in EXAMPLES.glob("*.py")} - SHARED
-    assert names == {*VIDEOS, "train_maps", "videocrafter"}
+    assert names == {*VIDEOS, "frame_map", "train_maps", "videocrafter"}
     readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert all(f"`{name}.py`" in readme for name in names)
+
+
+def test_frame_maps_at_two_lengths(tmp_path, run, capsys):
+    """The matched clip has the short one's profile; the proposed layers are layers."""
+    run("frame_map", "--output", tmp_path, "--steps", 2)
+    printed = capsys.readouterr().out
+    assert {x.name for x in tmp_path.glob("*.png")} == {
+        "profiles.png", "maps_native.png", "maps_long.png", "maps_matched.png"
+    }  # fmt: skip
+    near = [float(x) for x in re.findall(r"([\d.]+)% within", printed)]
+    assert near[1] < 0.8 * near[0]
+    assert near[1] < near[2]
+    layers = re.search(r"FrameTAR\(layers=(\[.*?\])\)", printed)[1]
+    assert set(ast.literal_eval(layers)) < {0, 1}
+    rule = vk.FrameRule.from_json((tmp_path / "rule.json").read_text(encoding="utf-8"))
+    assert rule.terms[0].table.shape == (9, 9)
+    pipe = tiny_transformers.wan()
+    vk.apply_frames(pipe, rule, layers=ast.literal_eval(layers)).remove()
 
 
 def test_training_on_maps(run, capsys):
