@@ -24,6 +24,8 @@ def test_usage(blocks):
     assert names["mean_map"].shape == (2048, 16, 16)
     exec(blocks[1], names)
     assert names["frame_map"].shape == (1, 8, 9)
+    exec(blocks[2], names)
+    assert names["maps"].shape == (16, 640, 2)
 
 
 def test_diffusers(blocks, capsys):
@@ -50,7 +52,7 @@ def test_diffusers(blocks, capsys):
             self.frames = unet(sample, self.scheduler.timesteps[0], text).sample
             return self
 
-    exec(blocks[2], {"pipe": Pipeline(), "vk": vk})
+    exec(blocks[3], {"pipe": Pipeline(), "vk": vk})
     assert "level 1 (width 32), σ = 8, strength 0.5" in capsys.readouterr().out
 
 
