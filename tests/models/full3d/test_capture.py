@@ -44,16 +44,16 @@ def call(model, timestep=300, seed=1, **changes):
 
 
 def test_steps_layers_and_sides_of_guidance(wan):
-    """Samplers call the model with the prompt and then without, on the same latents."""
+    """Samplers call the model with the prompt, without it and perturbed, on the same latents."""
     chosen = {"steps": [1], "layers": [1], "scheduler": Scheduler(500, 300, 100)}
     with vk.capture_maps(wan, **chosen) as capture:
         for timestep in (500, 300, 100):
-            call(wan, timestep)
-            call(wan, timestep, encoder_hidden_states=torch.randn(2, 7, 16))
+            for _ in range(3):
+                call(wan, timestep, encoder_hidden_states=torch.randn(2, 7, 16))
     found = [
         (item.layer, item.step, item.timestep, item.branch, item.calls) for item in capture.maps
     ]
-    assert found == [("blocks.1.attn1", 1, 300.0, branch, 1) for branch in (0, 1)]
+    assert found == [("blocks.1.attn1", 1, 300.0, branch, 1) for branch in (0, 1, 2)]
     assert all(isinstance(item, FrameMap) for item in capture.maps)
     assert capture.maps[0].heads is None
     assert capture.maps[0].positions == 6
