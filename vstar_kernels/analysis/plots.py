@@ -46,6 +46,7 @@ _STYLE: dict[Any, Any] = {
     "grid.alpha": 0.25,
     "legend.labelcolor": INK,
     "text.color": INK,
+    "text.parse_math": False,  # texts are of whoever wrote them
     "xtick.color": INK,
     "ytick.color": INK,
     "font.size": 9.0,
