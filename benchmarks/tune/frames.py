@@ -1,33 +1,42 @@
-"""``python -m benchmarks.tune.frames``: chooses ``configs_frames.json`` by the compiled code.
+"""``python -m benchmarks.tune.frames``: chooses ``configs_frames.json``.
 
 Of the candidates in ``frame_candidates.json``, (rows, keys, warps of 32 threads, stages) by kind of
-products and table, in the order of preference, a table gets the first that compiles without fault
-for all of its variants in ``benchmarks.codegen.frame_cases``. What cannot be fit is not compiled:
-where outputs leave a thread no registers, which a compiler would find out at length, or where the
-forward pass has less than 16 bytes of a head's narrower part for a thread to load. Needs no GPU;
-the choice is to be corrected by one.
+products and table, in the order of preference, those may be chosen that compile without fault for
+all of a table's variants in ``benchmarks.codegen.frame_cases``. With a GPU it is the fastest, for
+that GPU's architecture; with ``--predict`` the first, for all, without a GPU. What cannot be fit is
+not compiled: where outputs leave a thread no registers, which a compiler would find out at length,
+or where the forward pass has less than 16 bytes of a head's narrower part for a thread to load.
+
+``revisit_below``, the keys of a slot with which its partial output costs less than a revisit, is
+where the two take the same time: measured, or by the rates of ``benchmarks.codegen.targets``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 
 from benchmarks.codegen import cases, frame_cases, report
 from benchmarks.codegen.compile import in_processes, inspect
 from benchmarks.codegen.frame_cases import VARIANTS, FrameEntry
 from benchmarks.codegen.targets import TARGETS, VECTOR_BYTES
+from benchmarks.tune import frame_times
 from benchmarks.tune.candidates import itemsize
 from benchmarks.tune.choose import LEAST_SHARED, inspect_fit
 from vstar_kernels.attention.triton import configs
 from vstar_kernels.attention.triton.configs import FramesConfig
 
 SIZES = json.loads(Path(__file__).with_name("frame_candidates.json").read_text())
+
+# Assumed: of the matrix instructions' rate, what attention reaches; the cache's bandwidth over the
+# memory's.
+SUSTAINED, CACHED = 0.65, 1.6
 
 FrameKey = tuple[str, str, int, str]  # architecture, kind, width and table
 
@@ -38,10 +47,12 @@ class Options(cases.Selection):
 
     table: tuple[Literal[tuple(VARIANTS)], ...] = tuple(VARIANTS)
     """Tables of the file."""
+    predict: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Choose by compiled code, for every target, without a GPU."""
     repair: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Keep those that are fit."""
+    """Keep those that are fit; without a GPU."""
     jobs: int = 1
-    """Processes."""
+    """Processes, without a GPU."""
 
 
 def candidates(architecture: str, kind: str, width: int, table: str) -> list[FrameEntry]:
@@ -83,6 +94,12 @@ def loads_vectors(entry: FrameEntry) -> bool:
 def predicted(key: FrameKey) -> FrameEntry | None:
     """Returns the first of a key's candidates that compiles without fault."""
     return next(filter(None, map(fit, candidates(*key))), None)
+
+
+def measured(key: FrameKey) -> FrameEntry | None:
+    """Returns the fastest of a key's fit candidates on this GPU."""
+    found = list(filter(None, map(fit, candidates(*key))))
+    return min(found, key=frame_times.seconds, default=None)
 
 
 def repaired(key: FrameKey) -> FrameEntry | None:
@@ -136,8 +153,27 @@ def _with_needs(entry: FrameEntry) -> FrameEntry | None:
     return replace(entry, config=replace(entry.config, programs=programs, shared=shared))
 
 
-def write(chosen: Iterable[FrameEntry]) -> None:
-    """Replaces the entries of the chosen keys in the file; the others stay."""
+def predicted_revisit(architecture: str, kind: str) -> int:
+    """Returns ``revisit_below`` by the rates: of products, and of bytes of partial outputs.
+
+    Each number of these is written and read, which for the most part the cache does.
+    """
+    target, size = TARGETS[architecture], 2 if kind == "16-bit" else 4
+    rate = SUSTAINED * report.MATRIX_RATES[kind] * target.matrix
+    return max(8, 8 * round(size * rate / (CACHED * target.bandwidth) / 8))
+
+
+def measured_revisit(architecture: str, kind: str) -> int:
+    """Returns ``revisit_below`` by the time that both take on this GPU, of heads of 64."""
+    entries = {_key(x): x for x in frame_cases.entries()}
+    split, revisit = (entries[architecture, kind, 64, table] for table in ("forward", "revisit"))
+    return frame_times.crossover(split, revisit)
+
+
+def write(
+    chosen: Iterable[FrameEntry] = (), revisits: Mapping[tuple[str, str], int] | None = None
+) -> None:
+    """Replaces the entries of the chosen keys in the file, and ``revisit_below``; others stay."""
     merged = {_key(x): x for x in [*frame_cases.entries(), *chosen]}
     tables = []
     for table in VARIANTS:
@@ -149,8 +185,14 @@ def write(chosen: Iterable[FrameEntry]) -> None:
             if (key := (architecture, kind, width, table)) in merged
         )
         tables.append(f'  "{table}": [\n    {lines}\n  ]')
-    rows = json.loads(configs.FRAMES_FILE.read_text())["revisit_below"]
-    lines = ",\n    ".join(map(json.dumps, rows))
+    below = {
+        (x["architecture"], x["kind"]): x["keys"]
+        for x in json.loads(configs.FRAMES_FILE.read_text())["revisit_below"]
+    } | dict(revisits or {})
+    lines = ",\n    ".join(
+        json.dumps({"architecture": architecture, "kind": kind, "keys": keys})
+        for (architecture, kind), keys in below.items()
+    )
     tables.append(f'  "revisit_below": [\n    {lines}\n  ]')
     configs.FRAMES_FILE.write_text("{\n" + ",\n".join(tables) + "\n}\n")
 
@@ -168,14 +210,25 @@ def _line(entry: FrameEntry) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Rewrites the file, after each kind and width."""
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.tune.frames")
+    choose, revisit, jobs = predicted, predicted_revisit, options.jobs
+    if options.repair:
+        choose = repaired
+    elif not options.predict:
+        if not torch.cuda.is_available():
+            raise SystemExit("torch finds no GPU to measure; --predict and --repair need none")
+        options = replace(options, target=(cases.this_gpu().architecture,))
+        choose, revisit, jobs = measured, measured_revisit, 1
     missing = []
     for kind in options.kind:
         for width in options.width:
             todo = [(x, kind, width, table) for x in options.target for table in options.table]
-            function = repaired if options.repair else predicted
-            chosen = in_processes(function, todo, options.jobs, unit="key")
+            chosen = in_processes(choose, todo, jobs, unit="key")
             write(filter(None, chosen))
             missing += [key for key, entry in zip(todo, chosen, strict=True) if not entry]
+    if not options.repair:
+        write(
+            revisits={(x, kind): revisit(x, kind) for x in options.target for kind in options.kind}
+        )
     if missing:
         raise SystemExit(f"no configuration is fit for {missing}")
 

@@ -9,12 +9,14 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-from benchmarks.codegen import cases
+from benchmarks.codegen import cases, frame_cases
 from benchmarks.codegen.binary import Binary
 from benchmarks.codegen.cases import Key
-from benchmarks.tune import candidates, choose
-from vstar_kernels.attention.triton import configs
-from vstar_kernels.attention.triton.configs import StreamConfig
+from benchmarks.tune import candidates, choose, frame_times
+from benchmarks.tune import frames as tune_frames
+from vstar_kernels.attention.frames import composed, reference
+from vstar_kernels.attention.triton import configs, frames, frames_forward, plan
+from vstar_kernels.attention.triton.configs import FramesConfig, StreamConfig
 
 
 def test_the_tuner_writes_what_it_read(tmp_path, monkeypatch):
@@ -102,3 +104,122 @@ def test_no_candidate_is_taken_for_a_tile_that_is_too_large():
     assert candidates.candidates(Key("gfx942", "ieee", 128, 64))
     streams = candidates.candidates(Key("sm_80", "ieee", None, 256))
     assert all(isinstance(x.config, StreamConfig) for x in streams)
+
+
+# ---- attention over frames ----
+
+
+@pytest.fixture
+def frames_file(tmp_path, monkeypatch):
+    """A copy of the frames' configurations to write to; returns the text of the original."""
+    text = configs.FRAMES_FILE.read_text()
+    monkeypatch.setattr(configs, "FRAMES_FILE", tmp_path / "frames.json")
+    configs.FRAMES_FILE.write_text(text)
+    return text
+
+
+def frame_entry(table, kind="ieee", **sizes):
+    config = {"rows": 16, "keys": 16, "warps": 4, "stages": 1, "programs": 1, "shared": 0}
+    return frame_cases.entry("sm_80", kind, 16, table, FramesConfig(**(config | sizes)))
+
+
+def test_the_frames_tuner_writes_what_it_read(frames_file):
+    tune_frames.write()
+    assert configs.FRAMES_FILE.read_text() == frames_file
+    tune_frames.write([frame_entry("forward", registers=128)], {("sm_90", "ieee"): 7})
+    first = next(x for x in frame_cases.entries() if (x.kind, x.width) == ("ieee", 16))
+    assert first == frame_entry("forward", registers=128)
+    assert '"kind": "ieee", "keys": 7}' in configs.FRAMES_FILE.read_text()
+
+
+def test_the_shipped_revisits_are_the_predicted_ones():
+    for architecture in configs.ARCHITECTURES:
+        for kind in configs.KINDS:
+            predicted = tune_frames.predicted_revisit(architecture, kind)
+            assert configs.revisit_below(architecture, kind) == predicted
+
+
+def test_registers_are_offered_where_the_compiler_spills_for_want_of_nothing(monkeypatch):
+    """Told that a thread may take 255, it does not spill; what takes as many does anyhow."""
+    taken = {0: 96, 255: 120}
+
+    def inspect(case):
+        registers = taken[case.config.registers]
+        return Binary(registers, 4 * (case.config.registers == 0), 512, 5, {16: 1}, {}, {}, {})
+
+    def inspect_fit(case):
+        found = inspect(case)
+        return None if found.spilled else found
+
+    monkeypatch.setattr(tune_frames, "inspect", inspect)
+    monkeypatch.setattr(tune_frames, "inspect_fit", inspect_fit)
+    assert tune_frames.fit(frame_entry("forward")).config.registers == 255
+    taken[0] = 250
+    assert tune_frames.fit(frame_entry("forward")) is None
+
+
+def test_a_gpu_chooses_the_fastest_of_the_fit(frames_file, monkeypatch):
+    """With a GPU that is none: every candidate takes as long as it has rows."""
+    timed = []
+
+    def seconds(entry, device="cuda", tokens=0):
+        timed.append(entry.config)
+        if not tokens:
+            return entry.config.rows
+        # Splitting is faster with frames of 64 tokens and more.
+        return tokens if entry.table == "revisit" else 48
+
+    monkeypatch.setattr(tune_frames.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cases, "this_gpu", lambda: plan.Device("sm_80", 2**17, 108))
+    monkeypatch.setattr(tune_frames, "fit", lambda x: x if x.config.rows > 16 else None)
+    monkeypatch.setattr(frame_times, "seconds", seconds)
+    tune_frames.main(["--kind", "16-bit", "--width", "64", "--table", "forward"])
+    assert len(timed) > 5
+    (chosen,) = (
+        x
+        for x in frame_cases.entries()
+        if (x.architecture, x.kind, x.width, x.table) == ("sm_80", "16-bit", 64, "forward")
+    )
+    assert chosen.config.rows == min(x.rows for x in timed)
+    expected = frame_times.keys_of_a_slot(64, chosen.config.rows)
+    assert configs.revisit_below("sm_90", "16-bit") != expected
+    assert f'"sm_80", "kind": "16-bit", "keys": {expected}}}' in configs.FRAMES_FILE.read_text()
+    monkeypatch.setattr(tune_frames.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no GPU"):
+        tune_frames.main([])
+
+
+@pytest.mark.parametrize("table", frame_cases.VARIANTS)
+def test_what_is_timed_is_planned_with_the_candidate(table, monkeypatch):
+    """Dry, on the CPU: another backend computes, and the plan of each call is looked at."""
+    planned = set()
+
+    def forward(call, *, save=False):
+        key = frames.frames_plan.frames_key(call, call.query)
+        made = frames_forward.make_plan(key, call.device)
+        planned.add((made.launch.constants["ROWS"], made.launch.constants["WAY"], key.kind))
+        return reference.forward(call, save=save)
+
+    monkeypatch.setattr(frame_times, "TOKENS", 6)
+    monkeypatch.setattr(frame_times, "SHORT", 3)
+    monkeypatch.setattr(frame_times, "HEADS", 2)
+    monkeypatch.setattr(frame_times, "BACKEND", "composed")
+    monkeypatch.setattr(composed, "why_not", lambda call: [])
+    monkeypatch.setattr(composed, "forward", forward)
+    monkeypatch.setattr(composed, "backward", reference.backward)
+    entry = frame_entry(table, rows=48)
+    assert 0 < frame_times.seconds(entry, "cpu") < 10
+    way = "known" if table == "forward_masked" else table.split("_")[0].replace("forward", "split")
+    rows = 48
+    if entry.backward:  # whose forward pass has the shipped configuration
+        kernel = "forward_full" if table.endswith("full") else "forward"
+        way, rows = "split", configs.frames("sm_80", "ieee", 16, kernel).rows
+    assert planned == {(rows, way, "ieee")}
+    monkeypatch.setattr(composed, "forward", lambda call, *, save=False: wrong(call))
+    with pytest.raises(SystemExit, match="wrong result"):
+        frame_times.seconds(entry, "cpu")
+
+
+def wrong(call):
+    found = reference.forward(call)
+    return found._replace(out=found.out * 1.1)
