@@ -29,6 +29,7 @@ from benchmarks.unet import TEXT_TOKENS, unet3d
 from vstar_kernels.cli.options import parsed, size
 from vstar_kernels.methods.starvid.guidance import GuidanceHandle
 from vstar_kernels.methods.starvid.words import PlanWords
+from vstar_kernels.models.front_end import cross_layers
 
 PIXELS_PER_LATENT = 8
 STEPS = 50
@@ -108,12 +109,13 @@ class Sampler:
 def measure(options: Options) -> list[dict[str, Any]]:
     """Returns the seconds and the peak bytes of each way to make a step."""
     sampler = Sampler(options)
+    every = sorted({layer.level for layer in cross_layers(sampler.unet)})
     ways = {
         PLAIN: sampler.step,
-        "levels 1 to 3, checkpointing": sampler.guided(None, True),
-        "levels 1 to 3": sampler.guided(None, False),
-        "all levels, checkpointing": sampler.guided((0, 1, 2, 3), True),
-        "all levels": sampler.guided((0, 1, 2, 3), False),
+        "all levels but the finest, checkpointing": sampler.guided(None, True),
+        "all levels but the finest": sampler.guided(None, False),
+        "all levels, checkpointing": sampler.guided(every, True),
+        "all levels": sampler.guided(every, False),
     }
     clock = clock_for(options.device)
     calls = [clock.warm_up(TimedCall(name, way), [()]) for name, way in ways.items()]

@@ -244,27 +244,31 @@ class Shift:
         return latents + is_changed, is_changed
 
 
+def shifted(scheduler, at):
+    """What a sampler with fixed model outputs makes, one evaluation shifted; which are guided."""
+    outputs = torch.randn(16, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    own = type(scheduler)
+    scheduler.set_timesteps(4)
+    shift, is_guided = Shift(at), []
+    _GUIDED[scheduler] = shift
+    _GUIDING.put_on(scheduler)
+    torch.manual_seed(0)
+    latents = torch.ones(1, 4, 4) * float(scheduler.init_noise_sigma)
+    for index, timestep in enumerate(scheduler.timesteps):
+        scheduler.scale_model_input(latents, timestep)
+        is_guided.append(not goes_on(scheduler))
+        latents = scheduler.step(outputs[index], timestep, latents).prev_sample
+    _GUIDING.take_off(scheduler)
+    assert type(scheduler) is own
+    return latents, is_guided
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_goes_on_from_the_updated_latents(name):
     """Where it is guided; Heun and others go on from another evaluation's, and are not guided."""
-    outputs = torch.randn(16, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 
     def sample(at):
-        scheduler = getattr(diffusers, name)(**SCHEDULERS[name])
-        own = type(scheduler)
-        scheduler.set_timesteps(4)
-        shift, found = Shift(at), []
-        _GUIDED[scheduler] = shift
-        _GUIDING.put_on(scheduler)
-        torch.manual_seed(0)
-        latents = torch.ones(1, 4, 4) * float(scheduler.init_noise_sigma)
-        for index, timestep in enumerate(scheduler.timesteps):
-            scheduler.scale_model_input(latents, timestep)
-            found.append(not goes_on(scheduler))
-            latents = scheduler.step(outputs[index], timestep, latents).prev_sample
-        _GUIDING.take_off(scheduler)
-        assert type(scheduler) is own
-        return latents, found
+        return shifted(getattr(diffusers, name)(**SCHEDULERS[name]), at)
 
     stock, is_guided = sample(None)
     assert is_guided[0]
@@ -273,6 +277,14 @@ def test_every_scheduler_goes_on_from_the_updated_latents(name):
     for at in [index for index, found in enumerate(is_guided[:-1]) if found]:
         moved, _ = sample(at)
         assert (moved - stock).abs().mean() > 1e-3, at
+
+
+def test_what_is_updated_is_not_corrected():
+    """UniPC corrects latents by what it was at before, unless they have been updated since."""
+    with_corrector = diffusers.UniPCMultistepScheduler()
+    without = diffusers.UniPCMultistepScheduler(disable_corrector=[0])
+    assert torch.equal(shifted(with_corrector, 1)[0], shifted(without, 1)[0])
+    assert not torch.equal(shifted(with_corrector, None)[0], shifted(without, None)[0])
 
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "HeunDiscreteScheduler"])
