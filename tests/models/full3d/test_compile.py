@@ -45,15 +45,11 @@ def graphs():
 
 
 CASES = [
-    ("wan", whole, "after"),
     ("wan", whole, "before"),
-    ("wan", in_place, "after"),
     ("wan", in_place, "before"),
-    ("wan", in_blocks, "after"),
     ("wan", in_blocks, "before"),
     ("hunyuan", in_blocks, "after"),
     ("skyreels-v2-ar", whole, "after"),
-    ("ltx-2", whole, "after"),
 ]
 
 
@@ -86,9 +82,9 @@ def test_another_length_is_compiled_anew():
     tiny = TINY["wan"]
     model = tiny.make()
     with vk.apply_frames(model, RULES[0]):
-        expected = {frames: tiny.run(model, frames) for frames in (3, 4, 6)}
+        expected = {frames: tiny.run(model, frames) for frames in (3, 4)}
         runner = whole(model)
-        for frames in (3, 4, 6, 3):
+        for frames in (3, 4, 3):
             torch.testing.assert_close(tiny.run(runner, frames), expected[frames], **CLOSE)
 
 

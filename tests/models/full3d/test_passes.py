@@ -11,11 +11,12 @@ from tests.models.full3d.tiny import TINY
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 from tests.models.test_signals import Interrupt, interrupted_at, lines_of
-from tests.models.test_threads import WAIT, together
+from tests.models.test_threads import together
 from vstar_kernels.models.full3d.families import find_family
 from vstar_kernels.models.hooks import Hooks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+WAIT = 20  # seconds, for a test that would hang
 RULE = vk.FrameRule.tar(1.0)
 WAN, COGVIDEOX = TINY["wan"], TINY["cogvideox"]
 routes = pytest.mark.parametrize("tiny", [WAN, COGVIDEOX], ids=["backend", "processor"])
@@ -31,9 +32,16 @@ class InStep:
     def __init__(self, model, parties):
         self._hooks = Hooks()
         barrier = threading.Barrier(parties)
+
+        def before(*_):
+            barrier.wait(WAIT)
+
+        def after(*_):
+            barrier.wait(WAIT)
+
         for layer in layers_of(model):
-            self._hooks.before(layer.module, lambda *_: barrier.wait(WAIT) and None)
-            self._hooks.after(layer.module, lambda *_: barrier.wait(WAIT) and None)
+            self._hooks.before(layer.module, before)
+            self._hooks.after(layer.module, after)
 
     def __enter__(self):
         return self
