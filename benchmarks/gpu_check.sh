@@ -7,6 +7,7 @@
 #   stream     256 to 8,192 frames
 #   frames     attention over frames at the sizes of five video transformers, under every rule
 #   frames-compiled   one of them against FlexAttention
+#   columns    cross-attention with the maps of some words, at the levels of a UNet
 #   models     gradients, maps, whole UNet steps, the overhead of a call
 #   sanitizer  compute-sanitizer's memcheck and racecheck over the smaller tests: logs
 #
@@ -17,7 +18,7 @@
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
-stage=${1:?"usage: $0 tests|tile|compiled|stream|frames|frames-compiled|models|sanitizer"}
+stage=${1:?"usage: $0 tests|tile|compiled|stream|frames|frames-compiled|columns|models|sanitizer"}
 out=${OUT:-benchmark-output}
 python=${PYTHON:-python3}
 limit=480 # seconds
@@ -75,6 +76,11 @@ frames)
     ;;
 frames-compiled)
     measure frames --peers flex-frames strength-0 sdpa --transformers wan2.1-14b-480p
+    ;;
+columns)
+    need_all
+    timeout "$limit" "$python" -m benchmarks.columns_gpu --json "$out/columns.json" 2>&1 |
+        tee "$out/columns.md"
     ;;
 models)
     measure backward maps overhead unet --frames 16 64 --peers eager without-map sdpa

@@ -55,6 +55,7 @@ def read_variants() -> dict[str, list[Variant]]:
 
 
 VARIANTS = read_variants()
+WIDE = Variant("64-bit offsets", save=True, wide=True)
 COMMON = ("output and maps", "gradients of both", "gradients of keys")  # the commonest
 
 
@@ -159,6 +160,8 @@ def cases(entry: ColumnEntry, variant: Variant, head_dim: int) -> list[ColumnCas
 def shipped(entry: ColumnEntry) -> list[ColumnCase]:
     """Returns what a configuration must compile to without fault."""
     found = [cases(entry, variant, entry.width) for variant in entry.variants]
+    if entry.width == 64 and entry.kind == "16-bit" and not entry.backward:
+        found.append(cases(entry, WIDE, entry.width))
     if entry.width in PARTIAL:
         found.append(cases(entry, entry.variants[0], PARTIAL[entry.width]))
     return list(itertools.chain(*found))

@@ -3,13 +3,12 @@
 Of the candidates in ``column_candidates.json``, (rows, keys, warps of 32 threads, stages) by kind
 of products and table, in the order of preference, a table gets the first that compiles without
 fault for all of its variants in ``benchmarks.codegen.column_cases``. Needs no GPU; the choice is to
-be corrected by one.
+be corrected by one. Where no tile is fit, it gets no entry, and calls go to the stream kernels.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -42,17 +41,23 @@ class Options(cases.Selection):
 def candidates(architecture: str, kind: str, width: int, table: str) -> list[ColumnEntry]:
     """Returns the entries to try, best first; their ``shared`` is not known."""
     threads = TARGETS[architecture].lanes // 32
-    tile = table.endswith(("80", "128"))
     return [
         column_cases.entry(
             architecture,
             kind,
             width,
             table,
-            ColumnsConfig(rows, 0 if tile else keys, max(1, warps // threads), stages, shared=0),
+            ColumnsConfig(
+                rows, 0 if is_tile(table) else keys, max(1, warps // threads), stages, shared=0
+            ),
         )
         for rows, keys, warps, stages in SIZES[f"{kind} {table}"]
     ]
+
+
+def is_tile(table: str) -> bool:
+    """Tells whether a table is of kernels that have all keys at a time."""
+    return table.endswith(("80", "128"))
 
 
 def predicted(key: ColumnKey) -> ColumnEntry | None:
@@ -71,9 +76,17 @@ def fit(entry: ColumnEntry) -> ColumnEntry | None:
     return replace(entry, config=replace(entry.config, shared=shared))
 
 
-def write(chosen: Iterable[ColumnEntry]) -> None:
-    """Replaces the entries of the chosen keys in the file; the others stay."""
-    merged = {_key(x): x for x in [*column_cases.entries(), *chosen]}
+def write(chosen: dict[ColumnKey, ColumnEntry | None]) -> None:
+    """Replaces the entries of the chosen keys in the file; the others stay.
+
+    Without a choice, a tile goes, and the entry of another kernel stays.
+    """
+    merged: dict[ColumnKey, ColumnEntry] = {_key(x): x for x in column_cases.entries()}
+    for key, entry in chosen.items():
+        if entry is not None:
+            merged[key] = entry
+        elif is_tile(key[-1]):
+            merged.pop(key, None)
     tables = []
     for table in TABLES:
         lines = ",\n    ".join(
@@ -103,9 +116,10 @@ def main(arguments: list[str] | None = None) -> None:
     for kind in options.kind:
         for width in options.width:
             todo = [(x, kind, width, table) for x in options.target for table in options.table]
-            chosen = in_processes(predicted, todo, options.jobs, unit="key")
-            write(filter(None, chosen))
-            missing += [key for key, entry in zip(todo, chosen, strict=True) if not entry]
+            found = in_processes(predicted, todo, options.jobs, unit="key")
+            chosen = dict(zip(todo, found, strict=True))
+            write(chosen)
+            missing += [key for key, x in chosen.items() if x is None and not is_tile(key[-1])]
     if missing:
         raise SystemExit(f"no configuration is fit for {missing}")
 

@@ -9,7 +9,7 @@ import torch
 
 import vstar_kernels as vk
 from benchmarks.check import sample
-from vstar_kernels.testing import assert_as_exact_as_eager, inputs
+from vstar_kernels.testing import assert_as_exact_as_eager, assert_columns, inputs
 
 ROOT = Path(__file__).parents[2]
 GAUSSIAN = vk.GaussianBias(1.0)
@@ -299,3 +299,96 @@ def test_non_finite_inputs_stay_where_they_are():
 def test_an_empty_batch():
     tensors = [torch.empty(0, 16, 2, 64, device="cuda") for _ in range(3)]
     assert run(*tensors).shape == (0, 16, 2, 64)
+
+
+# ---- column_attention ----
+
+
+def text_inputs(batch, queries, keys, heads, head_dim, *, dtype=torch.bfloat16, count=4, seed=0):
+    """Query, a text that is the same for the batch, and columns of one key each, on the GPU."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, heads, head_dim, generator=generator).to("cuda", dtype)
+
+    text = [draw(1, keys).expand(batch, -1, -1, -1) for _ in range(2)]
+    columns = torch.eye(keys)[:, torch.randint(keys, (count,), generator=generator)]
+    return draw(batch, queries), *text, columns.cuda()
+
+
+def columns_of(*tensors, **options):
+    return vk.column_attention(*tensors, **options, backend="triton")
+
+
+@pytest.mark.parametrize("keys", [1, 77, 120, 226, 512])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 128, 160])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_small_columns(keys, head_dim, dtype):
+    tensors = text_inputs(2, 133, keys, 3, head_dim, dtype=dtype)
+    assert_columns([x.cpu() for x in columns_of(*tensors)], *(x.cpu() for x in tensors))
+    maps = columns_of(*tensors[:2], None, tensors[3])
+    torch.testing.assert_close(maps, columns_of(*tensors)[1], rtol=1e-5, atol=1e-6)
+
+
+def column_gradients(attention, tensors, wanted):
+    """The gradients of some of query, key and value, for random ones of the results."""
+    *given, columns = tensors
+    leaves = [x.detach().clone().requires_grad_(i in wanted) for i, x in enumerate(given)]
+    out, maps = attention(*leaves, columns)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(x.shape, generator=generator).to(x) for x in (out, maps)]
+    grads[1] *= given[0].shape[2]
+    return torch.autograd.grad((out, maps), [leaves[i] for i in wanted], grads)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (0, 1, 2)])
+@pytest.mark.parametrize(("keys", "head_dim"), [(77, 64), (77, 40), (120, 72), (226, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_small_columns_gradients(keys, head_dim, dtype, wanted):
+    tensors = text_inputs(2, 133, keys, 3, head_dim, dtype=dtype)
+    found = column_gradients(columns_of, tensors, wanted)
+    exact = [x.cpu().double() for x in tensors[:3]]
+    expected = column_gradients(
+        functools.partial(vk.column_attention, backend="reference"),
+        [*exact, tensors[3].cpu()],
+        wanted,
+    )
+    for one, other in zip(found, expected, strict=True):
+        error = (one.cpu().double() - other).norm() / other.norm()
+        assert error < 8 * torch.finfo(dtype).eps + 1e-5
+
+
+@pytest.mark.parametrize(("batch", "queries"), [(32, 2560), (32, 40), (1, 160)])
+def test_columns_250_repeats_give_the_same_bits(batch, queries):
+    """Where programs share the heads of a map, too."""
+    tensors = text_inputs(batch, queries, 77, 20, 64)
+    expected = columns_of(*tensors)
+    differ = torch.zeros((), device="cuda", dtype=torch.int64)
+    for _ in range(250):
+        found = columns_of(*tensors)
+        differ += sum((x != y).any() for x, y in zip(found, expected, strict=True))
+    assert differ.item() == 0
+
+
+def test_columns_in_a_graph_take_new_inputs():
+    tensors = text_inputs(16, 640, 77, 10, 64)
+    columns_of(*tensors)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = columns_of(*tensors)
+    tensors[0].copy_(text_inputs(16, 640, 77, 10, 64, seed=3)[0])
+    graph.replay()
+    for one, other in zip(found, columns_of(*tensors), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_columns_64_bit_offsets_give_the_same_bits(monkeypatch):
+    from vstar_kernels.attention.triton import columns, plan
+
+    tensors = text_inputs(16, 640, 77, 10, 64)
+    expected = columns_of(*tensors)
+    monkeypatch.setattr(plan, "INT32_MAX", 0)
+    columns._forward_plan.cache_clear()
+    found = columns_of(*tensors)
+    columns._forward_plan.cache_clear()
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))

@@ -14,13 +14,19 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 from benchmarks.codegen import __main__ as codegen
-from benchmarks.codegen import binary, cases, frame_cases, report
+from benchmarks.codegen import binary, cases, column_cases, frame_cases, report
 from benchmarks.codegen.cases import Entry
 from benchmarks.codegen.targets import TARGETS
 from benchmarks.tune import choose
+from benchmarks.tune import columns as tune_columns
 from benchmarks.tune import frames as tune_frames
 from vstar_kernels.attention.triton import configs, primitives, stream_backward
-from vstar_kernels.attention.triton.configs import FramesConfig, StreamConfig, TileConfig
+from vstar_kernels.attention.triton.configs import (
+    ColumnsConfig,
+    FramesConfig,
+    StreamConfig,
+    TileConfig,
+)
 
 LOAD_LINE = inspect.getsourcelines(primitives.load_heads.fn)[1] + 3
 OTHER_LINE = inspect.getsourcelines(primitives.delta_block.fn)[1] + 3
@@ -465,6 +471,75 @@ def test_halves_of_frames_wait_once_for_keys_and_values():
         assert report.faults(case, replace(twice, load_groups=1), TARGETS["sm_90"]) == []
 
 
+# ---- column_attention ----
+
+
+def every_column_case():
+    return list(itertools.chain.from_iterable(map(column_cases.shipped, column_cases.entries())))
+
+
+def test_every_table_of_columns_has_every_size_once():
+    """But tiles, where the registers do not hold one."""
+    found = [(x.table, x.architecture, x.kind, x.width) for x in column_cases.entries()]
+    known = (configs.ARCHITECTURES, configs.KINDS, configs.WIDTHS)
+    others = [x for x in column_cases.TABLES if not tune_columns.is_tile(x)]
+    assert len(set(found)) == len(found)
+    assert set(itertools.product(others, *known)) <= set(found)
+    assert set(found) <= set(itertools.product(column_cases.TABLES, *known))
+    for entry in column_cases.entries():
+        config, is_tile = entry.config, tune_columns.is_tile(entry.table)
+        assert 0 < config.shared <= choose.LEAST_SHARED[entry.architecture], entry
+        assert config.rows >= 16, entry
+        assert (config.keys == 0) == is_tile, entry
+        assert is_tile or config.keys >= 16, entry
+        for number in (config.rows, config.warps, config.keys or 1):
+            assert number.bit_count() == 1, entry
+        assert config.stages >= 1, entry
+
+
+def test_a_variant_of_columns_is_what_its_name_says():
+    for table in column_cases.TABLES:
+        config = ColumnsConfig(32, 0 if tune_columns.is_tile(table) else 32, 4, 1, 0)
+        entry = column_cases.entry("sm_90", "16-bit", 64, table, config)
+        for variant in [*entry.variants, *(() if entry.backward else (column_cases.WIDE,))]:
+            for case in column_cases.cases(entry, variant, 64):
+                launch, constants = case.launch, case.launch.constants
+                head = constants["HEAD"]
+                assert (8, variant.negative) == (head.UNIT, head.NEGATIVE)
+                assert (head.OFFSET.name == "int64") == variant.wide
+                if case.part == "maps":
+                    continue
+                assert constants["GRAD_OUT" if entry.backward else "OUT"] == variant.value
+                assert launch.needed.v == variant.value
+                if table.startswith("grad_query"):
+                    assert constants["DOT"] == variant.wants_keys
+
+
+def test_keys_of_a_text_come_with_one_wait():
+    config = ColumnsConfig(64, 0, 4, 1, 2**17)
+    twice = replace(sass(), load_groups=2)
+    fault = "waits 2 times for loads in one pass over its keys"
+    for table, expected in (("forward_80", [fault]), ("grad_query_128", [fault]), ("grad_key", [])):
+        small = config if expected else replace(config, keys=64)
+        entry = column_cases.entry("sm_90", "16-bit", 64, table, small)
+        case = column_cases.shipped(entry)[0]
+        assert report.faults(case, twice, TARGETS["sm_90"]) == expected
+        assert report.faults(case, sass(), TARGETS["sm_90"]) == []
+    narrow = sass(load="LDG.E.64")
+    for width, expected in ((64, True), (80, False)):  # 16 of 77 keys by 16 of 80 are few bytes
+        entry = column_cases.entry("sm_90", "16-bit", width, "forward_80", config)
+        found = report.faults(column_cases.shipped(entry)[0], narrow, TARGETS["sm_90"])
+        assert (found == ["loads 8 bytes at a time where 16 are aligned"]) == expected
+
+
+def test_the_subset_of_columns_has_every_table():
+    chosen = column_cases.subset(every_column_case())
+    assert {x.entry.table for x in chosen} == set(column_cases.TABLES)
+    assert {x.entry.architecture for x in chosen} == set(configs.ARCHITECTURES)
+    assert {x.part for x in chosen} == {"", "maps"}
+    assert len(chosen) <= 10
+
+
 @pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
 def test_a_representative_subset_compiles_without_fault(architecture, tmp_path):
     path = tmp_path / "report.json"
@@ -472,11 +547,13 @@ def test_a_representative_subset_compiles_without_fault(architecture, tmp_path):
     kernels = json.loads(path.read_text())["kernels"]
     names = {"tile", "stream", "map_max", "maps"}
     names |= {"tile_backward", "statistics", "grad_query", "grad_key", "grad_delta"}
-    of_frames = {x["kernel"] for x in kernels} - names
+    of_frames = {x["kernel"] for x in kernels if x["kernel"].startswith("frames")}
     assert "frames, forward" in of_frames <= {f"frames, {x}" for x in FRAME_KERNELS}
+    assert any(x["kernel"].startswith("columns, ") for x in kernels)
     assert {x["kernel"] for x in kernels} >= names
     assert {x["kind"] for x in kernels} == set(configs.KINDS)
     every = [*cases.subset(every_case()), *frame_cases.subset(every_frame_case())]
+    every += column_cases.subset(every_column_case())
     chosen = (x for x in every if x.entry.architecture == architecture)
     assert [x["name"] for x in kernels] == [x.name for x in chosen]
     assert path.with_suffix(".md").read_text().startswith("# Compiled kernels\n\nTriton ")

@@ -55,12 +55,17 @@ SMALL = ColumnsConfig(rows=32, keys=64, warps=4, stages=1, shared=0)
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
+def small_blocks(monkeypatch):
     """Few rows a program, and plans that are made anew."""
-    monkeypatch.setattr(configs, "columns", lambda *key: SMALL)
+    monkeypatch.setattr(configs, "columns", lambda *key: small(key[-1]))
     yield
     columns._forward_plan.cache_clear()
     columns._backward_plan.cache_clear()
+
+
+def small(table):
+    is_tile = table.endswith(("_80", "_128"))
+    return dataclasses.replace(SMALL, keys=0) if is_tile else SMALL
 
 
 @pytest.fixture
@@ -282,16 +287,35 @@ def test_heads_are_shared_out_where_programs_are_few():
     assert shares(1, 7, 20) == (1, 20)
 
 
-def test_keys_are_split_as_heads_are():
-    def parts(keys):
+def test_keys_are_in_two_parts_or_stream(monkeypatch):
+    asked = []
+
+    def find(keys, tiles=True):
+        asked.clear()
+        monkeypatch.setattr(
+            configs, "columns", lambda *k: (asked.append(k[-1]), small(k[-1]) if tiles else None)[1]
+        )
         x = torch.zeros(1, keys, 1, 16)
         key = columns_plan.forward_key(check_call(x, x, x, torch.ones(keys, 1)), x)
-        return key.table, key.is_tile and key.key_parts
+        return key.config("forward").keys, key.key_parts
 
-    assert parts(1) == ("_80", (16, 0))
-    assert parts(77) == ("_80", (64, 16))
-    assert parts(120) == ("_128", (128, 0))
-    assert parts(129) == ("_stream", False)
+    assert find(1) == (0, (16, 0))
+    assert find(77) == (0, (64, 16))
+    assert asked == ["forward_80"]
+    assert find(120) == (0, (128, 0))
+    assert asked == ["forward_128"]
+    assert find(129)[0] == SMALL.keys
+    assert asked == ["forward_stream"]
+
+
+def test_where_there_is_no_tile_few_keys_stream(monkeypatch):
+    monkeypatch.setattr(configs, "columns", lambda *k: SMALL if small(k[-1]) is SMALL else None)
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, n, 2, 16) for n in (9, 13, 13)]
+    arguments = (*tensors, torch.rand(13, 2))
+    assert_columns(run(*arguments), *arguments)
+    made = cases.Gradients(arguments, {}, ["query"])
+    assert_gradients(made.by(OnDevice), made.autograd)
 
 
 @pytest.mark.skipif(not backend.interpreted(), reason="on a GPU no line can be watched")

@@ -2,8 +2,8 @@
 
 With W = 1/H · dM Gᵀ, the same for all heads, dP = dO Vᵀ + W and dS = P ∘ (dP − rowsum(P ∘ dP)):
 
-- :func:`grad_query_tile_kernel`: dQ with up to 128 keys. A program has whole rows of P, so that
-  rowsum(P ∘ dP) is at hand, and computes W once for all of its heads.
+- :func:`grad_query_tile_kernel`: dQ with up to 128 keys, a tile. A program has whole rows of P, so
+  that rowsum(P ∘ dP) is at hand, and computes W once for all of its heads.
 - :func:`grad_query_kernel`: dQ with more, in two passes over the keys; the first is for
   rowsum(P ∘ dP).
 - :func:`grad_key_kernel`: dK and dV, if they are wanted, by blocks of keys from all queries.
@@ -406,7 +406,7 @@ def plan_grad_query(key: ColumnsKey, config: ColumnsConfig) -> Launch:
     )
     sizes = (key.queries, key.keys, key.heads, key.columns)
     inputs = key.in_units(key.query, key.key, key.value)
-    if key.is_tile:
+    if not config.keys:
         shares, share_heads = key.shares(programs, key.heads)
         main, rest = key.key_parts
         return Launch(

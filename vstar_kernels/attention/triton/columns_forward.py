@@ -1,13 +1,14 @@
 """Attention to a few keys with the maps of chosen columns: softmax(QKᵀ) V and softmax(QKᵀ) G.
 
-Up to 128 keys (:func:`tile_kernel`) a program holds the weights of all keys for its rows, goes
-through the heads, and keeps the heads' sum of weights in registers. That is multiplied by the
+Up to 128 keys, a tile (:func:`tile_kernel`), a program holds the weights of all keys for its rows,
+goes through the heads, and keeps the heads' sum of weights in registers. That is multiplied by the
 columns once, at the end: a map costs one addition for each weight, whatever the number of columns.
 77 keys are a block of 64 and one of 16, as a head of 80 is.
 
-With more keys there are two kernels: :func:`stream_kernel` goes through blocks of keys with an
-online softmax, and :func:`maps_kernel` computes the weights of a block again from the rows'
-log-sum-exps and sums them over the heads; of blocks in which all columns are zero it computes none.
+With more keys, and where a head is too wide for the registers of a tile, there are two kernels:
+:func:`stream_kernel` goes through blocks of keys with an online softmax, and :func:`maps_kernel`
+computes the weights of a block again from the rows' log-sum-exps and sums them over the heads; of
+blocks in which all columns are zero it computes none.
 
 Operations: 4·D for each (row, key, head), and 2·D more for the maps of many keys. Bytes: queries
 are read once and outputs written once; keys and values, which all rows share, come from the cache.
@@ -317,7 +318,7 @@ def make_plan(key: ColumnsKey) -> ColumnsPlan:
 
 def plan_columns(key: ColumnsKey, config: ColumnsConfig) -> ColumnsPlan:
     """Returns the plan with a configuration, which need not be the one in the table."""
-    return _plan_tile(key, config) if key.is_tile else _plan_stream(key, config)
+    return _plan_stream(key, config) if config.keys else _plan_tile(key, config)
 
 
 def _plan_tile(key: ColumnsKey, config: ColumnsConfig) -> ColumnsPlan:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vstar_kernels.attention.columns.call import ColumnCall
 
 SMALLEST_SCALE = 1e-30  # negligible, and −∞ times it is −∞
-# Up to so many keys, and then further ones, a program has all weights of its rows at a time.
+# Of tables of tiles: up to so many keys, a program has all weights of its rows at a time.
 TILE_KEYS = (80, 128)
 PROGRAMS_PER_PROCESSOR = 2  # with fewer than so many, programs share out the heads, or the rows
 
@@ -53,18 +53,8 @@ class ColumnsKey(NamedTuple):
         return plan.product_kind(self.dtype, ieee=self.ieee)
 
     @property
-    def table(self) -> str:
-        """The end of the names of the tables of configurations for so many keys."""
-        return next((f"_{size}" for size in TILE_KEYS if size >= self.keys), "_stream")
-
-    @property
-    def is_tile(self) -> bool:
-        """Whether a program has all weights of its rows at a time."""
-        return self.keys <= TILE_KEYS[-1]
-
-    @property
     def key_parts(self) -> tuple[int, int]:
-        """The two parts of a tile's keys, powers of two, as a head has two; or 0."""
+        """The two parts of a tile's keys, powers of two, as a head has two; the second may be 0."""
         return configs.split(self.keys)
 
     @property
@@ -78,9 +68,17 @@ class ColumnsKey(NamedTuple):
         return max(abs(self.scale), SMALLEST_SCALE) * plan.LOG2E
 
     def config(self, kernel: str) -> ColumnsConfig:
-        """Returns the configuration of "forward", "grad_query" or "grad_key"."""
-        table = kernel if kernel == "grad_key" else kernel + self.table
-        return configs.columns(self.device.architecture, self.kind, self.head_dim, table)
+        """Returns the configuration of "forward", "grad_query" or "grad_key".
+
+        Its ``keys`` are 0 where it is of a tile: if one holds all keys, and there is one.
+        """
+        tables = [f"{kernel}_{size}" for size in TILE_KEYS if size >= self.keys][:1]
+        tables.append(f"{kernel}_stream")
+        if kernel == "grad_key":
+            tables = [kernel]
+        architecture, kind = self.device.architecture, self.kind
+        found = (configs.columns(architecture, kind, self.head_dim, table) for table in tables)
+        return next(filter(None, found))
 
     def head(self) -> Head:
         """Returns the constants of the heads, and of how tensors of them are read."""
@@ -93,7 +91,7 @@ class ColumnsKey(NamedTuple):
             REST=rest,
             UNIT=self._unit(),
             OFFSET=tl.int64 if self._largest_offset() > plan.INT32_MAX else tl.int32,
-            EVEN=self.is_tile and self.keys == sum(self.key_parts),
+            EVEN=self.keys == sum(self.key_parts),
             NEGATIVE=self.scale < 0,
             PRECISION="tf32" if self.kind == "tf32" else "ieee",
         )

@@ -145,9 +145,13 @@ def frames(architecture: str, kind: str, head_dim: int, table: str) -> FramesCon
     return _table(FRAMES_FILE, table, FramesConfig)[architecture, kind, None, width(head_dim)]
 
 
-def columns(architecture: str, kind: str, head_dim: int, table: str) -> ColumnsConfig:
-    """Returns a configuration for attention with maps of columns, from one of its tables."""
-    return _table(COLUMNS_FILE, table, ColumnsConfig)[architecture, kind, None, width(head_dim)]
+def columns(architecture: str, kind: str, head_dim: int, table: str) -> ColumnsConfig | None:
+    """Returns a configuration for attention with maps of columns, from one of its tables.
+
+    None where no tile holds so many keys.
+    """
+    key = (architecture, kind, None, width(head_dim))
+    return _table(COLUMNS_FILE, table, ColumnsConfig).get(key)
 
 
 def revisit_below(architecture: str, kind: str) -> float:
