@@ -144,7 +144,8 @@ def test_threads_capture_each_its_own(wan):
         list(pool.map(run, range(4)))
     found = {(item.step, item.timestep, item.layer): item.map for item in capture.maps}
     assert len(capture.maps) == len(expected)
-    assert all(torch.equal(found[key], map_) for key, map_ in expected.items())
+    for key, map_ in expected.items():  # a thread may share its sums with others
+        torch.testing.assert_close(found[key], map_)
 
 
 def test_a_failed_pass_leaves_no_map(wan):

@@ -6,6 +6,7 @@ looked at; where its attention happens, and how its tokens lie, is that of the r
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ import vstar_kernels as vk
 
 HEIGHT, WIDTH, PLACES = 4, 6, 6  # of the latents, and the tokens of a frame at patches of 2 × 2
 BATCH = 2
+_SEED = threading.Lock()  # all threads share what is seeded
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Tiny:
         """Returns the model, the same one for the same seed."""
         import diffusers
 
-        with torch.random.fork_rng(devices=[]):
+        with _SEED, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model: nn.Module = getattr(diffusers, self.name)(**self.settings | changes).eval()
             for parameter in model.parameters():
@@ -72,7 +74,7 @@ class Tiny:
 
     def call(self, frames: int | None = None, seed: int = 1) -> dict[str, Any]:
         """Returns the keyword arguments of a call, the same ones for the same seed."""
-        with torch.random.fork_rng(devices=[]):
+        with _SEED, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.inputs(frames or self.frames) | {"return_dict": False}
 
