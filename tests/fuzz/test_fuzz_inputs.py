@@ -8,6 +8,7 @@ without a key or a control character. Every document that ever failed is an exam
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from contextlib import suppress
@@ -57,6 +58,10 @@ PLANS = [
         ],
         "background": "a pond",
     },
+]
+GUIDANCES = [
+    vk.GuidanceConfig(),
+    vk.GuidanceConfig(spatial=None, size=(16, 24), levels=(1, 2), places=("mid",), margin=0.5),
 ]
 STAGES = {"stages": ["Water in a pond.", "Ice on a pond."]}
 TEXT = json.dumps(STAGES)
@@ -144,6 +149,19 @@ def test_plans(tmp_path_factory, document):
         boxes, present = plan.boxes(3)
         assert ((boxes >= 0) & (boxes <= 1)).all()
         assert (boxes[..., :2] < boxes[..., 2:])[present].all()
+
+
+@many
+@given(documents([json.loads(config.to_json()) for config in GUIDANCES]))
+def test_guidance_configurations(tmp_path_factory, document):
+    path = place(tmp_path_factory, document)
+    try:
+        config = vk.GuidanceConfig.load(path)
+    except FormatError as error:
+        assert_told(redact(str(error), [KEY]))
+        return
+    assert vk.GuidanceConfig.from_json(config.to_json()) == config
+    assert all(math.isfinite(x) for step in range(5) for x in config.weights(step, 5))
 
 
 def place(tmp_path_factory, document):

@@ -344,6 +344,20 @@ def test_checkpointing_and_leaving_early_change_no_gradient(pipe, monkeypatch):
     torch.testing.assert_close(whole, expected, **CLOSE)
 
 
+def test_a_text_is_projected_once_for_all_frames(pipe, monkeypatch):
+    expected, _ = guided(pipe, config=ONE)
+    monkeypatch.setattr("vstar_kernels.models.text.FEWEST_ROWS", 1)
+    rows = []
+    layer = next(x for x in cross_layers(pipe.unet) if x.level == 1)
+    hooks = Hooks()
+    hooks.after(layer.module.to_k, lambda module, args, kwargs, output: rows.append(len(args[0])))
+    out, _ = guided(pipe, config=ONE)
+    hooks.remove()
+    torch.testing.assert_close(out, expected, **CLOSE)
+    assert rows.count(2 * FRAMES) == 3  # the pipeline's own calls, as without guidance
+    assert set(rows) == {2 * FRAMES, 1}
+
+
 def test_few_updates_where_the_loss_is_low(pipe):
     _, handle = guided(pipe, config=replace(CONFIG, syntax=None, updates=4, stop_below=99.0))
     assert [x.update for x in handle.updates] == [0]

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -36,6 +36,7 @@ from vstar_kernels.models.front_end import cross_layers
 from vstar_kernels.models.hooks import Argument, Handle, Hooks, put_back
 from vstar_kernels.models.layers import CrossLayer
 from vstar_kernels.models.schedule import count_steps, find_step
+from vstar_kernels.models.text import share_text, unshare_text
 
 # By which the loss is multiplied in float16, whose smallest numbers gradients would fall below.
 LOSS_SCALE = 2.0**10
@@ -307,7 +308,7 @@ class GuidanceHandle(Handle):
                 "guide_latents cannot tell what to make of them"
             )
         batch = self._fit(sample)
-        with exclusive(self._model), conditional_passes():
+        with exclusive(self._model), conditional_passes(), self._text_once():
             moved = self._descend(args, kwargs, sample, noted, batch, step, weights)
         latents = noted.latents.chunk(2)[1] if batch.guided else noted.latents
         updated = (latents.float() + moved / self._scale(noted)).to(latents.dtype)
@@ -315,6 +316,15 @@ class GuidanceHandle(Handle):
         scaled = self._scaled(torch.cat([updated] * (1 + batch.guided)), noted.timestep)
         scaled = torch.cat([scaled, sample[:, channels:]], dim=1)
         return self._sample.replace(args, kwargs, scaled)
+
+    @contextmanager
+    def _text_once(self) -> Iterator[None]:
+        """Has our own forward passes project a text that frames share once for all of them."""
+        share_text(self._model, self)
+        try:
+            yield
+        finally:
+            unshare_text(self._model, self)
 
     def _descend(
         self,
