@@ -12,6 +12,7 @@ from vstar_kernels.analysis import (
     grid_layout,
     grid_shape,
     mixed_embedding,
+    seam_error,
     to_grid,
     token_frames,
 )
@@ -200,3 +201,35 @@ def test_what_is_printed_as_algorithm_1_collides():
 def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def drawn_frames(count=6, side=24):
+    """Smooth pictures, each another."""
+    x = torch.linspace(0, 3, side)
+    phase = torch.arange(count)[:, None, None]
+    waves = torch.sin(x[:, None] + phase) * torch.cos(1.3 * x + 0.5 * phase)
+    noise = 0.005 * torch.randn(count, side, side, generator=torch.Generator().manual_seed(0))
+    brightness = torch.tensor([0.2, 0.5, 0.7, 0.35, 0.8, 0.6])[:count, None, None]
+    return (brightness + 0.1 * waves + noise)[:, None].clamp(0, 1)
+
+
+@pytest.mark.parametrize("shift", [(7, 0), (0, 5), (9, 4)])
+def test_frames_that_are_cut_wrongly_have_seams(shift):
+    """Cells of a grid that is cut some pixels beside their borders."""
+    video = drawn_frames()
+    assert seam_error(video) == 0
+    image = to_grid(video[None], 2, 3)
+    assert seam_error(from_grid(image, 2, 3)[0]) == 0
+    assert seam_error(from_grid(image.roll(shift, (2, 3)), 2, 3)[0]) == 1
+    half = torch.cat([video, from_grid(image.roll(shift, (2, 3)), 2, 3)[0]])
+    assert seam_error(half) == 0.5
+    # An object has edges too, but not from one side to the other and as sharp beside it.
+    video[:, :, 5:9, 5:9] = 0.9
+    assert seam_error(video) == 0
+
+
+def test_bad_seams():
+    with pytest.raises(ValueError, match="threshold must be more than 1, got 1"):
+        seam_error(drawn_frames(), 1.0)
+    with pytest.raises(ValueError, match="at least 4 × 4 pixels, got 3 × 3"):
+        seam_error(drawn_frames(side=3))

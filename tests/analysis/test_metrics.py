@@ -128,3 +128,40 @@ def test_wrong_retrievals_are_refused():
         vk.analysis.mt_score(video(), retriever(), general=["x"], metamorphic=[])
     with pytest.raises(ValueError, match="top must be 1 to 5"):
         vk.analysis.mt_score(video(), retriever(), **SENTENCES, top=6)
+
+
+def test_the_frechet_distance_of_a_scaled_and_shifted_copy():
+    """|shift|² + (scale − 1)² tr S in closed form."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(6, 6, generator=generator)
+    features = (torch.randn(500, 6, generator=generator) @ mixing).double()
+    trace = float(features.mT.cov().trace())
+    frechet = vk.analysis.frechet_distance
+    assert frechet(features, features) == pytest.approx(0, abs=1e-9 * trace)
+    shift = torch.arange(6.0).double()
+    expected = float(shift.square().sum()) + 0.25 * trace
+    assert frechet(features, 1.5 * features + shift + 0.5 * 0) == pytest.approx(
+        expected + float(((0.5 * features.mean(0) + shift).square() - shift.square()).sum()),
+        rel=1e-9,
+    )
+    other = torch.randn(400, 6, generator=generator)
+    assert frechet(features, other) == pytest.approx(frechet(other, features), rel=1e-6)
+    # Of one dimension: (μ₁ − μ₂)² + (s₁ − s₂)².
+    one, two = torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [8.0]])
+    assert frechet(one, two) == pytest.approx((2 - 4) ** 2 + (2**0.5 - 32**0.5) ** 2)
+    # Fewer samples than channels: covariances without full rank.
+    assert frechet(features[:3], features[3:6]) > 0
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "error", "message"),
+    [
+        (torch.ones(1, 4), torch.ones(3, 4), ValueError, r"one must be .* got \(1, 4\)"),
+        (torch.ones(3, 4), torch.ones(3), ValueError, "other must be"),
+        (torch.ones(3, 4), torch.ones(3, 5), ValueError, "got 4 and 5"),
+        (torch.ones(3, 4), [1.0], TypeError, "other must be a torch.Tensor, got list"),
+    ],
+)
+def test_bad_features(one, other, error, message):
+    with pytest.raises(error, match=message):
+        vk.analysis.frechet_distance(one, other)

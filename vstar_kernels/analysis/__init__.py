@@ -22,6 +22,7 @@ from vstar_kernels.analysis.grids import (
     grid_layout,
     grid_shape,
     mixed_embedding,
+    seam_error,
     to_grid,
     token_frames,
 )
@@ -39,7 +40,7 @@ from vstar_kernels.analysis.maps import (
     mean_maps,
     min_max,
 )
-from vstar_kernels.analysis.metrics import CLIPVL, MTScore, clip_vl, mt_score
+from vstar_kernels.analysis.metrics import CLIPVL, MTScore, clip_vl, frechet_distance, mt_score
 from vstar_kernels.analysis.plan_plots import plot_guidance, plot_plan, plot_word_maps
 from vstar_kernels.analysis.plots import (
     plot_deltas,
@@ -86,6 +87,7 @@ __all__ = [
     "frame_order",
     "frame_profile",
     "frame_similarity",
+    "frechet_distance",
     "from_grid",
     "grid_layout",
     "grid_shape",
@@ -109,6 +111,7 @@ __all__ = [
     "plot_similarities",
     "plot_word_maps",
     "receptive_field",
+    "seam_error",
     "similarity_histogram",
     "spatial_heads",
     "structural_similarity",

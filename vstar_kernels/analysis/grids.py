@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from vstar_kernels.analysis.frames import as_frames
 from vstar_kernels.attention.bias import check_finite
 from vstar_kernels.attention.frames.layout import Frames, Layout, check_count
 
@@ -220,6 +221,41 @@ def mixed_embedding(
     place = torch.sin(x / scale[:half]) + torch.cos(y / scale[:half])
     frame = torch.sin(u / scale[: channels - half]) + torch.cos(u / scale[: channels - half])
     return torch.cat([place.expand(-1, *frame.shape[1:]), frame]).to(dtype)
+
+
+def seam_error(frames: Any, threshold: float = 4.0) -> float:
+    """Returns the share of a video's frames that are cut wrongly: with a seam inside (our measure).
+
+    ETC's Table 2 has an Err. of wrongly cut frames and does not define it. Here a frame is cut
+    wrongly if the step of the picture across some inner row or column is more than ``threshold``
+    times what it is across most of them, and no more than that on both sides of it: one sharp line
+    from edge to edge, as the border of a neighbouring cell makes it. The step across a row or
+    column is the median over its pixels, so that an object's outline is none.
+
+    Args:
+        frames: As for :func:`vstar_kernels.analysis.as_frames`, at least 4 × 4 pixels.
+        threshold: How many times the median is too much, more than 1.
+
+    Raises:
+        TypeError, ValueError: An argument is bad.
+    """
+    check_finite(threshold, "threshold")
+    if threshold <= 1:
+        raise ValueError(f"threshold must be more than 1, got {threshold}")
+    video = as_frames(frames)
+    if min(video.shape[-2:]) < 4:
+        raise ValueError(
+            f"frames must have at least 4 × 4 pixels, got {video.shape[-2]} × {video.shape[-1]}"
+        )
+    down = (video[..., 1:, :] - video[..., :-1, :]).abs().mean(1).median(2).values
+    across = (video[..., 1:] - video[..., :-1]).abs().mean(1).median(1).values  # (frames, w − 1)
+    level = threshold * torch.cat([down, across], 1).median(1, keepdim=True).values
+    level = level.clamp(min=1 / 255)  # a step of a picture without texture
+    cut = torch.zeros(len(video), dtype=torch.bool, device=video.device)
+    for steps in (down, across):
+        sharp = (steps > level)[:, 1:-1] & (steps <= level)[:, :-2] & (steps <= level)[:, 2:]
+        cut |= sharp.any(1)
+    return float(cut.float().mean())
 
 
 def _cells(rows: int, cols: int, h: int, w: int, order: Any) -> tuple[Tensor, Tensor]:

@@ -170,3 +170,45 @@ def _check_scale(logits: Tensor) -> None:
             "retriever must return 100 times cosines; these look like the cosines themselves, of "
             f"which all sentences are nearly as probable: {logits.tolist()}"
         )
+
+
+def frechet_distance(one: Tensor, other: Tensor) -> float:
+    """Returns the Fréchet distance of two sets of features: FVD and FID, by the caller's features.
+
+    ``|μ₁ − μ₂|² + tr(S₁ + S₂) − 2 tr((S₁^½ S₂ S₁^½)^½)`` of their means and covariances, in
+    float64. With I3D's features of videos it is the FVD that ETC reports.
+
+    Args:
+        one, other: ``(samples, channels)``, at least two samples each; the covariances are those
+            of samples, divided by n − 1.
+
+    Raises:
+        ValueError: There are fewer than two samples, or the channels differ.
+        TypeError: One is not a tensor.
+    """
+    for name, features in (("one", one), ("other", other)):
+        if not isinstance(features, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
+        if features.ndim != 2 or len(features) < 2:
+            raise ValueError(
+                f"{name} must be (samples, channels), of two samples at least, got "
+                f"{tuple(features.shape)}"
+            )
+    if one.shape[1] != other.shape[1]:
+        raise ValueError(
+            f"one and other must have the same channels, got {one.shape[1]} and {other.shape[1]}"
+        )
+    (mean_1, cov_1), (mean_2, cov_2) = (
+        _moments(x.detach().double()) for x in (one, other.to(one.device))
+    )
+    values, vectors = torch.linalg.eigh(cov_1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
+    middle = torch.linalg.eigvalsh(root @ cov_2 @ root).clamp(min=0).sqrt().sum()
+    distance = (mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * middle
+    return max(0.0, float(distance))
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    mean = features.detach().double().mean(0)
+    centred = features.detach().double() - mean
+    return mean, centred.mT @ centred / (len(features) - 1)

@@ -61,9 +61,8 @@ def filter_by_score(
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"scores must be (clips,), of one clip at least, got {shape}")
     if (keep is None) == (threshold is None):
-        raise ValueError(
-            "give one of keep and threshold, got " + ("none" if keep is None else "both")
-        )
+        given = "neither" if keep is None else "both"
+        raise ValueError(f"give one of keep and threshold, got {given}")
     if threshold is not None:
         return scores >= threshold
     assert keep is not None
