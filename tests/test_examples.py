@@ -1,4 +1,5 @@
 import ast
+import json
 import os
 import re
 import runpy
@@ -150,7 +151,7 @@ def test_videocrafter(tmp_path):
 
 def test_every_example_is_tested_and_listed():
     names = {path.stem for path in EXAMPLES.glob("*.py")} - SHARED
-    assert names == {*VIDEOS, "frame_map", "train_maps", "videocrafter"}
+    assert names == {*VIDEOS, "frame_map", "train_grid", "train_maps", "videocrafter"}
     readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert all(f"`{name}.py`" in readme for name in names)
 
@@ -178,3 +179,26 @@ def test_training_on_maps(run, capsys):
     losses = [float(x) for x in re.findall(r"loss (\d+\.\d+)", capsys.readouterr().out)]
     assert len(losses) >= 2
     assert losses[-1] < losses[0]
+
+
+def test_training_on_a_grid(run, tmp_path, capsys):
+    """Stopped and run again it does what it does in one go, and the page shows all of it."""
+    for steps in (2, 4):
+        run("train_grid", "--steps", steps, "--device", "cpu", "--output", tmp_path / "twice")
+    printed = capsys.readouterr().out
+    assert printed.count("goes on after step 2") == 2
+    run("train_grid", "--steps", 4, "--device", "cpu", "--output", tmp_path / "once")
+    for kind in ("with embeddings", "without embeddings"):
+        losses = [
+            json.loads((tmp_path / how / kind / "losses.json").read_text())
+            for how in ("once", "twice")
+        ]
+        assert len(losses[0]) == 4
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    page = (tmp_path / "once" / "index.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png") == 8
+    assert page.count("data:image/svg+xml") == 2
+    embedding = vk.GridEmbedding.load(
+        tmp_path / "once" / "with embeddings" / "embedding.safetensors"
+    )
+    assert embedding.fps is not None
