@@ -43,6 +43,11 @@ CONFIGS = [
     vk.TARConfig(bias={0: vk.DenseBias(torch.eye(3)), 2: vk.DenseBias(torch.ones(2, 2, 2))}),
     vk.TARConfig(bias=vk.ToeplitzBias(torch.ones(2, 5).bfloat16(), signed=True), include_init=True),
 ]
+FRAME_CONFIGS = [
+    vk.FrameTAR(),
+    vk.FrameTAR(0.5, 2.0, "none", steps=None, layers=range(3, 8, 2), heads=[4, 0]),
+    vk.FrameTAR(steps=7),
+]
 SYNOPSES = [
     {"prompt": "A pond.", "stages": ["Water.", "Ice."]},
     {"prompt": "A pond.", "subprompts": ["Water.", "Thin ice.", "Ice."], "anchors": [0, 4, 9]},
@@ -98,6 +103,18 @@ def test_configurations(tmp_path_factory, document):
         return
     text = config.to_json()
     assert vk.TARConfig.from_json(text).to_json() == text
+
+
+@many
+@given(documents([json.loads(config.to_json()) for config in FRAME_CONFIGS]))
+def test_frame_configurations(tmp_path_factory, document):
+    path = place(tmp_path_factory, document)
+    try:
+        config = vk.FrameTAR.load(path)
+    except FormatError as error:
+        assert_told(redact(str(error), [KEY]))
+        return
+    assert vk.FrameTAR.from_json(config.to_json()) == config
 
 
 @many

@@ -42,8 +42,14 @@ def apply_frames(
     with. Elsewhere, at other steps and in other layers, the model computes what it does by itself,
     by the attention backend that the user has set.
 
-    Compile after this call (``torch.compile(model)``, ``model.compile()``), or the blocks alone
-    (``compile_repeated_blocks()``) whenever; each rule and layout is a graph of its own.
+    The model may be compiled before or after this call, as a whole or in blocks
+    (``compile_repeated_blocks()``), ``fullgraph=True`` included. Each rule and layout is a graph of
+    its own, so a rule that changes in many steps needs a higher
+    ``torch._dynamo.config.recompile_limit`` than 8.
+
+    Caches skip calls, and what they kept of a regularized step (PyramidAttentionBroadcast,
+    FasterCache, TaylorSeer) they use again after the last one. Under context parallelism, Ulysses
+    works for rules of all heads, and ring attention is an error.
 
     Args:
         pipe_or_model: A pipeline, whose every full-3D transformer is treated (both of Wan 2.2), or

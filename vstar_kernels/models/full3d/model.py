@@ -39,13 +39,13 @@ _INSTALLING = threading.RLock()
 _KEYS = itertools.count()
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def _one(value: T) -> T:
     """Returns the same object for equal rules or layouts: torch.compile tells them apart by it."""
     return value
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def _key(*values: Any) -> str:
     """Returns a name for rules and layouts, the same for the same."""
     return str(next(_KEYS))
