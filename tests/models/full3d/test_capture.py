@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import nn
 
 import vstar_kernels as vk
+from tests.models.full3d.test_function_mode import LAYOUT, OwnAttention
 from tests.models.full3d.tiny import TINY
 from tests.models.models import KINDS
 from vstar_kernels.analysis import FrameMap, map_figures, mean_maps
@@ -165,6 +167,28 @@ def test_the_layout_of_the_caller_goes_before_the_calls(wan):
     wrong = vk.Layout(vk.Frames(2, 6))
     with vk.capture_maps(wan, layout=wrong), pytest.raises(ValueError, match=message):
         call(wan)
+
+
+def test_an_unknown_model_is_captured_by_the_layout_of_the_caller():
+    """With a rule and without; it is told no timestep."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(OwnAttention(), OwnAttention()), torch.randn(2, 11, 8)
+    expected = model(x)
+    query, key, value = model[0].qkv(x)
+    for rule in (None, RULE):
+        handle = None if rule is None else vk.apply_frames(model, rule, layout=LAYOUT)
+        with vk.capture_maps(model, layout=LAYOUT) as capture:
+            out = model(x)
+            model(x)
+        _, map_ = vk.frame_attention(query, key, value, LAYOUT, rule, return_map=True)
+        assert [(item.layer, item.calls) for item in capture.maps] == [("0", 2), ("1", 2)]
+        torch.testing.assert_close(capture.maps[0].with_text, map_)
+        if handle is None:
+            assert torch.equal(out, expected)
+        else:
+            assert not torch.equal(out, expected)
+            handle.remove()
+    assert torch.equal(model(x), expected)
 
 
 def test_what_cannot_be_captured_is_an_error(wan):

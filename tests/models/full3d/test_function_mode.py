@@ -18,7 +18,7 @@ LAYOUT = vk.Layout(vk.Text(3), vk.Frames(4, 2))
 RULE = vk.FrameRule.tar(1.0)
 
 
-class Own(nn.Module):
+class OwnAttention(nn.Module):
     """An attention module of nobody's: over the video with a mask, and then over a prompt."""
 
     def __init__(self, **options):
@@ -69,7 +69,7 @@ def take(module, control):
 
 
 def test_any_module_is_reached_and_left_as_it_was(x):
-    module, prompt = Own(), torch.randn(2, 5, 8)
+    module, prompt = OwnAttention(), torch.randn(2, 5, 8)
     cls, stock = type(module), module(x, prompt=prompt)
     leave = take(module, Control())
     query, key, value = module.qkv(x)
@@ -85,7 +85,7 @@ def test_any_module_is_reached_and_left_as_it_was(x):
 def test_a_mask_over_keys_is_a_length_of_keys(x):
     lengths = torch.tensor([11, 9], dtype=torch.int32)
     exists = (torch.arange(11) < lengths[:, None])[:, None, None]
-    module = Own()
+    module = OwnAttention()
     query, key, value = module.qkv(x)
     expected = vk.frame_attention(query, key, value, LAYOUT, RULE, key_lengths=lengths).flatten(2)
     leave = take(module, Control())
@@ -111,7 +111,7 @@ def test_other_masks_are_refused(mask, message):
 @pytest.mark.parametrize(("options", "named"), [({"is_causal": True}, "is_causal=True"),
                                                 ({"dropout_p": 0.5}, "dropout_p=0.5")])  # fmt: skip
 def test_what_frame_attention_has_not_is_refused(x, options, named):
-    module = Own(**options)
+    module = OwnAttention(**options)
     leave = take(module, Control())
     with pytest.raises(ValueError, match=named):
         module(x)
@@ -119,7 +119,7 @@ def test_what_frame_attention_has_not_is_refused(x, options, named):
 
 
 def test_a_module_that_does_not_reach_it_is_an_error(x):
-    module = Own()
+    module = OwnAttention()
     leave = take(module, Control(layout=vk.Layout(vk.Frames(4, 2))))
     with pytest.raises(RuntimeError, match=r"own did not attend .* with 11 queries and 11 keys"):
         module(x)
@@ -127,7 +127,7 @@ def test_a_module_that_does_not_reach_it_is_an_error(x):
 
 
 def test_the_mode_ends_with_the_call(x):
-    module = Own()
+    module = OwnAttention()
     leave = take(module, Control())
     with pytest.raises(RuntimeError):
         module(x[..., :5])
@@ -140,7 +140,7 @@ def test_the_mode_ends_with_the_call(x):
 
 
 def test_under_compile_it_runs_between_graphs_or_says_why_not(x):
-    module = Own()
+    module = OwnAttention()
     leave = take(module, Control())
     expected = module(x)
     outer = nn.Sequential(module, nn.Identity())

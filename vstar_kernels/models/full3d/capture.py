@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vstar_kernels.models.capture import MapCapture
 
 _LOCK = threading.RLock()  # of the watchers of all seats
+NO_TIMESTEP = float("nan")  # of a model of an unknown class that is told none
 
 
 class _WatchedPass(ForwardPass):
@@ -218,12 +219,13 @@ class FrameWatch:
         timestep = self._family.read_timestep(call)
         step = self._capture.find_step(model, timestep)
         wanted = self._watch_layers() if self._capture.wants(step) else set()
+        is_told = timestep is not None and isinstance(call["hidden_states"], Tensor)
         self._passes.begin(
             _WatchedPass(
                 call,
                 step,
-                timestep_value(timestep),
-                self._turns.branch(call["timestep"], call.sample),
+                NO_TIMESTEP if timestep is None else timestep_value(timestep),
+                self._turns.branch(call["timestep"], call.sample) if is_told else 0,
                 wanted,
                 keeps_graph=self._capture.differentiable and torch.is_grad_enabled(),
             )
