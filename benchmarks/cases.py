@@ -29,6 +29,9 @@ COSTS = {
     "block": None,
     "model": None,
     "frames": Cost(tensors=4, products=2),
+    # A query read and an output written; for the gradient of the query, three more products.
+    "cross": Cost(tensors=2, products=2),
+    "cross-backward": Cost(tensors=5, products=5),
 }
 
 
@@ -56,7 +59,8 @@ class Case:
     suite, what attends to each other are tokens: ``frames`` counts all of them, and ``layout``
     says how many are text, frames, tokens of each frame, and text after them. ``rule`` is one of
     its rules, which shows the share ``visible`` of all pairs. So it is in ``dit-model``, whose
-    ``uses`` name the model.
+    ``uses`` name the model. In the ``cross`` suites ``frames`` counts the queries, which attend
+    to ``keys`` of a text, of which ``columns`` words have maps.
     """
 
     suite: str
@@ -70,6 +74,8 @@ class Case:
     latents: tuple[int, int] | None = None
     layout: tuple[int, int, int, int] | None = None
     rule: str = ""
+    keys: int | None = None  # None: as many as frames
+    columns: int = 0
     visible: float = field(default=1.0, compare=False)
     uses: tuple[Use, ...] = field(default=(), compare=False)
 
@@ -80,12 +86,15 @@ class Case:
         threads = f"/{self.threads}-threads" if self.threads else ""
         latents = f"/latents-{self.latents[0]}x{self.latents[1]}" if self.latents else ""
         layout = f"/layout-{'-'.join(map(str, self.layout))}/{self.rule}" if self.layout else ""
-        return f"{self.suite}/{self.dtype}/{size}{latents}{layout}{threads}"
+        text = f"/keys-{self.keys}-columns-{self.columns}" if self.keys else ""
+        return f"{self.suite}/{self.dtype}/{size}{text}{latents}{layout}{threads}"
 
     @property
     def size(self) -> str:
         """Returns the shape, and what else tells the case apart in its suite."""
         text = " × ".join(map(str, self.shape))
+        if self.keys:
+            return f"{text}, {self.keys} keys, {self.columns} columns"
         if self.layout:
             before, frames, tokens, after = self.layout
             words = f" + {before + after} of text" if before + after else ""
@@ -117,6 +126,11 @@ class Case:
             return None
         tensors = cost.tensors * self.elements * self.torch_dtype.itemsize
         maps = self.batch * self.frames**2 if self.operation == "map" else 0
+        if self.keys:
+            passes = 2 if self.operation == "cross-backward" else 1
+            text = 2 * self.batch * self.keys * self.heads * self.head_dim
+            tensors += passes * text * self.torch_dtype.itemsize
+            maps = passes * self.batch * self.frames * self.columns
         return tensors + maps * BYTES_OF_MAP_ELEMENT
 
     @property
@@ -125,9 +139,11 @@ class Case:
         cost = COSTS[self.operation]
         if cost is None:
             return None
-        return round(2 * cost.products * self.elements * self.frames * self.visible)
+        keys = self.keys or self.frames
+        return round(2 * cost.products * self.elements * keys * self.visible)
 
     @property
     def logits_bytes(self) -> int:
         """Returns the size of all logits, of which some peers hold several tensors."""
-        return self.batch * self.heads * self.frames**2 * self.torch_dtype.itemsize
+        pairs = self.frames * (self.keys or self.frames)
+        return self.batch * self.heads * pairs * self.torch_dtype.itemsize

@@ -8,11 +8,14 @@ columns)``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import vstar_kernels as vk
+from benchmarks.adapters import AttentionWithMap, Inputs
 from vstar_kernels.testing import eager_columns
 
 ColumnAttention = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -61,6 +64,24 @@ def sdpa_with_columns(
     )
     both = F.scaled_dot_product_attention(q, k, v, scale=dim**-0.5).transpose(1, 2)
     return both[..., :dim], both[..., dim : dim + count].mean(2, dtype=torch.float32)
+
+
+def kernels(columns: Tensor) -> AttentionWithMap:
+    """Returns this package's operation for inputs where the columns are."""
+    backend = "triton" if columns.is_cuda else "cpu"
+    return partial(vk.column_attention, columns=columns, backend=backend)
+
+
+def bound(attend: ColumnAttention) -> Callable[[Tensor], AttentionWithMap]:
+    """Returns what gives the attention of query, key and value for columns."""
+    return lambda columns: partial(attend, columns=columns)
+
+
+def trial(attend: ColumnAttention) -> Callable[[Inputs], AttentionWithMap]:
+    """Returns what gives such an attention for any inputs."""
+    return lambda inputs: partial(
+        attend, columns=columns_of_words(inputs[1].shape[1]).to(inputs[1].device)
+    )
 
 
 PEERS: dict[str, ColumnAttention] = {

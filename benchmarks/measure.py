@@ -22,6 +22,7 @@ from benchmarks import results
 from benchmarks.adapters import reason
 from benchmarks.cases import Case
 from benchmarks.clock import CpuClock, TimedCall, WarmCall, clock_for, time_in_turn
+from benchmarks.cross import Cross, CrossBackward
 from benchmarks.frame_adapters import RefusedError
 from benchmarks.frames import Frames
 from benchmarks.machine import Watch, free_bytes, peak_bytes
@@ -48,7 +49,7 @@ def measure(task: Task, plan: Plan, progress: Callable[[str], None]) -> Record:
     operation = _operation(case, plan, clock.sets(copied))
     outcomes: dict[str, Outcome] = {}
     calls: list[WarmCall] = []
-    with torch.set_grad_enabled(case.operation == "backward"):
+    with torch.set_grad_enabled(case.operation.endswith("backward")):
         for name, peer in PEERS.items():
             if name in plan.peers and operation.offers(peer):
                 progress(f"checks {peer.title}")
@@ -78,7 +79,8 @@ def _operation(case: Case, plan: Plan, num_sets: int) -> Forward | Step | Transf
     if case.operation in ("block", "model"):
         (use,) = case.uses
         return Transformer(case, plan.device, WORKLOADS["dit-model"]["models"][use.model])
-    return {**OPERATIONS, "frames": Frames}[case.operation](case, plan.device, num_sets)
+    others = {"frames": Frames, "cross": Cross, "cross-backward": CrossBackward}
+    return {**OPERATIONS, **others}[case.operation](case, plan.device, num_sets)
 
 
 def _prepare(
@@ -112,7 +114,7 @@ def _prepare(
 
 def _too_large(peer: Peer, case: Case, device: str) -> str:
     """Returns why a peer that holds all logits is not tried; nothing if it may be."""
-    factor = 2 if case.operation == "backward" else 1
+    factor = 2 if case.operation.endswith("backward") else 1
     needed, free = factor * peer.logits_held * case.logits_bytes, free_bytes(device)
     if needed <= SHARE_OF_MEMORY * free:
         return ""

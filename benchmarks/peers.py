@@ -13,8 +13,10 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import vstar_kernels as vk
+from benchmarks import column_adapters as columns
 from benchmarks import frame_adapters as frames
 from benchmarks.adapters import (
     BIAS,
@@ -45,10 +47,11 @@ class Peer:
 
     ``build`` gets query, key and value and returns the attention for inputs like them, whose
     ``note``, if it has one, is shown with the figures; ``build_frames`` does so for attention over
-    frames of tokens. ``trial`` replaces them where it would take long to find out whether the peer
-    can run at all. ``logits_held`` says how many tensors of all logits are held at once. ``ours``
-    marks this package, asked for something else; ``on_request`` a peer that runs only where it is
-    named; ``quantised`` one whose errors are those of 8-bit integers.
+    frames of tokens, and ``build_cross``, which gets columns, for attention to a text. ``trial``
+    replaces them where it would take long to find out whether the peer can run at all, or needs
+    more. ``logits_held`` says how many tensors of all logits are held at once. ``ours`` marks this
+    package, asked for something else; ``on_request`` a peer that runs only where it is named;
+    ``quantised`` one whose errors are those of 8-bit integers.
     """
 
     title: str
@@ -56,6 +59,7 @@ class Peer:
     build: Callable[[Inputs], Attention] | None
     build_with_map: Callable[[Inputs], AttentionWithMap] | None = None
     build_frames: Callable[[Problem], AttentionWithMap] | None = None
+    build_cross: Callable[[Tensor], AttentionWithMap] | None = None
     processor: Callable[[Bias], Any] | None = None  # of diffusers' attention modules
     trial: Callable[[Inputs], Attention] | None = None
     logits_held: int = 0
@@ -94,6 +98,7 @@ PEERS = {
         kernels,
         partial(kernels, return_map=True),
         frames.Kernels,
+        columns.kernels,
         TARAttnProcessor,
         ours=True,
     ),
@@ -102,6 +107,7 @@ PEERS = {
         True,
         eager,
         partial(eager, return_map=True),
+        build_cross=columns.bound(columns.eager),
         processor=EagerTARAttnProcessor,
         logits_held=4,
     ),
@@ -133,6 +139,21 @@ PEERS = {
     ),
     "ultravico": Peer(
         "UltraViCo's kernel", True, None, build_frames=frames.ultravico, quantised=True
+    ),
+    "sdpa-weights": Peer(
+        "SDPA, and all weights again",
+        True,
+        None,
+        build_cross=columns.bound(columns.sdpa_and_maps),
+        trial=columns.trial(columns.sdpa_and_maps),
+        logits_held=4,
+    ),
+    "sdpa-values": Peer(
+        "SDPA with columns as values",
+        True,
+        None,
+        build_cross=columns.bound(columns.sdpa_with_columns),
+        trial=columns.trial(columns.sdpa_with_columns),
     ),
     "xformers-bias": Peer(
         "xformers with the bias", True, lambda x: with_bias(xformers(x), x), logits_held=3

@@ -230,6 +230,32 @@ def transformers(selection: Selection, make: Make) -> Iterator[Case]:
             yield case if selection.device == "cpu" else replace(case, operation="model")
 
 
+def cross(selection: Selection, make: Make) -> Iterator[Case]:
+    """Cross-attention to a text, with the maps of four words, at each level of UNets."""
+    table = WORKLOADS["cross"]
+    for frames in table["frames"][: 1 if selection.quick else None]:
+        for model in table["models"]:
+            if model not in selection.models or frames not in selection.frames:
+                continue
+            for level in WORKLOADS["models"][model]["levels"]:
+                if level["level"] == "init":  # which has no cross-attention
+                    continue
+                yield make(
+                    frames,
+                    level["rows"] // 2,
+                    level["heads"],
+                    level["head_dim"],
+                    keys=table["keys"],
+                    columns=table["columns"],
+                    uses=(Use(model, str(level["level"]), frames, level["calls"] // 2),),
+                )
+
+
+def cross_backward(selection: Selection, make: Make) -> Iterator[Case]:
+    """The same with the gradient of the query, at the finest levels."""
+    return (case for case in cross(selection, make) if case.uses[0].level == "0")
+
+
 @dataclass(frozen=True)
 class Suite:
     """Cases of one operation, and how the report presents them.
@@ -268,6 +294,10 @@ SUITES = {
     "threads": Suite(threads, "forward", "Threads"),
     "frames": Suite(frames, "frames", "Attention over frames of tokens"),
     "dit-model": Suite(transformers, "block", "Video transformers", WHOLE_BLOCK),
+    "cross": Suite(cross, "cross", "Attention to a text, with maps of words"),
+    "cross-backward": Suite(
+        cross_backward, "cross-backward", "The same, with the gradient of the query"
+    ),
 }
 DEFAULTS: dict[str, Any] = {
     "suites": tuple(SUITES),
