@@ -147,7 +147,7 @@ def test_tokens_that_do_not_exist_are_not_heard(models):
     model, texts = models["ltx"], texts_of("ltx", batch=1)
     counts = [7, 3, 5]
     mask = (torch.arange(7) < torch.tensor(counts)[:, None])[None]
-    given = inputs_of("ltx", encoder_attention_mask=torch.tensor([[1.0] * 4 + [0] * 3, [1] * 7]))
+    given = inputs_of("ltx", encoder_attention_mask=torch.tensor([[1.0] * 7, [1.0] * 4 + [0] * 3]))
     junk = texts.masked_fill(~mask[..., None], 1e3)
     with vk.condition_frames(model, junk, mask=mask):
         out = run(model, given)

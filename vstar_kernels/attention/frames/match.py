@@ -98,16 +98,15 @@ def matching_table(native: Tensor, long: Tensor, *, clip: float, beyond: Beyond)
     for _ in range(ROUNDS):
         # The rows of the long map were softmax of its logits: this is what they are with the bias.
         weighed = (found * bias[..., distance].exp()).masked_fill(hidden, 0.0)
-        total = weighed.sum(-1) + found_text
-        correction = _quotient(frame_profile(target), frame_profile(weighed / total[..., None]))
-        # Text is never weighed itself: all frames are, so that its share is what it was.
-        correction += _quotient((found_text / total).mean(-1), wanted_text)[..., None]
+        # Text is never weighed: where all frames get their shares, it has its own.
+        total = (weighed.sum(-1) + found_text)[..., None]
+        correction = _quotient(frame_profile(target), frame_profile(weighed / total))
         bias = (bias + correction).clamp(-clip, clip)
     return bias[..., distance].masked_fill(hidden, -math.inf)
 
 
 def _quotient(one: Tensor, other: Tensor) -> Tensor:
-    """Returns log(one / other), and 0 where nobody sees what is to be weighed, or wants any text.
+    """Returns log(one / other), and 0 where nobody sees what is to be weighed.
 
     A target of 0 is −∞, which is clipped; under a mask a profile is 0, and stays so.
     """
