@@ -92,7 +92,7 @@ def run(*arguments, **options):
 
 TINY = cases.OPTIONS | {
     "queries": [1, 5, 37],
-    "keys": [1, 16, 64, 77, 100, 128, 130, 226],
+    "keys": [1, 16, 64, 77, 100, 128, 130, 226, 600],
     "count": [1, 4],
     "heads": [1, 3],
     "head_dim": [16, 40],
@@ -216,6 +216,8 @@ def test_a_nan_stays_in_its_row(keys):
         assert torch.equal(x[0, 34:], y[0, 34:])
     assert found[0][0, 33, 1].isnan().all()
     assert found[1][0, 33].isnan().all()
+    nothing = run(query, key, None, torch.zeros(keys, 1))
+    assert nothing.isnan().sum() == nothing[0, 33].isnan().sum() == 1
 
 
 @pytest.mark.parametrize("keys", [77, 130])
@@ -252,22 +254,23 @@ def test_nothing_to_compute():
     assert found.shape == query.shape
 
 
-def test_reasons_name_what_is_missing():
-    x, weights = torch.zeros(1, 600, 1, 16, device=DEVICE), torch.ones(600, 2, device=DEVICE)
+def test_reasons_name_what_is_missing(monkeypatch):
+    x, weights = torch.zeros(1, 77, 1, 16, device=DEVICE), torch.ones(77, 2, device=DEVICE)
 
-    def why_not(keys, **changed):
-        given = {"query": x, "key": x[:, :keys], "value": x[:, :keys], "columns": weights[:keys]}
+    def why_not(**changed):
+        given = {"query": x, "key": x, "value": x, "columns": weights}
         return columns.why_not(check_call(**{**given, **changed}))
 
-    assert why_not(77) == []
-    assert why_not(77, value=None) == []
-    assert why_not(600) == ["takes at most 512 keys, key has 600"]
-    double = {name: x[:, :77].double() for name in ("query", "key", "value")}
-    assert why_not(77, **double)[0].startswith("takes torch.float32")
-    trained = weights[:77].clone().requires_grad_()
-    assert "gradient of columns" in why_not(77, columns=trained)[0]
+    assert why_not() == []
+    assert why_not(value=None) == []
+    double = {name: x.double() for name in ("query", "key", "value")}
+    assert why_not(**double)[0].startswith("takes torch.float32")
+    trained = weights.clone().requires_grad_()
+    assert why_not(columns=trained) == ["computes no gradient of columns, which requires one"]
     with torch.no_grad():
-        assert not why_not(77, columns=trained)
+        assert not why_not(columns=trained)
+    monkeypatch.setattr(backend, "MAX_ROWS", 76)
+    assert why_not() == ["takes up to 76 rows of head_dim, the call has 77"]
 
 
 # ---- how work is shared out ----

@@ -12,10 +12,6 @@ from torch import Tensor
 from vstar_kernels.attention.bias import check_finite, check_strided
 from vstar_kernels.attention.call import DTYPES, autocast, has_autocast
 
-# What the kernels of GPUs hold of a row at a time; those of CPUs and the reference take any number.
-MAX_KEYS = 512
-MAX_COLUMNS = 64
-
 
 class ColumnOptions(NamedTuple):
     """All of a call but its tensors, hashable, in the order in which the operator takes them."""
@@ -105,15 +101,6 @@ class ColumnCall:
             f"{name}: {tuple(t.shape)}, strides {t.stride()}, {t.dtype}, {t.device}"
             for name, t in self.tensors().items()
         )
-
-    def refusals(self) -> list[str]:
-        """Returns what the kernels of GPUs have against this call's sizes."""
-        reasons = []
-        if self.keys > MAX_KEYS:
-            reasons.append(f"takes at most {MAX_KEYS} keys, key has {self.keys}")
-        if self.columns_count > MAX_COLUMNS:
-            reasons.append(f"takes at most {MAX_COLUMNS} columns, columns has {self.columns_count}")
-        return reasons
 
 
 class ColumnWanted(NamedTuple):

@@ -30,12 +30,12 @@ def unavailable() -> list[str]:
 def why_not(call: ColumnCall) -> list[str]:
     """Returns why the kernels cannot take this call."""
     value = call.key if call.value is None else call.value
-    reasons = [*backend.why_not_tensors(call.query, call.key, value), *call.refusals()]
+    reasons = backend.why_not_tensors(call.query, call.key, value)
     rows = call.batch * call.heads * max(call.queries, call.keys)
     if rows > backend.MAX_ROWS:
         reasons.append(f"takes up to {backend.MAX_ROWS} rows of head_dim, the call has {rows}")
     if torch.is_grad_enabled() and call.columns.requires_grad:
-        reasons.append("has no gradient of columns, which require one")
+        reasons.append("computes no gradient of columns, which requires one")
     return reasons
 
 
