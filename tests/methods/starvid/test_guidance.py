@@ -1,6 +1,9 @@
 """Guidance in whole pipelines: what it does to latents and maps, and what it leaves alone."""
 
+import copy
+import gc
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -250,7 +253,7 @@ def shifted(scheduler, at):
     own = type(scheduler)
     scheduler.set_timesteps(4)
     shift, is_guided = Shift(at), []
-    _GUIDED[scheduler] = shift
+    _GUIDED[scheduler] = lambda: shift
     _GUIDING.put_on(scheduler)
     torch.manual_seed(0)
     latents = torch.ones(1, 4, 4) * float(scheduler.init_noise_sigma)
@@ -373,6 +376,17 @@ def test_the_subject_is_there_in_half_of_the_frames(pipe):
     _, handle = guided(pipe, plan)
     assert all(math.isfinite(x.total) for x in handle.updates)
     assert handle.updates[1].total < handle.updates[0].total
+
+
+def test_a_pipeline_that_is_dropped_under_guidance_is_freed():
+    pipe = tiny.text_to_video()
+    guide(pipe)
+    assert type(copy.deepcopy(pipe.scheduler)) is diffusers.DDIMScheduler
+    model, scheduler = weakref.ref(pipe.unet), weakref.ref(pipe.scheduler)
+    del pipe
+    gc.collect()
+    assert model() is None
+    assert scheduler() is None
 
 
 def test_what_it_refuses(pipe):

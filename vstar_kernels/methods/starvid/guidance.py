@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -235,9 +236,10 @@ class GuidanceHandle(Handle):
         self._hooks = Hooks()
         # Finds out now what cannot be captured, and not after the text has been encoded.
         self._capture(_weights(words, 1)).remove()
-        if _GUIDED.setdefault(scheduler, self) is not self:
+        if _handle_of(scheduler) is not None:
             raise ValueError("this pipeline is under guide_latents already: remove() that handle")
         try:
+            _GUIDED[scheduler] = weakref.ref(self)
             _GUIDING.put_on(scheduler)
             self._hooks.before(model, self._before)
         except BaseException:
@@ -253,7 +255,7 @@ class GuidanceHandle(Handle):
         self.updates, self.maps = [], {}
 
     def _free_scheduler(self) -> None:
-        if _GUIDED.get(self._scheduler) is self:
+        if _handle_of(self._scheduler) is self:
             _GUIDING.take_off(self._scheduler)
             del _GUIDED[self._scheduler]
 
@@ -594,13 +596,19 @@ def _mean(values: list[Tensor]) -> float | None:
     return float(torch.stack(values).detach().mean()) if values else None
 
 
+def _handle_of(scheduler: Any) -> GuidanceHandle | None:
+    """Returns the handle that guides the pipeline of a scheduler, if any does."""
+    found = _GUIDED.get(scheduler)
+    return None if found is None else found()
+
+
 def _guided_calls(base: Any) -> dict[str, Callable[..., Any]]:
     """Returns the methods of a guided scheduler; their signatures, which pipelines ask, stay."""
 
     @functools.wraps(base.scale_model_input)
     def scale_model_input(scheduler: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         scaled: Tensor = base.scale_model_input(scheduler, sample, *args, **kwargs)
-        handle = _GUIDED.get(scheduler)
+        handle = _handle_of(scheduler)
         if handle is not None:
             handle.note(sample, scaled, args[0] if args else kwargs.get("timestep"))
         return scaled
@@ -609,7 +617,7 @@ def _guided_calls(base: Any) -> dict[str, Callable[..., Any]]:
     def step(
         scheduler: Any, model_output: Any, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        handle = _GUIDED.get(scheduler)
+        handle = _handle_of(scheduler)
         if handle is not None:
             sample, is_changed = handle.latents_of_step(sample)
             # UniPC and SA-Solver correct the result of the step before, which is not there now.
@@ -621,4 +629,5 @@ def _guided_calls(base: Any) -> dict[str, Callable[..., Any]]:
 
 
 _GUIDING = ClassChange(_guided_calls)
-_GUIDED: WeakKeyDictionary[Any, GuidanceHandle] = WeakKeyDictionary()
+# The model's hook holds the handle: pipelines that are dropped under guidance are not kept by this.
+_GUIDED: WeakKeyDictionary[Any, Callable[[], GuidanceHandle | None]] = WeakKeyDictionary()
