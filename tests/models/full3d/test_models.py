@@ -14,7 +14,10 @@ from tests.models.full3d.tiny import TINY, Tiny
 
 pytest.importorskip("diffusers")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:In CPU autocast, but"),  # Mochi's
+]
 
 
 class Case(NamedTuple):

@@ -15,7 +15,10 @@ from vstar_kernels.models.full3d.processors import PROCESSORS, FrameProcessor
 
 pytest.importorskip("diffusers")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:In CPU autocast, but"),  # Mochi's
+]
 
 RULE = vk.FrameRule.tar(1.0)
 CLOSE = {"rtol": 0.0, "atol": 3e-6}
