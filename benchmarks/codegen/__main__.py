@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     todo = [case for case in every if options.has(case.entry)]
     results = in_processes(report.examine, todo, options.jobs, unit="kernel")
     if options.update and options.json:
-        results = report.merged(json.loads(options.json.read_text())["kernels"], results, every)
+        results = report.merged(report.read(options.json), results, every)
     text = report.tables(results)
     print(text)
     if options.json:

@@ -18,6 +18,7 @@ fraction of the memory's bandwidth, and at most all of it.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -68,6 +69,16 @@ def examine(case: Case) -> Result:
     if case.kernel == "tile":
         result |= asdict(predict(case, binary, target))
     return result
+
+
+def read(path: Path) -> list[Result]:
+    """Returns the results that a file holds. JSON has made texts of the widths, its keys."""
+    results = json.loads(path.read_text())["kernels"]
+    for result in results:
+        for name in ("loads", "other_loads", "stores"):
+            if name in result:
+                result[name] = {int(width): n for width, n in result[name].items()}
+    return list(results)
 
 
 def merged(before: Iterable[Result], results: list[Result], every: Iterable[Case]) -> list[Result]:

@@ -409,6 +409,8 @@ def test_every_table_of_frames_has_every_size_once():
         assert 0 < config.shared <= choose.LEAST_SHARED[entry.architecture], entry
         assert min(config.rows, config.keys) >= 16, entry
         assert min(config.stages, config.programs) >= 1, entry
+        most = TARGETS[entry.architecture].most_registers(config.warps)
+        assert config.registers in (0, most), entry
 
 
 def test_every_forward_pass_over_frames_has_vectors_to_load():
@@ -559,7 +561,7 @@ def test_a_representative_subset_compiles_without_fault(architecture, tmp_path):
     assert path.with_suffix(".md").read_text().startswith("# Compiled kernels\n\nTriton ")
 
 
-def test_an_updated_report_keeps_what_is_shipped_still():
+def test_an_updated_report_keeps_what_is_shipped_still(tmp_path):
     every = every_frame_case()[:3]
     kept, changed, again = (
         {"name": case.name, "config": report.config_of(case), "faults": []} for case in every
@@ -568,6 +570,9 @@ def test_an_updated_report_keeps_what_is_shipped_still():
     before = [again | {"registers": 1}, kept, changed, {"name": "of no case"}]
     assert report.merged(before, [again], every) == [kept, again]
     assert report.merged(before, [changed], every)[1] == changed  # as it was examined now
+    stored = kept | {"loads": {16: 2, 4: 1}}
+    (tmp_path / "report.json").write_text(json.dumps({"kernels": [stored]}))
+    assert report.read(tmp_path / "report.json") == [stored]
 
 
 def test_the_command_exits_with_the_offenders(monkeypatch):
