@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 import vstar_kernels as vk
 from benchmarks.adapters import Attention
@@ -19,6 +16,7 @@ from benchmarks.frame_adapters import Problem
 from benchmarks.frames import RULES, layout_of
 from benchmarks.peers import COMPOSED, SDPA, Peer
 from vstar_kernels.models.full3d.apply import apply_frames
+from vstar_kernels.models.full3d.function_mode import AttentionCall, ExchangedAttention
 from vstar_kernels.models.hooks import Handle
 
 TEXT_CHANNELS = 4096
@@ -86,10 +84,9 @@ class Transformer:
             rule = self._rule if peer.tar else vk.FrameRule()
             apply = functools.partial(self._apply, rule, name if name == COMPOSED else note)
             return TimedCall(name, self._predict, prepare=apply), note
-        instead = _Instead(attention, self._layout.tokens)
 
         def predict(latents: Tensor) -> Tensor:
-            with instead:
+            with _instead(attention, self._layout.tokens):
                 return self._predict(latents)
 
         return TimedCall(name, predict, prepare=self._stock), note
@@ -123,20 +120,13 @@ class Transformer:
         self._handle = apply_frames(self._model, rule, backend=backend)
 
 
-class _Instead(TorchFunctionMode):
-    """Has another attention in the place of PyTorch's where the video attends to itself."""
+def _instead(attention: Attention, tokens: int) -> ExchangedAttention:
+    """Returns a context with another attention where the video attends to itself."""
 
-    def __init__(self, attention: Attention, tokens: int) -> None:
-        super().__init__()
-        self._attention, self._tokens = attention, tokens
+    def answer(call: AttentionCall) -> Tensor:
+        if not call.query.shape[-2] == call.key.shape[-2] == tokens:
+            return call.stock()
+        heads_last = (x.transpose(1, 2) for x in (call.query, call.key, call.value))
+        return attention(*heads_last).transpose(1, 2)
 
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
-            query, key, value = args[:3] if args else (kwargs[x] for x in ("query", "key", "value"))
-            if query.shape[-2] == key.shape[-2] == self._tokens:
-                heads_last = (x.transpose(1, 2) for x in (query, key, value))
-                return self._attention(*heads_last).transpose(1, 2)
-        return function(*args, **kwargs)
+    return ExchangedAttention(answer)
