@@ -1,5 +1,6 @@
 """Forward passes under a rule: in several threads, interrupted, and while a handle is removed."""
 
+import gc
 import threading
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("transformers")
 from tests.models.test_signals import Interrupt, interrupted_at, lines_of
 from tests.models.test_threads import together
 from vstar_kernels.models.full3d.families import find_family
+from vstar_kernels.models.full3d.seats import FrameChange
 from vstar_kernels.models.hooks import Hooks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -161,4 +163,37 @@ def test_a_forward_pass_that_is_interrupted_leaves_nothing(tiny):
         with pytest.raises(RuntimeError, match=r"not its forward"):
             model.forward(**tiny.call())
         assert torch.equal(tiny.run(model), expected)
+    assert torch.equal(tiny.run(model), stock)
+
+
+def changes():
+    gc.collect()
+    return {id(x) for x in gc.get_objects() if type(x) is FrameChange}
+
+
+def test_nothing_of_a_forward_pass_is_kept():
+    tiny = TINY["hunyuan"]
+    model = tiny.make()
+    before = changes()
+    with apply(model):
+        tiny.run(model)
+        assert changes() <= before
+
+
+@pytest.mark.parametrize("order", ["apply, capture", "capture, apply"])
+@pytest.mark.parametrize("first", ["apply", "capture"])
+@routes
+def test_a_rule_and_maps_come_and_go_in_any_order(tiny, order, first):
+    model = tiny.make()
+    stock, before = tiny.run(model), state(model)
+    make = {
+        "apply": lambda: vk.apply_frames(model, RULE, layers=[0]),
+        "capture": lambda: vk.capture_maps(model),
+    }
+    handles = {name: make[name]() for name in order.split(", ")}
+    changed = tiny.run(model)
+    handles.pop(first).remove()
+    assert torch.equal(tiny.run(model), stock if first == "apply" else changed)
+    handles.popitem()[1].remove()
+    assert state(model) == before
     assert torch.equal(tiny.run(model), stock)
