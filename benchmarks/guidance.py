@@ -48,13 +48,13 @@ class Options:
 
     width: int = 64
     """Channels of the finest level; the real model has 320."""
-    frames: int = 16
+    frames: int = 8
     size: Annotated[tuple[int, int], parsed(size(64), "HEIGHTxWIDTH")] = field(
-        default_factory=lambda: (192, 320)
+        default_factory=lambda: (64, 96)
     )
     """In pixels."""
     device: str = "cpu"
-    rounds: int = 5
+    rounds: int = 3
     json: Path | None = None
     """A file for the figures."""
 
