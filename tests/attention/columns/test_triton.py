@@ -220,17 +220,34 @@ def test_a_nan_stays_in_its_row(keys):
     assert nothing.isnan().sum() == nothing[0, 33].isnan().sum() == 1
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("keys", [77, 130])
-def test_logits_of_any_size(keys):
-    """A key that no query sees, −∞, and logits far beyond what an exponential holds."""
-    query = torch.full((1, 3, 1, 16), 100.0)
-    key, value = torch.randn(2, 1, keys, 1, 16).unbind()
-    key[0, :70, 0, 0] = -torch.inf
-    weights = torch.eye(keys)[:, [0, 75]]
-    out, maps = run(query, key, value, weights, scale=4.0)
-    expected = vk.column_attention(query, key, value, weights, scale=4.0, backend="reference")
-    torch.testing.assert_close((out, maps), expected, rtol=1e-4, atol=1e-5)
+def test_logits_of_any_size(keys, sign):
+    """A key that no query sees, −∞, and logits far beyond what an exponential holds.
+
+    Beside keys of very negative logits, what is padded would weigh more than any number.
+    """
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 3, 1, 16), *torch.randn(2, 1, keys, 1, 16)
+    query = 20 * query.abs() + 20
+    key = key.abs() * sign
+    key[0, 3, 0, 0] = -torch.inf
+    weights = torch.eye(keys)[:, [0, 75, keys - 1]]
+    call = check_call(*map(on_device, (query, key, value, weights)), scale=1.0)
+    found = columns.forward(call, save=True)
+    grads = [on_device(torch.randn_like(x)) for x in found[:2]]
+    wanted = ColumnWanted(query=True, key=False, value=False, columns=False)
+    query.requires_grad_()
+    out, maps = vk.column_attention(query, key, value, weights, scale=1.0, backend="reference")
+    torch.testing.assert_close(found.out.cpu(), out, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.mean_map.cpu(), maps, rtol=1e-4, atol=1e-4)
     assert out.isfinite().all()
+    key[0, 3, 0, 0] = -1000.0  # a key of −∞ has no finite gradient
+    call = check_call(*map(on_device, (query.detach(), key, value, weights)), scale=1.0)
+    gradient = columns.backward(call, None, (), *grads, wanted).query
+    out, maps = vk.column_attention(query, key, value, weights, scale=1.0, backend="reference")
+    (expected,) = torch.autograd.grad((out, maps), query, [x.cpu() for x in grads])
+    torch.testing.assert_close(gradient.cpu(), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_programs_that_share_work_are_the_same_every_time(processors):

@@ -301,8 +301,8 @@ def grad_key_kernel(
         b_lse = tl.load(p_lse + i, mask=m_i, other=0.0) / LN2
         b_dot = tl.load(p_dot + i, mask=m_i, other=0.0)
         b_s = products(b_k, b_q, HEAD)  # (KEYS, ROWS)
+        # A query past the last has weights of 1, and gradients of 0.
         b_p = tl.exp2(b_s * exp2_scale - tl.expand_dims(b_lse, 0))  # (KEYS, ROWS)
-        b_p = tl.where(m_i, b_p, 0.0)
         b_dp = tl.zeros((KEYS, ROWS), tl.float32) - tl.expand_dims(b_dot, 0)
         if GRAD_OUT:
             b_dv = add_weighted_sums(b_dv, b_p.to(b_do[0].dtype), b_do, HEAD)  # (KEYS, D)
