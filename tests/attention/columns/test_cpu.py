@@ -11,7 +11,7 @@ from vstar_kernels.attention.columns import cpu, reference
 from vstar_kernels.attention.columns.call import ColumnWanted, check_call
 from vstar_kernels.testing import assert_columns, assert_gradients
 
-pytestmark = pytest.mark.usefixtures("several_threads")
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAN = float("nan")
 
 
