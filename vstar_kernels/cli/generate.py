@@ -91,7 +91,8 @@ class VideoOptions:
     image: Annotated[Path | None, option("FILE")] = None
     """The image to animate, for I2VGen-XL."""
     frames: Annotated[int, parsed(integer(1, MAX_FRAMES), "N")] = 16
-    """How many frames; for Wan and SkyReels-V2 1 more than a multiple of 4."""
+    """How many frames. Full-3D transformers make certain numbers: 17, 25, 49 or 97 fits each of
+    them but Mochi, whose are 19, 25, 49 or 97. Of others, the error names those next to it."""
     size: Annotated[
         tuple[int, int] | None,
         parsed(size(MIN_SIZE), "HEIGHTxWIDTH"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -30,8 +31,6 @@ FULL3D = TEXT_APART | {
     "HunyuanVideoPipeline": "vae_scale_factor_temporal",
     "MochiPipeline": "vae_temporal_scale_factor",
 }
-# Which make another number of frames than they are asked for, unless it is 1 more than a multiple.
-ROUNDING = ("WanPipeline", "SkyReelsV2Pipeline")
 FRAMES = ("num_frames", "video_length")
 COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
 # Arguments of pipelines that are given otherwise here, and how.
@@ -100,12 +99,22 @@ class PipelineCall:
         return self._get("guidance_scale") > 1
 
     def check_frames(self, num_frames: int) -> None:
-        """Raises ValueError if the pipeline would make another number of frames."""
-        if _kind(self._pipe, ROUNDING) and (num_frames - 1) % self.frames_of_a_latent:
-            raise ValueError(
-                f"num_frames must be 1 more than a multiple of {self.frames_of_a_latent} for "
-                f"{type(self._pipe).__name__}, got {num_frames}"
-            )
+        """Raises ValueError if the pipeline would make another number of frames.
+
+        The message names the numbers next to it that it does make.
+        """
+        kind = _kind(self._pipe, FULL3D)
+        if not kind or _makes(kind, num_frames, self.frames_of_a_latent):
+            return
+        near = [
+            next(n for n in count if _makes(kind, n, self.frames_of_a_latent))
+            for count in (itertools.count(num_frames, -1), itertools.count(num_frames))
+        ]
+        raise ValueError(
+            f"num_frames must be a number of frames that {type(self._pipe).__name__} makes, such "
+            f"as {near[0]} or {near[1]}, got {num_frames}: a latent frame is of "
+            f"{self.frames_of_a_latent}"
+        )
 
     @property
     def frames_of_a_latent(self) -> int:
@@ -186,6 +195,20 @@ def _kind(pipe: Any, names: Iterable[str]) -> str:
     """Returns which of the classes a pipeline is of, by name; nothing if it is of none."""
     classes = [cls.__name__ for cls in type(pipe).__mro__]
     return next((name for name in names if name in classes), "")
+
+
+def _makes(kind: str, num_frames: int, every: int) -> bool:
+    """Returns whether a full-3D pipeline makes as many frames as it is asked for.
+
+    It samples ⌊(frames − 1) / every⌋ + 1 latent frames, of which the first is decoded to one frame.
+    CogVideoX's decoder takes them two by two, and the first is one frame only where their number is
+    odd. Allegro cuts off what is too much, and has an odd latent frame for 3 more than a multiple.
+    """
+    if kind == "CogVideoXPipeline":
+        return num_frames == 1 or num_frames % (2 * every) in (0, 1)
+    if kind == "AllegroPipeline":
+        return num_frames % 2 == 0 or num_frames % every == 1
+    return num_frames % every == 1 or every == 1
 
 
 @contextmanager
