@@ -509,7 +509,7 @@ def test_a_full_3d_transformer(generate, output, tmp_path):
 def test_what_a_full_3d_transformer_does_not_take(generate, output):
     status, printed = generate(*FULL3D, model="wan", frames=6)
     assert status == 2
-    assert "num_frames must be a number of frames that WanPipeline makes, such as 5 or 9, got 6" in printed
+    assert "a number of frames that WanPipeline makes, such as 5 or 9, got 6" in printed
     status, printed = generate(*FULL3D, "--preset", "64D1", model="wan", frames=5)
     assert status == 2
     assert "config must be a FrameTAR or None, got TARConfig" in printed

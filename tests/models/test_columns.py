@@ -224,6 +224,12 @@ def test_resizing():
     mixed = resize_maps(maps, 8, 3)  # down one side, up the other
     assert mixed.shape == (1, 1, 1, 8, 3)
     assert mixed.mean() == pytest.approx(maps.mean().item())
+    several = torch.rand(2, 3, 2, 2, 4, 6)
+    for one in (several[0, 0, 0, 0], several[0, 0, 0], several[0, 0], several[0], several):
+        found = resize_maps(one, 2, 9)
+        assert found.shape == (*one.shape[:-2], 2, 9)
+        expected = resize_maps(several, 2, 9)[(0,) * (several.ndim - one.ndim)]
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(

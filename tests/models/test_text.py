@@ -294,3 +294,35 @@ def contained(run, found):
         run()
     except RuntimeError as error:
         found.append(error)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_rows_that_were_changed_in_place_are_not_taken_for_equal(mode):
+    """Under inference_mode nobody counts the changes."""
+    with mode():
+        text = texts(2).repeat_interleave(2, dim=0)
+        shared.mark_equal_rows(text, [2, 2])
+        if mode is torch.no_grad:
+            assert shared.equal_rows(text) == (2, 2)
+        text[1] += 1
+        assert shared.equal_rows(text) == (1, 1, 1, 1)
+
+
+def test_under_inference_mode_a_changed_text_is_heard(unet):
+    """A hook that changes the text of one frame in place, after it has been seen to be repeated."""
+    block = unet.down_blocks[0]
+
+    def change(module, args, kwargs):
+        kwargs["encoder_hidden_states"][1] += 1
+
+    def changed(mode):
+        hook = block.attentions[0].register_forward_pre_hook(change, with_kwargs=True)
+        try:
+            with mode():
+                return call(unet, texts(2).clone())
+        finally:
+            hook.remove()
+
+    with vk.apply_tar(unet, TAR):
+        expected = changed(torch.no_grad)
+        assert torch.equal(changed(torch.inference_mode), expected)

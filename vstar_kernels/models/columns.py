@@ -483,15 +483,15 @@ def resize_maps(maps: Tensor, height: int, width: int) -> Tensor:
     """Returns maps of another size: the mean of areas down, bilinear up, each side by itself.
 
     Args:
-        maps: ``(…, height, width)``.
+        maps: ``(…, height, width)``, any number of dimensions before.
         height, width: Of the result, in cells.
     """
-    cells = maps.flatten(0, -4) if maps.ndim > 3 else maps
+    cells = maps.reshape(maps.shape[:-2].numel(), 1, *maps.shape[-2:])
     smaller = (min(height, maps.shape[-2]), min(width, maps.shape[-1]))
     cells = F.interpolate(cells, smaller, mode="area")
     if smaller != (height, width):
         cells = F.interpolate(cells, (height, width), mode="bilinear", align_corners=False)
-    return cells.unflatten(0, maps.shape[:-3]) if maps.ndim > 3 else cells
+    return cells.reshape(*maps.shape[:-2], height, width)
 
 
 def level_size(grid: tuple[int, int], level: int) -> tuple[int, int]:

@@ -40,11 +40,13 @@ class _Runs:
     """How many neighbouring rows of a text are equal each time, as long as nobody changes it."""
 
     lengths: tuple[int, ...]
-    version: int | None
+    version: int
 
 
 def mark_equal_rows(text: Tensor, lengths: Iterable[int]) -> None:
     """Notes at a text ``(rows, tokens, channels)`` that its rows are equal in runs of such lengths.
+
+    Not at one of ``torch.inference_mode``, at which nobody could see that it has been changed.
 
     Args:
         text: The tensor object that the blocks of the model will be given.
@@ -54,8 +56,11 @@ def mark_equal_rows(text: Tensor, lengths: Iterable[int]) -> None:
     if torch.compiler.is_compiling():
         return
     assert sum(runs) == len(text)
+    version = _version(text)
+    if version is None:
+        return
     if len(runs) < len(text) and len(runs) * text.shape[1] >= FEWEST_ROWS:
-        setattr(text, _RUNS, _Runs(runs, _version(text)))
+        setattr(text, _RUNS, _Runs(runs, version))
 
 
 def equal_rows(text: Tensor) -> tuple[int, ...]:
