@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from vstar_kernels.methods.arguments import check_integer
 from vstar_kernels.models.grid.embedding import IMAGE_SET_FPS, REPEATED_FPS
 
 FPS_VALUES = (1, 2, 4, 8, 15, 30, 60)  # of clips of videos, in training
+NOMINAL = 1.01  # 29.97 frames per second are called 30
 
 
 class Clip(NamedTuple):
@@ -96,9 +98,10 @@ class TripleData(IterableDataset[Clip]):
     """Clips of videos, of images with one label and of single images, mixed at random (ETC).
 
     A clip of a video has one of the speeds of ``FPS_VALUES`` that the video is long enough for and
-    that no frame is repeated for. Different images of one label are a clip at 0 frames per second,
-    one captioned image repeated is a clip at 120. It goes on without end; a ``DataLoader`` cuts it
-    into batches, and each of its workers draws clips of its own.
+    that no frame is repeated for; footage of 29.97 counts as 30, and so on. Different images of one
+    label are a clip at 0 frames per second, one captioned image repeated is a clip at 120. It goes
+    on without end; a ``DataLoader`` cuts it into batches, and each of its workers draws clips of
+    its own.
 
     Args:
         videos, labelled_images, captioned_images: Sequences of :class:`SourceVideo`,
@@ -106,7 +109,8 @@ class TripleData(IterableDataset[Clip]):
             length and is indexed, so that a data set may read from disk. Empty ones are left out.
         frames: Of a clip.
         weights: How often each kind is drawn; None draws those that there are equally often.
-        generator: Decides everything: the same state draws the same clips.
+        generator: Decides everything: the same state draws the same clips. With workers the
+            ``DataLoader``'s own generator, or torch's global one, decides too, anew in each epoch.
 
     Raises:
         ValueError, TypeError: An argument is bad, or there is no data of a kind that is wanted.
@@ -142,8 +146,13 @@ class TripleData(IterableDataset[Clip]):
 
     def __iter__(self) -> Iterator[Clip]:
         generator, worker = self._generator, get_worker_info()
-        if worker is not None:  # each has a copy of this
-            generator = torch.Generator().manual_seed(generator.initial_seed() + worker.id)
+        if worker is not None:
+            # Each worker has a copy of the generator. Its draw tells data sets and states apart,
+            # and with persistent workers epochs; the loader's seed tells workers and epochs apart.
+            # A hash of both, as sums of seeds of ranks and workers coincide.
+            drawn = int(torch.randint(2**62, (), generator=generator))
+            digest = hashlib.sha256(f"{drawn} {worker.seed}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
         makers = (self._of_video, self._of_label, self._of_image)
         while True:
             kind = int(torch.multinomial(self._weights, 1, generator=generator))
@@ -152,15 +161,21 @@ class TripleData(IterableDataset[Clip]):
     def _of_video(self, videos: Sequence[Any], generator: torch.Generator) -> Clip:
         source = SourceVideo(*videos[_below(len(videos), generator)])
         length = len(source.frames)
-        last = {fps: _offsets(source.fps, fps, self._frames)[-1] for fps in FPS_VALUES}
-        fits = [fps for fps in FPS_VALUES if fps <= source.fps and last[fps] < length]
+        offsets = {fps: _offsets(source.fps, fps, self._frames) for fps in FPS_VALUES}
+        fits = [
+            fps
+            for fps, found in offsets.items()
+            if fps <= NOMINAL * source.fps
+            and len(set(found)) == self._frames
+            and found[-1] < length
+        ]
         if not fits:
             raise ValueError(
                 f"a video of {length} frames at {source.fps:g} fps is too short for a clip of "
                 f"{self._frames} frames at any of {', '.join(map(str, FPS_VALUES))} fps"
             )
         fps = fits[_below(len(fits), generator)]
-        start = _below(length - last[fps], generator)
+        start = _below(length - offsets[fps][-1], generator)
         indices = frame_indices(length, source.fps, fps, self._frames, start)
         return Clip(source.frames[indices], source.text, fps)
 
