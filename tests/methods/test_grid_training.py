@@ -1,6 +1,8 @@
 """The clips that a grid is trained on, their filter and the loss."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -69,7 +71,7 @@ def test_three_kinds_of_clips():
     assert speeds == {("a", fps) for fps in FPS_VALUES} | {("b", 2), ("b", 4), ("b", 8), ("b", 15)}
 
 
-def test_a_seed_replays_and_workers_differ():
+def test_a_seed_replays():
     first, again, other = drawn(20), drawn(20), drawn(20, seed=1)
     same = [torch.equal(x.frames, y.frames) for x, y in zip(first, again, strict=True)]
     assert all(same)
@@ -78,6 +80,53 @@ def test_a_seed_replays_and_workers_differ():
     batch = next(iter(DataLoader(data, batch_size=3)))
     assert batch.frames.shape == (3, 4, 1, 2, 2)
     assert set(batch.text) <= {"a", "b"}
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_workers_epochs_seeds_and_states_draw_apart():
+    def clips(seed, drawn_before=0, loader_seed=0, **more):
+        """Returns what each of two workers draws in each of two epochs."""
+        generator = torch.Generator().manual_seed(seed)
+        torch.rand(drawn_before, generator=generator)
+        data = vk.TripleData(
+            [(torch.arange(9999.0)[:, None, None, None], 60, "")],
+            [],
+            [],
+            frames=1,
+            generator=generator,
+        )
+        loader = DataLoader(
+            data,
+            batch_size=None,
+            num_workers=2,
+            multiprocessing_context="fork",
+            generator=torch.Generator().manual_seed(loader_seed),
+            **more,
+        )
+        found = []
+        for _ in range(2):
+            epoch = [float(clip.frames) for clip in itertools.islice(loader, 8)]
+            found += [tuple(epoch[0::2]), tuple(epoch[1::2])]  # the workers take turns
+        return found
+
+    first = clips(0)
+    assert clips(0) == first
+    # The loader's seeds are neighbours, as torch adds a worker's number to them.
+    others = [clips(1), clips(0, loader_seed=1), clips(1, loader_seed=1), clips(0, drawn_before=1)]
+    others.append(clips(2, persistent_workers=True))
+    streams = list(itertools.chain(first, *others))
+    assert len(set(streams)) == len(streams)
+
+
+def test_footage_of_television_has_its_nominal_speeds():
+    def speeds(rate, frames):
+        data = vk.TripleData([(torch.zeros(4000, 1), rate, "")], [], [], frames=frames)
+        return {clip.fps for clip in itertools.islice(data, 60)}
+
+    assert speeds(29.97, 16) == {1, 2, 4, 8, 15, 30}
+    assert speeds(60000 / 1001, 16) == set(FPS_VALUES)
+    assert 30 not in speeds(29.97, 600)  # which would repeat a frame
+    assert speeds(25.0, 2) == {1, 2, 4, 8, 15}  # at 30 two frames differ, and are of 25
 
 
 @pytest.mark.parametrize(
@@ -200,7 +249,7 @@ def test_the_loss_is_the_image_models_own_on_the_grid(kind):
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_loss_needs_a_grid():
+def test_the_loss_needs_a_grid_and_an_embedding_of_the_speed():
     pytest.importorskip("diffusers")
     from tests.models.grid.unets import make
     from tests.models.models import noise
@@ -208,3 +257,33 @@ def test_the_loss_needs_a_grid():
     unet = make()
     with pytest.raises(ValueError, match="unet is not under apply_grid"):
         vk.grid_loss(unet, None, noise(1, 4, 4, 4, 4), noise(1, 3, 24))
+    with (
+        vk.apply_grid(unet, 4),
+        pytest.raises(ValueError, match="fps needs an embedding that was trained with it"),
+    ):
+        vk.grid_loss(unet, None, noise(1, 4, 4, 4, 4), noise(1, 3, 24), 8)
+
+
+def test_the_losss_speed_is_its_threads_alone():
+    diffusers = pytest.importorskip("diffusers")
+    from tests.models.grid.unets import make
+    from tests.models.models import noise
+
+    unet, scheduler = make(), diffusers.DDPMScheduler()
+    embedding = vk.GridEmbedding(fps=vk.FPSEmbedding.for_unet(unet))
+    latents, text = noise(1, 4, 4, 4, 4), noise(1, 3, 24)
+    with vk.apply_grid(unet, 4, embedding=embedding) as handle, ExitStack() as pools:
+        one, two, three = (pools.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
+
+        def announce(fps):
+            handle.fps = fps
+
+        one.submit(announce, 60).result()
+        three.submit(vk.grid_loss, unet, scheduler, latents, text, 8).result()
+        one.submit(announce, 15).result()  # which holds for the third thread too
+        assert three.submit(lambda: handle.fps).result().tolist() == [15]
+        two.submit(announce, 30).result()
+        loss = three.submit(vk.grid_loss, unet, scheduler, latents, text, 8).result()
+        assert loss.isfinite()
+        two.submit(vk.grid_loss, unet, scheduler, latents, text, 8).result()
+        assert two.submit(lambda: handle.fps).result().tolist() == [30]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -188,6 +189,16 @@ class Announced(Generic[T]):
             self._values.pop(threading.current_thread(), None)
         else:
             self._values[threading.current_thread()] = value
+
+    @contextmanager
+    def during(self, value: T | None) -> Iterator[None]:
+        """Announces it for this thread, and in the end what this thread had announced before."""
+        before = self._values.get(threading.current_thread())
+        self.set(value)
+        try:
+            yield
+        finally:
+            self.set(before)
 
 
 class AnnouncedStep(Announced[int]):

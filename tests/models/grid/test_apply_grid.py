@@ -186,8 +186,14 @@ def test_the_speed_is_embedded(where):
         assert torch.equal(guided, four)
         handle.fps = torch.tensor([30.0, 60.0])
         assert handle.fps.tolist() == [30, 60]
-        with pytest.raises(ValueError, match="each of the batch of 3, got 2"):
+        with pytest.raises(ValueError, match=r"each of the batch of 3, .* got 2"):
             call(model, batch=3)
+        # Two images for each prompt: p0, p0, p1, p1 in diffusers' order, in which speeds are not.
+        with pytest.raises(ValueError, match=r"each of the batch of 4, .* got 2"):
+            call(model, batch=4)
+        handle.fps = torch.tensor([30.0, 60.0])
+        with pytest.raises(ValueError, match=r"each of the batch of 8, .* got 2"):
+            call(model, sample=noise(4, 4, 8, 8).repeat(2, 1, 1, 1))
         added = fps(torch.tensor([30.0, 60.0]))
         handle.fps = None
         with pytest.raises(ValueError, match=r"fps must be given to apply_grid, or set by handle"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vstar_kernels.analysis.grids import to_grid
-from vstar_kernels.models.grid.apply import grid_model_of
-from vstar_kernels.models.grid.embedding import check_fps
+from vstar_kernels.models.grid.apply import check_speed, grid_model_of
 
 
 def grid_loss(
@@ -43,12 +43,14 @@ def grid_loss(
         options: More arguments of the model, such as SDXL's ``added_cond_kwargs``.
 
     Raises:
-        ValueError: The model is not under ``apply_grid``, the frames are not the grid's, or the
-            scheduler predicts something else than noise, v or the sample.
+        ValueError: The model is not under ``apply_grid``, it has no embedding of ``fps``, the
+            frames are not the grid's, or the scheduler predicts something else than noise, v or the
+            sample.
     """
     model = grid_model_of(unet)
     if model is None:
         raise ValueError("unet is not under apply_grid, which lays out the frames")
+    told = nullcontext() if fps is None else model.fps.during(check_speed(fps, [model]))
     rows, cols, order = model.grid
     config, device = scheduler.config, latents.device
     drawn_on = device if generator is None else generator.device
@@ -70,12 +72,6 @@ def grid_loss(
             f"{kind!r}"
         )
     noisy = to_grid(scheduler.add_noise(latents, noise, times), rows, cols, order)
-    before = model.fps.get()
-    try:
-        if fps is not None:
-            model.fps.set(check_fps(fps))
+    with told:
         predicted = unet(noisy, times, encoder_hidden_states=text, **options).sample
-    finally:
-        if fps is not None:
-            model.fps.set(before)
     return F.mse_loss(predicted.float(), to_grid(target, rows, cols, order).float())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ def apply_grid(
     if config is not None and config.key == "level":
         check_keys(config.regularizations, found, "level")
     if fps is not None:
-        _set_speed(speed, found, fps)
+        speed.set(check_speed(fps, found))
     return GridHandle(config, grid, gate, speed, found)
 
 
@@ -144,7 +145,7 @@ class GridHandle(RegularizedHandle):
         if fps is None:
             self._speed.set(None)
         else:
-            _set_speed(self._speed, self._grid_models, fps)
+            self._speed.set(check_speed(fps, self._grid_models))
 
     def describe(self) -> str:
         """Returns what the grid is, and a line for each regularized layer."""
@@ -229,11 +230,17 @@ def _embedding(embedding: Any, model: nn.Module) -> GridEmbedding | None:
     return embedding
 
 
-def _set_speed(speed: AnnouncedSpeed, models: list[GridModel], fps: Any) -> None:
+def check_speed(fps: Any, models: Iterable[GridModel]) -> Tensor:
+    """Returns the speed of videos, ``(batch,)``, that models are told.
+
+    Raises:
+        TypeError: It is neither a number nor a tensor of numbers.
+        ValueError: A value is out of range, or no model has an embedding of it.
+    """
     values = check_fps(fps)
     if not any(model.embedding is not None and model.embedding.fps for model in models):
         raise ValueError(
             "fps needs an embedding that was trained with it: "
             "embedding=GridEmbedding(fps=FPSEmbedding.for_unet(unet))"
         )
-    speed.set(values)
+    return values

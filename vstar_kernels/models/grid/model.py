@@ -16,6 +16,7 @@ from vstar_kernels.attention.frames.layout import Frames, Layout
 from vstar_kernels.attention.frames.operation import frame_attention
 from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.models.attention_processor import ProcessorFrontEnd, TARAttnProcessor
+from vstar_kernels.models.conditional import has_equal_halves
 from vstar_kernels.models.config import TARConfig
 from vstar_kernels.models.grid.embedding import GridEmbedding
 from vstar_kernels.models.hooks import Argument, ModelCall
@@ -158,7 +159,8 @@ class GridPass(RegularizedPass):
 
     Args:
         layers, tables, traced: Of the :class:`RegularizedPass`.
-        fps: ``(batch,)`` frames per second; None where no embedding needs them.
+        fps: Frames per second; None where no embedding needs them. Of each of the batch, once the
+            latents are known.
     """
 
     def __init__(
@@ -233,7 +235,8 @@ class GridModel(RegularizedModel):
             return None
         sample = self._sample.get(args, kwargs)
         rows, cols, order = self.grid
-        changed = self.embedding(sample, rows, cols, order, _of_batch(forward.fps, len(sample)))
+        forward.fps = _of_batch(forward.fps, sample)
+        changed = self.embedding(sample, rows, cols, order, forward.fps)
         return self._sample.replace(args, kwargs, changed)
 
     def _changes(self, call: ModelCall) -> dict[str, Regularization]:
@@ -278,7 +281,7 @@ class GridModel(RegularizedModel):
         forward = self._passes.current()
         if not isinstance(forward, GridPass) or self.embedding is None:
             return emb
-        speed, fps = self.embedding.fps, _of_batch(forward.fps, len(emb))
+        speed, fps = self.embedding.fps, forward.fps
         return emb if speed is None or fps is None else emb + speed(fps).to(emb)
 
 
@@ -296,12 +299,16 @@ class _AfterTimeEmbedding:
         return _AfterTimeEmbedding, (None,)
 
 
-def _of_batch(fps: Tensor | None, batch: int) -> Tensor | None:
-    """Returns the speed of each of a batch, of which guidance may have made several."""
-    if fps is None or len(fps) == batch:
+def _of_batch(fps: Tensor | None, sample: Tensor) -> Tensor | None:
+    """Returns the speed of each of a batch of latents, which guidance may have doubled."""
+    if fps is None or len(fps) == len(sample):
         return fps
-    if batch % len(fps):
-        raise ValueError(
-            f"fps must be one, or one for each of the batch of {batch}, got {len(fps)}"
-        )
-    return fps.repeat(batch // len(fps))
+    if len(fps) == 1:
+        return fps.expand(len(sample))
+    if 2 * len(fps) == len(sample) and has_equal_halves(sample):
+        return fps.repeat(2)
+    raise ValueError(
+        f"fps must be one, or one for each of the batch of {len(sample)}, or of half of it where "
+        f"guidance has the same latents twice, got {len(fps)}; several images for a prompt need "
+        "the prompt's speed as often"
+    )
