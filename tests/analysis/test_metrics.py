@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -160,6 +162,8 @@ def test_the_frechet_distance_of_a_scaled_and_shifted_copy():
         (torch.ones(3, 4), torch.ones(3), ValueError, "other must be"),
         (torch.ones(3, 4), torch.ones(3, 5), ValueError, "got 4 and 5"),
         (torch.ones(3, 4), [1.0], TypeError, "other must be a torch.Tensor, got list"),
+        (torch.tensor([[1.0], [math.nan]]), torch.ones(3, 1), ValueError, "one must be finite"),
+        (torch.ones(3, 1), torch.tensor([[math.inf], [1.0]]), ValueError, "other must .* 1 sample"),
     ],
 )
 def test_bad_features(one, other, error, message):

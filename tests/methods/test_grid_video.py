@@ -129,6 +129,32 @@ def test_sdxl():
     assert {layer.level for layer in made.layers} == {1}
 
 
+@pytest.mark.parametrize("decode", ["frames", "grid"])
+def test_the_vae_is_in_float32_while_it_decodes_alone(decode, monkeypatch):
+    made = sdxl()
+    made.vae.half()
+    casts, seen, stock_to, stock = [], [], made.vae.to, made.vae.decode
+    monkeypatch.setattr(made.vae, "to", lambda dtype: casts.append(dtype) or stock_to(dtype))
+
+    def record(latents, return_dict):
+        seen.append((latents.dtype, made.vae.dtype))
+        return stock(latents, return_dict=return_dict)
+
+    def fail(latents, return_dict):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(made.vae, "decode", record)
+    latents = torch.randn(6, 4, 4, 4).half()
+    apart = decode == "frames"
+    assert decode_latents(made, latents, apart=apart).dtype == torch.float32
+    assert seen == [(torch.float32, torch.float32)] * (6 if apart else 1)
+    assert casts == [torch.float32, torch.float16]
+    monkeypatch.setattr(made.vae, "decode", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        vk.GridVideo(made, decode=decode)(PROMPT, **SMALL)
+    assert {p.dtype for p in made.vae.parameters()} == {torch.float16}
+
+
 def test_a_safety_checker_sees_frames(pipe, monkeypatch):
     seen = []
 

@@ -183,7 +183,8 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
             of samples, divided by n − 1.
 
     Raises:
-        ValueError: There are fewer than two samples, or the channels differ.
+        ValueError: There are fewer than two samples, the channels differ, or a feature is not
+            finite.
         TypeError: One is not a tensor.
     """
     for name, features in (("one", one), ("other", other)):
@@ -194,21 +195,22 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
                 f"{name} must be (samples, channels), of two samples at least, got "
                 f"{tuple(features.shape)}"
             )
+        if bad := int((~features.isfinite()).any(1).sum()):
+            raise ValueError(f"{name} must be finite, got {bad} samples that are not")
     if one.shape[1] != other.shape[1]:
         raise ValueError(
             f"one and other must have the same channels, got {one.shape[1]} and {other.shape[1]}"
         )
-    (mean_1, cov_1), (mean_2, cov_2) = (
-        _moments(x.detach().double()) for x in (one, other.to(one.device))
-    )
+    (mean_1, cov_1), (mean_2, cov_2) = (_moments(x) for x in (one, other.to(one.device)))
     values, vectors = torch.linalg.eigh(cov_1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
     middle = torch.linalg.eigvalsh(root @ cov_2 @ root).clamp(min=0).sqrt().sum()
     distance = (mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * middle
-    return max(0.0, float(distance))
+    return float(distance.clamp(min=0))  # which keeps a NaN
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    mean = features.detach().double().mean(0)
-    centred = features.detach().double() - mean
+    exact = features.detach().double()
+    mean = exact.mean(0)
+    centred = exact - mean
     return mean, centred.mT @ centred / (len(features) - 1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import secrets
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,7 +20,8 @@ from vstar_kernels.models.config import TARConfig
 from vstar_kernels.models.grid.apply import apply_grid
 from vstar_kernels.models.grid.embedding import GridEmbedding
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+XL = "StableDiffusionXLPipeline"
+PIPELINES = ("StableDiffusionPipeline", XL)
 Decode = Literal["frames", "grid"]
 SIDE = 256  # pixels of a frame, the paper's
 # The paper's sampling.
@@ -68,7 +69,7 @@ class GridVideo:
         decode: Decode = "frames",
         backend: str | None = None,
     ) -> None:
-        if {cls.__name__ for cls in type(pipe).__mro__}.isdisjoint(PIPELINES):
+        if _class_names(pipe).isdisjoint(PIPELINES):
             raise TypeError(
                 f"pipe must be one of diffusers' {', '.join(PIPELINES)}, "
                 f"got {type(pipe).__name__}; with others, use apply_grid, to_grid and from_grid"
@@ -167,8 +168,7 @@ class GridVideo:
         if self._decode == "grid":
             pixels = from_grid(decode_latents(pipe, latents), rows, cols)[0]
         else:
-            split = from_grid(latents, rows, cols)[0]
-            pixels = torch.cat([decode_latents(pipe, frame[None]) for frame in split])
+            pixels = decode_latents(pipe, from_grid(latents, rows, cols)[0], apart=True)
         unsafe = None
         if getattr(pipe, "safety_checker", None) is not None:
             pixels, unsafe = pipe.run_safety_checker(pixels, pixels.device, latents.dtype)
@@ -216,19 +216,36 @@ class GridVideo:
         return str(prompt)
 
 
-def decode_latents(pipe: Any, latents: Tensor) -> Tensor:
+def decode_latents(pipe: Any, latents: Tensor, *, apart: bool = False) -> Tensor:
     """Returns the pixels of latents, −1 to 1, as diffusers' image pipelines decode them.
 
     Args:
         pipe: Has the ``vae``.
         latents: ``(batch, channels, h, w)``.
+        apart: Decode one after the other, in the memory of one.
+    """
+    with _upcast(pipe) as vae:
+        return torch.cat([_decode(vae, x) for x in latents.split(1 if apart else len(latents))])
+
+
+@contextmanager
+def _upcast(pipe: Any) -> Iterator[Any]:
+    """Gives a pipeline's VAE, in float32 meanwhile where the pipeline would have it so.
+
+    That is Stable Diffusion XL's; Stable Diffusion's decodes in float16, whatever its config says.
     """
     vae = pipe.vae
-    upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-    upcast = upcast and hasattr(pipe, "upcast_vae")  # Stable Diffusion's decodes in float16
-    if upcast:
-        pipe.upcast_vae()
-        latents = latents.to(next(iter(vae.post_quant_conv.parameters())).dtype)
+    if XL not in _class_names(pipe) or vae.dtype != torch.float16 or not vae.config.force_upcast:
+        yield vae
+        return
+    try:
+        yield vae.to(torch.float32)
+    finally:
+        vae.to(torch.float16)
+
+
+def _decode(vae: Any, latents: Tensor) -> Tensor:
+    latents = latents.to(torch.promote_types(latents.dtype, vae.dtype))
     mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
     latents = latents / vae.config.scaling_factor
     if mean is not None and std is not None:
@@ -236,6 +253,8 @@ def decode_latents(pipe: Any, latents: Tensor) -> Tensor:
         mean, std = (torch.tensor(x).view(shape).to(latents) for x in (mean, std))
         latents = latents * std + mean
     pixels: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-    if upcast:
-        vae.to(dtype=torch.float16)
     return pixels
+
+
+def _class_names(pipe: Any) -> set[str]:
+    return {cls.__name__ for cls in type(pipe).__mro__}
