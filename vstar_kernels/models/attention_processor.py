@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from vstar_kernels.models.hooks import Argument, ModelCall
+from vstar_kernels.models.hooks import Argument, ModelCall, plain_name
 from vstar_kernels.models.layers import (
     ColumnController,
     CrossLayer,
@@ -27,8 +27,6 @@ from vstar_kernels.models.layers import (
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
-# Parts of a module's name that diffusers' split inference and torch.compile put in.
-WRAPPERS = ("module", "_orig_mod")
 # What TAR may take the place of: they all compute plain attention.
 PLAIN_PROCESSORS = (
     "AttnProcessor",
@@ -187,8 +185,7 @@ class ProcessorFrontEnd:
     def _attentions(model: nn.Module, *, cross: bool) -> Iterator[tuple[str, str, nn.Module]]:
         for name, module in model.named_modules():
             if getattr(module, "is_cross_attention", None) is cross:
-                plain_name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-                yield name, plain_name, module
+                yield name, plain_name(name), module
 
     def read_call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]

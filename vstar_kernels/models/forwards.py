@@ -18,7 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
 from torch import nn
@@ -82,8 +82,9 @@ class ForwardPasses(Generic[P]):
     Args:
         on_cut: What to tell the caller of a forward pass that was running in another thread when
             the handle was removed; None where that does not change what the model returns.
-        opens: Is called with the arguments of each call of the model, before its hooks, and begins
-            a forward pass; torch.compile never traces it. None: a hook begins it.
+        opens: A method that is called with the arguments of each call of the model, before its
+            hooks, and begins a forward pass, as long as its object lives; torch.compile never
+            traces it. None: a hook begins it.
     """
 
     def __init__(
@@ -92,12 +93,19 @@ class ForwardPasses(Generic[P]):
         opens: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
     ) -> None:
         self.on_cut = on_cut
-        self.opens = opens
+        # What watches a model is kept as long as the model lives, which its object may keep.
+        self._opens = None if opens is None else WeakMethod(opens)
         self._here = _Here()
         self._running: set[P] = set()
         self._with_gradients: deque[P] = deque(maxlen=REMEMBERED)
         self._closed = False
         self._untraced_find_again = torch.compiler.disable(self._find_again)
+
+    def open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begins a forward pass in this thread, unless a hook does."""
+        opens = None if self._opens is None else self._opens()
+        if opens is not None:
+            opens(args, kwargs)
 
     def begin(self, forward: P) -> None:
         """Begins a forward pass in this thread; what :func:`watch` does ends it."""
@@ -189,8 +197,7 @@ class _Call:
         """Begins the forward passes that no hook begins, unless the model's call has done so."""
         if model is None or self._announced is not model:
             for passes, _ in self._outer:
-                if passes.opens is not None:
-                    passes.opens(args, kwargs)
+                passes.open(args, kwargs)
 
     def announce(self, model: nn.Module) -> None:
         """Tells the next watched call in this thread that it is a part of this one."""

@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+# Parts of a module's name that diffusers' split inference and torch.compile put in.
+WRAPPERS = ("module", "_orig_mod")
+
+
+def plain_name(name: str) -> str:
+    """Returns a module's name without what wrappers have put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 class Argument:
     """An argument of a module's ``forward``, which callers pass by position or by name.
 

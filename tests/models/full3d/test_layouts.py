@@ -114,3 +114,18 @@ def test_an_unknown_model_has_no_layout():
     model = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match=r"what a Linear is called with: give the layout="):
         layouts.no_layout(layouts.Call(model, (), {}))
+
+
+def test_layers_of_their_own_sequence_are_known_where_blocks_are_compiled():
+    """torch.compile(block) puts a part into the names of the block's modules."""
+    motif, rule = TINY["motif"], vk.FrameRule.window(1)
+    model = motif.make()
+    with torch.no_grad():
+        with vk.apply_frames(model, rule):
+            expected = motif.run(model)
+        blocks = model.single_transformer_blocks
+        for i, block in enumerate(blocks):
+            blocks[i] = torch.compile(block, backend="eager")
+        with vk.apply_frames(model, rule) as handle:
+            assert handle.layers[-1].name == "single_transformer_blocks.1._orig_mod.attn"
+            torch.testing.assert_close(motif.run(model), expected)

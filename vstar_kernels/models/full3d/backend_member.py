@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor
 
@@ -35,7 +35,6 @@ class Member:
 
     Attributes:
         name: The member.
-        seat: The layer; None where it only passes calls on.
         previous: The backend that it took the place of; None is diffusers' active one.
     """
 
@@ -49,7 +48,7 @@ class Member:
             attention_dispatch.AttentionBackendName,
             attention_dispatch._AttentionBackendRegistry,
         )
-        self.seat: Seat | None = None
+        self._seat: ref[Seat] | None = None
         self.previous: Any = None
         value = f"vstar_kernels_{Member._count}"
         Member._count += 1
@@ -78,14 +77,20 @@ class Member:
     @classmethod
     def _take(cls, seat: Seat, previous: Any) -> Member:
         member = cls._unused.pop() if cls._unused else cls()
-        member.previous, member.seat = previous, seat
+        # diffusers' registry keeps the member for ever, and must not keep the model.
+        member.previous, member._seat = previous, ref(seat)
         return member
+
+    @property
+    def seat(self) -> Seat | None:
+        """The layer; None where it only passes calls on."""
+        return None if self._seat is None else self._seat()
 
     def retire(self) -> None:
         """Has it pass calls on, until it is taken again."""
         with _LOCK:
-            if self.seat is not None:
-                self.seat = None
+            if self._seat is not None:
+                self._seat = None
                 Member._unused.append(self)
 
     def attend(

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from vstar_kernels.models.attention_processor import WRAPPERS
 from vstar_kernels.models.full3d import layouts
 from vstar_kernels.models.full3d.layouts import Call
 from vstar_kernels.models.full3d.seats import FrameLayer, Reading
+from vstar_kernels.models.hooks import plain_name
 from vstar_kernels.models.schedule import running_pipeline
 
 Hook = Literal["backend", "processor", "function"]  # routes A, B and C
@@ -98,8 +98,7 @@ class UnknownFamily(Family):
 def _matching(model: nn.Module, pattern: re.Pattern[str]) -> Iterator[FrameLayer]:
     index = 0
     for name, module in model.named_modules():
-        plain_name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-        if hasattr(module, "processor") and pattern.fullmatch(plain_name):
+        if hasattr(module, "processor") and pattern.fullmatch(plain_name(name)):
             yield FrameLayer(name, index, module)
             index += 1
 

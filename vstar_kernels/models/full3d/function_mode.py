@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -90,23 +90,24 @@ class FunctionModeRoute:
 
     def is_in(self) -> bool:
         """Returns whether the layer's module leads its attention to the seat."""
-        return _SEATS.get(self._seat.layer.module) is self._seat
+        return _SEATS.get(id(self._seat.layer.module)) is self._seat
 
     def put_in(self) -> None:
         """Has the layer's module run under a mode."""
         self._module = self._seat.layer.module
-        _SEATS[self._module] = self._seat
+        _SEATS[id(self._module)] = self._seat
         _EXCHANGING.put_on(self._module)
 
     def take_out(self) -> None:
         """Makes the module what it was; nothing happens the second time."""
         if self._module is not None:
-            _SEATS.pop(self._module, None)
+            _SEATS.pop(id(self._module), None)
             _EXCHANGING.take_off(self._module)
             self._module = None
 
 
-_SEATS: WeakKeyDictionary[nn.Module, Seat] = WeakKeyDictionary()
+# By the id of the layer's module, which the seat keeps alive.
+_SEATS: WeakValueDictionary[int, Seat] = WeakValueDictionary()
 
 
 class _Answer:
@@ -160,7 +161,7 @@ def _exchanging(base: Any) -> dict[str, Callable[..., Any]]:
     """Returns the method through which a layer is called."""
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        seat = _SEATS.get(module)
+        seat = _SEATS.get(id(module))
         if seat is None:  # another thread has just taken the route out
             return base.__call__(module, *args, **kwargs)
         answer = _Answer(seat)

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from vstar_kernels.attention.frames.layout import Frames, Layout, Text
 from vstar_kernels.attention.frames.operation import frame_attention
 from vstar_kernels.attention.frames.rules import FrameRule
-from vstar_kernels.models.attention_processor import WRAPPERS
 from vstar_kernels.models.forwards import ForwardPasses, unwatch, watch
 from vstar_kernels.models.full3d.families import Family, find_family
 from vstar_kernels.models.full3d.layouts import Call
@@ -37,7 +36,7 @@ from vstar_kernels.models.full3d.seats import (
     Traced,
     seat_of,
 )
-from vstar_kernels.models.hooks import Argument, Handle, Hooks, put_back
+from vstar_kernels.models.hooks import Argument, Handle, Hooks, plain_name, put_back
 from vstar_kernels.models.schedule import Turns
 
 OWN = FrameRule.window(0)  # each frame hears the text of its own time
@@ -232,8 +231,7 @@ class PromptedModel(Handle):
         pattern = re.compile(self._text_layers.layers)
         index = itertools.count()
         for name, module in self._model.named_modules():
-            plain_name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-            if not hasattr(module, "processor") or not pattern.fullmatch(plain_name):
+            if not hasattr(module, "processor") or not pattern.fullmatch(plain_name(name)):
                 continue
             seat = seat_of(FrameLayer(name, next(index), module))
             if seat.controller is not self:

@@ -11,14 +11,15 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.attention.frames.operation import frame_attention
 from vstar_kernels.attention.frames.rules import FrameRule
+from vstar_kernels.models.hooks import plain_name
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Reading:
         masked: Whether ``key_lengths`` and ``rule`` say all that the layers' own mask says.
         config: What the model is to read as its configuration where all layers follow ``rule``, so
             that it makes no mask; None: its own.
-        layers: Readings for the layers whose sequences are others, by the layers' names; of the
-            same frames.
+        layers: Readings for the layers whose sequences are others, by the layers' plain names; of
+            the same frames.
     """
 
     layout: Layout
@@ -64,7 +65,7 @@ class Reading:
 
     def of(self, layer: FrameLayer) -> Reading:
         """Returns the reading for a layer."""
-        return self.layers.get(layer.name, self) if self.layers else self
+        return self.layers.get(plain_name(layer.name), self) if self.layers else self
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,16 +187,18 @@ class Seat:
 
 
 _NOTHING = Traced()
-_SEATS: WeakKeyDictionary[nn.Module, Seat] = WeakKeyDictionary()
+# By the id of the layer's module, which a seat keeps alive, as what is here must not: whoever
+# controls or watches a layer keeps its seat, and the model's hooks keep them.
+_SEATS: WeakValueDictionary[int, Seat] = WeakValueDictionary()
 _LOCK = threading.RLock()
 
 
 def seat_of(layer: FrameLayer) -> Seat:
-    """Returns the seat of a layer, the same one as long as its module lives."""
+    """Returns the seat of a layer, the same one as long as somebody keeps it."""
     with _LOCK:
-        seat = _SEATS.get(layer.module)
+        seat = _SEATS.get(id(layer.module))
         if seat is None:
-            seat = _SEATS[layer.module] = Seat(layer)
+            seat = _SEATS[id(layer.module)] = Seat(layer)
         seat.layer = layer  # its name may have changed
         return seat
 
