@@ -401,6 +401,15 @@ def test_a_video_of_odd_size(tmp_path):
     ("arguments", "message"),
     [
         ([], "--prompt or --synopsis must be given"),
+        (["--method", "grid"], "error: --prompt must be given"),
+        (
+            ["--prompt", "p", "--method", "grid", "--mode", "hold"],
+            "--mode is for --method vstar, not for grid: a grid of frames is one image with",
+        ),
+        (
+            ["--prompt", "p", "--method", "grid", "--rounding", "nearest"],
+            "--rounding is for --method vstar, not for grid: a grid",
+        ),
         (["--prompt", ""], "--prompt must not be empty"),
         (["--prompt", " "], "--prompt must not be empty"),
         (["--prompt", "\udc80"], "--prompt must hold no halves of characters"),

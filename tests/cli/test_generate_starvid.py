@@ -79,7 +79,16 @@ def test_everything(generate, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--method", "starvid"], "--prompt or --plan must be given"),
         (["--method", "starvid", "--prompt", "p"], "needs --plan, or a writer of plans"),
+        (
+            ["--method", "starvid", "--plan", "{good}", "--mode", "hold"],
+            "--mode is for --method vstar, not for starvid",
+        ),
+        (
+            ["--method", "starvid", "--plan", "{good}", "--rounding", "nearest"],
+            "--rounding is for --method vstar, not for starvid",
+        ),
         (
             ["--method", "starvid", "--plan", "x", "--writer", "m", "--prompt", "p"],
             "give one of them",

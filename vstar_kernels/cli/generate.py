@@ -59,6 +59,9 @@ if TYPE_CHECKING:
 
 PACKAGES = ("diffusers", "transformers", "av", "jinja2", "matplotlib", "PIL", "pydantic")
 FILES = ("video.mp4", "video.gif", "maps.png", "generation.json", "synopsis.json", "config.json")
+# What says what a method's video is of.
+TEXTS = {"vstar": "--prompt or --synopsis", "grid": "--prompt", "starvid": "--prompt or --plan"}
+OF_STAGES = ("--synopsis", "--writer", "--stages", "--mode", "--rounding")
 MIN_SIZE = 8  # pixels
 MAX_SEED = 2**32 - 1
 MAX_FPS = 120
@@ -219,7 +222,7 @@ class GenerateOptions:
         check_model(self.video.model)
         files = (self.synopsis.synopsis, self.plan.plan)
         if self.video.prompt is None and files == (None, None):
-            raise CommandError("--prompt or --synopsis must be given")
+            raise CommandError(f"{TEXTS[self.video.method]} must be given")
         try:
             if self.video.prompt is not None:
                 check_text("--prompt", self.video.prompt)
@@ -248,6 +251,8 @@ class GenerateOptions:
             ("vstar",): {
                 "--synopsis": stages.synopsis is not None,
                 "--stages": stages.stages is not None,
+                "--mode": stages.mode != "linear",
+                "--rounding": stages.rounding != "down",
                 "--extend-positions": regularization.extend_positions,
             },
             ("vstar", "starvid"): {
@@ -265,10 +270,9 @@ class GenerateOptions:
             for name, is_given in options.items():
                 if is_given and video.method not in methods:
                     why = ": a grid of frames is one image with one text"
-                    has_text = name in ("--synopsis", "--writer", "--stages")
                     raise CommandError(
                         f"{name} is for --method {' and '.join(methods)}, not for {video.method}"
-                        + (why if has_text and video.method == "grid" else "")
+                        + (why if name in OF_STAGES and video.method == "grid" else "")
                     )
         if video.method == "starvid":
             plan.check(self)
@@ -544,10 +548,10 @@ def _record(
             "rows": grid.rows,
             "decode": grid.decode,
         }
+    else:
+        more |= {"mode": options.synopsis.mode, "rounding": options.synopsis.rounding}
     return common | {
         "synopsis": json.loads(generation.synopsis.to_json()),
-        "mode": options.synopsis.mode,
-        "rounding": options.synopsis.rounding,
         "config": None if config is None else json.loads(config.to_json()),
         "extend_positions": options.regularization.extend_positions,
         "layers": len(generation.layers),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 
@@ -31,6 +32,12 @@ def check_flag(name: str, value: Any) -> None:
     """Raises TypeError unless it is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+
+
+def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
+    """Raises ValueError unless it is one of some words."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def check_text(name: str, value: Any) -> None:

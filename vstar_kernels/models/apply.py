@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, overload
 
-from vstar_kernels.models.config import TARConfig
+from vstar_kernels.models.config import TARConfig, checked_tar
 from vstar_kernels.models.front_end import models_with_temporal_attention
 from vstar_kernels.models.full3d.apply import FramesHandle, apply_frames, find_full3d
 from vstar_kernels.models.full3d.config import FrameTAR
@@ -94,12 +94,7 @@ def apply_tar(
             backend=backend,
             scheduler=scheduler,
         )
-    if isinstance(config, str):
-        config = TARConfig.preset(config)
-    elif not isinstance(config, TARConfig):
-        raise TypeError(
-            f"config must be a TARConfig, a preset or a FrameTAR, got {type(config).__name__}"
-        )
+    config = checked_tar("config", config, other="a FrameTAR")
     if find_full3d(pipe_or_model):
         raise ValueError(
             f"{type(pipe_or_model).__name__} is or holds a full-3D transformer, which has no "

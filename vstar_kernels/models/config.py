@@ -223,6 +223,25 @@ class TARConfig:
         return cls.from_json(read_text(path, LARGEST_CONFIG))
 
 
+def checked_tar(name: str, config: Any, *, other: str = "None") -> TARConfig:
+    """Returns a configuration, of a preset the one that it stands for.
+
+    Args:
+        name: Of the argument.
+        config: What it was given.
+        other: What else the argument takes, for the message.
+
+    Raises:
+        TypeError, ValueError: It is neither of them, or the preset is malformed.
+    """
+    if isinstance(config, str):
+        return TARConfig.preset(config)
+    if not isinstance(config, TARConfig):
+        kind = type(config).__name__
+        raise TypeError(f"{name} must be a TARConfig, a preset or {other}, got {kind}")
+    return config
+
+
 def _checked_keys(mapping: Mapping[int, T], name: str) -> dict[int, T]:
     for key in mapping:
         if isinstance(key, bool) or not isinstance(key, int) or key < 0:

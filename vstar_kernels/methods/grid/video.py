@@ -16,7 +16,7 @@ from vstar_kernels.methods.arguments import check_integer, check_text
 from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.methods.vstar.vstar import SEEDS, Generation
 from vstar_kernels.models.capture import MapCapture, capture_maps
-from vstar_kernels.models.config import TARConfig
+from vstar_kernels.models.config import TARConfig, checked_tar
 from vstar_kernels.models.grid.apply import apply_grid
 from vstar_kernels.models.grid.embedding import GridEmbedding
 
@@ -74,12 +74,7 @@ class GridVideo:
                 f"pipe must be one of diffusers' {', '.join(PIPELINES)}, "
                 f"got {type(pipe).__name__}; with others, use apply_grid, to_grid and from_grid"
             )
-        if isinstance(config, str):
-            config = TARConfig.preset(config)
-        elif config is not None and not isinstance(config, TARConfig):
-            raise TypeError(
-                f"config must be a TARConfig, a preset or None, got {type(config).__name__}"
-            )
+        config = None if config is None else checked_tar("config", config)
         if not isinstance(embedding, bool | GridEmbedding):
             raise TypeError(
                 f"embedding must be True, False or a GridEmbedding, got {type(embedding).__name__}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from vstar_kernels.files import write_atomically
-from vstar_kernels.methods.arguments import check_integer
+from vstar_kernels.methods.arguments import check_choice, check_integer
 from vstar_kernels.methods.starvid.losses import (
     DISTANCES,
     FORMS,
@@ -109,9 +109,9 @@ class GuidanceConfig:
 
     def _check_choices(self) -> None:
         for name, allowed in (("decay", DECAYS), ("form", FORMS), ("distance", DISTANCES)):
-            _check_choice(name, getattr(self, name), allowed)
+            check_choice(name, getattr(self, name), allowed)
         if self.normalize is not None:
-            _check_choice("normalize", self.normalize, NORMALIZES)
+            check_choice("normalize", self.normalize, NORMALIZES)
 
     def _check_layers(self) -> None:
         if isinstance(self.size, int):
@@ -133,7 +133,7 @@ class GuidanceConfig:
         if self.places is not None:
             places = self._sequence("places")
             for place in places:
-                _check_choice("places", place, PLACES)
+                check_choice("places", place, PLACES)
             if not places:
                 raise ValueError("places must name at least one place, got none")
             object.__setattr__(self, "places", places)
@@ -208,11 +208,6 @@ class GuidanceConfig:
             ValueError, ImportError: See :meth:`from_json`.
         """
         return cls.from_json(read_text(path))
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 @functools.cache

@@ -16,6 +16,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from vstar_kernels.methods.arguments import check_choice
+
 Form = Literal["topk", "mass"]
 Normalize = Literal["max"]
 Distance = Literal["kl", "cosine"]
@@ -69,7 +71,7 @@ def spatial_loss(
             "masks must have the maps' (frames, subjects, height, width), "
             f"{tuple(maps.shape[-4:])}, got {tuple(masks.shape)}"
         )
-    _check_choice("form", form, FORMS)
+    check_choice("form", form, FORMS)
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {share}")
     for name, weight in (("inside", inside), ("outside", outside)):
@@ -77,7 +79,7 @@ def spatial_loss(
             raise ValueError(f"{name} must be at least 0, got {weight}")
     cells, mask = maps.flatten(-2), masks.flatten(-2).to(maps.device)
     if normalize is not None:
-        _check_choice("normalize", normalize, NORMALIZES)
+        check_choice("normalize", normalize, NORMALIZES)
         largest = cells.detach().amax(-1, keepdim=True)
         cells = cells / largest.clamp(min=torch.finfo(cells.dtype).tiny)
     present = mask.any(-1)
@@ -122,7 +124,7 @@ def syntax_loss(
         TypeError, ValueError: An argument is of the wrong kind or out of range.
     """
     _check_maps(maps)
-    _check_choice("distance", distance, DISTANCES)
+    check_choice("distance", distance, DISTANCES)
     if isinstance(window, bool) or not isinstance(window, int) or window < 0:
         raise ValueError(f"window must be a number of frames of at least 0, got {window!r}")
     if margin is not None and not margin > 0:
@@ -155,7 +157,7 @@ def map_distance(one: Tensor, other: Tensor, distance: Distance = "kl") -> Tenso
     Returns:
         ``(…,)``.
     """
-    _check_choice("distance", distance, DISTANCES)
+    check_choice("distance", distance, DISTANCES)
     one, other = one.flatten(-2), other.flatten(-2)
     if distance == "cosine":
         return 1 - torch.cosine_similarity(one, other, dim=-1)
@@ -253,8 +255,3 @@ def _check_pairs(pairs: Sequence[tuple[int, int]], words: int) -> None:
             "and has nothing to keep them away from",
             stacklevel=3,
         )
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

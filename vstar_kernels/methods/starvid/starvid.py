@@ -21,7 +21,7 @@ from vstar_kernels.methods.vstar.embeddings import interpolate_embeddings
 from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.models.apply import apply_tar
 from vstar_kernels.models.columns import ColumnCapture, capture_columns
-from vstar_kernels.models.config import TARConfig
+from vstar_kernels.models.config import TARConfig, checked_tar
 from vstar_kernels.models.frame_prompts import condition_frames
 
 SEEDS = 2**32
@@ -98,15 +98,11 @@ class StarVid:
             raise TypeError(f"config must be a GuidanceConfig or None, got {type(config).__name__}")
         if writer is not None and not isinstance(writer, TrajectoryWriter):
             raise TypeError(f"writer must be a TrajectoryWriter, got {type(writer).__name__}")
-        if isinstance(tar, str):
-            tar = TARConfig.preset(tar)
-        elif tar is not None and not isinstance(tar, TARConfig):
-            raise TypeError(f"tar must be a TARConfig, a preset or None, got {type(tar).__name__}")
         check_flag("checkpointing", checkpointing)
         self._pipe = pipe
         self._config = GuidanceConfig() if config is None else config
         self._writer = writer
-        self._tar = tar
+        self._tar = None if tar is None else checked_tar("tar", tar)
         self._checkpointing = checkpointing
         self._backend = backend
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vstar_kernels.analysis.grids import Order, check_order, grid_shape
 from vstar_kernels.attention import dispatch
 from vstar_kernels.models.apply import RegularizedHandle
-from vstar_kernels.models.config import TARConfig
+from vstar_kernels.models.config import TARConfig, checked_tar
 from vstar_kernels.models.front_end import temporal_layers, unwrap
 from vstar_kernels.models.grid.embedding import GridEmbedding, check_fps
 from vstar_kernels.models.grid.model import (
@@ -73,12 +73,7 @@ def apply_grid(
             already, or has processors that would have to be discarded. At a forward pass: the
             latents do not divide into the grid, or frames would not stay apart at all levels.
     """
-    if isinstance(config, str):
-        config = TARConfig.preset(config)
-    elif config is not None and not isinstance(config, TARConfig):
-        raise TypeError(
-            f"config must be a TARConfig, a preset or None, got {type(config).__name__}"
-        )
+    config = None if config is None else checked_tar("config", config)
     check_order(order)
     grid = Grid(*grid_shape(frames, rows=rows), order)
     dispatch.FRAME_ATTENTION.check_name(backend)
