@@ -184,6 +184,10 @@ def test_a_safety_checker_sees_frames(pipe, monkeypatch):
         ({}, {"seed": -1}, ValueError, "seed must be from 0"),
         ({}, {"latents": 1}, ValueError, "latents is set here: give seed"),
         ({}, {"num_frames": 16}, TypeError, "takes no argument 'num_frames'"),
+        ({}, {"num_inference_steps": 0}, ValueError, "num_inference_steps must be at least 1"),
+        ({}, {"guidance_scale": "a"}, TypeError, "guidance_scale must be a number, got str"),
+        ({}, {"maps": "all"}, TypeError, "maps must be True, False or indices .* got str"),
+        ({}, {"maps": [99]}, ValueError, "maps must be of steps below num_inference_steps, 2"),
     ],
 )
 def test_bad_arguments(pipe, make, more, error, message):

@@ -237,6 +237,15 @@ def test_a_writer(writer):
         ({"generator": None}, ValueError, "generator is set here: give seed"),
         ({"prompt_embeds": None}, ValueError, "prompt_embeds is set here"),
         ({"num_inference_step": 3}, TypeError, "no argument 'num_inference_step'"),
+        ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be at least 1, got 0"),
+        ({"num_inference_steps": "3"}, TypeError, "num_inference_steps must be an integer"),
+        ({"guidance_scale": "a"}, TypeError, "guidance_scale must be a number, got str"),
+        ({"guidance_scale": float("nan")}, ValueError, "guidance_scale must be finite"),
+        ({"maps": "all"}, TypeError, "maps must be True, False or indices .* got str"),
+        ({"maps": 1}, TypeError, "maps must be True, False or indices .* got int"),
+        ({"maps": ["a"]}, TypeError, "maps must be True, False or indices .* one of 'a'"),
+        ({"maps": [-1]}, ValueError, "maps counts from 0, .* got -1"),
+        ({"maps": [99]}, ValueError, "maps must be of steps below num_inference_steps, .* 99"),
     ],
 )
 def test_wrong_calls_are_found_before_a_synopsis_is_paid_for(writer, arguments, error, message):

@@ -258,6 +258,14 @@ def test_steps_of_a_model_by_itself(unet):
     assert {m.step for m in capture.maps} == {5}
 
 
+def test_steps_that_can_be_none(unet):
+    for steps in ("x", 3, ["a"], [1.0], [True]):
+        with pytest.raises(TypeError, match="steps must be indices of denoising steps or None"):
+            vk.capture_maps(unet, steps=steps)
+    with pytest.raises(ValueError, match=r"steps counts from 0, .* got -1"):
+        vk.capture_maps(unet, steps=[-1])
+
+
 def test_repeated_steps_are_averaged(unet):
     plain = captured(unet)
     with vk.apply_tar(unet, TAR):

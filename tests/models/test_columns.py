@@ -244,6 +244,7 @@ def test_resizing():
         ([[True]], ValueError, "indices of tokens, got True"),
         (torch.ones(3, 2).double(), ValueError, "float64 of shape"),
         (torch.ones(3), ValueError, r"float32 of shape \(3,\)"),
+        (torch.full((3, 1), torch.nan), ValueError, "columns must be finite"),
     ],
 )
 def test_wrong_columns(unet, columns, error, message):
@@ -256,6 +257,14 @@ def test_what_it_refuses(unet):
         capture(models.make("UNetSpatioTemporalConditionModel"), WORDS)
     with pytest.raises(ValueError, match="layers chooses none"):
         capture(unet, WORDS, layers=lambda layer: layer.level == 5)
+    for layers in ("x", [99]):
+        with pytest.raises(TypeError, match="layers must be a callable"):
+            capture(unet, WORDS, layers=layers)
+    for steps in ("x", 1, ["a"]):
+        with pytest.raises(TypeError, match="steps must be indices of denoising steps or None"):
+            capture(unet, WORDS, steps=steps)
+    with pytest.raises(ValueError, match=r"steps counts from 0, .* got -1"):
+        capture(unet, WORDS, steps=[-1])
     with pytest.raises(TypeError, match="guidance must be True or False, got int"):
         capture(unet, WORDS, guidance=1)
     with (

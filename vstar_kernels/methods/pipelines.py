@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
+import math
+import numbers
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from vstar_kernels.methods.arguments import check_integer
+from vstar_kernels.models.schedule import as_indices, count_steps
 
 PIPELINES = (
     "TextToVideoSDPipeline",
@@ -169,6 +175,48 @@ class PipelineCall:
         else:  # I2VGenXLPipeline reads it off itself, and is told by its own call only
             pipe._guidance_scale = self._get("guidance_scale")
         return arguments
+
+
+def check_sampling(pipe: Any, options: Mapping[str, Any], maps: Any) -> None:
+    """Raises for what a pipeline would be told too late: its steps, its guidance, steps of maps.
+
+    Args:
+        pipe: A pipeline.
+        options: Its arguments; those that are left out have its defaults.
+        maps: Whether maps are captured, or the indices of the steps at which they are.
+
+    Raises:
+        TypeError, ValueError: An option is of the wrong kind, or no sampling has it.
+    """
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    scale = options.get("guidance_scale", parameters["guidance_scale"].default)
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(f"guidance_scale must be a number, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance_scale must be finite, got {scale}")
+    has_own = any(options.get(name) is not None for name in ("timesteps", "sigmas"))
+    count = options.get("num_inference_steps", parameters["num_inference_steps"].default)
+    if not has_own:
+        check_integer("num_inference_steps", count, 1)
+    if isinstance(maps, bool):
+        return
+    allowed = "True, False or indices of denoising steps"
+    if maps is None:
+        raise TypeError(f"maps must be {allowed}, got None")
+    steps = as_indices("maps", maps, allowed)
+    if steps and not has_own and max(steps) >= _num_steps(pipe.scheduler, count):
+        raise ValueError(
+            f"maps must be of steps below num_inference_steps, {count}, got {max(steps)}"
+        )
+
+
+def _num_steps(scheduler: Any, num_inference_steps: int) -> int:
+    """Returns the length of a schedule, which is more than what was asked for of some kinds."""
+    if getattr(scheduler.config, "use_dynamic_shifting", False):
+        return num_inference_steps  # it is made for a size of latents, not known here
+    own = copy.deepcopy(scheduler)
+    own.set_timesteps(num_inference_steps)
+    return count_steps(own)
 
 
 def check_pipeline(pipe: Any) -> None:

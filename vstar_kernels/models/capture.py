@@ -49,6 +49,7 @@ from vstar_kernels.models.schedule import (
     AnnouncedStep,
     FindScheduler,
     Turns,
+    as_indices,
     find_step,
     scheduler_of,
     timestep_value,
@@ -118,6 +119,7 @@ def capture_maps(
     """
     if max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+    wanted = as_indices("steps", steps, "indices of denoising steps or None")
     full3d = find_full3d(pipe_or_model, unknown=layout is not None)
     grids = {} if full3d else find_grids(pipe_or_model)
     models = {name: grid.model for name, grid in grids.items()}
@@ -141,7 +143,7 @@ def capture_maps(
         raise ValueError("layers chooses none of the temporal attention layers")
 
     capture = MapCapture(
-        steps, chooses, scheduler_of(pipe_or_model, scheduler), max_rows, differentiable
+        wanted, chooses, scheduler_of(pipe_or_model, scheduler), max_rows, differentiable
     )
     watches: list[_ModelWatch | FrameWatch] = [
         _ModelWatch(

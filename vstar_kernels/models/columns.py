@@ -31,6 +31,7 @@ from vstar_kernels.models.schedule import (
     AnnouncedStep,
     FindScheduler,
     Turns,
+    as_indices,
     find_step,
     scheduler_of,
     timestep_value,
@@ -123,11 +124,15 @@ def capture_columns(
     for name, value in (("guidance", guidance), ("differentiable", differentiable)):
         if not isinstance(value, bool) and not (name == "guidance" and value is None):
             raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+    if layers is not None and not callable(layers):
+        raise TypeError(
+            f"layers must be a callable (CrossLayer) -> bool or None, got {type(layers).__name__}"
+        )
     return ColumnCapture(
         model,
         columns,
         layers or (lambda layer: True),
-        steps,
+        as_indices("steps", steps, "indices of denoising steps or None"),
         scheduler_of(pipe_or_model, scheduler),
         guidance=guidance,
         differentiable=differentiable,
@@ -516,6 +521,8 @@ def check_columns(columns: Any) -> None:
                 "columns as weights must be torch.float32 (tokens, words) or (batch, tokens, "
                 f"words), none of them 0, got {columns.dtype} of shape {tuple(columns.shape)}"
             )
+        if not columns.isfinite().all():
+            raise ValueError("columns must be finite")
         return
     if isinstance(columns, str) or not isinstance(columns, Sequence):
         raise TypeError(

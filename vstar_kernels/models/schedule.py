@@ -7,9 +7,10 @@ care.
 
 from __future__ import annotations
 
+import operator
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -37,6 +38,36 @@ def check_steps(steps: Steps) -> None:
             raise ValueError(f"steps as an index must be at least 0, got {steps}")
     elif not 0 < steps <= 1:
         raise ValueError(f"steps as a share of the schedule must be in (0, 1], got {steps}")
+
+
+def as_indices(name: str, value: Any, allowed: str) -> frozenset[int] | None:
+    """Returns indices, such as those of steps, as a set; None for all.
+
+    Args:
+        name: The argument's name, for messages.
+        value: What was given for it.
+        allowed: What it may be, for messages.
+
+    Raises:
+        TypeError: They are not integers, or no collection.
+        ValueError: One is negative.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str | bytes) or not isinstance(value, Collection):
+        raise TypeError(f"{name} must be {allowed}, got {type(value).__name__}")
+    found = set()
+    for item in value:
+        try:
+            index = operator.index(item)
+        except TypeError:
+            index = None
+        if index is None or isinstance(item, bool):
+            raise TypeError(f"{name} must be {allowed}, got one of {item!r}")
+        if index < 0:
+            raise ValueError(f"{name} counts from 0, and from the first only, got {index}")
+        found.add(index)
+    return frozenset(found)
 
 
 def describe_steps(steps: Steps) -> str:

@@ -113,6 +113,10 @@ def test_wrong_calls(pipe):
         ({"seed": -1}, ValueError, "seed must be from 0 to"),
         ({"synopsis": "x"}, TypeError, "synopsis must be a Synopsis or None, got str"),
         ({"steps": 3}, TypeError, "takes no argument 'steps'"),
+        ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be at least 1, got 0"),
+        ({"guidance_scale": "a"}, TypeError, "guidance_scale must be a number, got str"),
+        ({"maps": "all"}, TypeError, "maps must be True, False or indices .* got str"),
+        ({"maps": [50]}, ValueError, "maps must be of steps below num_inference_steps, 50"),
     ):
         given = {"prompt": PLAN, **arguments}
         with pytest.raises(error, match=message):

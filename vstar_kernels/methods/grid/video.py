@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vstar_kernels.analysis.grids import from_grid, grid_shape
 from vstar_kernels.methods.arguments import check_integer, check_text
+from vstar_kernels.methods.pipelines import check_sampling
 from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.methods.vstar.vstar import SEEDS, Generation
 from vstar_kernels.models.capture import MapCapture, capture_maps
@@ -118,6 +119,8 @@ class GridVideo:
                 others or the model.
         """
         text = self._check(prompt, frames, height, width, seed, options)
+        options = {**DEFAULTS, **options}
+        check_sampling(self._pipe, options, maps)
         rows, cols = grid_shape(frames, rows=self._rows)
         seed = secrets.randbelow(SEEDS) if seed is None else seed
         output_type = options.pop("output_type", "pil")
@@ -143,7 +146,7 @@ class GridVideo:
                 width=cols * width,
                 generator=torch.Generator().manual_seed(seed),  # the same on every device
                 output_type="latent",
-                **{**DEFAULTS, **options},
+                **options,
             ).images
             layers = grid.layers
         video = self._finish(image, rows, cols, output_type)

@@ -11,7 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from vstar_kernels.methods.arguments import check_flag, check_integer
-from vstar_kernels.methods.pipelines import PIPELINES, PipelineCall, check_pipeline
+from vstar_kernels.methods.pipelines import (
+    PIPELINES,
+    PipelineCall,
+    check_pipeline,
+    check_sampling,
+)
 from vstar_kernels.methods.starvid.config import GuidanceConfig
 from vstar_kernels.methods.starvid.guidance import GuidanceUpdate, guide_latents
 from vstar_kernels.methods.starvid.trajectory import Trajectory
@@ -141,6 +146,7 @@ class StarVid:
         """
         call = PipelineCall(self._pipe, options)
         self._check(prompt, num_frames, seed, key_frames, synopsis)
+        check_sampling(self._pipe, options, maps)
         seed = secrets.randbelow(SEEDS) if seed is None else seed
         plan = self._plan(prompt, key_frames, refresh)
         with ExitStack() as stack:

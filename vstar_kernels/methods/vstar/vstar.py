@@ -12,6 +12,7 @@ from vstar_kernels.methods.arguments import check_integer
 from vstar_kernels.methods.pipelines import (
     PipelineCall,
     check_pipeline,
+    check_sampling,
     has_text_apart,
     is_full3d,
 )
@@ -173,6 +174,7 @@ class VSTAR:
         """
         call = PipelineCall(self._pipe, options)
         self._check(prompt, num_frames, seed, num_stages)
+        check_sampling(self._pipe, options, maps)
         call.check_frames(num_frames)
         seed = secrets.randbelow(SEEDS) if seed is None else seed
         with self._regularize() as tar:  # first, as it finds most mistakes
