@@ -128,11 +128,13 @@ def train(with_embedding: bool, options: argparse.Namespace, folder: Path) -> Tr
         trainee.parameters(), lr=options.rate, betas=(0.9, 0.9), weight_decay=0.03
     )
     untrained = frame_maps(trainee.to(accelerator.device), scheduler, accelerator.device)
+    # Every process has clips, noise and timesteps of its own, and the weights of all.
+    seed = options.seed + 1000 * accelerator.process_index
     # A generator of its own, as a loader draws from the global one whenever it begins.
-    loader = torch.utils.data.DataLoader(
-        data(options.seed), batch_size=BATCH, generator=torch.Generator()
-    )
+    loader = torch.utils.data.DataLoader(data(seed), batch_size=BATCH, generator=torch.Generator())
     model, adam = accelerator.prepare(trainee, adam)
+    if not accelerator.is_main_process:
+        set_seed(seed)
     log, losses = folder / "losses.json", []
     if log.exists():
         accelerator.load_state(str(folder / "checkpoint"))

@@ -56,7 +56,8 @@ def apply_grid(
         config: TAR, or a preset; widths are those of one frame's latents. None regularizes nothing.
         embedding: Whether to add the mixed embedding to the latents, or what to add.
         fps: The video's speed, 0 to 120, one or one for each of the batch, for an embedding with an
-            :class:`FPSEmbedding`; :attr:`GridHandle.fps` changes it.
+            :class:`FPSEmbedding`; :attr:`GridHandle.fps` changes it. Where guidance doubles the
+            batch, half of it will do; several images for a prompt need its speed as often.
         order: How frames count: ``"column"``, down the columns, as in the paper's eq. 1; ``"row"``.
         scheduler: As for :func:`vstar_kernels.apply_tar`.
         backend: As for :func:`vstar_kernels.frame_attention`.
@@ -71,7 +72,8 @@ def apply_grid(
         ValueError: There is no such model or it has temporal attention of its own; ``rows`` does
             not divide ``frames``; no layer has one of the levels; the model is under ``apply_grid``
             already, or has processors that would have to be discarded. At a forward pass: the
-            latents do not divide into the grid, or frames would not stay apart at all levels.
+            latents do not divide into the grid, frames would not stay apart at all levels, or there
+            are neither one nor as many speeds as latents.
     """
     config = None if config is None else checked_tar("config", config)
     check_order(order)
