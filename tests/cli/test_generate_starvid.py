@@ -119,3 +119,16 @@ def test_what_it_refuses(generate, tmp_path, arguments, message):
     assert status == 2
     assert message in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_updates_that_are_not_made_are_not_counted(generate, tmp_path):
+    PLAN.save(tmp_path / "plan.json")
+    replace(CONFIG, stop_below=1e9).save(tmp_path / "guidance.json")
+    options = ["--method", "starvid", "--plan", tmp_path / "plan.json", "--size", "16x16"]
+    options += ["--guidance", tmp_path / "guidance.json", "--no-maps", "--seed", 3]
+    status, printed = generate(*options)
+    assert status == 0, printed
+    assert "seed 3, 0 updates of the latents" in printed
+    record = json.loads((tmp_path / "out" / "generation.json").read_text())
+    assert [update["applied"] for update in record["updates"]] == [False, False]
+    assert not {"mode", "rounding"} & record.keys()

@@ -415,7 +415,8 @@ METHODS = {"vstar": _vstar, "grid": _grid, "starvid": _starvid}
 def _told(generation: Generation | GuidedVideo) -> list[str]:
     """Returns what is said of a finished video."""
     if isinstance(generation, GuidedVideo):
-        return [f"seed {generation.seed}, {len(generation.updates)} updates of the latents"]
+        updates = sum(update.applied for update in generation.updates)
+        return [f"seed {generation.seed}, {updates} updates of the latents"]
     stages = enumerate(generation.synopsis.stages, start=1)
     tar = f"TAR on {len(generation.layers)} layers" if generation.config else "no TAR"
     told = [f"stage {index}: {shorten(stage, SHOWN)}" for index, stage in stages]

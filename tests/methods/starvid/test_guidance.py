@@ -18,8 +18,8 @@ import diffusers
 from examples import tiny
 from tests.methods.starvid.pipelines import FRAMES, LEFT, PLAN, PROMPT, RIGHT, run
 from vstar_kernels.methods.starvid import guidance
-from vstar_kernels.methods.starvid.guidance import _GUIDED, _GUIDING, goes_on
 from vstar_kernels.methods.starvid.losses import map_distance
+from vstar_kernels.methods.starvid.scheduler import _GUIDED, _GUIDING, goes_on
 from vstar_kernels.models.columns import LeftEarly
 from vstar_kernels.models.front_end import cross_layers
 from vstar_kernels.models.hooks import Hooks
@@ -456,3 +456,27 @@ def _without_alphas(pipe, decay):
         return guided(pipe, config=replace(CONFIG, decay=decay))[1].updates
     finally:
         pipe.scheduler = before
+
+
+def test_updates_that_are_not_made_are_not_counted(pipe):
+    """Below ``stop_below`` only the loss is measured, and the latents are the plain run's."""
+    out, handle = guided(pipe, config=replace(ONE, updates=2, stop_below=1e9))
+    assert torch.equal(out, run(pipe))
+    assert [(x.step, x.update, x.applied) for x in handle.updates] == [(0, 0, False)]
+    assert set(handle.maps) == {0}
+    _, handle = guided(pipe, config=replace(ONE, updates=2, stop_below=-1e9))
+    assert [x.applied for x in handle.updates] == [True, True]
+
+
+def test_inference_mode_is_refused(pipe):
+    """At the first evaluation of the model, and not where the first update would be."""
+    config = replace(CONFIG, spatial=None, syntax=(0.6, 1.0))
+    message = r"takes gradients, which torch.inference_mode\(\) forbids"
+    with (
+        guide(pipe, config=config) as handle,
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match=message),
+    ):
+        run(pipe)
+    assert not handle.updates
+    assert_stock(pipe, type(pipe.scheduler))

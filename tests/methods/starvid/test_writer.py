@@ -92,6 +92,7 @@ def test_the_example_keeps_to_the_rules():
         (("subjects", 0, "noun", "horse"), "subjects[0].noun: 'horse' is not a word of the"),
         (("subjects", 0, "noun", "ca"), "'ca' is not a word of the sentence"),
         (("subjects", 0, "verb", "flies"), "subjects[0].verb: 'flies' is not a word"),
+        (("subjects", 0, "verb", "Cat"), "subjects[0].verb: 'Cat' is the noun already"),
         (("subjects", 0, "count", 0), "subjects[0].count"),
         (("subjects", 1, "count", 12), "found 13"),
         (("subjects", 0, "phrase", "…"), "subjects[0].phrase: it has no text"),

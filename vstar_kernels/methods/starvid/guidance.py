@@ -1,22 +1,19 @@
 """``guide_latents``: while a pipeline samples, its latents are drawn towards a plan.
 
-Two places of the pipeline are used. The scheduler's ``scale_model_input`` is given the latents at
-every evaluation of the model, and notes them. The model is then called with all that it needs, the
-text among it: a hook before that call updates the latents, by gradients of forward passes of its
-own, and hands the new ones to the model; the scheduler's ``step`` gets the same in the place of the
-old ones. So no pipeline has to be known, nor what else its model takes.
+Two places of the pipeline are used. The scheduler is given the latents before every evaluation of
+the model, and notes them (scheduler.py). The model is then called with all that it needs, the text
+among it: a hook before that call updates the latents, by gradients of forward passes of its own,
+and hands the new ones to the model; the scheduler's ``step`` gets the same in the place of the old
+ones. So no pipeline has to be known, nor what else its model takes.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +21,9 @@ from torch import Tensor, nn
 from vstar_kernels.methods.gradients import checkpointed, exclusive, frozen
 from vstar_kernels.methods.starvid.config import GuidanceConfig
 from vstar_kernels.methods.starvid.losses import mass_inside, spatial_loss, syntax_loss
+from vstar_kernels.methods.starvid.scheduler import GuidedScheduler, Noted
 from vstar_kernels.methods.starvid.trajectory import Trajectory
 from vstar_kernels.methods.starvid.words import PlanTargets, PlanWords, plan_targets, plan_words
-from vstar_kernels.models.classes import ClassChange
 from vstar_kernels.models.columns import ColumnCapture, LeftEarly, text_model, token_weights
 from vstar_kernels.models.conditional import (
     conditional_passes,
@@ -36,7 +33,6 @@ from vstar_kernels.models.conditional import (
 from vstar_kernels.models.front_end import cross_layers
 from vstar_kernels.models.hooks import Argument, Handle, Hooks, put_back
 from vstar_kernels.models.layers import CrossLayer
-from vstar_kernels.models.schedule import count_steps, find_step
 from vstar_kernels.models.text import share_text, unshare_text
 
 # By which the loss is multiplied in float16, whose smallest numbers gradients would fall below.
@@ -53,6 +49,7 @@ class GuidanceUpdate:
         total: What is minimised.
         spatial, syntax: The two losses, without their weights; None where one is not in use.
         mass: Which share of the nouns' maps lies in their boxes, of 1.
+        applied: Whether the latents were updated: not where the loss was below ``stop_below``.
     """
 
     step: int
@@ -61,6 +58,7 @@ class GuidanceUpdate:
     spatial: float | None
     syntax: float | None
     mass: float
+    applied: bool
 
 
 def guide_latents(
@@ -111,7 +109,8 @@ def guide_latents(
             pipeline is guided already. While sampling: no step would be guided, or the batch does
             not fit the plans.
         FloatingPointError: While sampling: a loss or its gradient is not finite.
-        RuntimeError: While sampling: the pipeline's scheduler has been replaced.
+        RuntimeError: While sampling: the pipeline's scheduler has been replaced, or it is under
+            ``torch.inference_mode()``.
     """
     config = GuidanceConfig() if config is None else config
     if not isinstance(config, GuidanceConfig):
@@ -157,19 +156,6 @@ def guide_latents(
     )
 
 
-class _Noted(NamedTuple):
-    """What the scheduler was asked to scale for the next evaluation of the model.
-
-    Attributes:
-        latents, scaled: The pipeline's batch, before and after.
-        timestep: Of the evaluation.
-    """
-
-    latents: Tensor
-    scaled: Tensor
-    timestep: Any
-
-
 class _Batch(NamedTuple):
     """What guidance makes of one call of the model.
 
@@ -206,9 +192,10 @@ class GuidanceHandle(Handle):
         config: The configuration.
         plans: The plans.
         words: The words of each, in the order of the maps.
-        updates: All updates so far, in their order.
-        maps: By step the words' maps before the step's last update, on the CPU: for each video
-            ``(frames, words, height, width)``.
+        updates: All updates so far, in their order; with ``applied=False`` also the losses at which
+            a step has stopped, see :attr:`GuidanceConfig.stop_below`.
+        maps: By step the words' maps of the step's last record in ``updates``, on the CPU: for each
+            video ``(frames, words, height, width)``.
     """
 
     def __init__(
@@ -226,21 +213,17 @@ class GuidanceHandle(Handle):
         self.config, self.plans, self.words = config, plans, words
         self.updates: list[GuidanceUpdate] = []
         self.maps: dict[int, list[Tensor]] = {}
-        self._model, self._scheduler = model, scheduler
+        self._model = model
         self._guidance, self._checkpointing, self._backend = guidance, checkpointing, backend
         self._layers = _layers(model, config)
         self._sample = Argument(model, 0)
         self._targets: dict[tuple[int, int, int, int], PlanTargets] = {}
-        self._noted: _Noted | None = None
-        self._changed: tuple[Tensor, Tensor] | None = None  # the pipeline's latents, and ours
         self._hooks = Hooks()
         # Finds out now what cannot be captured, and not after the text has been encoded.
         self._capture(_weights(words, 1)).remove()
-        if _handle_of(scheduler) is not None:
-            raise ValueError("this pipeline is under guide_latents already: remove() that handle")
+        self._scheduler = GuidedScheduler(scheduler)
         try:
-            _GUIDED[scheduler] = weakref.ref(self)
-            _GUIDING.put_on(scheduler)
+            self._scheduler.install()
             self._hooks.before(model, self._before)
         except BaseException:
             self.remove()
@@ -248,41 +231,11 @@ class GuidanceHandle(Handle):
 
     def remove(self) -> None:
         """Takes the hooks off the pipeline; nothing happens the second time."""
-        put_back(self._hooks.remove, self._free_scheduler)
+        put_back(self._hooks.remove, self._scheduler.remove)
 
     def clear(self) -> None:
         """Forgets the updates and maps so far."""
         self.updates, self.maps = [], {}
-
-    def _free_scheduler(self) -> None:
-        if _handle_of(self._scheduler) is self:
-            _GUIDING.take_off(self._scheduler)
-            del _GUIDED[self._scheduler]
-
-    # What the scheduler tells.
-
-    def note(self, latents: Tensor, scaled: Tensor, timestep: Any) -> None:
-        """Notes what the scheduler has scaled for the next evaluation of the model."""
-        self._noted, self._changed = _Noted(latents, scaled, timestep), None
-
-    def latents_of_step(self, latents: Tensor) -> tuple[Tensor, bool]:
-        """Returns the latents for the scheduler's step, and whether they have been updated.
-
-        Raises:
-            RuntimeError: They are not those that the model was called with.
-        """
-        changed, self._changed, self._noted = self._changed, None, None
-        if changed is None:
-            return latents, False
-        before, after = changed
-        if latents.shape != before.shape:  # some pipelines step with a row for each frame
-            before, after = (x.transpose(1, 2).flatten(0, 1) for x in (before, after))
-        if latents.shape != before.shape or not torch.equal(latents, before):
-            raise RuntimeError(
-                "the pipeline steps from other latents than it called the model with: "
-                "guide_latents cannot tell what to make of them"
-            )
-        return after, True
 
     # What the model is called with.
 
@@ -291,16 +244,21 @@ class GuidanceHandle(Handle):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if kwargs is None or in_conditional_passes():
             return None
-        noted = self._noted
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "guide_latents takes gradients, which torch.inference_mode() forbids: sample "
+                "without it, as pipelines are under torch.no_grad() by themselves"
+            )
+        noted = self._scheduler.noted
         if noted is None:
             raise RuntimeError(
                 f"this {type(model).__name__} is under guide_latents, and was called without the "
                 "scheduler's scale_model_input: has the pipeline another scheduler now?"
             )
-        step = find_step(noted.timestep, self._scheduler)
-        weights = self.config.weights(step, count_steps(self._scheduler))
+        step = self._scheduler.find_step(noted.timestep)
+        weights = self.config.weights(step, self._scheduler.num_steps)
         self._check_reach(step)
-        if not any(weights) or goes_on(self._scheduler):
+        if not any(weights) or self._scheduler.goes_on:
             return None
         sample = self._sample.get(args, kwargs)
         channels = noted.scaled.shape[1]
@@ -313,9 +271,9 @@ class GuidanceHandle(Handle):
         with exclusive(self._model), conditional_passes(), self._text_once():
             moved = self._descend(args, kwargs, sample, noted, batch, step, weights)
         latents = noted.latents.chunk(2)[1] if batch.guided else noted.latents
-        updated = (latents.float() + moved / self._scale(noted)).to(latents.dtype)
-        self._changed = latents, updated
-        scaled = self._scaled(torch.cat([updated] * (1 + batch.guided)), noted.timestep)
+        updated = (latents.float() + moved / self._scheduler.factor(noted)).to(latents.dtype)
+        self._scheduler.replace(latents, updated)
+        scaled = self._scheduler.scale(torch.cat([updated] * (1 + batch.guided)), noted.timestep)
         scaled = torch.cat([scaled, sample[:, channels:]], dim=1)
         return self._sample.replace(args, kwargs, scaled)
 
@@ -333,7 +291,7 @@ class GuidanceHandle(Handle):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         sample: Tensor,
-        noted: _Noted,
+        noted: Noted,
         batch: _Batch,
         step: int,
         weights: tuple[float, float],
@@ -345,7 +303,7 @@ class GuidanceHandle(Handle):
         start, more = sample[:, :channels].float(), sample[:, channels:]
         columns = _weights(self.words, batch.videos_per_plan)
         moved = torch.zeros_like(start)
-        rate = self.config.step_size * self._decay(noted.timestep, step)
+        rate = self.config.step_size * self._scheduler.decay(self.config.decay, noted, step)
         scale = LOSS_SCALE if sample.dtype == torch.float16 else 1.0
         for update in range(self.config.updates):
             with torch.enable_grad(), frozen(self._model), ExitStack() as stack:
@@ -359,10 +317,9 @@ class GuidanceHandle(Handle):
                     self._model(*call_args, **call_kwargs)
                 maps = capture.mean(size=self.config.size)
                 loss, found = self._loss(maps, batch, step, update, weights)
-                if self.config.stop_below is None or found.total >= self.config.stop_below:
+                gradient = None
+                if found.applied:
                     (gradient,) = torch.autograd.grad(scale * loss, leaf)
-                else:
-                    gradient = None
             self.updates.append(found)
             per_video = maps.detach().cpu()
             self.maps[step] = [
@@ -414,8 +371,15 @@ class GuidanceHandle(Handle):
                 f"the loss of update {update} at step {step} is {value}: try a lower step_size, or "
                 "float32 instead of a 16-bit type"
             )
+        stop_below = self.config.stop_below
         found = GuidanceUpdate(
-            step, update, value, _mean(spatials), _mean(syntaxes), float(torch.stack(masses).mean())
+            step,
+            update,
+            value,
+            _mean(spatials),
+            _mean(syntaxes),
+            float(torch.stack(masses).mean()),
+            applied=stop_below is None or value >= stop_below,
         )
         return loss, found
 
@@ -487,56 +451,14 @@ class GuidanceHandle(Handle):
 
     def _check_reach(self, step: int) -> None:
         """Raises ValueError where the pipeline has just begun, and no step will be guided."""
-        begin = (getattr(self._scheduler, "begin_index", None) or 0) // self._scheduler.order
+        begin, num_steps = self._scheduler.first_step, self._scheduler.num_steps
         if step != begin or not any(self.config.lambdas):
             return
-        num_steps = count_steps(self._scheduler)
         if not any(any(self.config.weights(x, num_steps)) for x in range(begin, num_steps)):
             raise ValueError(
                 f"spatial={self.config.spatial} and syntax={self.config.syntax} guide none of the "
                 f"steps {begin} to {num_steps - 1}: they are shares of the whole schedule"
             )
-
-    def _decay(self, timestep: Any, step: int) -> float:
-        alphas = getattr(self._scheduler, "alphas_cumprod", None)
-        decay = self.config.decay
-        if decay == "auto":
-            decay = "linear" if alphas is None else "noise"
-        if decay == "linear":
-            return 1 - 0.5 * step / max(count_steps(self._scheduler) - 1, 1)
-        if alphas is None:
-            raise ValueError(
-                f'decay="noise" needs a scheduler with alphas_cumprod, and '
-                f'{type(self._scheduler).__name__} has none: use "linear"'
-            )
-        place = min(max(round(float(timestep)), 0), len(alphas) - 1)
-        return math.sqrt(1 - float(alphas[place]))
-
-    def _scaled(self, latents: Tensor, timestep: Any) -> Tensor:
-        """Returns what the scheduler gives the model, without noting it."""
-        own = type(self._scheduler).scale_model_input.__wrapped__
-        return own(self._scheduler, latents, timestep)
-
-    def _scale(self, noted: _Noted) -> float:
-        """Returns the factor by which the scheduler scales latents at a timestep."""
-        one = torch.ones(1, device=noted.latents.device)
-        return float(self._scaled(one, noted.timestep))
-
-
-def goes_on(scheduler: Any) -> bool:
-    """Returns whether the next step goes on from the latents of an earlier evaluation.
-
-    What is done to the latents of this one is then lost, but for the model's output.
-    """
-    first = getattr(scheduler, "state_in_first_order", None)  # Heun, KDPM2, DPM-Solver SDE
-    if first is not None:
-        return not first
-    orders, place = (getattr(scheduler, name, None) for name in ("order_list", "step_index"))
-    if orders is not None and place is not None:  # DPM-Solver singlestep
-        return bool(orders[place] > 1)
-    if getattr(scheduler, "counter", 0) == 0:
-        return False
-    return getattr(scheduler, "cur_sample", None) is not None  # PNDM
 
 
 def _as_encoded(pipe: Any) -> Callable[[str], str]:
@@ -594,40 +516,3 @@ def _mean_mass(nouns: Tensor, masks: Tensor) -> Tensor:
 
 def _mean(values: list[Tensor]) -> float | None:
     return float(torch.stack(values).detach().mean()) if values else None
-
-
-def _handle_of(scheduler: Any) -> GuidanceHandle | None:
-    """Returns the handle that guides the pipeline of a scheduler, if any does."""
-    found = _GUIDED.get(scheduler)
-    return None if found is None else found()
-
-
-def _guided_calls(base: Any) -> dict[str, Callable[..., Any]]:
-    """Returns the methods of a guided scheduler; their signatures, which pipelines ask, stay."""
-
-    @functools.wraps(base.scale_model_input)
-    def scale_model_input(scheduler: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        scaled: Tensor = base.scale_model_input(scheduler, sample, *args, **kwargs)
-        handle = _handle_of(scheduler)
-        if handle is not None:
-            handle.note(sample, scaled, args[0] if args else kwargs.get("timestep"))
-        return scaled
-
-    @functools.wraps(base.step)
-    def step(
-        scheduler: Any, model_output: Any, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        handle = _handle_of(scheduler)
-        if handle is not None:
-            sample, is_changed = handle.latents_of_step(sample)
-            # UniPC and SA-Solver correct the result of the step before, which is not there now.
-            if is_changed and getattr(scheduler, "last_sample", None) is not None:
-                scheduler.last_sample = None
-        return base.step(scheduler, model_output, timestep, sample, *args, **kwargs)
-
-    return {"scale_model_input": scale_model_input, "step": step}
-
-
-_GUIDING = ClassChange(_guided_calls)
-# The model's hook holds the handle: pipelines that are dropped under guidance are not kept by this.
-_GUIDED: WeakKeyDictionary[Any, Callable[[], GuidanceHandle | None]] = WeakKeyDictionary()

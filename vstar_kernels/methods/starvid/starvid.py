@@ -43,9 +43,11 @@ class GuidedVideo:
         tar: The regularization of temporal attention; None where there was none.
         seed: The seed of the noise.
         words: The plan's words, in the order of the maps.
-        updates: The updates of the latents, with their losses.
-        guided_maps: By guided step the words' maps before its last update, ``(frames, words,
-            height, width)``.
+        updates: The updates of the latents, with their losses; see
+            :class:`vstar_kernels.methods.starvid.guidance.GuidanceHandle`, also for those that were
+            not applied.
+        guided_maps: By guided step the words' maps of its last record in ``updates``, ``(frames,
+            words, height, width)``.
         maps: The words' maps in the pipeline's own forward passes; None where they were not asked
             for.
     """

@@ -30,8 +30,8 @@ places and movements are to be planned: people, animals and things that the sent
 
 - "noun": the one word for the subject, copied letter by letter from the sentence.
 - "count": how many of them are seen.
-- "verb": the one word for what the subject does, copied letter by letter from the sentence; null \
-if the sentence gives it no verb.
+- "verb": the one word for what the subject does, copied letter by letter from the sentence, and \
+not the noun; null if the sentence gives it no verb.
 - "phrase": its movement in a few words.
 - "motion": where it is at the beginning and at the end, how large it is, how fast it moves, and \
 what physics says of it: what falls gets faster, what rolls gets slower, what comes nearer gets \
@@ -230,9 +230,10 @@ def _box_question(prompt: str, table: dict[str, Any], key_frames: int) -> str:
 def subjects_form(prompt: str) -> type[BaseModel]:
     """Returns the form of the first answer, a pydantic model.
 
-    Its nouns and verbs are words of the prompt, and there are at most 12 subjects.
+    Its nouns and verbs are words of the prompt, no subject's verb is its noun, and there are at
+    most 12 subjects.
     """
-    from pydantic import BaseModel, ConfigDict, Field, field_validator
+    from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
     def check_word(word: str) -> str:
         word = " ".join(word.split())
@@ -255,8 +256,11 @@ def subjects_form(prompt: str) -> type[BaseModel]:
 
         @field_validator("verb")
         @classmethod
-        def act(cls, verb: str | None) -> str | None:
-            return check_word(verb) if verb else None
+        def act(cls, verb: str | None, row: ValidationInfo) -> str | None:
+            verb = check_word(verb) if verb else None
+            if verb and verb.lower() == str(row.data.get("noun", "")).lower():
+                raise ValueError(f"{shorten(verb)!r} is the noun already")
+            return verb
 
         @field_validator("phrase", "motion")
         @classmethod
