@@ -1,7 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from vstar_kernels.models.schedule import StepGate, find_step
+from vstar_kernels.models.schedule import StepGate, Turns, find_step
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy's, in schedulers
@@ -177,3 +179,19 @@ def test_errors(schedule, timestep, message):
 def test_a_share_of_an_unknown_schedule():
     with pytest.raises(ValueError, match=r"steps=0\.5 is a share of the schedule: give"):
         gate(0.5).is_on(None, 1, step=3)
+
+
+def test_sides_of_guidance_end_with_the_run_and_where_they_are_forgotten():
+    turns, sample, other = Turns(), torch.randn(1, 2), torch.randn(1, 2)
+    runs = [SimpleNamespace(timesteps=torch.tensor([9, 5])) for _ in range(2)]
+    calls = [(9, sample, 0), (9, sample, 0), (5, sample, 0), (5, other, 0), (5, other, 0),
+             (5, other, 1), (5, other, None), (5, other, None)]  # fmt: skip
+    found = [turns.branch(t, x, None if run is None else runs[run]) for t, x, run in calls]
+    assert found == [0, 1, 0, 0, 1, 0, 0, 1]
+    runs[0].timesteps = torch.tensor([9, 5])
+    turns.branch(9, sample, runs[0])
+    runs[0].timesteps = torch.tensor([9, 5])  # the same video again
+    assert turns.branch(9, sample, runs[0]) == 0
+    turns.forget()
+    assert turns.branch(9, sample, runs[0]) == 0
+    assert turns.branch(9, sample, runs[0]) == 1

@@ -48,7 +48,6 @@ from vstar_kernels.models.layers import (
 from vstar_kernels.models.schedule import (
     AnnouncedStep,
     FindScheduler,
-    Turns,
     as_indices,
     find_step,
     scheduler_of,
@@ -75,6 +74,10 @@ def capture_maps(
     >>> with vk.capture_maps(pipe, steps=[0, 13], layers=lambda layer: layer.level == 0) as capture:
     ...     video = pipe(prompt).frames
     >>> capture.mean(place="up", step=13)  # (2, 16, 16): without and with the prompt
+
+    Where the model is called for each side of guidance in turn (lvdm, Wan), a map's ``branch`` says
+    which. A model that no pipeline calls, without a ``scheduler`` whose timesteps are set for each
+    run, needs :meth:`MapCapture.clear` between runs that begin alike.
 
     Of a full-3D transformer (Wan, HunyuanVideo and what else :func:`vstar_kernels.apply_frames`
     knows) and of an image UNet under :func:`vstar_kernels.apply_grid` these are maps between
@@ -182,6 +185,7 @@ class MapCapture(Handle):
 
     Attributes:
         chooses, max_rows, differentiable: See ``layers`` and the others of :func:`capture_maps`.
+        find_scheduler: See :func:`vstar_kernels.models.schedule.scheduler_of`.
     """
 
     def __init__(
@@ -197,7 +201,7 @@ class MapCapture(Handle):
         self.differentiable = differentiable
         self._steps = steps
         self._announced = AnnouncedStep()
-        self._find_scheduler = find_scheduler
+        self.find_scheduler = find_scheduler
         self._maps: dict[tuple[Any, ...], AttentionMap] = {}
         self._lock = threading.RLock()  # of the maps
         self._watches: list[_ModelWatch | FrameWatch] = []
@@ -265,9 +269,11 @@ class MapCapture(Handle):
         raise ValueError(f"no map of {asked} was captured: there are {'; '.join(there)}")
 
     def clear(self) -> None:
-        """Forgets the maps captured so far."""
+        """Forgets the maps captured so far; the next call is the first of its step."""
         with self._lock:
             self._maps = {}
+        for watch_ in self._watches:
+            watch_.passes.turns.forget()
 
     def remove(self) -> None:
         """Takes the hooks off, and keeps the maps; nothing happens the second time."""
@@ -282,7 +288,7 @@ class MapCapture(Handle):
         announced = self._announced.get()
         if announced is not None:
             return announced
-        scheduler = self._find_scheduler(model)
+        scheduler = self.find_scheduler(model)
         if scheduler is not None:
             return find_step(timestep, scheduler)
         if self._steps is not None:
@@ -375,6 +381,9 @@ class _ModelWatch:
         model: The model.
         front_end: What knows it.
         heads: Whether to keep the map of each head, where these are maps between frames.
+
+    Attributes:
+        passes: Its forward passes.
     """
 
     def __init__(
@@ -391,16 +400,15 @@ class _ModelWatch:
         self._model = model
         self._front_end = front_end
         self._heads = heads
-        self._passes: ForwardPasses[_WatchedPass] = ForwardPasses()
+        self.passes: ForwardPasses[_WatchedPass] = ForwardPasses()
         self._hooks = Hooks()
         self._layers: dict[str, _LayerWatch] = {}
-        self._turns = Turns()
         self._lock = threading.RLock()  # of the hooks
         self._removed = False
 
     def install(self) -> None:
         """Puts the hooks on the model; those on its layers come with the first forward pass."""
-        watch(self._model, self._passes)
+        watch(self._model, self.passes)
         self._hooks.before(self._model, self._begin)
         self._hooks.after(self._model, self._end)
 
@@ -411,13 +419,12 @@ class _ModelWatch:
                 self._close,
                 self._hooks.remove,
                 *(layer.hooks.remove for layer in self._layers.values()),
-                lambda: unwatch(self._model, self._passes),
+                lambda: unwatch(self._model, self.passes),
             )
 
     def _close(self) -> None:
         self._removed = True
-        self._turns = Turns()
-        self._passes.close()
+        self.passes.close()
 
     def _begin(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
@@ -430,11 +437,14 @@ class _ModelWatch:
         wanted = self._watch_layers() if is_wanted else set()
         keeps_graph = self._capture.differentiable and torch.is_grad_enabled()
         in_turns = self._front_end.guides_in_turns
-        branch = self._turns.branch(call.timestep, call.sample) if in_turns else 0
-        self._passes.begin(_WatchedPass(call, step, branch, wanted, keeps_graph=keeps_graph))
+        branch = 0
+        if in_turns:
+            scheduler = self._capture.find_scheduler(self._model)
+            branch = self.passes.turns.branch(call.timestep, call.sample, scheduler)
+        self.passes.begin(_WatchedPass(call, step, branch, wanted, keeps_graph=keeps_graph))
 
     def _end(self, *_: object) -> None:
-        forward = self._passes.current()
+        forward = self.passes.current()
         if forward is None or forward.is_cut:
             return
         if forward.uncalled:
@@ -463,7 +473,7 @@ class _ModelWatch:
 
     def current(self) -> _WatchedPass | None:
         """Returns the forward pass in which a layer is called; None where it is not captured."""
-        forward = self._passes.current()
+        forward = self.passes.current()
         return None if forward is None or self._removed else forward
 
     def mean_map(

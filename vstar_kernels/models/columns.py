@@ -30,7 +30,6 @@ from vstar_kernels.models.layers import CrossLayer, WatchedCrossAttention
 from vstar_kernels.models.schedule import (
     AnnouncedStep,
     FindScheduler,
-    Turns,
     as_indices,
     find_step,
     scheduler_of,
@@ -218,7 +217,6 @@ class ColumnCapture(Handle):
         self._backend = backend
         self._leaves = leaves
         self._announced = AnnouncedStep()
-        self._turns = Turns()
         self._maps: dict[tuple[Any, ...], ColumnMap] = {}
         self._passes: ForwardPasses[_WatchedPass] = ForwardPasses()
         self._hooks = Hooks()
@@ -378,8 +376,10 @@ class ColumnCapture(Handle):
         step = self._find_step(call) if is_ours else None
         wanted = is_ours and (self._steps is None or step in self._steps)
         in_turns = self._front_end.guides_in_turns
-        if in_turns and self._turns.branch(call.timestep, call.sample) > 0:
-            wanted = False
+        if in_turns:
+            scheduler = self._find_scheduler(self._model)
+            branch = self._passes.turns.branch(call.timestep, call.sample, scheduler)
+            wanted = wanted and branch == 0
         guided = False
         if wanted:
             self._install_attentions()

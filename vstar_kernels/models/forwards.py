@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from vstar_kernels.models.classes import ClassChange
+from vstar_kernels.models.schedule import Turns
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -85,6 +86,9 @@ class ForwardPasses(Generic[P]):
         opens: A method that is called with the arguments of each call of the model, before its
             hooks, and begins a forward pass, as long as its object lives; torch.compile never
             traces it. None: a hook begins it.
+
+    Attributes:
+        turns: The sides of guidance that the calls are of, forgotten when a call fails.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class ForwardPasses(Generic[P]):
         self.on_cut = on_cut
         # What watches a model is kept as long as the model lives, which its object may keep.
         self._opens = None if opens is None else WeakMethod(opens)
+        self.turns = Turns()
         self._here = _Here()
         self._running: set[P] = set()
         self._with_gradients: deque[P] = deque(maxlen=REMEMBERED)
@@ -151,14 +156,20 @@ class ForwardPasses(Generic[P]):
         for forward in list(self._running):
             forward.is_cut = True
         self._with_gradients.clear()
+        self.turns = Turns()
 
     def enter(self) -> P | None:
         """Returns what :meth:`leave` must be given after the model has been called."""
         outer: P | None = self._here.forward
         return outer
 
-    def leave(self, outer: P | None) -> bool:
-        """Ends the forward pass that has begun since :meth:`enter`; returns whether it was cut."""
+    def leave(self, outer: P | None, *, failed: bool) -> bool:
+        """Ends the forward pass that has begun since :meth:`enter`; returns whether it was cut.
+
+        Where the model's call has failed, the next one begins a step.
+        """
+        if failed:
+            self.turns.forget()
         forward: P | None = self._here.forward
         self._here.forward = outer
         if forward is None or forward is outer:
@@ -205,7 +216,8 @@ class _Call:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         _ANNOUNCED.model = None
-        cut = [passes.on_cut for passes, outer in self._outer if passes.leave(outer)]
+        failed = kind is not None
+        cut = [passes.on_cut for passes, outer in self._outer if passes.leave(outer, failed=failed)]
         # An interrupt stays one.
         if any(cut) and (kind is None or issubclass(kind, Exception)):
             raise RuntimeError(next(filter(None, cut)))

@@ -77,7 +77,9 @@ def condition_frames(
             by sizes: guided if the batch is twice that of embeddings, unguided if it is the same,
             and anything else raises. True or False also allow several videos for each prompt. Wan,
             SkyReels-V2 and Cosmos are called for each half in turn, the conditional one first; None
-            then takes a later call of a step for unconditional if it has another text.
+            then takes a later call of a step for unconditional if it has another text. Where no
+            pipeline calls the model, a run that was stopped between the two and then begins again
+            with the same latents needs a handle of its own.
         rule: For full-3D transformers: which frame hears which text, where these are of stages,
             however many: :meth:`FrameRule.relay` is Prompt Relay's (arXiv 2604.10030). The stages
             are at the coordinates 0, 1, 2, … of its keys. None: each frame its own.

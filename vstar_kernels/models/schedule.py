@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
@@ -388,21 +389,40 @@ class Turns:
     """Which side of guidance a call of a model is, where samplers call it for each.
 
     The calls of a step are those of one thread at the same timestep with the same latents, one
-    after another.
+    after another, in one run of a scheduler's timesteps: those are set anew for each run. Where no
+    scheduler is known, a run that stops between the sides and one of the same seed after it look
+    like one step, unless :meth:`forget` comes between them.
     """
 
     def __init__(self) -> None:
         self._last = threading.local()
 
-    def branch(self, timestep: Any, sample: Tensor) -> int:
-        """Returns how many calls of its step came before a call."""
+    def branch(self, timestep: Any, sample: Tensor, scheduler: Any) -> int:
+        """Returns how many calls of its step came before a call.
+
+        Args:
+            timestep, sample: What the model is called with.
+            scheduler: The one that runs; None where it is not known.
+        """
         value = torch.as_tensor(timestep).detach().clone()
+        timesteps = getattr(scheduler, "timesteps", None)
+        # One object for one tensor as long as it lives, which it does not keep.
+        run = weakref.ref(timesteps) if isinstance(timesteps, Tensor) else None
         before = getattr(self._last, "call", None)
         branch = 0
-        if before is not None and _same(before[0], value) and _same(before[1], sample):
-            branch = before[2] + 1
-        self._last.call = value, sample.detach(), branch
+        if (
+            before is not None
+            and before[0] is run
+            and _same(before[1], value)
+            and _same(before[2], sample)
+        ):
+            branch = before[3] + 1
+        self._last.call = run, value, sample.detach(), branch
         return branch
+
+    def forget(self) -> None:
+        """Has the next call of this thread be the first of its step."""
+        vars(self._last).pop("call", None)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -169,6 +169,46 @@ def test_the_layout_of_the_caller_goes_before_the_calls(wan):
         call(wan)
 
 
+class Pipeline:
+    """A sampler that calls its model once for each side of guidance, and may be stopped between."""
+
+    def __init__(self, model):
+        self.transformer = model
+        self.components = {"transformer": model}
+        self.scheduler = Scheduler(300)
+
+    def __call__(self, stopped=False):
+        self.scheduler.timesteps = torch.tensor([300])
+        call(self.transformer)
+        if stopped:
+            raise KeyboardInterrupt
+        call(self.transformer, encoder_hidden_states=torch.randn(2, 7, 16))
+
+
+def test_a_run_begins_with_the_conditional_side_whatever_came_before(wan):
+    pipe = Pipeline(wan)
+    with vk.capture_maps(pipe, layers=[0]) as capture:
+        with pytest.raises(KeyboardInterrupt):
+            pipe(stopped=True)
+        pipe()
+        pipe()
+    assert [(item.branch, item.calls) for item in capture.maps] == [(0, 3), (1, 2)]
+
+
+def test_a_call_that_fails_is_no_side_of_guidance(wan):
+    with vk.capture_maps(wan, layers=[0]) as capture:
+        hook = wan.proj_out.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call(wan)
+        hook.remove()
+        call(wan)
+        call(wan)
+        assert [item.branch for item in capture.maps] == [0, 1]
+        capture.clear()  # the same video again, of a model that no pipeline calls
+        call(wan)
+    assert [item.branch for item in capture.maps] == [0]
+
+
 def test_an_unknown_model_is_captured_by_the_layout_of_the_caller():
     """With a rule and without; it is told no timestep."""
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """A text for each latent frame, or for each stage, in transformers with cross-attention to text."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,6 +204,37 @@ def test_wan_is_guided_in_turns(models):
     with vk.condition_frames(model, texts):  # a call of perturbed guidance, and none at all
         for index in (0, 1, 0, 2, 2, 0):
             torch.testing.assert_close(run(model, calls[index]), expected[index], rtol=0, atol=2e-6)
+
+
+def test_a_run_that_is_stopped_does_not_turn_the_sides_of_the_next(models):
+    model, texts, negative = models["wan"], *texts_of("wan", batch=2).unsqueeze(1)
+    call = {
+        "hidden_states": inputs_of("wan")["hidden_states"][:1],
+        "encoder_hidden_states": texts[:, 0],
+        "timestep": torch.tensor([9]),
+    }
+
+    class Pipeline:
+        def __init__(self):
+            self.components, self.scheduler = {"transformer": model}, SimpleNamespace()
+
+        def __call__(self):
+            self.scheduler.timesteps = torch.tensor([9])
+            return run(model, call)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with vk.condition_frames(model, texts, negative=negative):
+        first = Pipeline()()
+        torch.testing.assert_close(Pipeline()(), first, rtol=0, atol=0)
+    with vk.condition_frames(model, texts, negative=negative):
+        hook = model.blocks[-1].register_forward_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, call)
+        hook.remove()
+        torch.testing.assert_close(run(model, call), first, rtol=0, atol=0)
+        assert not torch.equal(run(model, call), first)  # the unconditional one
 
 
 def test_ltx_is_guided_in_one_batch(models):

@@ -28,7 +28,7 @@ from vstar_kernels.models.full3d.seats import (
     seat_of,
 )
 from vstar_kernels.models.hooks import Hooks, put_back
-from vstar_kernels.models.schedule import Turns, timestep_value
+from vstar_kernels.models.schedule import timestep_value
 
 if TYPE_CHECKING:
     from vstar_kernels.models.capture import MapCapture
@@ -96,6 +96,9 @@ class FrameWatch:
         family: What is known of it.
         layout: Goes before what the call says.
         heads: Whether to keep the map of each head.
+
+    Attributes:
+        passes: Its forward passes.
     """
 
     def __init__(
@@ -114,15 +117,14 @@ class FrameWatch:
         self._family = family
         self._layout = layout
         self._heads = heads
-        self._passes: ForwardPasses[_WatchedPass] = ForwardPasses()
+        self.passes: ForwardPasses[_WatchedPass] = ForwardPasses()
         self._hooks = Hooks()
         self._seats: list[Seat] = []  # all that were ever watched
-        self._turns = Turns()
         self._removed = False
 
     def install(self) -> None:
         """Puts the hooks on the model; it sits down at its layers with the first forward pass."""
-        watch(self._model, self._passes)
+        watch(self._model, self.passes)
         self._hooks.before(self._model, self._begin)
         self._hooks.after(self._model, self._end)
 
@@ -133,7 +135,7 @@ class FrameWatch:
                 self._close,
                 self._hooks.remove,
                 *(self._leaving(seat) for seat in list(self._seats)),
-                lambda: unwatch(self._model, self._passes),
+                lambda: unwatch(self._model, self.passes),
             )
 
     def see(
@@ -148,7 +150,7 @@ class FrameWatch:
         masked: bool,
     ) -> None:
         """Takes the map of a layer's call, as it attends."""
-        forward = self._passes.current()
+        forward = self.passes.current()
         if forward is None or self._removed or layer.name not in forward.wanted:
             return
         # Gradient checkpointing wants the operations again that are in the graph, not their result.
@@ -220,12 +222,16 @@ class FrameWatch:
         step = self._capture.find_step(model, timestep)
         wanted = self._watch_layers() if self._capture.wants(step) else set()
         is_told = timestep is not None and isinstance(call["hidden_states"], Tensor)
-        self._passes.begin(
+        branch = 0
+        if is_told:
+            scheduler = self._capture.find_scheduler(model)
+            branch = self.passes.turns.branch(call["timestep"], call.sample, scheduler)
+        self.passes.begin(
             _WatchedPass(
                 call,
                 step,
                 NO_TIMESTEP if timestep is None else timestep_value(timestep),
-                self._turns.branch(call["timestep"], call.sample) if is_told else 0,
+                branch,
                 wanted,
                 keeps_graph=self._capture.differentiable and torch.is_grad_enabled(),
             )
@@ -233,7 +239,7 @@ class FrameWatch:
 
     def _end(self, *_: object) -> None:
         # A layer that was not called is one that a cache has skipped.
-        forward = self._passes.current()
+        forward = self.passes.current()
         if forward is not None and not forward.is_cut:
             self._capture.add(forward.maps)
 
@@ -261,5 +267,4 @@ class FrameWatch:
 
     def _close(self) -> None:
         self._removed = True
-        self._turns = Turns()
-        self._passes.close()
+        self.passes.close()

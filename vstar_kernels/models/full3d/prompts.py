@@ -37,7 +37,7 @@ from vstar_kernels.models.full3d.seats import (
     seat_of,
 )
 from vstar_kernels.models.hooks import Argument, Handle, Hooks, plain_name, put_back
-from vstar_kernels.models.schedule import Turns
+from vstar_kernels.models.schedule import running_scheduler
 
 OWN = FrameRule.window(0)  # each frame hears the text of its own time
 
@@ -282,7 +282,9 @@ class PromptedModel(Handle):
         """Returns which sides of guidance a call has, in its order: true for the conditional."""
         prompts, guidance = self._prompts, self._prompts.guidance
         if self._text_layers.in_turns:
-            sides = [guidance is False or self._thread.is_conditional(call, text, guidance)]
+            scheduler = running_scheduler(self._model)
+            branch = self._passes.turns.branch(call["timestep"], call.sample, scheduler)
+            sides = [guidance is False or self._thread.is_conditional(branch, text, guidance)]
         elif guidance is None:
             if len(text) not in (prompts.prompts, 2 * prompts.prompts):
                 raise ValueError(
@@ -512,16 +514,12 @@ class _Sides(threading.local):
 
     text: Tensor | None = None  # that of the step's first call
 
-    def __init__(self) -> None:
-        self._turns = Turns()
-
-    def is_conditional(self, call: Call, text: Tensor, guidance: bool | None) -> bool:
-        """Returns whether a call is a conditional one.
+    def is_conditional(self, branch: int, text: Tensor, guidance: bool | None) -> bool:
+        """Returns whether a call is a conditional one, before which came ``branch`` of its step.
 
         The first of a step is; a later one, if it has the first one's text (as those of perturbed
         guidance have), but not the second where it is known that there is guidance.
         """
-        branch = self._turns.branch(call["timestep"], call.sample)
         if branch == 0 or self.text is None:
             self.text = text
             return True
