@@ -50,6 +50,14 @@ def test_a_file_holds_what_was_written(tmp_path, data):
         assert os.listdir(tmp_path) == ["file"]
 
 
+def test_an_error_names_the_path_that_was_given(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "none" / "file.json", tmp_path / "file" / "file.json"):
+        with pytest.raises(OSError) as caught:
+            write_atomically(path, "")
+        assert caught.value.filename == str(path)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
 def test_a_file_has_the_permissions_that_open_gives(tmp_path, umask):
     ordinary, ours = tmp_path / "ordinary", tmp_path / "ours"

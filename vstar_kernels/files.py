@@ -42,8 +42,11 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
         if existed:
             shutil.copymode(place, scratch)
         os.replace(scratch, place)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):  # its folder may be what is missing, or is no folder
+            scratch.unlink()
+        if isinstance(error, OSError):  # it is for the caller, who knows nothing of the other name
+            error.filename, error.filename2 = str(path), None
         raise
 
 

@@ -264,6 +264,29 @@ def test_the_loss_needs_a_grid_and_an_embedding_of_the_speed():
         vk.grid_loss(unet, None, noise(1, 4, 4, 4, 4), noise(1, 3, 24), 8)
 
 
+def test_the_loss_names_what_does_not_fit():
+    diffusers = pytest.importorskip("diffusers")
+    from tests.models.grid.unets import make
+    from tests.models.models import noise
+
+    given = {
+        "unet": make(),
+        "scheduler": diffusers.DDPMScheduler(),
+        "latents": noise(2, 4, 4, 4, 4),
+        "text": noise(2, 3, 24),
+    }
+    with vk.apply_grid(given["unet"], 4):
+        for wrong, error, message in (
+            ({"scheduler": None}, TypeError, "scheduler must have add_noise .* got NoneType"),
+            ({"latents": noise(2, 4, 4, 4)}, ValueError, r"latents must be \(batch, frames, "),
+            ({"latents": noise(2, 4, 4, 4, 4).int()}, TypeError, "latents .* got torch.int32"),
+            ({"text": "a"}, TypeError, "text must be a tensor of floats, got str"),
+            ({"text": noise(1, 3, 24)}, ValueError, "batch as the latents, 2, got 1"),
+        ):
+            with pytest.raises(error, match=message):
+                vk.grid_loss(**given | wrong)
+
+
 def test_the_losss_speed_is_its_threads_alone():
     diffusers = pytest.importorskip("diffusers")
     from tests.models.grid.unets import make

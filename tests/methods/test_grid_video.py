@@ -8,6 +8,7 @@ import vstar_kernels as vk
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from examples import tiny
@@ -120,6 +121,9 @@ def test_the_speed_of_a_trained_embedding(pipe, tmp_path):
     assert repr(loaded) == repr(embedding)
     (tmp_path / "other").write_bytes(b"0" * 20)
     with pytest.raises(ValueError, match="other holds no GridEmbedding"):
+        vk.GridEmbedding.load(tmp_path / "other")
+    save_file({"gain": torch.ones(())}, tmp_path / "other")
+    with pytest.raises(ValueError, match="no GridEmbedding: ValueError: its metadata is of some"):
         vk.GridEmbedding.load(tmp_path / "other")
 
 

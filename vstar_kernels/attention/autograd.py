@@ -397,6 +397,10 @@ class _Eager(torch.autograd.Function):
         ctx.save_for_backward(*tensors, out if operator.keeps_out else None, *saved)
         ctx.options, ctx.backend, ctx.operator = options, backend, operator
         ctx.set_materialize_grads(False)
+        value = operator.tensors.index("value")
+        others = (needs for place, needs in enumerate(ctx.needs_input_grad) if place != value)
+        if mean_map is not None and not any(others):
+            ctx.mark_non_differentiable(mean_map)
         return operator.asked(options, out, mean_map)
 
     @staticmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 import math
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vstar_kernels.methods.arguments import check_integer
-from vstar_kernels.models.schedule import as_indices, count_steps
+from vstar_kernels.models.schedule import as_indices
 
 PIPELINES = (
     "TextToVideoSDPipeline",
@@ -204,19 +203,10 @@ def check_sampling(pipe: Any, options: Mapping[str, Any], maps: Any) -> None:
     if maps is None:
         raise TypeError(f"maps must be {allowed}, got None")
     steps = as_indices("maps", maps, allowed)
-    if steps and not has_own and max(steps) >= _num_steps(pipe.scheduler, count):
+    if steps and not has_own and max(steps) >= count:
         raise ValueError(
             f"maps must be of steps below num_inference_steps, {count}, got {max(steps)}"
         )
-
-
-def _num_steps(scheduler: Any, num_inference_steps: int) -> int:
-    """Returns the length of a schedule, which is more than what was asked for of some kinds."""
-    if getattr(scheduler.config, "use_dynamic_shifting", False):
-        return num_inference_steps  # it is made for a size of latents, not known here
-    own = copy.deepcopy(scheduler)
-    own.set_timesteps(num_inference_steps)
-    return count_steps(own)
 
 
 def check_pipeline(pipe: Any) -> None:

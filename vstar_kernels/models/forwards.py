@@ -14,6 +14,7 @@ thread makes them, and each forward pass notes the numbers between which it ran.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -69,6 +70,28 @@ class ForwardPass:
 
 
 P = TypeVar("P", bound=ForwardPass)
+
+
+def called_without_hooks(model: nn.Module, part: str, applied_by: str) -> RuntimeError:
+    """Returns the error of a part of a model that is called in no forward pass that was begun.
+
+    Args:
+        model: The model.
+        part: What was called.
+        applied_by: What put the model's hooks on.
+    """
+    frame = None if torch.compiler.is_compiling() else sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model:
+            return RuntimeError(
+                f"{applied_by} was put on this {type(model).__name__} while it ran, in another "
+                "thread, or its hooks were taken off: put it on before the model is called"
+            )
+        frame = frame.f_back
+    return RuntimeError(
+        f"{part} under {applied_by} was called without its model's hooks, which tell it of the "
+        "forward pass: call the model itself, not its forward()"
+    )
 
 
 class _Here(threading.local):

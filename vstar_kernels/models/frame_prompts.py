@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.models.conditional import in_conditional_passes
-from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
+from vstar_kernels.models.forwards import (
+    ForwardPass,
+    ForwardPasses,
+    called_without_hooks,
+    unwatch,
+    watch,
+)
 from vstar_kernels.models.front_end import models_with_temporal_attention
 from vstar_kernels.models.full3d.apply import find_full3d
 from vstar_kernels.models.full3d.prompts import PromptedModels, StagePrompts
@@ -327,10 +333,7 @@ class FramePromptsHandle(Handle):
                 return None
             forward = self._passes.current()
             if forward is None:
-                raise RuntimeError(
-                    "a block under condition_frames was called without its model's hooks: call "
-                    "the model itself, not its forward()"
-                )
+                raise called_without_hooks(self._model, "a block", "condition_frames")
             context = argument.get(args, kwargs)
             # Made once for all blocks of a forward pass; where there are gradients, in each block,
             # as checkpointing wants each to do the same again.

@@ -13,7 +13,13 @@ from torch import nn
 from vstar_kernels.analysis.maps import Level
 from vstar_kernels.models.classes import ClassChange
 from vstar_kernels.models.config import TARConfig
-from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
+from vstar_kernels.models.forwards import (
+    ForwardPass,
+    ForwardPasses,
+    called_without_hooks,
+    unwatch,
+    watch,
+)
 from vstar_kernels.models.front_end import FrontEnd, find_front_end
 from vstar_kernels.models.hooks import Hooks, ModelCall, put_back, take_off
 from vstar_kernels.models.layers import (
@@ -170,10 +176,7 @@ class RegularizedModel:
             return forward.layers[layer]
         if self._removed:
             return STOCK
-        raise RuntimeError(
-            f"{self.attention} under {self.applied_by} was called without its model's hooks, which "
-            "tell it the step: call the model itself, not its forward()"
-        )
+        raise called_without_hooks(self.model, self.attention, self.applied_by)
 
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None

@@ -260,7 +260,14 @@ def scheduler_of(pipe_or_model: Any, scheduler: Any) -> FindScheduler:
     That is the scheduler of the pipeline that calls the model, which may be another one than the
     handle was made for; where no pipeline calls it, the scheduler that was given, else that of
     ``pipe_or_model``, else None. It is looked up at each call, because it can be exchanged.
+
+    Raises:
+        TypeError: What was given is no scheduler.
     """
+    if scheduler is not None and not hasattr(scheduler, "timesteps"):
+        raise TypeError(
+            f"scheduler must have timesteps, as diffusers' have, got {type(scheduler).__name__}"
+        )
 
     def find(model: nn.Module) -> Any:
         running = running_scheduler(model)

@@ -60,6 +60,19 @@ def close(found, expected):
 # ---- what is kept and asked for ----
 
 
+def test_maps_that_no_gradient_reaches(kernel):
+    query, key, value, columns = inputs()
+    for wanted, others in ((False, ()), (True, (query,)), (True, (columns,))):
+        for tensor in (query, key, columns):
+            tensor.requires_grad_(any(tensor is x for x in others))
+        value.requires_grad_()
+        out, maps = vk.column_attention(query, key, value, columns)
+        assert out.requires_grad
+        assert maps.requires_grad is wanted
+        loss = loss_of((out, maps)) if wanted else loss_of(out)
+        assert torch.autograd.grad(loss, value)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("value", [True, False])
 def test_only_what_is_wanted_is_asked_of_the_backend(kernel, value):
     q, k, v, columns = inputs()

@@ -130,6 +130,11 @@ def test_where_the_model_is_told_another_measure_of_noise(scheduler):
         assert torch.equal(pipe.run(scheduler.timesteps[1], **call)[0], plain)
 
 
+def test_a_scheduler_that_is_none(model):
+    with pytest.raises(TypeError, match=r"scheduler must have timesteps, as .* got int"):
+        vk.apply_frames(model, RULE, steps=0.5, scheduler=3)
+
+
 def test_an_unknown_step_is_an_error(model):
     for options in ({"steps": 0.3}, {"rule": lambda step, timestep: RULE}):
         rule = options.pop("rule", RULE)

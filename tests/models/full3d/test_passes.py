@@ -97,6 +97,32 @@ def test_a_handle_removed_while_another_thread_runs(tiny):
     assert torch.equal(tiny.run(model), stock)
 
 
+@routes
+def test_a_handle_put_on_while_another_thread_runs(tiny):
+    model = tiny.make()
+    inside, put_on = threading.Event(), threading.Event()
+
+    def wait(*_):
+        inside.set()
+        put_on.wait(WAIT)
+
+    hook = layers_of(model)[0].module.register_forward_pre_hook(wait)
+
+    def put():
+        inside.wait(WAIT)
+        handle = vk.apply_frames(model, RULE)
+        put_on.set()
+        return handle
+
+    out, handle = together(lambda: tiny.run(model), put)
+    hook.remove()
+    assert isinstance(out, RuntimeError)
+    assert "apply_frames was put on this" in str(out)
+    handle.remove()
+    with vk.apply_frames(model, RULE), pytest.raises(RuntimeError, match="not its forward"):
+        model.forward(**tiny.call())
+
+
 def state(model):
     """All of a model that a handle may touch."""
     return [

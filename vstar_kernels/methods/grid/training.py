@@ -46,11 +46,13 @@ def grid_loss(
         ValueError: The model is not under ``apply_grid``, it has no embedding of ``fps``, the
             frames are not the grid's, or the scheduler predicts something else than noise, v or the
             sample.
+        TypeError: The scheduler, the latents or the text are of the wrong kind.
     """
     model = grid_model_of(unet)
     if model is None:
         raise ValueError("unet is not under apply_grid, which lays out the frames")
     told = nullcontext() if fps is None else model.fps.during(check_speed(fps, [model]))
+    _check_inputs(scheduler, latents, text)
     rows, cols, order = model.grid
     config, device = scheduler.config, latents.device
     drawn_on = device if generator is None else generator.device
@@ -75,3 +77,25 @@ def grid_loss(
     with told:
         predicted = unet(noisy, times, encoder_hidden_states=text, **options).sample
     return F.mse_loss(predicted.float(), to_grid(target, rows, cols, order).float())
+
+
+def _check_inputs(scheduler: Any, latents: Any, text: Any) -> None:
+    if not hasattr(scheduler, "add_noise") or not hasattr(scheduler, "config"):
+        raise TypeError(
+            "scheduler must have add_noise and a config, as diffusers' have, got "
+            f"{type(scheduler).__name__}"
+        )
+    shapes = {
+        "latents": (latents, 5, "(batch, frames, channels, h, w)"),
+        "text": (text, 3, "(batch, tokens, channels)"),
+    }
+    for name, (tensor, ndim, shape) in shapes.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a tensor of floats, got {kind}")
+        if tensor.ndim != ndim:
+            raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
+    if len(text) != len(latents):
+        raise ValueError(
+            f"text must be of the same batch as the latents, {len(latents)}, got {len(text)}"
+        )

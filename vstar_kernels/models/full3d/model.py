@@ -14,7 +14,13 @@ from torch import nn
 
 from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.attention.frames.rules import FrameRule
-from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
+from vstar_kernels.models.forwards import (
+    ForwardPass,
+    ForwardPasses,
+    called_without_hooks,
+    unwatch,
+    watch,
+)
 from vstar_kernels.models.full3d.backend_member import retire_shared
 from vstar_kernels.models.full3d.families import Family
 from vstar_kernels.models.full3d.layouts import Call
@@ -229,10 +235,7 @@ class RuledModel:
             return forward.change
         if self._removed:
             return None
-        raise RuntimeError(
-            "attention under apply_frames was called without its model's hooks, which tell it the "
-            "step: call the model itself, not its forward()"
-        )
+        raise called_without_hooks(self.model, "attention", "apply_frames")
 
     def shown_config(self, config: Any) -> Any:
         """Returns what the model reads as its configuration; see ``own_masks.py``."""

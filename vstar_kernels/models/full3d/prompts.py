@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vstar_kernels.attention.frames.layout import Frames, Layout, Text
 from vstar_kernels.attention.frames.operation import frame_attention
 from vstar_kernels.attention.frames.rules import FrameRule
-from vstar_kernels.models.forwards import ForwardPasses, unwatch, watch
+from vstar_kernels.models.forwards import ForwardPasses, called_without_hooks, unwatch, watch
 from vstar_kernels.models.full3d.families import Family, find_family
 from vstar_kernels.models.full3d.layouts import Call
 from vstar_kernels.models.full3d.model import RuledPass
@@ -213,10 +213,7 @@ class PromptedModel(Handle):
             return forward.change
         if self._removed:
             return None
-        raise RuntimeError(
-            "cross-attention under condition_frames was called without its model's hooks: call the "
-            "model itself, not its forward()"
-        )
+        raise called_without_hooks(self._model, "cross-attention", "condition_frames")
 
     def _close(self) -> None:
         self._removed = True

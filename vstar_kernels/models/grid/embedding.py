@@ -245,7 +245,10 @@ class GridEmbedding(nn.Module):
         try:
             # Eight bytes of its length, then a header in JSON, with metadata that load leaves out.
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            settings = json.loads(header["__metadata__"][_SETTINGS])
+            metadata = header.get("__metadata__", {})
+            if _SETTINGS not in metadata:
+                raise ValueError("its metadata is of something else, or there is none")
+            settings = json.loads(metadata[_SETTINGS])
             fps = settings.pop("fps")
             embedding = cls(**settings, fps=None if fps is None else FPSEmbedding(**fps))
             embedding.load_state_dict(load(data))
