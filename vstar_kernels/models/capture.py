@@ -25,9 +25,10 @@ from vstar_kernels.models.front_end import (
     models_with_temporal_attention,
     temporal_layers,
 )
-from vstar_kernels.models.full3d.apply import find_full3d
+from vstar_kernels.models.full3d.apply import chooser, find_full3d
 from vstar_kernels.models.full3d.capture import FrameWatch
-from vstar_kernels.models.full3d.families import known_models
+from vstar_kernels.models.full3d.config import checked_layers
+from vstar_kernels.models.full3d.families import Family, known_models
 from vstar_kernels.models.full3d.seats import FrameLayer
 from vstar_kernels.models.grid.capture import find_grids, grid_map, overridden_map
 from vstar_kernels.models.grid.model import GridFrontEnd
@@ -95,8 +96,9 @@ def capture_maps(
         pipe_or_model: As for :func:`vstar_kernels.apply_tar`, but not compiled.
         steps: Indices of denoising steps; None is all.
         layers: Whether to capture a :class:`TemporalLayer`, or a layer of a full-3D transformer,
-            which has a ``name`` and an ``index``; or such indices. None is all, ``transformer_in``
-            too. Layers of a full-3D transformer that a cache skips give no map.
+            which has a ``name`` and an ``index``; or such indices, of full-3D transformers alone.
+            None is all, ``transformer_in`` too. Layers of a full-3D transformer that a cache skips
+            give no map.
         scheduler: Tells the step of a timestep; None is the pipeline's own. A model by itself needs
             it for ``steps``, unless :attr:`MapCapture.step` is set.
         max_rows: For the reference, from how many rows (batch × positions) of a layer a map is
@@ -114,9 +116,9 @@ def capture_maps(
 
     Raises:
         TypeError: ``pipe_or_model`` is of the wrong kind.
-        ValueError: It has no temporal attention or is compiled, or ``layers`` chooses none, or
-            ``max_rows`` is less than 1. At a forward pass: the step cannot be known, or the tokens
-            are not those of the layout.
+        ValueError: It has no temporal attention or is compiled, ``layers`` chooses none or names an
+            index beyond the last, or ``max_rows`` is less than 1. At a forward pass: the step
+            cannot be known, or the tokens are not those of the layout.
         RuntimeError: At a forward pass: a layer was not called, or its projections were not
             (``fuse_qkv_projections``), or it was called several times (FreeNoise).
     """
@@ -128,14 +130,17 @@ def capture_maps(
     models = {name: grid.model for name, grid in grids.items()}
     if not full3d and not grids:
         models = _temporal_models(pipe_or_model)
-    if (map_heads and not (full3d or grids)) or (layout is not None and not full3d):
+    if map_heads and not (full3d or grids):
         raise ValueError(
-            "map_heads and layout are for full-3D transformers, of which there is none"
+            "map_heads is for maps between frames, of full-3D transformers and of image UNets "
+            "under apply_grid, of which there is none"
         )
+    if layout is not None and not full3d:
+        raise ValueError("layout is for full-3D transformers, of which there is none")
     for name, model in {**models, **{name: model for name, (model, _) in full3d.items()}}.items():
         if is_compiled(pipe_or_model, name, model):
             raise ValueError(f"maps of a compiled {type(model).__name__} cannot be captured")
-    chooses = _chooser(layers)
+    chooses = _chooser(layers, full3d)
     every: list[Any] = [
         layer
         for name, model in models.items()
@@ -172,12 +177,19 @@ def _temporal_models(pipe_or_model: Any) -> dict[str, nn.Module]:
         raise ValueError(f"{error}; full-3D transformers that are: {known_models()}") from None
 
 
-def _chooser(layers: Callable[[Any], bool] | Collection[int] | None) -> Chooses:
+def _chooser(layers: Any, full3d: dict[str, tuple[nn.Module, Family]]) -> Chooses:
+    layers = checked_layers(layers)
+    found: list[Any] = [chooser(layers, family, model) for model, family in full3d.values()]
+    if found:
+        return found[0]  # as all of them do: by what they are asked of, or by the same indices
     if layers is None:
         return lambda layer: True
-    if callable(layers):
-        return layers
-    return lambda layer: isinstance(layer, FrameLayer) and layer.index in layers
+    if not callable(layers):
+        raise ValueError(
+            "layers by index are those of full-3D transformers, of which there is none: give a "
+            "callable of a layer, such as lambda layer: layer.level == 0"
+        )
+    return layers
 
 
 class MapCapture(Handle):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,14 +234,26 @@ def test_an_unknown_model_is_captured_by_the_layout_of_the_caller():
 
 def test_what_cannot_be_captured_is_an_error(wan):
     with pytest.raises(ValueError, match="layers chooses none"):
-        vk.capture_maps(wan, layers=[2])
+        vk.capture_maps(wan, layers=lambda layer: False)
+    latte = KINDS["LatteTransformer3DModel"].make()
+    for model, layers, error, message in (
+        (wan, [0, 99], ValueError, r"layers names index 99, .* has 2 layers .* \(0 to 1\)"),
+        (wan, 0, TypeError, "layers must be indices or None, got int"),
+        (wan, "ab", TypeError, "layers must be indices or None, got str"),
+        (wan, [True], TypeError, "an index of layers"),
+        (latte, [0], ValueError, "layers by index are those of full-3D transformers"),
+    ):
+        with pytest.raises(error, match=message):
+            vk.capture_maps(model, layers=layers)
+    with pytest.raises(ValueError, match="layout is for full-3D transformers"):
+        vk.capture_maps(SimpleNamespace(components={"unet": latte}), layout=LAYOUT)
     unknown = pytest.raises(ValueError, match="steps needs the step")
     with vk.capture_maps(wan, steps=[0]), unknown:
         call(wan)
     with pytest.raises(ValueError, match=r"has no temporal self-attention .* WanTransformer3DMod"):
         vk.capture_maps(torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="full-3D transformers, of which there is none"):
-        vk.capture_maps(KINDS["LatteTransformer3DModel"].make(), map_heads=True)
+    with pytest.raises(ValueError, match="of image UNets under apply_grid, of which there is none"):
+        vk.capture_maps(latte, map_heads=True)
     with pytest.raises(ValueError, match="compiled"):
         vk.capture_maps(torch.compile(wan, backend="eager"))
 

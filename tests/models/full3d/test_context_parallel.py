@@ -87,6 +87,17 @@ def test_maps_are_refused(member):
         member.attend(x, x, x, _parallel_config=configuration(ulysses_degree=2))
 
 
+def test_rules_that_differ_by_head_are_refused(member):
+    tables = torch.randn(4, 4, 4)
+    change = FrameChange(
+        vk.FrameRule.bias(tables), Reading(LAYOUT, "the test's numbers"), None, "0"
+    )
+    member.seat.controller = SimpleNamespace(change=lambda: change)
+    x = torch.randn(1, 6, 4, 8)
+    with pytest.raises(ValueError, match=r"must be the same for all heads, without heads="):
+        member.attend(x, x, x, _parallel_config=configuration(ulysses_degree=2))
+
+
 def test_parallelism_may_be_asked_for_while_a_rule_is_on():
     """diffusers asks the backend that it finds in the layers."""
     model = TINY["wan"].make()

@@ -94,7 +94,7 @@ def apply_frames(
             rule,
             gate,
             layout=layout,
-            chooses=_chooser(layers, family, model),
+            chooses=chooser(layers, family, model),
             heads=heads,
             backend=backend,
         )
@@ -214,7 +214,16 @@ def find_full3d(pipe_or_model: Any, unknown: bool = False) -> dict[str, tuple[nn
     }
 
 
-def _chooser(layers: Layers, family: Family, model: nn.Module) -> Callable[[FrameLayer], bool]:
+def chooser(layers: Layers, family: Family, model: nn.Module) -> Callable[[FrameLayer], bool]:
+    """Returns whether a layer of a model is one of those that the user wants.
+
+    Args:
+        layers: Which, as :func:`vstar_kernels.models.full3d.config.checked_layers` returns it.
+        family, model: Whose.
+
+    Raises:
+        ValueError: An index is beyond the last.
+    """
     if layers is None:
         return lambda layer: True
     if callable(layers):

@@ -37,8 +37,8 @@ def attend_spread(
         parallel_config: diffusers' own.
 
     Raises:
-        ValueError: The tokens go round in a ring, or the layer is watched: a process sees some keys
-            at a time then, or the maps of some heads.
+        ValueError: The tokens go round in a ring, the layer is watched, or its rule is not the same
+            for all heads: a process sees some keys at a time then, or some heads.
     """
     from diffusers.models.attention_dispatch import _templated_context_parallel_attention
 
@@ -51,6 +51,13 @@ def attend_spread(
     if seat.watchers:
         raise ValueError(
             f"capture_maps sees a part of the heads of {name} in each process: use one"
+        )
+
+    if _differs_by_head(seat):
+        raise ValueError(
+            f"{name} runs under context parallelism (ulysses_degree), where each process has a "
+            "part of its heads: the rule must be the same for all heads, without heads= or tables "
+            "of shape (heads, F_q, F_k)"
         )
 
     def forward(_: Any, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> Tensor:
@@ -66,6 +73,15 @@ def attend_spread(
         _parallel_config=parallel_config,
     )
     return out
+
+
+def _differs_by_head(seat: Seat) -> bool:
+    change = seat.change()
+    if change is None or change.rule.is_identity:
+        return False
+    reading = change.reading.of(seat.layer)
+    delta, offset, *_ = change.rule.tables(reading.layout, reading.key_layout)
+    return any(table is not None and table.ndim > 2 for table in (delta, offset))
 
 
 def _no_stock() -> Tensor:
