@@ -118,6 +118,25 @@ def cross_layers(model: nn.Module) -> list[CrossLayer]:
     return list(find_front_end(model).cross_layers(model))
 
 
+def modules_of(pipe_or_model: Any) -> dict[str, nn.Module]:
+    """Returns a pipeline's modules by their names; a model by itself has the name ``""``.
+
+    Compiled ones are unwrapped.
+
+    Raises:
+        TypeError: It is neither a model nor a pipeline (an object with ``components``).
+    """
+    if isinstance(pipe_or_model, nn.Module):
+        return {"": unwrap(pipe_or_model)}
+    components = getattr(pipe_or_model, "components", None)
+    if not isinstance(components, dict):
+        raise TypeError(
+            "pipe_or_model must be a torch.nn.Module or a diffusers pipeline, "
+            f"got {type(pipe_or_model).__name__}"
+        )
+    return {name: unwrap(x) for name, x in components.items() if isinstance(x, nn.Module)}
+
+
 def models_with_temporal_attention(pipe_or_model: Any) -> dict[str, nn.Module]:
     """Returns a pipeline's models with temporal self-attention by their names (``"unet"``).
 
@@ -127,26 +146,16 @@ def models_with_temporal_attention(pipe_or_model: Any) -> dict[str, nn.Module]:
         TypeError: It is neither a model nor a pipeline (an object with ``components``).
         ValueError: There is none.
     """
+    modules = modules_of(pipe_or_model)
     if isinstance(pipe_or_model, nn.Module):
-        model = unwrap(pipe_or_model)
-        find_front_end(model)
-        return {"": model}
-    components = getattr(pipe_or_model, "components", None)
-    if not isinstance(components, dict):
-        raise TypeError(
-            "pipe_or_model must be a torch.nn.Module or a diffusers pipeline, "
-            f"got {type(pipe_or_model).__name__}"
-        )
-    modules = {
-        name: unwrap(component)
-        for name, component in components.items()
-        if isinstance(component, nn.Module)
-    }
+        find_front_end(modules[""])
+        return modules
     models = {name: module for name, module in modules.items() if _find(module) is not None}
     if not models:
         raise ValueError(
             f"{type(pipe_or_model).__name__} holds no model with temporal self-attention that is "
-            f"known here; it holds {', '.join(components)}, known are {_known_models()}"
+            f"known here; it holds {', '.join(pipe_or_model.components)}, known are "
+            f"{_known_models()}"
         )
     return models
 

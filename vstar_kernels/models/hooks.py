@@ -132,6 +132,27 @@ class Hooks:
         self._noted.clear()
 
 
+class CopiedHook:
+    """The hook that a copy of a model under ``apply_tar`` and others has before each forward pass.
+
+    The copy is stock, as nobody holds a handle on it; lest that go unnoticed, it does not run until
+    it has been under that itself.
+
+    Args:
+        applied_by: The function that the model was under.
+    """
+
+    def __init__(self, applied_by: str) -> None:
+        self._applied_by = applied_by
+
+    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        raise RuntimeError(
+            f"this {type(model).__name__} is a copy of one under {self._applied_by}, made without "
+            f"it: {self._applied_by}(copy, …) does the same to the copy, and remove() of that "
+            "handle makes it stock"
+        )
+
+
 def take_off(module: nn.Module, is_meant: Callable[[Any], bool]) -> None:
     """Takes those hooks off a module that are meant."""
     for hooks, *flags in (

@@ -21,7 +21,7 @@ from vstar_kernels.models.forwards import (
     watch,
 )
 from vstar_kernels.models.front_end import FrontEnd, find_front_end
-from vstar_kernels.models.hooks import Hooks, ModelCall, put_back, take_off
+from vstar_kernels.models.hooks import CopiedHook, Hooks, ModelCall, put_back, take_off
 from vstar_kernels.models.layers import (
     PLAIN,
     STOCK,
@@ -138,7 +138,7 @@ class RegularizedModel:
         """Puts the attentions and the hooks in."""
         with _INSTALLING:
             self._check_free()
-            take_off(self.model, lambda hook: isinstance(hook, _CopiedHook))
+            take_off(self.model, lambda hook: isinstance(hook, CopiedHook))
             self._hooks.before(self.model, self)
         self.front_end.register()
         watch(self.model, self._passes)
@@ -232,7 +232,7 @@ class RegularizedModel:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Becomes a hook that refuses to run in a copy of the model."""
-        return _CopiedHook, (self.applied_by,)
+        return CopiedHook, (self.applied_by,)
 
     def describe(self) -> Iterator[RegularizedLayer]:
         """Yields the layers that are regularized; by width they are known after a forward pass."""
@@ -382,24 +382,3 @@ def _resetting(base: Any) -> dict[str, Callable[..., Any]]:
 
 
 _RESETTING = ClassChange(_resetting)
-
-
-class _CopiedHook:
-    """The hook that a copy of a model under ``apply_tar`` has before each forward pass.
-
-    The copy is stock, as nobody holds a handle on it; lest that go unnoticed, it does not run until
-    it has been under ``apply_tar`` itself.
-
-    Args:
-        applied_by: The function that the model was under.
-    """
-
-    def __init__(self, applied_by: str) -> None:
-        self._applied_by = applied_by
-
-    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        raise RuntimeError(
-            f"this {type(model).__name__} is a copy of one under {self._applied_by}, made without "
-            f"it: {self._applied_by}(copy, …) does the same to the copy, and remove() of that "
-            "handle makes it stock"
-        )

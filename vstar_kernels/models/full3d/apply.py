@@ -11,7 +11,7 @@ from torch import nn
 from vstar_kernels.attention.dispatch import FRAME_ATTENTION
 from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.attention.frames.rules import FrameRule
-from vstar_kernels.models.front_end import unwrap
+from vstar_kernels.models.front_end import modules_of
 from vstar_kernels.models.full3d.config import Layers, checked_indices, checked_layers
 from vstar_kernels.models.full3d.families import UNKNOWN, Family, find_family, known_models
 from vstar_kernels.models.full3d.model import Rule, RuledModel
@@ -193,16 +193,7 @@ def full3d_models(pipe_or_model: Any, unknown: bool = False) -> dict[str, tuple[
 
 def find_full3d(pipe_or_model: Any, unknown: bool = False) -> dict[str, tuple[nn.Module, Family]]:
     """Returns what :func:`full3d_models` returns, or nothing where there is none."""
-    if isinstance(pipe_or_model, nn.Module):
-        components: Any = {"": pipe_or_model}
-    else:
-        components = getattr(pipe_or_model, "components", None)
-        if not isinstance(components, dict):
-            raise TypeError(
-                "pipe_or_model must be a torch.nn.Module or a diffusers pipeline, "
-                f"got {type(pipe_or_model).__name__}"
-            )
-    models = {name: unwrap(x) for name, x in components.items() if isinstance(x, nn.Module)}
+    models = modules_of(pipe_or_model)
     families = {name: find_family(model) for name, model in models.items()}
     known = {name: (models[name], family) for name, family in families.items() if family}
     if known or not unknown:

@@ -34,7 +34,7 @@ from vstar_kernels.models.full3d.seats import (
     Traced,
     seat_of,
 )
-from vstar_kernels.models.hooks import Hooks, put_back, take_off
+from vstar_kernels.models.hooks import CopiedHook, Hooks, put_back, take_off
 from vstar_kernels.models.schedule import StepGate, timestep_value
 
 Rule = FrameRule | Callable[[int, float], FrameRule | None]
@@ -204,7 +204,7 @@ class RuledModel:
         """Takes the layers' seats, and puts the hook in."""
         with _INSTALLING:
             self._check_free()
-            take_off(self.model, lambda hook: isinstance(hook, _CopiedHook))
+            take_off(self.model, lambda hook: isinstance(hook, CopiedHook))
             self._hooks.before(self.model, self)
         watch(self.model, self._passes)
         if self.family.shows_config:
@@ -348,7 +348,7 @@ class RuledModel:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Becomes a hook that refuses to run in a copy of the model."""
-        return _CopiedHook, ()
+        return CopiedHook, ("apply_frames",)
 
     def _check_free(self) -> None:
         for hook in self.model._forward_pre_hooks.values():
@@ -357,17 +357,3 @@ class RuledModel:
                     f"this {type(self.model).__name__} is under apply_frames already: remove() "
                     "that handle first, or add the two rules"
                 )
-
-
-class _CopiedHook:
-    """The hook that a copy of a model under ``apply_frames`` has before each forward pass.
-
-    The copy is stock, as nobody holds a handle on it; lest that go unnoticed, it does not run until
-    it has been under ``apply_frames`` itself.
-    """
-
-    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        raise RuntimeError(
-            f"this {type(model).__name__} is a copy of one under apply_frames, made without its "
-            "rule: apply_frames(copy, …) puts one on, and remove() of that handle makes it stock"
-        )

@@ -11,7 +11,7 @@ from vstar_kernels.analysis.grids import Order, check_order, grid_shape
 from vstar_kernels.attention import dispatch
 from vstar_kernels.models.apply import RegularizedHandle
 from vstar_kernels.models.config import TARConfig, checked_tar
-from vstar_kernels.models.front_end import temporal_layers, unwrap
+from vstar_kernels.models.front_end import modules_of, temporal_layers
 from vstar_kernels.models.grid.embedding import GridEmbedding, check_fps
 from vstar_kernels.models.grid.model import (
     IMAGE_MODEL,
@@ -162,27 +162,9 @@ def grid_model_of(model: nn.Module) -> GridModel | None:
     return None
 
 
-def parts_of(pipe_or_model: Any) -> dict[str, Any]:
-    """Returns a pipeline's components by their names; a model by itself has the name ``""``.
-
-    Raises:
-        TypeError: It is neither.
-    """
-    if isinstance(pipe_or_model, nn.Module):
-        return {"": pipe_or_model}
-    components = getattr(pipe_or_model, "components", None)
-    if not isinstance(components, dict):
-        raise TypeError(
-            "pipe_or_model must be a torch.nn.Module or a diffusers pipeline, "
-            f"got {type(pipe_or_model).__name__}"
-        )
-    return components
-
-
 def _image_models(pipe_or_model: Any) -> dict[str, nn.Module]:
     """Returns the image UNets of a pipeline by their names."""
-    components = parts_of(pipe_or_model)
-    parts = {k: unwrap(part) for k, part in components.items() if isinstance(part, nn.Module)}
+    parts = modules_of(pipe_or_model)
     models = {name: part for name, part in parts.items() if is_image_model(part)}
     if models:
         return models

@@ -9,16 +9,15 @@ from torch import Tensor, nn
 
 from vstar_kernels.analysis.maps import frame_map
 from vstar_kernels.attention.frames.layout import Layout
-from vstar_kernels.models.front_end import unwrap
-from vstar_kernels.models.grid.apply import grid_model_of, parts_of
+from vstar_kernels.models.front_end import modules_of
+from vstar_kernels.models.grid.apply import grid_model_of
 from vstar_kernels.models.grid.model import GridModel, GridRegularization
 from vstar_kernels.models.layers import OVERRIDE_MAPS, Regularization
 
 
 def find_grids(pipe_or_model: Any) -> dict[str, GridModel]:
     """Returns what ``apply_grid`` put on the models of a pipeline, by their names there."""
-    parts = parts_of(pipe_or_model)
-    modules = {k: unwrap(part) for k, part in parts.items() if isinstance(part, nn.Module)}
+    modules = modules_of(pipe_or_model)
     found = {name: grid_model_of(module) for name, module in modules.items()}
     return {
         name: grid
