@@ -435,9 +435,46 @@ def test_what_it_refuses_while_it_samples(pipe):
             run(pipe)
         pipe.scheduler = scheduler
         handle.remove()
-    with pytest.raises(ValueError, match="guidance=True need a batch that is a multiple of 2"):
+    with pytest.raises(ValueError, match=r"guidance=True was given .* without classifier"):
         guided(pipe, settings={"guidance": True}, guidance_scale=1.0)
     assert_stock(pipe, diffusers.DDIMScheduler)
+
+
+def test_prompts_that_are_not_the_plans(pipe):
+    message = r"called with 'dog naps', where the words of the plan are not at the tokens"
+    with pytest.raises(ValueError, match=message):
+        guided(pipe, prompt="dog naps")
+    with pytest.raises(ValueError, match=message):
+        guided(pipe, prompt=[PROMPT, "dog naps"], seeds=[0, 1])
+    with pytest.raises(ValueError, match=message):
+        guided(pipe, [PLAN, PLAN], prompt=[PROMPT, "dog naps"], seeds=[0, 1])
+    longer, _ = guided(pipe, config=ONE, prompt=f"{PROMPT} z")  # its words are where they were
+    assert longer.isfinite().all()
+    prompts = [PROMPT, "dog naps"]
+    text, negative = pipe.encode_prompt(prompts, "cpu", 1, True)
+    given = {"prompt": None, "prompt_embeds": text, "negative_prompt_embeds": negative}
+    with pytest.raises(ValueError, match="the 2 videos of a plan have different texts"):
+        guided(pipe, seeds=[0, 1], **given)
+    same = {name: None if x is None else x[:1].repeat(2, 1, 1) for name, x in given.items()}
+    assert guided(pipe, config=ONE, seeds=[0, 1], **same)[0].isfinite().all()
+    assert_stock(pipe, diffusers.DDIMScheduler)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "scale", "seeds", "message"),
+    [
+        (False, 9.0, 0, "guidance=False was given .* under classifier-free guidance"),
+        (True, 1.0, [0, 1], "guidance=True was given .* without classifier-free guidance"),
+    ],
+)
+def test_guidance_that_is_not_the_pipelines(pipe, guidance, scale, seeds, message):
+    prompt = PROMPT if seeds == 0 else [PROMPT] * 2
+    with (
+        guide(pipe, guidance=guidance) as handle,
+        pytest.raises(ValueError, match=message),
+    ):
+        run(pipe, prompt, seeds=seeds, guidance_scale=scale)
+    assert handle.updates == []
 
 
 def test_a_loss_that_is_not_finite(pipe):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vstar_kernels.methods.gradients import checkpointed, exclusive, frozen
 from vstar_kernels.methods.starvid.config import GuidanceConfig
 from vstar_kernels.methods.starvid.losses import mass_inside, spatial_loss, syntax_loss
+from vstar_kernels.methods.starvid.running import PipelineRun, running_call
 from vstar_kernels.methods.starvid.scheduler import GuidedScheduler, Noted
 from vstar_kernels.methods.starvid.trajectory import Trajectory
 from vstar_kernels.methods.starvid.words import PlanTargets, PlanWords, plan_targets, plan_words
@@ -34,6 +35,7 @@ from vstar_kernels.models.front_end import cross_layers
 from vstar_kernels.models.hooks import Argument, Handle, Hooks, put_back
 from vstar_kernels.models.layers import CrossLayer
 from vstar_kernels.models.text import share_text, unshare_text
+from vstar_kernels.reading import shorten
 
 # By which the loss is multiplied in float16, whose smallest numbers gradients would fall below.
 LOSS_SCALE = 2.0**10
@@ -106,8 +108,8 @@ def guide_latents(
         TypeError: An argument is of the wrong kind.
         ValueError: A word of the plan is not in its prompt, no subject has a verb while the syntax
             loss has a weight, the model has no text, is compiled or has IP adapters, or the
-            pipeline is guided already. While sampling: no step would be guided, or the batch does
-            not fit the plans.
+            pipeline is guided already. While sampling: no step would be guided, the batch does not
+            fit the plans or ``guidance``, or a prompt has not its plan's words at their tokens.
         FloatingPointError: While sampling: a loss or its gradient is not finite.
         RuntimeError: While sampling: the pipeline's scheduler has been replaced, or it is under
             ``torch.inference_mode()``.
@@ -150,6 +152,10 @@ def guide_latents(
         list(plans),
         words,
         config,
+        # Where the frames have other texts, the pipeline's prompt is not what they attend to.
+        find_words=(
+            None if texts else lambda one, text: plan_words(tokenizer, one, [encoded(text)])
+        ),
         guidance=guidance,
         checkpointing=checkpointing,
         backend=backend,
@@ -206,6 +212,7 @@ class GuidanceHandle(Handle):
         words: list[PlanWords],
         config: GuidanceConfig,
         *,
+        find_words: Callable[[Trajectory, str], PlanWords] | None,
         guidance: bool | None,
         checkpointing: bool,
         backend: str | None,
@@ -216,8 +223,11 @@ class GuidanceHandle(Handle):
         self._model = model
         self._guidance, self._checkpointing, self._backend = guidance, checkpointing, backend
         self._layers = _layers(model, config)
+        self._find_words = find_words
         self._sample = Argument(model, 0)
+        self._text = Argument(model, "encoder_hidden_states")
         self._targets: dict[tuple[int, int, int, int], PlanTargets] = {}
+        self._checked: set[tuple[int, str]] = set()  # prompts, by the plan's number
         self._hooks = Hooks()
         # Finds out now what cannot be captured, and not after the text has been encoded.
         self._capture(_weights(words, 1)).remove()
@@ -267,7 +277,9 @@ class GuidanceHandle(Handle):
                 "the model was called with other latents than the scheduler has scaled: "
                 "guide_latents cannot tell what to make of them"
             )
-        batch = self._fit(sample)
+        pipeline = running_call(model)
+        batch = self._fit(sample, sample[:, :channels], pipeline)
+        self._check_text(batch, batch.conditional(self._text.get(args, kwargs)), pipeline)
         with exclusive(self._model), conditional_passes(), self._text_once():
             moved = self._descend(args, kwargs, sample, noted, batch, step, weights)
         latents = noted.latents.chunk(2)[1] if batch.guided else noted.latents
@@ -425,8 +437,13 @@ class GuidanceHandle(Handle):
             leaves=True,
         )
 
-    def _fit(self, sample: Tensor) -> _Batch:
+    def _fit(self, sample: Tensor, latents: Tensor, pipeline: PipelineRun) -> _Batch:
         """Returns what a call of the model is a batch of.
+
+        Args:
+            sample: What the model is called with.
+            latents: Its channels that are denoised.
+            pipeline: What calls it.
 
         Raises:
             ValueError: It does not fit the plans, or it cannot be told what it is.
@@ -441,6 +458,17 @@ class GuidanceHandle(Handle):
                     f"is under classifier-free guidance, with {plans} plans: pass guidance=True or "
                     "guidance=False"
                 )
+        known = pipeline.guided
+        if self._guidance is not None and known is not None and known is not guided:
+            raise ValueError(
+                f"guidance={guided} was given to guide_latents, and the pipeline samples "
+                f"{'under' if known else 'without'} classifier-free guidance: leave guidance= out"
+            )
+        if guided and rows % 2 == 0 and not has_equal_halves(latents):
+            raise ValueError(
+                "guidance=True was given to guide_latents, and the halves of the model's batch "
+                "have different latents: leave guidance= out"
+            )
         videos = rows // (1 + guided)
         if videos * (1 + guided) != rows or videos % plans:
             raise ValueError(
@@ -448,6 +476,46 @@ class GuidanceHandle(Handle):
                 f"{plans * (1 + guided)}, the model was called with {rows}"
             )
         return _Batch(rows, guided, sample.shape[2], videos // plans)
+
+    def _check_text(self, batch: _Batch, text: Any, pipeline: PipelineRun) -> None:
+        """Raises ValueError where videos of a plan have a text without its words at its tokens.
+
+        What is not known as prompts, such as embeddings, must be the same for a plan's videos.
+        """
+        videos = batch.videos_per_plan * len(self.plans)
+        if self._find_words is None:
+            return
+        prompts = pipeline.prompts
+        if prompts is not None and videos % len(prompts) == 0:
+            per_prompt = videos // len(prompts)
+            for video in range(videos):
+                number = video // batch.videos_per_plan
+                self._check_prompt(number, prompts[video // per_prompt])
+        elif isinstance(text, Tensor) and len(text) in (videos, videos * batch.frames):
+            each = text.unflatten(0, (len(self.plans), -1)).float()
+            apart = (each - each[:, :1]).abs().amax()
+            if apart > 1e-2 * each.abs().amax():  # more than what a batch rounds otherwise
+                raise ValueError(
+                    f"the {batch.videos_per_plan} videos of a plan have different texts: give "
+                    "guide_latents the plan of each prompt"
+                )
+
+    def _check_prompt(self, number: int, prompt: str) -> None:
+        plan = self.plans[number]
+        if prompt == plan.prompt or (number, prompt) in self._checked:
+            return
+        assert self._find_words is not None
+        try:
+            has_same = self._find_words(plan, prompt).tokens == self.words[number].tokens
+        except ValueError:  # a word is not there at all
+            has_same = False
+        if not has_same:
+            raise ValueError(
+                f"the pipeline was called with {shorten(prompt)!r}, where the words of the plan "
+                f"are not at the tokens that they have in {shorten(plan.prompt)!r}: call it with "
+                "the plan's prompt, or give guide_latents the plan of each prompt"
+            )
+        self._checked.add((number, prompt))
 
     def _check_reach(self, step: int) -> None:
         """Raises ValueError where the pipeline has just begun, and no step will be guided."""
