@@ -178,7 +178,9 @@ def test_steps(unet):
     name = "UNet3DConditionModel"
     stock = call(unet, name)
     with capture(unet, WORDS, steps=[2]) as found:
-        with pytest.raises(ValueError, match="give capture_columns the scheduler="):
+        with pytest.raises(
+            ValueError, match="steps needs the step of each forward pass: give the scheduler="
+        ):
             call(unet, name)
         found.step = 1
         assert torch.equal(call(unet, name), stock)  # not captured: the model's own attention

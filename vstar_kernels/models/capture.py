@@ -47,10 +47,8 @@ from vstar_kernels.models.layers import (
     TemporalLayer,
 )
 from vstar_kernels.models.schedule import (
-    AnnouncedStep,
-    FindScheduler,
+    ChosenSteps,
     as_indices,
-    find_step,
     scheduler_of,
     timestep_value,
 )
@@ -151,7 +149,10 @@ def capture_maps(
         raise ValueError("layers chooses none of the temporal attention layers")
 
     capture = MapCapture(
-        wanted, chooses, scheduler_of(pipe_or_model, scheduler), max_rows, differentiable
+        ChosenSteps(wanted, scheduler_of(pipe_or_model, scheduler)),
+        chooses,
+        max_rows,
+        differentiable,
     )
     watches: list[_ModelWatch | FrameWatch] = [
         _ModelWatch(
@@ -197,23 +198,20 @@ class MapCapture(Handle):
 
     Attributes:
         chooses, max_rows, differentiable: See ``layers`` and the others of :func:`capture_maps`.
-        find_scheduler: See :func:`vstar_kernels.models.schedule.scheduler_of`.
+        steps: Which steps, and what they are known by.
     """
 
     def __init__(
         self,
-        steps: Collection[int] | None,
+        steps: ChosenSteps,
         chooses: Chooses,
-        find_scheduler: FindScheduler,
         max_rows: int,
         differentiable: bool,
     ) -> None:
         self.chooses = chooses
         self.max_rows = max_rows
         self.differentiable = differentiable
-        self._steps = steps
-        self._announced = AnnouncedStep()
-        self.find_scheduler = find_scheduler
+        self.steps = steps
         self._maps: dict[tuple[Any, ...], AttentionMap] = {}
         self._lock = threading.RLock()  # of the maps
         self._watches: list[_ModelWatch | FrameWatch] = []
@@ -235,11 +233,11 @@ class MapCapture(Handle):
     @property
     def step(self) -> int | None:
         """The step that the caller announces, which goes before the scheduler's; None for that."""
-        return self._announced.get()
+        return self.steps.announced.get()
 
     @step.setter
     def step(self, step: int | None) -> None:
-        self._announced.set(step)
+        self.steps.announced.set(step)
 
     @property
     def maps(self) -> list[AttentionMap]:
@@ -290,29 +288,6 @@ class MapCapture(Handle):
     def remove(self) -> None:
         """Takes the hooks off, and keeps the maps; nothing happens the second time."""
         put_back(*(watch_.remove for watch_ in self._watches))
-
-    def find_step(self, model: nn.Module, timestep: Any) -> int | None:
-        """Returns the step of a forward pass, None if it is not known.
-
-        Raises:
-            ValueError: It is not known, and ``steps`` asks for it.
-        """
-        announced = self._announced.get()
-        if announced is not None:
-            return announced
-        scheduler = self.find_scheduler(model)
-        if scheduler is not None:
-            return find_step(timestep, scheduler)
-        if self._steps is not None:
-            raise ValueError(
-                "steps needs the step of each forward pass: give capture_maps the scheduler=, "
-                "announce it by capture.step = i, or use steps=None for all steps"
-            )
-        return None
-
-    def wants(self, step: int | None) -> bool:
-        """Returns whether a step's maps are captured."""
-        return self._steps is None or step in self._steps
 
     def add(self, found: Sequence[AttentionMap]) -> None:
         """Keeps the maps of a forward pass, or takes each into the mean of its kind."""
@@ -444,14 +419,14 @@ class _ModelWatch:
         if kwargs is None:  # another thread has just taken the hook off
             return
         call = self._front_end.read_call(model, args, kwargs)
-        step = self._capture.find_step(self._model, call.timestep)
-        is_wanted = self._capture.wants(step) and not in_conditional_passes()
+        step = self._capture.steps.find(self._model, call.timestep, call.step)
+        is_wanted = self._capture.steps.wants(step) and not in_conditional_passes()
         wanted = self._watch_layers() if is_wanted else set()
         keeps_graph = self._capture.differentiable and torch.is_grad_enabled()
         in_turns = self._front_end.guides_in_turns
         branch = 0
         if in_turns:
-            scheduler = self._capture.find_scheduler(self._model)
+            scheduler = self._capture.steps.find_scheduler(self._model)
             branch = self.passes.turns.branch(call.timestep, call.sample, scheduler)
         self.passes.begin(_WatchedPass(call, step, branch, wanted, keeps_graph=keeps_graph))
 

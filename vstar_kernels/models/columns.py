@@ -28,10 +28,9 @@ from vstar_kernels.models.front_end import (
 from vstar_kernels.models.hooks import Handle, Hooks, ModelCall, is_compiled, put_back
 from vstar_kernels.models.layers import CrossLayer, WatchedCrossAttention
 from vstar_kernels.models.schedule import (
-    AnnouncedStep,
+    ChosenSteps,
     FindScheduler,
     as_indices,
-    find_step,
     scheduler_of,
     timestep_value,
 )
@@ -210,13 +209,11 @@ class ColumnCapture(Handle):
         if not self._chosen:
             raise ValueError("layers chooses none of the cross-attention layers")
         self._columns = columns
-        self._steps = steps
-        self._find_scheduler = find_scheduler
+        self._steps = ChosenSteps(steps, find_scheduler)
         self._guidance = guidance
         self._differentiable = differentiable
         self._backend = backend
         self._leaves = leaves
-        self._announced = AnnouncedStep()
         self._maps: dict[tuple[Any, ...], ColumnMap] = {}
         self._passes: ForwardPasses[_WatchedPass] = ForwardPasses()
         self._hooks = Hooks()
@@ -236,11 +233,11 @@ class ColumnCapture(Handle):
     @property
     def step(self) -> int | None:
         """The step that the caller announces, which goes before the scheduler's; None for that."""
-        return self._announced.get()
+        return self._steps.announced.get()
 
     @step.setter
     def step(self, step: int | None) -> None:
-        self._announced.set(step)
+        self._steps.announced.set(step)
 
     @property
     def maps(self) -> list[ColumnMap]:
@@ -373,11 +370,11 @@ class ColumnCapture(Handle):
             return
         call = self._front_end.read_call(model, args, kwargs)
         is_ours = self._leaves or not in_conditional_passes()
-        step = self._find_step(call) if is_ours else None
-        wanted = is_ours and (self._steps is None or step in self._steps)
+        step = self._steps.find(model, call.timestep, call.step) if is_ours else None
+        wanted = is_ours and self._steps.wants(step)
         in_turns = self._front_end.guides_in_turns
         if in_turns:
-            scheduler = self._find_scheduler(self._model)
+            scheduler = self._steps.find_scheduler(self._model)
             branch = self._passes.turns.branch(call.timestep, call.sample, scheduler)
             wanted = wanted and branch == 0
         guided = False
@@ -398,21 +395,6 @@ class ColumnCapture(Handle):
                 "capture_columns layers= that leave it out"
             )
         self._keep(forward.maps)
-
-    def _find_step(self, call: ModelCall) -> int | None:
-        announced = self._announced.get()
-        announced = call.step if announced is None else announced
-        if announced is not None:
-            return announced
-        scheduler = self._find_scheduler(self._model)
-        if scheduler is not None:
-            return find_step(call.timestep, scheduler)
-        if self._steps is not None:
-            raise ValueError(
-                "steps needs the step of each forward pass: give capture_columns the scheduler=, "
-                "announce it by capture.step = i, or use steps=None for all steps"
-            )
-        return None
 
     def _is_guided(self, sample: Tensor) -> bool:
         if in_conditional_passes():

@@ -124,7 +124,7 @@ class StepGate:
         scheduler = self._find_scheduler(model)
         if told is not None:
             return self._decide(told, timestep, scheduler)
-        step = self._look_up(timestep, scheduler, f"steps={self.steps!r}")
+        step = look_up_step(timestep, scheduler, f"steps={self.steps!r}")
         on = self._decide(step, timestep, scheduler)
         if not on and not callable(self.steps):
             self._check_begin(scheduler, timestep)
@@ -140,16 +140,8 @@ class StepGate:
         announced = self.announced.get()
         if announced is not None:
             return announced
-        return self._look_up(timestep, self._find_scheduler(model), "a rule for each step")
-
-    @staticmethod
-    def _look_up(timestep: Any, scheduler: Any, what: str) -> int:
-        if scheduler is None:
-            raise ValueError(
-                f"{what} needs the step of each forward pass: give the scheduler=, announce it by "
-                "handle.step = i, or use the same for all steps"
-            )
-        return find_step(timestep, scheduler)
+        scheduler = self._find_scheduler(model)
+        return look_up_step(timestep, scheduler, "a rule for each step")
 
     def _decide(self, step: int, timestep: Any, scheduler: Any) -> bool:
         if callable(self.steps):
@@ -179,6 +171,48 @@ class StepGate:
                 f"{first_step} (strength of the pipeline), and step indices are those of the whole "
                 f"schedule of {self._num_steps(scheduler)}. Allow more steps, or use steps=None"
             )
+
+
+class ChosenSteps:
+    """Says which steps a capture wants, and the step of a forward pass.
+
+    Args:
+        steps: The indices; None for all.
+        find_scheduler: See :func:`scheduler_of`.
+
+    Attributes:
+        announced: The step that the caller announces, instead of looking it up.
+    """
+
+    def __init__(self, steps: Collection[int] | None, find_scheduler: FindScheduler) -> None:
+        self.find_scheduler = find_scheduler
+        self.announced = AnnouncedStep()
+        self._steps = steps
+
+    def find(self, model: nn.Module, timestep: Any, told: int | None = None) -> int | None:
+        """Returns the step of a forward pass that begins in this thread, None if it is not known.
+
+        Args:
+            model: The model.
+            timestep: What the model is called with.
+            told: The step, where the model is told it (the official code).
+
+        Raises:
+            ValueError: It is not known, and some steps are wanted.
+            RuntimeError: Several other threads have announced a step, and this one has not.
+        """
+        announced = self.announced.get()
+        told = told if announced is None else announced
+        if told is not None:
+            return told
+        scheduler = self.find_scheduler(model)
+        if scheduler is None and self._steps is None:
+            return None
+        return look_up_step(timestep, scheduler, "steps")
+
+    def wants(self, step: int | None) -> bool:
+        """Returns whether a step is one of those."""
+        return self._steps is None or step in self._steps
 
 
 T = TypeVar("T")
@@ -309,6 +343,25 @@ def _holds(owner: Any, model: nn.Module) -> bool:
     if not isinstance(components, dict):
         return False
     return any(getattr(part, "_orig_mod", part) is model for part in components.values())
+
+
+def look_up_step(timestep: Any, scheduler: Any, what: str) -> int:
+    """Returns the step of a timestep, as :func:`find_step` does.
+
+    Args:
+        timestep: What the model is called with.
+        scheduler: The one that runs; None where it is not known.
+        what: What needs the step, for the message.
+
+    Raises:
+        ValueError: The scheduler is not known, or the timestep is not one of its own.
+    """
+    if scheduler is None:
+        raise ValueError(
+            f"{what} needs the step of each forward pass: give the scheduler=, announce it by "
+            "handle.step = i, or use the same for all steps"
+        )
+    return find_step(timestep, scheduler)
 
 
 def find_step(timestep: Any, scheduler: Any, *, last: bool = False) -> int:

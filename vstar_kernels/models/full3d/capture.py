@@ -219,12 +219,12 @@ class FrameWatch:
             return
         call = Call(model, args, kwargs)
         timestep = self._family.read_timestep(call)
-        step = self._capture.find_step(model, timestep)
-        wanted = self._watch_layers() if self._capture.wants(step) else set()
+        step = self._capture.steps.find(model, timestep)
+        wanted = self._watch_layers() if self._capture.steps.wants(step) else set()
         is_told = timestep is not None and isinstance(call["hidden_states"], Tensor)
         branch = 0
         if is_told:
-            scheduler = self._capture.find_scheduler(model)
+            scheduler = self._capture.steps.find_scheduler(model)
             branch = self.passes.turns.branch(call["timestep"], call.sample, scheduler)
         self.passes.begin(
             _WatchedPass(
