@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 import diffusers
 
 from examples import tiny
-from tests.methods.starvid.pipelines import FRAMES, LEFT, PLAN, PROMPT, RIGHT, run
+from tests.methods.starvid.pipelines import FRAMES, LEFT, PLAN, PROMPT, RIGHT, STEPS, run
 from vstar_kernels.methods.starvid import guidance
 from vstar_kernels.methods.starvid.losses import map_distance
 from vstar_kernels.methods.starvid.scheduler import _GUIDED, _GUIDING, goes_on
@@ -475,6 +475,50 @@ def test_guidance_that_is_not_the_pipelines(pipe, guidance, scale, seeds, messag
     ):
         run(pipe, prompt, seeds=seeds, guidance_scale=scale)
     assert handle.updates == []
+
+
+def test_a_step_that_has_begun_is_finished(pipe):
+    """Removed while the model evaluates the second step, the last one that is guided."""
+    expected, _ = guided(pipe)
+    handle, calls = guide(pipe), []
+
+    def remove(*_):
+        calls.append(0)
+        if len(calls) == 2:
+            handle.remove()
+
+    hook = pipe.unet.register_forward_hook(remove)
+    found = run(pipe)
+    hook.remove()
+    assert torch.equal(found, expected)
+    assert len(calls) == STEPS
+    assert len(handle.updates) == 4
+    assert_stock(pipe, diffusers.DDIMScheduler)
+    assert pipe.scheduler not in _GUIDED
+
+
+def test_an_interrupt_before_the_step_leaves_the_scheduler_stock(pipe):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    stock = run(pipe)
+    hook = pipe.unet.register_forward_hook(interrupt)
+    with guide(pipe), pytest.raises(KeyboardInterrupt):
+        run(pipe)
+    hook.remove()
+    assert_stock(pipe, diffusers.DDIMScheduler)
+    assert type(pipe.scheduler).step is diffusers.DDIMScheduler.step
+    assert torch.equal(run(pipe), stock)
+
+
+def test_a_handle_removed_within_an_update(pipe):
+    stock, handle = run(pipe), guide(pipe)
+    hook = pipe.unet.conv_in.register_forward_hook(lambda *_: handle.remove())
+    with pytest.raises(RuntimeError, match="guide_latents was removed from this pipeline while it"):
+        run(pipe)
+    hook.remove()
+    assert_stock(pipe, diffusers.DDIMScheduler)
+    assert torch.equal(run(pipe), stock)
 
 
 def test_a_loss_that_is_not_finite(pipe):

@@ -240,7 +240,11 @@ class GuidanceHandle(Handle):
             raise
 
     def remove(self) -> None:
-        """Takes the hooks off the pipeline; nothing happens the second time."""
+        """Takes the hooks off the pipeline; nothing happens the second time.
+
+        While it runs: what a step has updated by then it steps from, and an update that is not
+        finished raises a RuntimeError there.
+        """
         put_back(self._hooks.remove, self._scheduler.remove)
 
     def clear(self) -> None:
@@ -252,7 +256,7 @@ class GuidanceHandle(Handle):
     def _before(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if kwargs is None or in_conditional_passes():
+        if kwargs is None or in_conditional_passes() or self._scheduler.is_removed:
             return None
         if torch.is_inference_mode_enabled():
             raise RuntimeError(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,16 +44,23 @@ class GuidedScheduler:
 
     Attributes:
         noted: Of the evaluation that comes next; None where the scheduler has not been called.
+        is_removed: Whether nothing is noted or replaced any more, but for a step that has begun.
 
     Raises:
         ValueError: Its pipeline is under guidance already.
     """
 
     def __init__(self, scheduler: Any) -> None:
-        if _guidance_of(scheduler) is not None:
+        before = _guidance_of(scheduler)
+        if before is not None and not before.is_removed:
             raise ValueError("this pipeline is under guide_latents already: remove() that handle")
+        if before is not None:  # its last run did not come to the step that it was kept for
+            before._take_off()
         self.noted: Noted | None = None
+        self.is_removed: bool = False
         self._scheduler = scheduler
+        self._own_scale = type(scheduler).scale_model_input
+        self._lock = threading.Lock()  # of what is replaced and whether it is removed
         self._changed: tuple[Tensor, Tensor] | None = None  # the pipeline's latents, and ours
 
     def install(self) -> None:
@@ -60,7 +69,19 @@ class GuidedScheduler:
         _GUIDING.put_on(self._scheduler)
 
     def remove(self) -> None:
-        """Leaves the scheduler as it was; nothing happens the second time."""
+        """Leaves the scheduler as it was; nothing happens the second time.
+
+        Where the model has been given new latents, and the pipeline is yet to step from them, that
+        is what it does first.
+        """
+        with self._lock:
+            self.is_removed = True
+            if self._changed is not None and _is_running(self._scheduler):
+                _GUIDED[self._scheduler] = lambda: self  # the handle may be dropped
+            else:
+                self._take_off()
+
+    def _take_off(self) -> None:
         if _guidance_of(self._scheduler) is self:
             _GUIDING.take_off(self._scheduler)
             del _GUIDED[self._scheduler]
@@ -70,10 +91,22 @@ class GuidedScheduler:
     def note(self, latents: Tensor, scaled: Tensor, timestep: Any) -> None:
         """Notes what the scheduler has scaled for the next evaluation of the model."""
         self.noted, self._changed = Noted(latents, scaled, timestep), None
+        if self.is_removed:  # before a step that has not come
+            self._take_off()
 
     def replace(self, latents: Tensor, updated: Tensor) -> None:
-        """Has the next step go on from updated latents in the place of the pipeline's."""
-        self._changed = latents, updated
+        """Has the next step go on from updated latents in the place of the pipeline's.
+
+        Raises:
+            RuntimeError: The handle was removed meanwhile.
+        """
+        with self._lock:
+            if self.is_removed:
+                raise RuntimeError(
+                    "guide_latents was removed from this pipeline while it ran, within an update "
+                    "of the latents"
+                )
+            self._changed = latents, updated
 
     def latents_of_step(self, latents: Tensor) -> tuple[Tensor, bool]:
         """Returns the latents for the scheduler's step, and whether they have been updated.
@@ -81,7 +114,10 @@ class GuidedScheduler:
         Raises:
             RuntimeError: They are not those that the model was called with.
         """
-        changed, self._changed, self.noted = self._changed, None, None
+        with self._lock:
+            changed, self._changed, self.noted = self._changed, None, None
+            if self.is_removed:
+                self._take_off()
         if changed is None:
             return latents, False
         before, after = changed
@@ -138,8 +174,7 @@ class GuidedScheduler:
 
     def scale(self, latents: Tensor, timestep: Any) -> Tensor:
         """Returns what the scheduler gives the model, without noting it."""
-        own = type(self._scheduler).scale_model_input.__wrapped__
-        scaled: Tensor = own(self._scheduler, latents, timestep)
+        scaled: Tensor = self._own_scale(self._scheduler, latents, timestep)
         return scaled
 
     def factor(self, noted: Noted) -> float:
@@ -162,6 +197,18 @@ def goes_on(scheduler: Any) -> bool:
     if getattr(scheduler, "counter", 0) == 0:
         return False
     return getattr(scheduler, "cur_sample", None) is not None  # PNDM
+
+
+def _is_running(scheduler: Any) -> bool:
+    """Returns whether a pipeline with a scheduler is being called, in whatever thread."""
+    for frame in list(sys._current_frames().values()):
+        at: Any = frame
+        while at is not None:
+            owner = at.f_locals.get("self") if at.f_code.co_name == "__call__" else None
+            if hasattr(owner, "components") and getattr(owner, "scheduler", None) is scheduler:
+                return True
+            at = at.f_back
+    return False
 
 
 def _guidance_of(scheduler: Any) -> GuidedScheduler | None:
