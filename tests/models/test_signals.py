@@ -22,6 +22,7 @@ import diffusers
 
 import vstar_kernels.models
 from tests.models.test_threads import assert_stock
+from vstar_kernels.models import classes, forwards, regularized, text
 from vstar_kernels.models.front_end import temporal_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,6 +45,16 @@ each = pytest.mark.parametrize(
     ("kind", "name"),
     [("apply_tar", MOTION), *((kind, LATTE) for kind in HANDLES)],
 )
+
+
+@pytest.fixture(autouse=True)
+def free_locks():
+    """What is interrupted holds no lock of all models: other threads would wait for good."""
+    yield
+    for module in (classes, forwards, text, regularized):
+        for name, lock in vars(module).items():
+            if isinstance(lock, type(threading.RLock())):
+                assert not lock._is_owned(), f"{module.__name__}.{name}"
 
 
 class Interrupt(BaseException):

@@ -115,15 +115,18 @@ def share_text(model: nn.Module, owner: object) -> None:
     if _forward_class(model) is None and not _takes_marks(model):
         return
     with _LOCK:
-        sharing = _find(model)
-        if sharing is None:
-            sharing = _Sharing(model)
-            try:
-                sharing.install()
-            except BaseException:
-                sharing.remove()
-                raise
+        sharing = _find(model) or _begin_sharing(model)
         sharing.owners.add(id(owner))
+
+
+def _begin_sharing(model: nn.Module) -> _Sharing:
+    sharing = _Sharing(model)
+    try:
+        sharing.install()
+    except BaseException:
+        sharing.remove()
+        raise
+    return sharing
 
 
 def unshare_text(model: nn.Module, owner: object) -> None:
