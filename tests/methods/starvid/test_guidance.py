@@ -409,6 +409,8 @@ def test_what_it_refuses(pipe):
         guide(pipe, PLAN, {})
     with pytest.raises(TypeError, match="checkpointing must be True or False, got int"):
         guide(pipe, checkpointing=1)
+    with pytest.raises(TypeError, match="texts must be a list of texts, got str"):
+        guide(pipe, texts=PROMPT)
     plan = vk.Trajectory(PROMPT, [vk.Subject("cat", "eats", boxes=LEFT)])
     with pytest.raises(ValueError, match=r"'eats' is at different tokens .*\[4, .*\[6, .*: begin"):
         guide(pipe, plan, texts=[PROMPT, "cat it eats"])

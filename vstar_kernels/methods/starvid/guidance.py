@@ -134,6 +134,8 @@ def guide_latents(
             "pipe must be a pipeline of diffusers with a tokenizer and a scheduler, got "
             f"{type(pipe).__name__}"
         )
+    if isinstance(texts, str):
+        raise TypeError("texts must be a list of texts, got str")
     encoded = _as_encoded(pipe)
     words = [
         plan_words(tokenizer, one, [encoded(x) for x in ([one.prompt] if texts is None else texts)])
