@@ -214,7 +214,7 @@ class GuidanceHandle(Handle):
         words: list[PlanWords],
         config: GuidanceConfig,
         *,
-        find_words: Callable[[Trajectory, str], PlanWords] | None,
+        find_words: Callable[[Trajectory, str], PlanWords] | None = None,
         guidance: bool | None,
         checkpointing: bool,
         backend: str | None,
