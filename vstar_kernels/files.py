@@ -45,7 +45,8 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
     except BaseException as error:
         with suppress(OSError):  # its folder may be what is missing, or is no folder
             scratch.unlink()
-        if isinstance(error, OSError):  # it is for the caller, who knows nothing of the other name
+        # The error is for the caller, who knows nothing of the other name.
+        if isinstance(error, OSError) and error.errno is not None:
             error.filename, error.filename2 = str(path), None
         raise
 
