@@ -6,14 +6,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from vstar_kernels.attention.bias import STATS, Bias, DenseBias, GaussianBias, ToeplitzBias
-from vstar_kernels.files import write_atomically
+from vstar_kernels.documents import Document
 from vstar_kernels.models.layers import OVERRIDE_MAPS, Override, Regularization
 from vstar_kernels.models.schedule import Steps, check_steps
-from vstar_kernels.reading import FormatError, read_text, require_pydantic, shorten
+from vstar_kernels.reading import FormatError, require_pydantic, shorten
 
 PRESET_STEPS = 13  # the last regularized step index, of 25, in the official code
 LARGEST_CONFIG = 2**30  # bytes, for the matrices of many heads
@@ -23,7 +22,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class TARConfig:
+class TARConfig(Document):
     """Temporal Attention Regularization of a whole model (VSTAR, arXiv 2403.13501, §3.3).
 
     Layers are chosen by UNet level, 0 being the finest, at the latents' resolution, and each next
@@ -52,6 +51,8 @@ class TARConfig:
     Raises:
         ValueError, TypeError: An argument is wrong, or the configuration regularizes nothing.
     """
+
+    largest_file = LARGEST_CONFIG
 
     sigma: float | Mapping[int, float] | None = None
     by_width: Mapping[int, float] | None = None
@@ -202,25 +203,6 @@ class TARConfig:
             return cls(**fields)
         except ValueError as error:
             raise FormatError(shorten(str(error))) from None
-
-    def save(self, path: str | Path) -> None:
-        """Writes :meth:`to_json` to a file, which then holds all of it or is as it was.
-
-        Raises:
-            ValueError: See :meth:`to_json`.
-            OSError: The file cannot be written.
-        """
-        write_atomically(path, self.to_json() + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> TARConfig:
-        """Reads what :meth:`save` wrote.
-
-        Raises:
-            OSError: The file cannot be read.
-            ValueError: See :meth:`from_json`.
-        """
-        return cls.from_json(read_text(path, LARGEST_CONFIG))
 
 
 def checked_tar(name: str, config: Any, *, other: str = "None") -> TARConfig:

@@ -7,10 +7,9 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from vstar_kernels.files import write_atomically
+from vstar_kernels.documents import Document
 from vstar_kernels.methods.arguments import check_choice, check_integer
 from vstar_kernels.methods.starvid.losses import (
     DISTANCES,
@@ -20,7 +19,7 @@ from vstar_kernels.methods.starvid.losses import (
     Form,
     Normalize,
 )
-from vstar_kernels.reading import FormatError, decode, read_text, require_pydantic, validate
+from vstar_kernels.reading import FormatError, decode, require_pydantic, validate
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -32,7 +31,7 @@ PLACES: tuple[Place, ...] = get_args(Place)
 
 
 @dataclass(frozen=True)
-class GuidanceConfig:
+class GuidanceConfig(Document):
     """When and how latents are drawn towards a plan (StarVid, arXiv 2409.15259).
 
     The paper's formulas and values are not public. Its idea is marked [S], what public building
@@ -194,20 +193,6 @@ class GuidanceConfig:
             return cls(**{name: getattr(form, name) for name in form.model_fields_set})
         except ValueError as error:
             raise FormatError(str(error)) from None
-
-    def save(self, path: str | Path) -> None:
-        """Writes :meth:`to_json` to a file, which has all of it or is as it was."""
-        write_atomically(path, self.to_json() + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> GuidanceConfig:
-        """Reads what :meth:`save` wrote.
-
-        Raises:
-            OSError: The file cannot be read, or is no regular file.
-            ValueError, ImportError: See :meth:`from_json`.
-        """
-        return cls.from_json(read_text(path))
 
 
 @functools.cache

@@ -7,18 +7,16 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from vstar_kernels.files import write_atomically
+from vstar_kernels.documents import Document
 from vstar_kernels.methods.arguments import check_integer, check_text
 from vstar_kernels.reading import (
     FormatError,
     decode,
-    read_text,
     require_pydantic,
     shorten,
     validate,
@@ -65,7 +63,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class Trajectory(Document):
     """The subjects of a video and their ways through it (StarVid, arXiv 2409.15259).
 
     >>> cat = vk.Subject("cat", "runs", boxes=[(0.0, 0.5, 0.3, 0.9), (0.7, 0.5, 1.0, 0.9)])
@@ -164,20 +162,6 @@ class Trajectory:
             return _from_fields(decode(text))
         except FormatError as error:
             raise FormatError(f"not a plan: {error}") from None
-
-    def save(self, path: str | Path) -> None:
-        """Writes :meth:`to_json` to a file, which has all of it or is as it was."""
-        write_atomically(path, self.to_json() + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> Trajectory:
-        """Reads what :meth:`save` wrote.
-
-        Raises:
-            OSError: The file cannot be read, or is no regular file.
-            ValueError, ImportError: See :meth:`from_json`.
-        """
-        return cls.from_json(read_text(path))
 
 
 def trajectories_of(content: Any) -> list[Trajectory]:

@@ -8,15 +8,13 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from vstar_kernels.files import write_atomically
+from vstar_kernels.documents import Document
 from vstar_kernels.methods.arguments import check_text
 from vstar_kernels.reading import (
     FormatError,
     decode,
-    read_text,
     require_pydantic,
     shorten,
     validate,
@@ -29,7 +27,7 @@ LAST_FRAME = 2**31 - 1  # that a file may name
 
 
 @dataclass(frozen=True)
-class Synopsis:
+class Synopsis(Document):
     """A video in stages, one description for each (VSTAR, arXiv 2403.13501, §3.4).
 
     >>> vk.Synopsis("A rose blooms.", ["A closed rosebud.", "A half-open rose.", "An open rose."])
@@ -90,20 +88,6 @@ class Synopsis:
     def list_to_json(synopses: Iterable[Synopsis]) -> str:
         """Returns the list that :meth:`list_from_json` reads."""
         return _dumps([synopsis._fields("subprompts") for synopsis in synopses])
-
-    def save(self, path: str | Path) -> None:
-        """Writes :meth:`to_json` to a file, which has all of it or is as it was."""
-        write_atomically(path, self.to_json() + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> Synopsis:
-        """Reads what :meth:`save` wrote.
-
-        Raises:
-            OSError: The file cannot be read, or is no regular file.
-            ValueError, ImportError: See :meth:`from_json`.
-        """
-        return cls.from_json(read_text(path))
 
     def _fields(self, stages_key: str) -> dict[str, Any]:
         fields: dict[str, Any] = {"prompt": self.prompt, stages_key: list(self.stages)}

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from vstar_kernels.attention.frames.layout import check_count
 from vstar_kernels.attention.frames.rules import STATS, FrameRule
-from vstar_kernels.files import write_atomically
+from vstar_kernels.documents import Document
 from vstar_kernels.models.full3d.seats import FrameLayer
 from vstar_kernels.models.schedule import Steps, check_steps
-from vstar_kernels.reading import FormatError, read_text, require_pydantic, shorten
+from vstar_kernels.reading import FormatError, require_pydantic, shorten
 
 Layers = Collection[int] | Callable[[FrameLayer], bool] | None
 LARGEST_CONFIG = 2**20  # bytes
 
 
 @dataclass(frozen=True)
-class FrameTAR:
+class FrameTAR(Document):
     """Temporal Attention Regularization of a full-3D video transformer, frame by frame.
 
     It is VSTAR's (arXiv 2403.13501, eq. 2 and 3) between frames of tokens: see
@@ -39,6 +38,8 @@ class FrameTAR:
     Raises:
         ValueError, TypeError: An argument is wrong.
     """
+
+    largest_file = LARGEST_CONFIG
 
     sigma: float = 1.0
     strength: float = 1.0
@@ -97,25 +98,6 @@ class FrameTAR:
             return cls(**values)
         except ValueError as error:
             raise FormatError(shorten(str(error))) from None
-
-    def save(self, path: str | Path) -> None:
-        """Writes :meth:`to_json` to a file, which then holds all of it or is as it was.
-
-        Raises:
-            ValueError: See :meth:`to_json`.
-            OSError: The file cannot be written.
-        """
-        write_atomically(path, self.to_json() + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> FrameTAR:
-        """Reads what :meth:`save` wrote.
-
-        Raises:
-            OSError: The file cannot be read.
-            ValueError: See :meth:`from_json`.
-        """
-        return cls.from_json(read_text(path, LARGEST_CONFIG))
 
 
 def checked_layers(layers: Layers) -> Layers:
