@@ -198,6 +198,11 @@ class ProcessorFrontEnd:
         """Returns the module's processor."""
         return module.processor
 
+    def scale(self, module: nn.Module) -> float:
+        """Returns the factor on a layer's logits."""
+        scale: Any = module.scale
+        return float(scale)
+
     def set_attention(self, module: nn.Module, attention: Any) -> None:
         """Gives the module a processor."""
         module.set_processor(attention)  # type: ignore[operator]

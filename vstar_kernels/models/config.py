@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
+from vstar_kernels.analysis.maps import Level
 from vstar_kernels.attention.bias import STATS, Bias, DenseBias, GaussianBias, ToeplitzBias
 from vstar_kernels.documents import Document
-from vstar_kernels.models.layers import OVERRIDE_MAPS, Override, Regularization
+from vstar_kernels.models.layers import OVERRIDE_MAPS, Override, Regularization, TemporalLayer
 from vstar_kernels.models.schedule import Steps, check_steps
 from vstar_kernels.reading import FormatError, require_pydantic, shorten
 
@@ -132,6 +133,19 @@ class TARConfig(Document):
         """Whether the mappings are keyed by level or by width."""
         return "level" if self.by_width is None else "width"
 
+    def key_of(self, layer: TemporalLayer, width: int | None) -> int | None:
+        """Returns the level or width by which this may name a layer; None if by nothing.
+
+        Args:
+            layer: The layer.
+            width: Of level 0 of the layer's model; None where it is not known.
+        """
+        if layer.level == "init" and not self.include_init:
+            return None
+        if self.key == "width":
+            return width_at(layer.level, width)
+        return 0 if layer.level == "init" else layer.level
+
     @property
     def regularizations(self) -> dict[int, Regularization]:
         """The change to the attention of the layers of each level or width."""
@@ -203,6 +217,36 @@ class TARConfig(Document):
             return cls(**fields)
         except ValueError as error:
             raise FormatError(shorten(str(error))) from None
+
+
+def width_at(level: Level, width: int | None) -> int | None:
+    """Returns the width at a level of a model whose level 0 has ``width``, None if not known."""
+    if width is None:
+        return None
+    halvings = 0 if level == "init" else level
+    return -(-width // 2**halvings)  # rounded up
+
+
+def check_present(
+    wanted: Iterable[int], present: Collection[int], kind: str, attention: str
+) -> None:
+    """Raises unless each level or width that is wanted is there.
+
+    Args:
+        wanted: What is wanted.
+        present: What there is.
+        kind: ``"level"`` or ``"width"``.
+        attention: Whose levels or widths they are, for the message.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for key in wanted:
+        if key not in present:
+            raise ValueError(
+                f"no {attention} has {kind} {key}: the {kind}s are "
+                f"{', '.join(map(str, sorted(present)))}"
+            )
 
 
 def checked_tar(name: str, config: Any, *, other: str = "None") -> TARConfig:

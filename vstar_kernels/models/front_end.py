@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from vstar_kernels.models.comfyui import ComfyFrontEnd
 from vstar_kernels.models.dit import TransformerFrontEnd
 from vstar_kernels.models.hooks import ModelCall
 from vstar_kernels.models.layers import (
@@ -52,6 +53,9 @@ class FrontEnd(Protocol):
     def get_attention(self, module: nn.Module) -> Any:
         """Returns what computes a layer's attention at present."""
 
+    def scale(self, module: nn.Module) -> float:
+        """Returns the factor on a layer's logits."""
+
     def set_attention(self, module: nn.Module, attention: Any) -> None:
         """Gives a layer what computes its attention from then on."""
 
@@ -73,7 +77,12 @@ class FrontEnd(Protocol):
         """Tells the code base about TAR, once for each model under ``apply_tar``."""
 
 
-FRONT_ENDS: tuple[FrontEnd, ...] = (UNetFrontEnd(), TransformerFrontEnd(), LvdmFrontEnd())
+FRONT_ENDS: tuple[FrontEnd, ...] = (
+    UNetFrontEnd(),
+    TransformerFrontEnd(),
+    LvdmFrontEnd(),
+    ComfyFrontEnd(),
+)
 
 
 def find_front_end(model: nn.Module) -> FrontEnd:
@@ -96,7 +105,8 @@ def temporal_layers(model: nn.Module) -> list[TemporalLayer]:
 
     Knows diffusers' ``UNet3DConditionModel``, ``I2VGenXLUNet``, ``UNetMotionModel``,
     ``SparseControlNetModel``, ``UNetSpatioTemporalConditionModel`` and ``LatteTransformer3DModel``,
-    and the ``UNetModel`` of ``lvdm`` (VideoCrafter, VSTAR). A compiled model is unwrapped.
+    and the ``UNetModel`` of ``lvdm`` (VideoCrafter, VSTAR) and of ComfyUI. A compiled model is
+    unwrapped.
 
     Raises:
         ValueError: The model has none.

@@ -165,6 +165,13 @@ class WatchedCrossAttention:
         return out.flatten(-2)
 
 
+def override_map(value: Tensor, override: Override) -> Tensor:
+    """Returns what attention over frames is with another map; ``(rows, frames, channels)``."""
+    if override == "identity":
+        return value
+    return value.mean(dim=1, keepdim=True).expand_as(value)
+
+
 class Controller(Protocol):
     """What knows how the layers of a model under ``apply_tar`` are regularized."""
 
@@ -245,10 +252,7 @@ class RegularizedAttention:
         """
         # The projections are called, not read: adapters, casting and offloading hook into the call.
         if change.override is not None:
-            value: Tensor = module.to_v(hidden_states)
-            if change.override == "identity":
-                return value
-            return value.mean(dim=1, keepdim=True).expand_as(value)
+            return override_map(module.to_v(hidden_states), change.override)
         query, key, value = (
             project(hidden_states).unflatten(-1, (module.heads, -1))
             for project in (module.to_q, module.to_k, module.to_v)

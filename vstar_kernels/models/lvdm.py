@@ -173,6 +173,11 @@ class LvdmFrontEnd:
         """Returns the module's forward, replaced or its own."""
         return module.forward
 
+    def scale(self, module: nn.Module) -> float:
+        """Returns the factor on a layer's logits."""
+        scale: Any = module.scale
+        return float(scale)
+
     def set_attention(self, module: nn.Module, attention: Any) -> None:
         """Gives the module a forward; its class's own needs no replacement."""
         if getattr(attention, "__func__", None) is type(module).forward:
@@ -208,9 +213,19 @@ class LvdmFrontEnd:
 
 
 def _attentions(model: nn.Module, transformer: str) -> Iterator[tuple[str, int, Place, nn.Module]]:
-    """Yields the name, level and place of each module in a kind of transformer, and the module.
+    """Yields the name, level and place of each module in a kind of transformer, and the module."""
+    for block_name, level, place, block in blocks_by_level(model):
+        for name, module in block.named_modules(prefix=block_name):
+            if type(module).__name__ == transformer:
+                for child_name, child in module.named_modules(prefix=name):
+                    yield child_name, level, place, child
 
-    The model's blocks are one flat list; a ``Downsample`` or ``Upsample`` ends a level.
+
+def blocks_by_level(model: nn.Module) -> Iterator[tuple[str, int, Place, nn.Module]]:
+    """Yields the name, level and place of each block of a UNet that is built as lvdm's, and itself.
+
+    Its blocks are one flat list; a ``Downsample`` or ``Upsample`` ends a level. Of other models it
+    yields nothing.
     """
     if not all(hasattr(model, name) for name in _SECTIONS if name != "init_attn"):
         return
@@ -222,10 +237,7 @@ def _attentions(model: nn.Module, transformer: str) -> Iterator[tuple[str, int, 
         blocks = [(section_name, section)]
         if isinstance(section, nn.ModuleList):
             blocks = [(f"{section_name}.{name}", x) for name, x in section.named_children()]
-        for block_name, block in blocks:
-            for name, module in block.named_modules(prefix=block_name):
-                if type(module).__name__ == transformer:
-                    for child_name, child in module.named_modules(prefix=name):
-                        yield child_name, level, place, child
+        for name, block in blocks:
+            yield name, level, place, block
             classes = {type(module).__name__ for module in block.modules()}
             level += ("Downsample" in classes) - ("Upsample" in classes)

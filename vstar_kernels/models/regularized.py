@@ -10,9 +10,8 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 
-from vstar_kernels.analysis.maps import Level
 from vstar_kernels.models.classes import ClassChange
-from vstar_kernels.models.config import TARConfig
+from vstar_kernels.models.config import TARConfig, check_present, width_at
 from vstar_kernels.models.forwards import (
     ForwardPass,
     ForwardPasses,
@@ -244,7 +243,7 @@ class RegularizedModel:
                     layer.name,
                     layer.level,
                     layer.place,
-                    _width_at(layer.level, self._width),
+                    width_at(layer.level, self._width),
                     regularization.bias,
                     regularization.override,
                 )
@@ -255,12 +254,7 @@ class RegularizedModel:
         return {key for key in keys if key is not None}
 
     def _key(self, layer: TemporalLayer, width: int | None) -> int | None:
-        """Returns the level or width by which the configuration may name the layer."""
-        if self._config is None or (layer.level == "init" and not self._config.include_init):
-            return None
-        if self._config.key == "width":
-            return _width_at(layer.level, width)
-        return 0 if layer.level == "init" else layer.level
+        return None if self._config is None else self._config.key_of(layer, width)
 
     def _regularization(self, layer: TemporalLayer, width: int | None) -> Regularization:
         key = self._key(layer, width)
@@ -330,14 +324,6 @@ class RegularizedModel:
                 )
 
 
-def _width_at(level: Level, width: int | None) -> int | None:
-    """Returns the width at a level of a model whose level 0 has ``width``, None if not known."""
-    if width is None:
-        return None
-    halvings = 0 if level == "init" else level
-    return -(-width // 2**halvings)  # rounded up
-
-
 def check_keys(
     wanted: Mapping[int, Any],
     models: Sequence[RegularizedModel],
@@ -356,12 +342,7 @@ def check_keys(
         ValueError: One has none.
     """
     present = set[int]().union(*(model.keys(width) for model in models))
-    for key in wanted:
-        if key not in present:
-            raise ValueError(
-                f"no {models[0].attention} has {kind} {key}: the {kind}s are "
-                f"{', '.join(map(str, sorted(present)))}"
-            )
+    check_present(wanted, present, kind, models[0].attention)
 
 
 def _resetting(base: Any) -> dict[str, Callable[..., Any]]:
