@@ -101,8 +101,8 @@ def blocks(language, **names):
         yield block.replace("{model}", names.get("model", "")).replace("{url}", names["url"])
 
 
-def test_python(server):
-    first, second, baselines, third = blocks("python", url=server.url)
+def test_python(server, capsys):
+    first, second, progress, baselines, third = blocks("python", url=server.url)
     names = {"pipe": tiny.text_to_video()}
     exec(first, names)
     assert len(names["video"].frames) == 3
@@ -110,6 +110,8 @@ def test_python(server):
     exec(second, names)
     assert names["video"].synopsis == names["rose"]
     assert len(server.requests) == 1
+    exec(progress, names)
+    assert "step 2 of 2" in capsys.readouterr().out
     exec(baselines, names)
     columns = names["columns"]
     assert [columns[name].config is None for name in columns] == [True, True, False, False]

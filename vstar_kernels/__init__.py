@@ -42,9 +42,11 @@ from vstar_kernels.models.full3d.apply import FramesHandle, apply_frames
 from vstar_kernels.models.full3d.config import FrameTAR
 from vstar_kernels.models.grid.apply import GridHandle, apply_grid
 from vstar_kernels.models.grid.embedding import FPSEmbedding, GridEmbedding
+from vstar_kernels.models.progress import Cancelled, StepWatch, watch_steps
 
 __all__ = [
     "VSTAR",
+    "Cancelled",
     "Clip",
     "ColumnCapture",
     "DenseBias",
@@ -67,6 +69,7 @@ __all__ = [
     "RealVideoMaps",
     "SlowBackendWarning",
     "StarVid",
+    "StepWatch",
     "Subject",
     "Synopsis",
     "SynopsisWriter",
@@ -101,4 +104,5 @@ __all__ = [
     "optimize_noise",
     "reference",
     "tar_attention",
+    "watch_steps",
 ]

@@ -20,6 +20,7 @@ from vstar_kernels.models.capture import MapCapture, capture_maps
 from vstar_kernels.models.config import TARConfig, checked_tar
 from vstar_kernels.models.grid.apply import apply_grid
 from vstar_kernels.models.grid.embedding import GridEmbedding
+from vstar_kernels.models.progress import OnStep, steps_told
 
 XL = "StableDiffusionXLPipeline"
 PIPELINES = ("StableDiffusionPipeline", XL)
@@ -99,6 +100,7 @@ class GridVideo:
         width: int = SIDE,
         seed: int | None = None,
         maps: bool | Collection[int] = False,
+        on_step: OnStep | None = None,
         **options: Any,
     ) -> Generation:
         """Makes one video.
@@ -112,6 +114,7 @@ class GridVideo:
             seed: From 0 to 2³² − 1; None draws one, which the result has.
             maps: Whether to capture the maps between frames; or at which steps, see
                 :func:`vstar_kernels.capture_maps`.
+            on_step: As for :class:`vstar_kernels.VSTAR`.
             options: The pipeline's own; 50 steps at guidance 7 by default, as in the paper.
 
         Raises:
@@ -129,6 +132,7 @@ class GridVideo:
         if isinstance(embedding, GridEmbedding):
             embedding.to(pipe.unet.device)
         with (
+            steps_told(pipe, on_step),
             apply_grid(
                 pipe,
                 frames,

@@ -28,6 +28,7 @@ from vstar_kernels.models.apply import apply_tar
 from vstar_kernels.models.columns import ColumnCapture, capture_columns
 from vstar_kernels.models.config import TARConfig, checked_tar
 from vstar_kernels.models.frame_prompts import condition_frames
+from vstar_kernels.models.progress import OnStep, steps_told
 
 SEEDS = 2**32
 
@@ -123,6 +124,7 @@ class StarVid:
         refresh: bool = False,
         synopsis: Synopsis | None = None,
         maps: bool | Collection[int] = False,
+        on_step: OnStep | None = None,
         **options: Any,
     ) -> GuidedVideo:
         """Makes one video.
@@ -137,6 +139,8 @@ class StarVid:
                 (VSTAR). Each stage has the plan's words at the same tokens.
             maps: Whether to capture the words' maps in the pipeline's own forward passes, the
                 unguided steps' too; or at which steps, see :func:`capture_columns`.
+            on_step: As for :class:`vstar_kernels.VSTAR`; a step's updates of the latents are told
+                together with the step.
             options: The pipeline's own, such as ``num_inference_steps``, ``guidance_scale``,
                 ``height``, ``negative_prompt``, and for I2VGen-XL ``image``.
 
@@ -150,8 +154,9 @@ class StarVid:
         self._check(prompt, num_frames, seed, key_frames, synopsis)
         check_sampling(self._pipe, options, maps)
         seed = secrets.randbelow(SEEDS) if seed is None else seed
-        plan = self._plan(prompt, key_frames, refresh)
         with ExitStack() as stack:
+            stack.enter_context(steps_told(self._pipe, on_step))
+            plan = self._plan(prompt, key_frames, refresh)
             guided = stack.enter_context(
                 guide_latents(
                     self._pipe,

@@ -33,6 +33,7 @@ from vstar_kernels.models.full3d.apply import FramesHandle, RuledLayer
 from vstar_kernels.models.full3d.config import FrameTAR
 from vstar_kernels.models.hooks import Handle
 from vstar_kernels.models.layers import RegularizedLayer
+from vstar_kernels.models.progress import OnStep, steps_told
 
 SEEDS = 2**32
 # The paper's σ at the finest level and the official code's first 14 of 25 steps, for any model and
@@ -147,6 +148,7 @@ class VSTAR:
         num_stages: int | None = None,
         refresh: bool = False,
         maps: bool | Collection[int] = False,
+        on_step: OnStep | None = None,
         **options: Any,
     ) -> Generation:
         """Makes one video.
@@ -164,6 +166,9 @@ class VSTAR:
             refresh: Whether to ask the writer even for what is in its cache.
             maps: Whether to capture the mean attention maps; or at which steps, see
                 :func:`capture_maps`.
+            on_step: Is called with a step's index and the number of steps when the step begins.
+                What it raises, such as :class:`vstar_kernels.Cancelled`, ends the call, and the
+                pipeline is as it was. See :func:`vstar_kernels.watch_steps`.
             options: The pipeline's own, such as ``num_inference_steps``, ``guidance_scale``,
                 ``height``, ``negative_prompt``, and for I2VGen-XL ``image``.
 
@@ -177,7 +182,8 @@ class VSTAR:
         check_sampling(self._pipe, options, maps)
         call.check_frames(num_frames)
         seed = secrets.randbelow(SEEDS) if seed is None else seed
-        with self._regularize() as tar:  # first, as it finds most mistakes
+        # These come first, as they find most mistakes.
+        with steps_told(self._pipe, on_step), self._regularize() as tar:
             synopsis = self._synopsis(prompt, num_stages, refresh)
             with (
                 self._condition(call, synopsis, num_frames),
