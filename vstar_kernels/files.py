@@ -57,7 +57,11 @@ class IncompleteError(OSError):
 
 @contextmanager
 def results_folder(
-    path: str | Path, names: Collection[str], *, overwrite: bool = False
+    path: str | Path,
+    names: Collection[str],
+    *,
+    overwrite: bool = False,
+    scratch: str | Path | None = None,
 ) -> Iterator[Path]:
     """Gives an empty folder to write results into, which are all put into their place at the end.
 
@@ -71,6 +75,8 @@ def results_folder(
         path: The folder of the results; missing folders above it are made. A link is followed.
         names: The names that files of results may have, in this run or an earlier one.
         overwrite: Whether the folder may hold something already.
+        scratch: The empty folder's own path, on the same file system, where nothing must be yet;
+            None is a free one.
 
     Raises:
         OSError: The results cannot be written, which is found before the body runs as far as it can
@@ -82,8 +88,10 @@ def results_folder(
         _check_exchange(place, names, overwrite=overwrite)
     missing = [parent for parent in place.parents if not parent.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
-    # Within a folder that is there: it may be a mounted one, or the one we are in.
-    scratch = _free_name(place / "results" if existed else place)
+    if scratch is None:
+        # Within a folder that is there: it may be a mounted one, or the one we are in.
+        scratch = _free_name(place / "results" if existed else place)
+    scratch = Path(scratch)
     scratch.mkdir()
     complete = False
     try:
