@@ -1,0 +1,402 @@
+"""What is checked of the node pack in a running ComfyUI, through its web API.
+
+Each check is a function of a :class:`Run` that returns what it saw, in a few words; an
+AssertionError or any other says that it is not so, and :class:`NotHereError` that it could not be
+seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import vstar_kernels as vk
+from vstar_kernels import testing
+
+from . import graphs, workflows
+from .graphs import Graph, Patch
+from .server import PACK, FailedError, Server
+
+SAME = 1e-4  # of the largest value: two computations of one thing, through all steps
+WINDOW = {"context_length": 8, "context_overlap": 2}
+FREE_NOISE = {
+    "batch_offset": 0,
+    "noise_type": "FreeNoise",
+    "seed_gen": "comfy",
+    "seed_offset": 0,
+}
+Made = tuple[Graph, list[str]]
+CHECKS: dict[str, Callable[[Run], str]] = {}
+
+
+class NotHereError(Exception):
+    """A check that needs what is not there."""
+
+
+def check(function: Callable[[Run], str]) -> Callable[[Run], str]:
+    """Enters a function into the table of checks, under its docstring's first line."""
+    CHECKS[(function.__doc__ or "").splitlines()[0].rstrip(".")] = function
+    return function
+
+
+class Run:
+    """A running ComfyUI, and what several checks ask of it."""
+
+    def __init__(self, server: Server, pictures: Path | None = None) -> None:
+        self.server, self.pictures = server, pictures
+        self.nodes: dict[str, Any] = server.get("/object_info")
+        self.ours = {n: v for n, v in self.nodes.items() if v["category"].startswith("video/VSTAR")}
+        self.number = count()
+        self.plain = cache(self._plain)
+
+    def versions(self) -> str:
+        """Returns the versions of what is checked."""
+        system = self.server.get("/system_stats")["system"]
+        versions = {
+            "vstar-kernels": vk.__version__,
+            "ComfyUI": system["comfyui_version"],
+            "its page": system.get("installed_templates_version") and "",
+            "torch": system["pytorch_version"],
+            "Python": system["python_version"].split()[0],
+        }
+        return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+
+    def latents(self, made: Made) -> list[Tensor]:
+        """Runs a graph and returns the latents that it saves."""
+        graph, savers = made
+        outputs = self.server.run(graph)
+        return [self.server.latents(outputs, node) for node in savers]
+
+    def fails(self, made: Made) -> str:
+        """Runs a graph that must fail, and returns its error."""
+        try:
+            self.server.run(made[0])
+        except FailedError as error:
+            return str(error)
+        raise AssertionError("the graph ran, and should have failed")
+
+    def _plain(self, make: Callable[[Patch], Made]) -> Tensor:
+        """Returns the latents of a graph without our nodes."""
+        return self.latents(make(graphs.plain))[0]
+
+    def node(self, name: str, /, **inputs: Any) -> Patch:
+        """Returns what puts one of our nodes behind a model, its other inputs at their defaults."""
+        known = self.nodes[name]["input"]
+        values = {
+            key: spec[1]["default"] if "default" in spec[1] else spec[1]["options"][0]
+            for key, spec in known.get("required", {}).items()
+            if key not in ("model", *inputs) and len(spec) > 1
+        }
+        return lambda graph, model: graph.add(name, model=model, **values, **inputs)
+
+    def tar(self, **inputs: Any) -> Patch:
+        """Returns what puts VSTAR Apply TAR behind a model."""
+        return self.node("VSTARApplyTAR", **inputs)
+
+    def watched(self, patch: Patch = graphs.plain) -> tuple[Patch, Path]:
+        """Returns the patch with a recorder behind it, and the folder that this will write."""
+        name = f"record{next(self.number)}"
+        folder = self.server.folder / "output" / name
+        return both(patch, self.node("VSTARTestRecord", name=name)), folder
+
+
+def both(first: Patch, second: Patch) -> Patch:
+    """Returns one patch behind the other."""
+    return lambda graph, model: second(graph, first(graph, model))
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Returns the largest difference, as a share of the largest value."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def assert_same(a: Tensor, b: Tensor) -> str:
+    """Asserts that two results are of one computation, done twice; returns how near they are."""
+    off = difference(a, b)
+    assert off <= SAME, f"they differ by {off:.1e} of the largest value"
+    return "bit for bit" if off == 0 else f"to {off:.0e}"
+
+
+def assert_differ(a: Tensor, b: Tensor) -> str:
+    """Asserts that two results are of different computations; returns how far they are apart."""
+    off = difference(a, b)
+    assert off > 10 * SAME, f"they differ by {off:.1e} of the largest value only"
+    return f"by {off:.1%}"
+
+
+# ---- what was recorded, against the formula ----
+
+
+def level_of(layer: str) -> int:
+    """Returns the resolution level of a layer, from the block numbers of a UNet of four levels."""
+    side, number = layer.split(".")[:2]
+    levels = {"input_blocks": int(number) // 3, "output_blocks": 3 - int(number) // 3}
+    return levels.get(side, 3)
+
+
+def records(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, list[Tensor]]]]:
+    """Yields each recorded forward pass: its facts, and query, key, value and result by layer."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            facts = json.loads(tensors.metadata()["facts"])
+            yield (
+                facts,
+                {
+                    layer: [
+                        tensors.get_tensor(f"{layer}:{part}").unflatten(-1, (heads, -1))
+                        for part in ("q", "k", "v", "out")
+                    ]
+                    for layer, heads in facts["heads"].items()
+                },
+            )
+
+
+def assert_formula(folder: Path, biases: Mapping[int, vk.GaussianBias], end: float) -> str:
+    """Asserts the paper's formula for every layer of every forward pass that was recorded.
+
+    Args:
+        folder: Of the records.
+        biases: By level; the other levels must be plain attention.
+        end: The share of the steps with a bias.
+    """
+    layers = regularized = 0
+    frames = set()
+    for facts, found in records(folder):
+        on = facts["step"] < math.ceil(end * facts["steps"])
+        for layer, (query, key, value, out) in found.items():
+            bias = biases.get(level_of(layer)) if on else None
+            try:
+                testing.assert_exact(out, query, key, value, bias)
+            except AssertionError as error:
+                raise AssertionError(f"step {facts['step']}, {layer}: {error}") from None
+            layers, regularized = layers + 1, regularized + (bias is not None)
+            frames.add(query.shape[1])
+    assert regularized, "no layer was recorded with a bias"
+    lengths = " and ".join(map(str, sorted(frames)))
+    return f"{regularized} of {layers} attentions over {lengths} frames under TAR"
+
+
+# ---- the pack ----
+
+
+@check
+def has_nodes(run: Run) -> str:
+    """The nodes are all there, each with a help page."""
+    pages = {page.stem for page in (PACK / "web" / "docs").glob("*.md")}
+    assert pages == set(run.ours), f"help pages {sorted(pages)}, nodes {sorted(run.ours)}"
+    for name in pages:
+        text = run.server.read(f"/extensions/vstar/docs/{name}.md")
+        assert text.startswith(b"# "), f"{name}: {text[:80]!r}"
+    return f"{len(pages)} nodes"
+
+
+@check
+def has_templates(run: Run) -> str:
+    """The example workflows are in the template browser, with a picture each."""
+    listed = run.server.get("/workflow_templates")["vstar"]
+    files = workflows.examples()
+    assert files, "the pack has no example workflow"
+    assert sorted(listed) == [file.stem for file in files]
+    for file in files:
+        assert file.with_suffix(".jpg").is_file(), f"{file.stem} has no picture"
+        served = run.server.get(f"/api/workflow_templates/vstar/{file.name}")
+        assert served == workflows.read(file)
+    return ", ".join(listed)
+
+
+@check
+def runs_examples(run: Run) -> str:
+    """Every example workflow runs, at 64 pixels and else as it is."""
+    shown = []
+    for file in workflows.examples():
+        prompt = workflows.shrink(workflows.as_prompt(workflows.read(file), run.nodes))
+        run.server.placeholders(workflows.files(prompt))
+        run.server.pictures(workflows.pictures(prompt))
+        try:
+            outputs = run.server.run(prompt)
+        except FailedError as error:
+            raise AssertionError(f"{file.stem}: {error}") from None
+        shown.append(f"{file.stem} ({sum(map(len, outputs.values()))} results)")
+    assert shown, "the pack has no example workflow"
+    return ", ".join(shown)
+
+
+@check
+def passes_the_registry(run: Run) -> str:
+    """The registry's own tool finds nothing: comfy node validate, comfy node pack."""
+    comfy = shutil.which("comfy")
+    if comfy is None:
+        raise NotHereError("comfy-cli is not installed")
+    folder = run.server.folder / "registry"
+    shutil.copytree(PACK, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    subprocess.run(["git", "-C", str(folder), "add", "-A"], check=True)
+    said = ""
+    for action in ("validate", "pack"):
+        command = [comfy, "--skip-prompt", "--no-enable-telemetry", "node", action]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, said
+        assert "warning" not in said.lower(), said
+    packed = next(folder.glob("*.zip"))
+    return f"{packed.stat().st_size / 1024:.0f} KiB"
+
+
+# ---- TAR ----
+
+SIGMA = {0: 1.0, 1: 4.0}
+HALF = {"end": 0.5, "sigma_level_1": SIGMA[1]}
+BIASES = {level: vk.GaussianBias(sigma) for level, sigma in SIGMA.items()}
+
+
+def check_strength(run: Run, make: Callable[[Patch], Made]) -> str:
+    """Checks that strength 0 is the plain model, and strength 1 is not."""
+    off = run.latents(make(run.tar(strength=0.0)))[0]
+    on = run.latents(make(run.tar()))[0]
+    plain = run.plain(make)
+    return f"strength 0 {assert_same(off, plain)}, strength 1 apart {assert_differ(on, plain)}"
+
+
+def check_formula(run: Run, make: Callable[[Patch], Made]) -> str:
+    """Checks the paper's formula on what the model's own projections returned."""
+    patch, folder = run.watched(run.tar(**HALF))
+    run.latents(make(patch))
+    return assert_formula(folder, BIASES, end=0.5)
+
+
+def check_failure(run: Run, make: Callable[[Patch], Made]) -> str:
+    """Checks that a sampler which fails in the middle leaves the model as it was."""
+    plain = run.plain(make)
+    said = run.fails(make(both(run.tar(), run.node("VSTARTestFail"))))
+    assert "fails on purpose" in said, said
+    patch, _ = run.watched()
+    again = run.latents(make(patch))[0]
+    assert torch.equal(again, plain), f"they differ by {difference(again, plain):.1e}"
+    return "the plain model again, bit for bit"
+
+
+@check
+def svd_strength(run: Run) -> str:
+    """SVD: strength 0 is the plain model, strength 1 is not."""
+    return check_strength(run, graphs.svd)
+
+
+@check
+def svd_formula(run: Run) -> str:
+    """SVD: strength 1 is the formula, on the queries, keys and values of the model."""
+    return check_formula(run, graphs.svd)
+
+
+@check
+def svd_failure(run: Run) -> str:
+    """SVD: a sampler that fails leaves the model plain."""
+    return check_failure(run, graphs.svd)
+
+
+@check
+def svd_branches(run: Run) -> str:
+    """SVD: two branches of one graph, one under TAR, do not affect each other."""
+    alone = run.latents(graphs.svd(run.tar(end=0.9)))[0]
+    patch, _ = run.watched(run.tar(end=0.9))
+    with_tar, without = run.latents(graphs.svd(patch, branches=2))
+    assert torch.equal(with_tar, alone)
+    assert torch.equal(without, run.plain(graphs.svd))
+    assert_differ(with_tar, without)
+    return "each is what it is alone, bit for bit"
+
+
+@check
+def svd_replaced(run: Run) -> str:
+    """SVD: of two nodes VSTAR Apply TAR, the later counts."""
+    patch = both(run.tar(strength=3.0), run.tar(strength=0.5))
+    twice = run.latents(graphs.svd(patch))[0]
+    once = run.latents(graphs.svd(run.tar(strength=0.5)))[0]
+    return assert_same(twice, once)
+
+
+def animatediff(run: Run, **options: Any) -> Callable[[Patch], Made]:
+    """Returns the graph of AnimateDiff-Evolved, or skips where it is not installed."""
+    if not run.server.has_animatediff:
+        raise NotHereError("AnimateDiff-Evolved is not in custom_nodes")
+    return lambda patch: graphs.animatediff(patch, **options)
+
+
+@check
+def animatediff_strength(run: Run) -> str:
+    """AnimateDiff: strength 0 is the plain model, strength 1 is not."""
+    return check_strength(run, animatediff(run))
+
+
+@check
+def animatediff_formula(run: Run) -> str:
+    """AnimateDiff: strength 1 is the formula."""
+    return check_formula(run, animatediff(run))
+
+
+@check
+def animatediff_failure(run: Run) -> str:
+    """AnimateDiff: a sampler that fails leaves the model plain."""
+    return check_failure(run, animatediff(run))
+
+
+@check
+def animatediff_order(run: Run) -> str:
+    """AnimateDiff: TAR before Use Evolved Sampling is TAR behind it."""
+    before = run.latents(animatediff(run, patch_first=True)(run.tar()))[0]
+    return assert_same(before, run.latents(animatediff(run)(run.tar()))[0])
+
+
+@check
+def animatediff_windows(run: Run) -> str:
+    """AnimateDiff: sliding context windows have the formula in each window."""
+    return check_formula(run, animatediff(run, frames=20, context=WINDOW))
+
+
+@check
+def animatediff_freenoise(run: Run) -> str:
+    """AnimateDiff: FreeNoise and sliding windows have the formula."""
+    return check_formula(run, animatediff(run, frames=16, context=WINDOW, settings=FREE_NOISE))
+
+
+@check
+def animatediff_stretched(run: Run) -> str:
+    """AnimateDiff: 48 frames in one pass, its positions stretched from 32, have the formula."""
+    return check_formula(run, animatediff(run, frames=48, stretch=16))
+
+
+# ---- what cannot be ----
+
+
+@check
+def refuses_pictures(run: Run) -> str:
+    """A model without attention over frames is an error that says so."""
+    said = run.fails(graphs.images(run.tar()))
+    assert "temporal attention" in said, said
+    return said
+
+
+@check
+def refuses_no_steps(run: Run) -> str:
+    """A start behind the end is an error that names both."""
+    said = run.fails(graphs.svd(run.tar(start=0.5, end=0.25)))
+    assert "start, 0.5, must be before end, 0.25" in said, said
+    return said
+
+
+@check
+def refuses_nothing(run: Run) -> str:
+    """A configuration that regularizes nothing is an error."""
+    said = run.fails(graphs.svd(run.tar(sigma_level_0=0.0)))
+    assert "nothing is regularized" in said, said
+    return said
