@@ -8,7 +8,8 @@ model meanwhile, in whatever order, is seen as it is.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -154,8 +155,8 @@ def capture_maps(
         max_rows,
         differentiable,
     )
-    watches: list[_ModelWatch | FrameWatch] = [
-        _ModelWatch(
+    watches: list[ModelWatch | FrameWatch] = [
+        ModelWatch(
             capture,
             name,
             model,
@@ -214,9 +215,9 @@ class MapCapture(Handle):
         self.steps = steps
         self._maps: dict[tuple[Any, ...], AttentionMap] = {}
         self._lock = threading.RLock()  # of the maps
-        self._watches: list[_ModelWatch | FrameWatch] = []
+        self._watches: list[ModelWatch | FrameWatch] = []
 
-    def install(self, watches: list[_ModelWatch | FrameWatch]) -> MapCapture:
+    def install(self, watches: list[ModelWatch | FrameWatch]) -> MapCapture:
         """Puts on what watches the models; what has been put on is taken off if one cannot be.
 
         Returns itself, so that no interrupt comes between the last of them and what takes it off.
@@ -359,8 +360,10 @@ class _WatchedPass(ForwardPass):
         return self.ended is None
 
 
-class _ModelWatch:
+class ModelWatch:
     """The hooks on one model and its layers, which capture the maps of its forward passes.
+
+    :meth:`install` and :meth:`remove` are for all forward passes, :meth:`during` for a single one.
 
     Args:
         capture: What takes the maps, and says which ones it wants.
@@ -409,6 +412,25 @@ class _ModelWatch:
                 lambda: unwatch(self._model, self.passes),
             )
 
+    @contextmanager
+    def during(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Captures the maps of one call of the model, for who wraps its calls; no other follows.
+
+        Args:
+            args, kwargs: What the model is called with.
+        """
+        outer = self.passes.enter()
+        try:
+            self._begin(self._model, args, kwargs)
+            yield
+            self._end()
+        finally:
+            put_back(
+                self._close,
+                lambda: self.passes.leave(outer, failed=False),
+                *(layer.hooks.remove for layer in self._layers.values()),
+            )
+
     def _close(self) -> None:
         self._removed = True
         self.passes.close()
@@ -424,7 +446,7 @@ class _ModelWatch:
         wanted = self._watch_layers() if is_wanted else set()
         keeps_graph = self._capture.differentiable and torch.is_grad_enabled()
         in_turns = self._front_end.guides_in_turns
-        branch = 0
+        branch = call.branch
         if in_turns:
             scheduler = self._capture.steps.find_scheduler(self._model)
             branch = self.passes.turns.branch(call.timestep, call.sample, scheduler)
@@ -475,7 +497,8 @@ class _ModelWatch:
         Args:
             layer: The layer.
             forward: The forward pass that it is called in.
-            shape: Of its input, ``(rows, frames, channels)``.
+            shape: Of its input, ``(rows, frames, channels)``; of what it projects, where that is
+                known, as motion modules of ComfyUI are given frames as rows.
             projected: The outputs of its query and key projections, by name.
         """
         rows, frames, _ = shape
@@ -504,14 +527,15 @@ class _ModelWatch:
             projected[name].unflatten(0, (batch, -1)).unflatten(-1, (module.heads, -1))
             for name in ("query", "key")
         )
+        scale = self._front_end.scale(module)
         most: dict[str, Any] = {"max_rows": self._capture.max_rows}
         if is_grid:
             q, k = query[:, 0], key[:, 0]
-            return grid_map(regularization, q, k, module.scale, heads=self._heads, **most)
+            return grid_map(regularization, q, k, scale, heads=self._heads, **most)
         bias = regularization.bias
         if bias is not None and isinstance(bias.stat, Tensor):
             bias = replace(bias, stat=bias.stat.unflatten(0, (batch, -1)))
-        return mean_map(query, key, bias, module.scale, **most)
+        return mean_map(query, key, bias, scale, **most)
 
     def add(
         self, layer: TemporalLayer, forward: _WatchedPass, mean: Tensor, positions: int
@@ -552,7 +576,7 @@ class _LayerWatch:
         layer: The layer.
     """
 
-    def __init__(self, model: _ModelWatch, layer: TemporalLayer) -> None:
+    def __init__(self, model: ModelWatch, layer: TemporalLayer) -> None:
         self.hooks = Hooks()
         self._model = model
         self._layer = layer
@@ -591,7 +615,8 @@ class _LayerWatch:
         # Gradient checkpointing wants the operations again that are in the graph, not their result.
         if not forward.is_running and not forward.keeps_graph:
             return
-        shape = self._hidden_states.get(args, kwargs).shape
+        given = self._hidden_states.get(args, kwargs)
+        shape = projected.get("query", given).shape
         with torch.set_grad_enabled(forward.keeps_graph and torch.is_grad_enabled()):
             mean, positions = self._model.mean_map(self._layer, forward, shape, projected)
         if forward.is_running:

@@ -192,7 +192,8 @@ class ComfyFrontEnd(LvdmFrontEnd):
         frames = kwargs.get("num_video_frames") or len(rows) // max(1, len(sampling.sides))
         sample = rows.unflatten(0, (-1, frames))
         timestep = Argument(model, 1).get(args, kwargs)
-        return ModelCall(sample, timestep, rows.shape[-1], sampling.step)
+        branch = min(sampling.sides, default=0)  # 1 where no part of the batch is with the prompt
+        return ModelCall(sample, timestep, rows.shape[-1], sampling.step, branch)
 
     def get_attention(self, module: nn.Module) -> Any:
         """Returns a motion module's attention function, and the forward of other modules."""
@@ -224,6 +225,22 @@ class ComfyFrontEnd(LvdmFrontEnd):
         if is_own_forward or is_function or isinstance(attention, RegularizedAttention):
             return None
         return f"its attention is {attention!r}, which TAR would replace"
+
+
+def layers_of(front_end: ComfyFrontEnd, model: nn.Module) -> list[TemporalLayer]:
+    """Returns the temporal attention layers of a diffusion model.
+
+    Raises:
+        ValueError: There are none.
+    """
+    layers = list(front_end.layers(model))
+    if not layers:
+        raise ValueError(
+            f"VSTAR finds no temporal attention in this {type(model).__name__}: TAR and its maps "
+            "are for Stable Video Diffusion and for models to which AnimateDiff-Evolved has "
+            "applied a motion module; Wan, HunyuanVideo and LTX take VSTAR Apply Frame Rule"
+        )
+    return layers
 
 
 def _is_motion(module: nn.Module) -> bool:
@@ -374,13 +391,7 @@ class TARWrapper:
 
     def _attentions(self, model: nn.Module, width: int) -> list[tuple[nn.Module, Any]]:
         """Returns the modules that are to be regularized, and what is to compute them."""
-        layers = list(self._front_end.layers(model))
-        if not layers:
-            raise ValueError(
-                f"VSTAR finds no temporal attention in this {type(model).__name__}: TAR is for "
-                "Stable Video Diffusion and for models to which AnimateDiff-Evolved has applied a "
-                "motion module; Wan, HunyuanVideo and LTX take VSTAR Apply Frame Rule"
-            )
+        layers = layers_of(self._front_end, model)
         config, wanted = self.config, self.config.regularizations
         keys = {layer.name: config.key_of(layer, width) for layer in layers}
         present = {key for key in keys.values() if key is not None}

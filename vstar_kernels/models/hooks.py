@@ -68,12 +68,15 @@ class ModelCall:
         timestep: A number, or a tensor of one for each of the batch.
         width: Of the feature maps at level 0.
         step: The index of the denoising step, where the model is told; None where it is not.
+        branch: The side of guidance that the whole batch is of, 0 with the prompt and 1 without,
+            where the model is told; 0 where it is not, and for a batch of both.
     """
 
     sample: Tensor
     timestep: Any
     width: int
     step: int | None = None
+    branch: int = 0
 
 
 class Handle:

@@ -1,9 +1,4 @@
-"""ComfyUI's nodes: everything in this package that a graph of ComfyUI can use.
-
-ComfyUI loads them through the pack in ``integrations/comfyui/``, which only names
-:func:`comfy_entrypoint`. This is the one module that imports ComfyUI, and nothing imports it but
-the pack: importing it elsewhere is an ImportError.
-"""
+"""The nodes of temporal attention regularization: Apply TAR, TAR Config and Bias from Frames."""
 
 from __future__ import annotations
 
@@ -11,26 +6,31 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from comfy.patcher_extension import WrappersMP
-from comfy_api.latest import ComfyExtension, io
+from comfy_api.latest import io
+from torch import Tensor
 
+from vstar_kernels.analysis import bias_from_frames
 from vstar_kernels.attention.bias import STATS
 from vstar_kernels.attention.dispatch import TAR_ATTENTION
+from vstar_kernels.integrations.comfyui.common import (
+    AUTO,
+    CATEGORY,
+    Bias,
+    Config,
+    as_video,
+    embedder_input,
+    embedder_of,
+    wrapped,
+)
 from vstar_kernels.models.comfyui import TARWrapper
 from vstar_kernels.models.config import TARConfig
 
-CATEGORY = "video/VSTAR"
 TAR_KEY = "vstar_tar"  # of the wrapper: a later one takes the place of an earlier one
 LEVELS = 4  # of the UNets
 CUSTOM = "custom"
 PRESETS = (CUSTOM, "64D1", "64D1_32D8", "64D4_32D8", "32D1", "32D1_16D8")
-AUTO = "auto"
 KEEP = "none"
-# 14 of 25 steps, as the official code.
-PAPER_END = 0.56
-
-Config = io.Custom("VSTAR_CONFIG")
-Bias = io.Custom("VSTAR_BIAS")
+PAPER_END = 0.56  # 14 of 25 steps, as in the official code
 
 
 class TimedConfig(NamedTuple):
@@ -223,15 +223,7 @@ class ApplyTAR(io.ComfyNode):
         wrapper = TARWrapper(
             config.config, start=config.start, backend=None if backend == AUTO else backend
         )
-        return io.NodeOutput(_wrapped(model, TAR_KEY, wrapper))
-
-
-def _wrapped(model: Any, key: str, wrapper: Any) -> Any:
-    """Returns a clone of a model with one wrapper of its diffusion model of this key."""
-    model = model.clone()
-    model.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, key)
-    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, key, wrapper)
-    return model
+        return io.NodeOutput(wrapped(model, TAR_KEY, wrapper))
 
 
 class MakeConfig(io.ComfyNode):
@@ -302,17 +294,39 @@ class MakeConfig(io.ComfyNode):
         return io.NodeOutput(_make_config(start=start, override=override, **settings))
 
 
-NODES = [ApplyTAR, MakeConfig]
+class BiasFromFrames(io.ComfyNode):
+    """Δ of a real video."""
 
+    @classmethod
+    def define_schema(cls) -> Any:
+        """Returns what ComfyUI shows of the node."""
+        return io.Schema(
+            node_id="VSTARBiasFromFrames",
+            display_name="VSTAR Bias from Frames",
+            category=CATEGORY,
+            description=(
+                "How alike the frames of a real video are, as the regularization of VSTAR Apply "
+                "TAR: the new video takes over its dynamics (Fig. 8 of the paper). It needs as "
+                "many frames as the new one has, of a context window if there are windows."
+            ),
+            inputs=[
+                io.Image.Input("frames", tooltip="The reference video."),
+                embedder_input(),
+                io.Boolean.Input(
+                    "min_max",
+                    display_name="spread",
+                    default=True,
+                    tooltip=(
+                        "Spread the similarities over 0 to 1. Only their differences tell, and "
+                        "those of real frames are small."
+                    ),
+                ),
+            ],
+            outputs=[Bias.Output("VSTAR_BIAS", display_name="bias")],
+        )
 
-class VSTARExtension(ComfyExtension):
-    """All nodes of the pack."""
-
-    async def get_node_list(self) -> list[Any]:
-        """Returns them."""
-        return NODES
-
-
-async def comfy_entrypoint() -> VSTARExtension:
-    """Returns what ComfyUI loads the nodes from."""
-    return VSTARExtension()
+    @classmethod
+    def execute(cls, frames: Tensor, embedder: str, min_max: bool) -> Any:
+        """Returns the bias."""
+        bias = bias_from_frames(as_video(frames), embedder_of(embedder), min_max=min_max)
+        return io.NodeOutput(bias)
