@@ -1,6 +1,7 @@
 // Registers the CPU kernels with PyTorch, through its stable C++ ABI. The schemas are Python's
-// (vstar_kernels/attention/native.py); so are the arguments' checks that users see. Those here only
-// keep a direct call of an operator inside its tensors.
+// (vstar_kernels/attention/native.py), or a program's without Python, which calls
+// vstar_kernels_define_operators. The arguments' checks that users see are Python's too. Those here
+// only keep a direct call of an operator inside its tensors.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,6 +11,7 @@
 #include "columns_schedule.h"
 #include "frames_schedule.h"
 #include "schedule.h"
+#include "schemas.h"
 
 namespace {
 
@@ -586,4 +588,26 @@ STABLE_TORCH_LIBRARY_IMPL(vstar_kernels, CPU, m) {
   m.impl("cpu_frames_backward", TORCH_BOX(&cpu_frames_backward));
   m.impl("cpu_columns_forward", TORCH_BOX(&cpu_columns_forward));
   m.impl("cpu_columns_backward", TORCH_BOX(&cpu_columns_backward));
+}
+
+extern "C" {
+
+// Defines the operators, for packages of AOTInductor in a program without vstar_kernels' Python.
+// It is called once, after the library is loaded and before a package is.
+__attribute__((visibility("default"))) void vstar_kernels_define_operators() {
+  using torch::stable::detail::StableLibrary;
+  static StableLibrary library(StableLibrary::Kind::FRAGMENT, "vstar_kernels", nullptr, __FILE__,
+                               __LINE__);
+  static const bool defined = [] {
+    for (const char* schema : vstar::schemas) library.def(schema);
+    return true;
+  }();
+  (void)defined;
+}
+
+// Returns the operators' schemas one after another; nullptr past the last.
+__attribute__((visibility("default"))) const char* vstar_kernels_schema(int index) {
+  constexpr int count = sizeof(vstar::schemas) / sizeof(vstar::schemas[0]);
+  return index >= 0 && index < count ? vstar::schemas[index] : nullptr;
+}
 }

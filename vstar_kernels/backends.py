@@ -7,5 +7,14 @@ from vstar_kernels.attention.dispatch import (
     why_not_columns,
     why_not_frames,
 )
+from vstar_kernels.attention.export import decompositions, native_library
 
-__all__ = ["SlowBackendWarning", "available", "why_not", "why_not_columns", "why_not_frames"]
+__all__ = [
+    "SlowBackendWarning",
+    "available",
+    "decompositions",
+    "native_library",
+    "why_not",
+    "why_not_columns",
+    "why_not_frames",
+]

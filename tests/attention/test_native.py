@@ -1,3 +1,5 @@
+import ctypes
+import itertools
 import json
 import os
 import re
@@ -126,6 +128,17 @@ def test_a_wrong_instruction_set_in_the_environment_is_told():
 def test_opcheck(options, with_map):
     arguments = Call(2, 6, 3, 8, **options).forward_arguments(with_map)
     torch.library.opcheck(forward, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_library_defines_what_python_defines(isa):
+    """The schemas of programs without Python are those of programs with it."""
+    schema = native.load().handle.vstar_kernels_schema
+    schema.restype = ctypes.c_char_p
+    texts = [x.decode() for x in itertools.takewhile(bool, map(schema, itertools.count()))]
+    assert len(texts) == 6
+    for text in texts:
+        found = torch._C.parse_schema(f"vstar_kernels::{text}")
+        assert found == getattr(torch.ops.vstar_kernels, text.split("(")[0]).default._schema
 
 
 SYMMETRIC, DENSE = FORM_NUMBERS["symmetric"], FORM_NUMBERS["dense"]

@@ -392,3 +392,33 @@ def test_columns_64_bit_offsets_give_the_same_bits(monkeypatch):
     found = columns_of(*tensors)
     columns._forward_plan.cache_clear()
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+# ---- frame_attention ----
+
+
+@pytest.mark.parametrize("rule", ["frame_max", "row_max", "window"])
+def test_frames_in_a_graph_take_new_inputs(rule):
+    """Forward and backward: the first call puts the tables of the rule on the GPU."""
+    layout = vk.Layout(vk.Frames(6, 40), vk.Text(16))
+    rule = vk.FrameRule.window(1) if rule == "window" else vk.FrameRule.tar(1.0, stat=rule)
+    made = [x.requires_grad_() for x in made_on_gpu(2, layout.tokens, 4, 64)]
+
+    def both(query, key, value):
+        out = vk.frame_attention(query, key, value, layout, rule, backend="triton")
+        return out, *torch.autograd.grad(out, (query, key, value), out.detach())
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        both(*made)  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = both(*made)
+    with torch.no_grad():
+        for old, new in zip(made, made_on_gpu(2, layout.tokens, 4, 64, seed=7), strict=True):
+            old.copy_(new)
+    graph.replay()
+    for one, other in zip(found, both(*made), strict=True):
+        torch.testing.assert_close(one, other)

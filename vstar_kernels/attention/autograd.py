@@ -4,7 +4,8 @@
 ``vstar_kernels::attention``, whose backend is chosen when it runs. ``torch.func``, which does not
 see through that operator's gradient, takes a function around it. Eager autograd takes a function
 without the operator, which would cost a small call several times its own time. A call that needs
-none of them does without.
+none of them does without, unless a ``TorchDispatchMode`` is on: that would see no operation where
+Triton's kernels are launched, and elsewhere what a backend is made of.
 """
 
 from __future__ import annotations
@@ -57,11 +58,19 @@ def needed(call: AnyCall) -> bool:
 
 
 def traced(call: AnyCall) -> bool:
-    """Returns whether a call is traced or counted, not only run, or its tensors have no numbers."""
+    """Returns whether a call is traced or watched, not only run, or its tensors have no numbers."""
     if torch.compiler.is_compiling():
         return True
     query = call.query
-    return type(query) not in PLAIN or query.is_meta or flops.counted()
+    return type(query) not in PLAIN or query.is_meta or _watched()
+
+
+def _watched() -> bool:
+    """Returns whether a ``TorchDispatchMode`` is on, which is to see one operator for the call."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    flops.make_known()
+    return True
 
 
 def _func_is_active() -> bool:
@@ -204,7 +213,7 @@ class Operator:
 
     def _run(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         call, name = self.split(arguments)
-        out, mean_map, _ = self.operation.backend(call, name).forward(call)
+        out, mean_map, _ = self.operation.run(self.operation.choose(call, name), call)
         return out, nothing(out) if mean_map is None else mean_map
 
     def _fake(self, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -214,6 +223,19 @@ class Operator:
         if not self.has_map(call.options):
             return out, nothing(query)
         return out, query.new_empty(call.map_shape, dtype=torch.float32)
+
+    def lowered(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """Returns what the operator does, by the C++ operator: what it is in a graph without ours.
+
+        Raises:
+            ValueError: The C++ kernels cannot compute the call, with every reason.
+        """
+        from torch._subclasses.functional_tensor import dispatch_functionalize  # is slow to import
+
+        # A graph that is decomposed has no operators any more that write their arguments.
+        run: Callable[..., Any] = dispatch_functionalize(self._run)
+        with torch.no_grad():  # or they could be asked for gradients, which the graph has none of
+            return run(*arguments[:-1], "cpu")
 
     def under_func(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         """Runs the operator as the outermost of torch.func's transformations can follow it."""
@@ -257,12 +279,12 @@ class Operator:
     def _run_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         grad_out, grad_map, out, wanted, rest = self._split_backward(arguments)
         call, name = self.split(rest)
-        backend = self.backward_backend(call, name, wanted)
-        gradients = backend.backward(call, out, (), grad_out, grad_map, wanted)
+        chosen = self.choose_backward(call, name, wanted)
+        gradients = self.operation.run_backward(chosen, call, out, (), grad_out, grad_map, wanted)
         return self._as_results(call.query, gradients)
 
-    def backward_backend(self, call: Any, name: str | None, wanted: Any) -> Any:
-        """Returns the backend that computes these gradients; of None, the first that can.
+    def choose_backward(self, call: Any, name: str | None, wanted: Any) -> str:
+        """Returns the name of the backend that computes these gradients; of None, the first.
 
         What runs below autograd sees no tensor that requires a gradient, so that the forward pass
         of a graph may be a backend's that has none. Backends are asked with tensors that do.
@@ -275,7 +297,7 @@ class Operator:
                 for x, tensor in tensors.items()
                 if tensor is not None
             }
-            return self.operation.backend(dataclasses.replace(call, **asked), name)
+            return self.operation.choose(dataclasses.replace(call, **asked), name)
 
     def _fake_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         _, _, _, wanted, rest = self._split_backward(arguments)
@@ -360,13 +382,15 @@ def _gradient(ctx: Any, grad_out: Tensor | None, grad_map: Tensor | None) -> tup
         or type(tensors[0]) not in PLAIN  # traced
         or tensors[0].is_meta  # there is nothing to compute
         or any(map(_is_batched, (grad_out, grad_map)))
-        or flops.counted()
+        or _watched()
     ):
         gradients = operator.backward_operator(*arguments)
     else:
         call = operator.call(*tensors, ctx.options)
-        backend = ctx.chosen or operator.backward_backend(call, ctx.backend, wanted)
-        gradients = backend.backward(call, out, tuple(saved), grad_out, grad_map, wanted)
+        chosen = ctx.chosen or operator.choose_backward(call, ctx.backend, wanted)
+        gradients = operator.operation.run_backward(
+            chosen, call, out, tuple(saved), grad_out, grad_map, wanted
+        )
     result: list[Tensor | None] = [None] * len(needs)
     for place, gradient, keep in zip(operator.graded, gradients, kept.values(), strict=True):
         result[place] = gradient if keep else None
@@ -392,8 +416,8 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
         *tensors, options, backend, operator = arguments
         call = operator.call(*tensors, options)
-        ctx.chosen = operator.operation.backends[backend]
-        out, mean_map, saved = ctx.chosen.forward(call, save=True)
+        ctx.chosen = backend
+        out, mean_map, saved = operator.operation.run(backend, call, save=True)
         ctx.save_for_backward(*tensors, out if operator.keeps_out else None, *saved)
         ctx.options, ctx.backend, ctx.operator = options, backend, operator
         ctx.set_materialize_grads(False)

@@ -257,8 +257,10 @@ def gaussian_table(sigma: float, num_frames: int) -> Tensor:
     The numbers are kept from call to call; the tensor is this call's own. A tensor that is kept
     would be of whatever was on when it was made: a default device, inference mode, fake tensors, a
     transform of torch.func. For the same reason none of torch's operators is called, some of which
-    wait for ever in a forked process besides.
+    wait for ever in a forked process besides; but where a graph is traced, which is to have them.
     """
+    if torch._C._len_torch_dispatch_stack():
+        return _gaussian_table(sigma, num_frames)
     return torch.frombuffer(_gaussian_numbers(sigma, num_frames), dtype=torch.float32)
 
 
@@ -275,11 +277,11 @@ def _gaussian_numbers(sigma: float, num_frames: int) -> array.array[float]:
 
 def _gaussian_table(sigma: float, num_frames: int) -> Tensor:
     """Returns :func:`gaussian_table` by torch's operators, which can be traced."""
-    distance = torch.arange(num_frames, dtype=torch.float64, device="cpu")
-    half = torch.ones(num_frames, dtype=torch.float64, device="cpu")
-    half[1:] = torch.exp(-0.5 * (distance[1:] / sigma) ** 2) if sigma > 0 else 0.0
-    half[half < torch.finfo(torch.float32).tiny] = 0.0
-    return torch.cat([half[1:].flip(0), half]).float()
+    distance = torch.arange(1, num_frames, dtype=torch.float64, device="cpu")
+    side = torch.exp(-0.5 * (distance / sigma) ** 2) if sigma > 0 else torch.zeros_like(distance)
+    side = side.masked_fill(side < torch.finfo(torch.float32).tiny, 0.0)
+    centre = torch.ones(1, dtype=torch.float64, device="cpu")
+    return torch.cat([side.flip(0), centre, side]).float()
 
 
 def table_frames(form: str, table: Tensor) -> int:

@@ -12,7 +12,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 from vstar_kernels.attention import cpu, reference, triton
 from vstar_kernels.attention.bias import Bias
@@ -110,9 +112,30 @@ class Operation(Generic[C, W_contra, G_co]):
         """Returns each backend's reasons why it cannot run this call; an empty list if it can."""
         return {name: self._reasons(call, name) for name in self.backends}
 
-    def backend(self, call: C, name: str | None) -> Backend[C, W_contra, G_co]:
-        """Returns the backend that :meth:`choose` names."""
-        return self.backends[self.choose(call, name)]
+    def run(self, chosen: str, call: C, *, save: bool = False) -> Forward:
+        """Runs the forward pass of a backend that can run the call; see :class:`Backend`."""
+        backend = self.backends[chosen]
+        if not _profiled():
+            return backend.forward(call, save=save)
+        with record_function(f"{self.name} ({chosen})"):
+            return backend.forward(call, save=save)
+
+    def run_backward(
+        self,
+        chosen: str,
+        call: C,
+        out: Any,
+        saved: tuple[Tensor, ...],
+        grad_out: Tensor | None,
+        grad_map: Tensor | None,
+        wanted: W_contra,
+    ) -> G_co:
+        """Runs the backward pass of a backend that can; see :class:`Backend`."""
+        backend = self.backends[chosen]
+        if not _profiled():
+            return backend.backward(call, out, saved, grad_out, grad_map, wanted)
+        with record_function(f"{self.name} backward ({chosen})"):
+            return backend.backward(call, out, saved, grad_out, grad_map, wanted)
 
     def choose(self, call: C, name: str | None) -> str:
         """Returns ``name`` if that backend can run the call; of None, the first that can.
@@ -158,6 +181,11 @@ class Operation(Generic[C, W_contra, G_co]):
                 f"It was given:\n{call.describe()}"
             )
         return name
+
+
+def _profiled() -> bool:
+    """Returns whether the profiler is on: of Triton's launches it would see the kernels alone."""
+    return not torch.compiler.is_compiling() and torch._C._autograd._profiler_enabled()
 
 
 def _list_reasons(reasons: dict[str, list[str]]) -> str:

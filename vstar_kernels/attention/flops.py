@@ -2,7 +2,7 @@
 
 Importing that module takes Triton along, so nothing here does. Where somebody else imported it,
 the first call under a ``FlopCounterMode`` makes the formulas known: to all modes to come, and to
-those that count already. Such a call goes through its operator, which else it might do without.
+those that count already. :mod:`autograd` takes every call under a mode through its operator.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 COUNTER = "torch.utils.flop_counter"
@@ -20,17 +19,16 @@ COUNTER = "torch.utils.flop_counter"
 FORMULAS: dict[Any, Callable[..., int]] = {}
 
 
-def counted() -> bool:
-    """Returns whether a ``FlopCounterMode`` counts operations; if one does, it has the formulas."""
-    if COUNTER not in sys.modules or not torch._C._len_torch_dispatch_stack():
-        return False
+def make_known() -> None:
+    """Gives the formulas to every ``FlopCounterMode`` that is on, and to those to come."""
+    if COUNTER not in sys.modules:
+        return
     counters = [getattr(mode, "counter", mode) for mode in _get_current_dispatch_mode_stack()]
     registries = [x.flop_registry for x in counters if hasattr(x, "flop_registry")]
     if registries:
         _register()
     for registry in registries:
         registry.update(FORMULAS)
-    return bool(registries)
 
 
 @functools.cache

@@ -88,5 +88,5 @@ def tar_attention(
     chosen = dispatch.TAR_ATTENTION.choose(call, backend)
     if chosen != "reference" and autograd.needed(call):
         return autograd.attention(call, chosen)
-    out, mean_map, _ = dispatch.TAR_ATTENTION.backends[chosen].forward(call)
+    out, mean_map, _ = dispatch.TAR_ATTENTION.run(chosen, call)
     return out if mean_map is None else (out, mean_map)

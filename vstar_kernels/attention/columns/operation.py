@@ -76,6 +76,6 @@ def column_attention(
     chosen = dispatch.COLUMN_ATTENTION.choose(call, backend)
     if chosen != "reference" and autograd.needed(call):
         return autograd.column_attention(call, chosen)
-    out, maps, _ = dispatch.COLUMN_ATTENTION.backends[chosen].forward(call)
+    out, maps, _ = dispatch.COLUMN_ATTENTION.run(chosen, call)
     assert maps is not None  # every call has columns
     return (out, maps) if call.options.wants_out else maps

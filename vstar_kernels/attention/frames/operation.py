@@ -119,7 +119,7 @@ def frame_attention(
     chosen = dispatch.FRAME_ATTENTION.choose(call, backend)
     if chosen != "reference" and autograd.needed(call):
         return autograd.frame_attention(call, chosen)
-    out, mean_map, _ = dispatch.FRAME_ATTENTION.backends[chosen].forward(call)
+    out, mean_map, _ = dispatch.FRAME_ATTENTION.run(chosen, call)
     return out if mean_map is None else (out, mean_map)
 
 

@@ -1,0 +1,153 @@
+"""Launching a kernel on a GPU waits for nothing, so that it can be captured in a CUDA graph.
+
+No GPU is needed: see :mod:`tests.attention.stub_gpu`. On one, ``test_triton_gpu.py`` captures
+graphs.
+"""
+
+import os
+
+import pytest
+import torch
+
+import vstar_kernels as vk
+from vstar_kernels.attention import dispatch
+from vstar_kernels.attention.call import Wanted, check_call
+from vstar_kernels.attention.columns.call import ColumnWanted
+from vstar_kernels.attention.columns.call import check_call as check_columns
+from vstar_kernels.attention.frames.call import FrameWanted
+from vstar_kernels.attention.frames.call import check_call as check_frames
+
+pytest.importorskip("triton")
+from tests.attention.stub_gpu import OnGpu, StubGpu, WaitedError
+
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter launches nothing"
+    ),
+    pytest.mark.usefixtures("one_thread"),
+]
+GAUSSIAN = vk.GaussianBias(1.0)
+LAYOUT = vk.Layout(vk.Frames(4, 8), vk.Text(5))
+
+
+@pytest.fixture
+def gpu():
+    with StubGpu().installed() as stub:
+        yield stub
+
+
+def on_gpu(*shape):
+    return OnGpu(torch.randn(shape))
+
+
+def tar(frames=16, bias=GAUSSIAN, **options):
+    def make():
+        given = bias(frames) if callable(bias) else bias
+        return check_call(*(on_gpu(2, frames, 3, 40) for _ in range(3)), given, **options)
+
+    return dispatch.TAR_ATTENTION, make, Wanted(callable(bias), False)
+
+
+def frames(rule, lengths=False, **options):
+    def make():
+        tensors = [on_gpu(2, LAYOUT.tokens, 3, 40) for _ in range(3)]
+        exist = OnGpu(torch.tensor([30, 37], dtype=torch.int32)) if lengths else None
+        return check_frames(*tensors, LAYOUT, rule, key_lengths=exist, **options)
+
+    return dispatch.FRAME_ATTENTION, make, FrameWanted(False, False, False)
+
+
+def columns(keys=77, value=True):
+    def make():
+        query, key = on_gpu(2, 96, 3, 40), on_gpu(2, keys, 3, 40)
+        given = on_gpu(2, keys, 3, 40) if value else None
+        return check_columns(query, key, given, OnGpu(torch.rand(2, keys, 4)))
+
+    return dispatch.COLUMN_ATTENTION, make, ColumnWanted(True, True, value, False)
+
+
+CALLS = {
+    "tar, a tile": tar(),
+    "tar, a stream": tar(frames=300),
+    "tar, the map": tar(return_map=True),
+    "tar, sums of a long map": tar(frames=300, return_map=True, map_block=50),
+    "tar, a trained table": tar(bias=lambda n: vk.ToeplitzBias(OnGpu(torch.rand(n)))),
+    "tar, a matrix, map_max": tar(
+        frames=300, bias=lambda n: vk.DenseBias(OnGpu(torch.rand(3, n, n)), stat="map_max")
+    ),
+    "frames, TAR": frames(vk.FrameRule.tar(1.0)),
+    "frames, TAR by row_max, the map": frames(
+        vk.FrameRule.tar(1.0, stat="row_max"), return_map=True, map_heads=True
+    ),
+    "frames, a window, lengths": frames(vk.FrameRule.window(1), lengths=True),
+    "columns, few keys": columns(),
+    "columns, many keys": columns(keys=300),
+    "columns, the maps alone": columns(value=False),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_and_its_gradients_wait_for_nothing(name, gpu):
+    operation, make, wanted = CALLS[name]
+    call = make()
+
+    def run():
+        gpu.launched.clear()
+        out, mean_map, saved = operation.run(operation.choose(call, "triton"), call, save=True)
+        there = None if operation is dispatch.COLUMN_ATTENTION else out
+        grad_out = torch.ones_like(out) if out.numel() else None
+        grad_map = None if mean_map is None else torch.ones_like(mean_map)
+        operation.run_backward("triton", call, there, saved, grad_out, grad_map, wanted)
+        return list(gpu.launched)
+
+    first = run()  # makes its plans, and puts their tables on the GPU
+    gpu.copies = False
+    assert run() == first
+    assert len(first) >= 2
+
+
+def test_the_public_functions_wait_for_nothing(gpu):
+    query, key, value = (on_gpu(2, LAYOUT.tokens, 3, 40) for _ in range(3))
+    weights = OnGpu(torch.rand(2, LAYOUT.tokens, 4))
+
+    def run():
+        gpu.launched.clear()
+        vk.tar_attention(query, key, value, vk.GaussianBias(1.0))
+        vk.frame_attention(query, key, value, LAYOUT, vk.FrameRule.tar(1.0))
+        vk.column_attention(query, key, value, weights)
+        return list(gpu.launched)
+
+    first = run()
+    gpu.copies = False
+    assert run() == first
+    assert len(first) >= 3
+
+
+def test_a_table_on_the_cpu_is_copied_at_every_call(gpu):
+    """So a graph cannot be captured with it; docs/operation.md says to put it on the GPU."""
+    query, key, value = (on_gpu(2, 16, 3, 40) for _ in range(3))
+    bias = vk.ToeplitzBias(torch.rand(16))
+    vk.tar_attention(query, key, value, bias)
+    gpu.copies = False
+    with pytest.raises(WaitedError, match="copies between"):
+        vk.tar_attention(query, key, value, bias)
+
+
+WAITING = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool(x.any()),
+    "equal": lambda x: torch.equal(x, x),
+    "nonzero": lambda x: x.nonzero(),
+    "a mask": lambda x: x[x > 0],
+    "cpu": lambda x: x.cpu(),
+    "to": lambda x: torch.ones(3).to(x.device),
+    "copy_": lambda x: x.copy_(torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_what_waits_is_noticed(name, gpu):
+    tensor = on_gpu(3)
+    gpu.copies = False
+    with pytest.raises(WaitedError):
+        WAITING[name](tensor)
