@@ -43,6 +43,7 @@ from vstar_kernels.models.full3d.config import FrameTAR
 from vstar_kernels.models.grid.apply import GridHandle, apply_grid
 from vstar_kernels.models.grid.embedding import FPSEmbedding, GridEmbedding
 from vstar_kernels.models.progress import Cancelled, StepWatch, watch_steps
+from vstar_kernels.models.sharded.apply import ShardedHandle, shard_frames
 
 __all__ = [
     "VSTAR",
@@ -67,6 +68,7 @@ __all__ = [
     "NoisePrior",
     "OptimizedNoise",
     "RealVideoMaps",
+    "ShardedHandle",
     "SlowBackendWarning",
     "StarVid",
     "StepWatch",
@@ -103,6 +105,7 @@ __all__ = [
     "interpolate_embeddings",
     "optimize_noise",
     "reference",
+    "shard_frames",
     "tar_attention",
     "watch_steps",
 ]

@@ -11,6 +11,7 @@ Triton's kernels are launched, and elsewhere what a backend is made of.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol, get_type_hints
 
@@ -42,6 +43,7 @@ class AnyCall(Protocol):
     """What is the same of the calls of all operations."""
 
     query: Tensor
+    key: Tensor
 
     @property
     def requires_grad(self) -> bool:
@@ -62,7 +64,7 @@ def traced(call: AnyCall) -> bool:
     if torch.compiler.is_compiling():
         return True
     query = call.query
-    return type(query) not in PLAIN or query.is_meta or _watched()
+    return type(query) not in PLAIN or query.is_meta or _watched() or spread(call)
 
 
 def _watched() -> bool:
@@ -71,6 +73,20 @@ def _watched() -> bool:
         return False
     flops.make_known()
     return True
+
+
+def spread(call: AnyCall) -> bool:
+    """Returns whether a call's tensors are spread over processes: whether they are DTensors.
+
+    In compiled code they are what the rules of :mod:`vstar_kernels.attention.dtensor` say, which an
+    eager call or ``dtensor.register()`` has registered.
+    """
+    if type(call.query) in PLAIN and type(call.key) in PLAIN:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # without which there are none
+    if module is None or torch.compiler.is_compiling():
+        return False
+    return isinstance(call.query, module.DTensor) or isinstance(call.key, module.DTensor)
 
 
 def _func_is_active() -> bool:
@@ -174,6 +190,10 @@ class Operator:
         ``backend`` None leaves the choice to the moment when the operator runs.
         """
         tensors = [getattr(call, name) for name in self.tensors]
+        if spread(call):
+            from vstar_kernels.attention import dtensor
+
+            tensors = dtensor.arrive(self, call)
         if _func_is_active() and not torch.compiler.is_compiling() and type(call.query) in PLAIN:
             out, mean_map = self.under_func(*tensors, *call.options, backend)
         elif traced(call):

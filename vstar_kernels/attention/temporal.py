@@ -83,7 +83,8 @@ def tar_attention(
     dispatch.TAR_ATTENTION.check_name(backend)
     # Of meta tensors there is nothing to compute: the operator knows the results' shapes.
     is_meta = call.query.is_meta and backend is None
-    if is_meta or (torch.compiler.is_compiling() and backend != "reference"):
+    is_traced = torch.compiler.is_compiling() and backend != "reference"
+    if is_meta or is_traced or autograd.spread(call):
         return autograd.attention(call, backend)
     chosen = dispatch.TAR_ATTENTION.choose(call, backend)
     if chosen != "reference" and autograd.needed(call):

@@ -53,6 +53,7 @@ from vstar_kernels.models.schedule import (
     scheduler_of,
     timestep_value,
 )
+from vstar_kernels.models.sharded.parts import running_part
 
 Layer = TemporalLayer | FrameLayer
 Chooses = Callable[[Layer], bool]
@@ -502,7 +503,7 @@ class ModelWatch:
             projected: The outputs of its query and key projections, by name.
         """
         rows, frames, _ = shape
-        batch = forward.batch
+        batch, part = forward.batch, running_part(self._model)
         if rows % batch or (forward.is_running and layer.name not in forward.uncalled):
             raise RuntimeError(
                 f"{layer.name} was called with a part of the video (FreeNoise, split inference), "
@@ -517,14 +518,15 @@ class ModelWatch:
             if is_grid:
                 return overridden_map(regularization, batch, module.heads if self._heads else None)
             map_ = OVERRIDE_MAPS[regularization.override](frames)
-            return map_.repeat(batch, 1, 1), rows // batch
+            map_ = map_.repeat(batch, 1, 1)
+            return (map_, rows // batch) if part is None else part.mean(map_, rows // batch)
         if set(projected) != {"query", "key"}:
             raise RuntimeError(
                 f"{layer.name} did not call its to_q and to_k, from which capture_maps takes the "
                 "map: undo what computes them otherwise (fuse_qkv_projections)"
             )
         query, key = (
-            projected[name].unflatten(0, (batch, -1)).unflatten(-1, (module.heads, -1))
+            projected[name].unflatten(0, (batch, rows // batch)).unflatten(-1, (module.heads, -1))
             for name in ("query", "key")
         )
         scale = self._front_end.scale(module)
@@ -535,7 +537,13 @@ class ModelWatch:
         bias = regularization.bias
         if bias is not None and isinstance(bias.stat, Tensor):
             bias = replace(bias, stat=bias.stat.unflatten(0, (batch, -1)))
-        return mean_map(query, key, bias, scale, **most)
+        if part is None:
+            return mean_map(query, key, bias, scale, **most)
+        # Of positions that are spread over processes; one with none has no map, but takes part.
+        mean, positions = query.new_zeros(batch, frames, frames, dtype=torch.float32), 0
+        if rows:
+            mean, positions = mean_map(query, key, bias, scale, **most)
+        return part.mean(mean, positions)
 
     def add(
         self, layer: TemporalLayer, forward: _WatchedPass, mean: Tensor, positions: int

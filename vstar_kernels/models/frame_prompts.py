@@ -29,6 +29,7 @@ from vstar_kernels.models.front_end import models_with_temporal_attention
 from vstar_kernels.models.full3d.apply import find_full3d
 from vstar_kernels.models.full3d.prompts import PromptedModels, StagePrompts
 from vstar_kernels.models.hooks import Argument, Handle, Hooks, is_compiled, put_back
+from vstar_kernels.models.sharded.parts import SpreadPass, running_part
 from vstar_kernels.models.text import (
     EqualFrames,
     equal_rows,
@@ -353,24 +354,26 @@ class FramePromptsHandle(Handle):
         """
         if isinstance(context, tuple):
             return (self._replace(fit, context[0]), *context[1:])
-        prompts = self._prompts
-        if len(context) != fit.rows:
+        prompts, part = self._prompts, running_part(self._model)
+        # Where frames are spread over processes, the blocks have those of this one.
+        rows = fit.rows if part is None else part.batch * part.count
+        if len(context) != rows:
             raise ValueError(
                 "encoder_hidden_states must give every frame of the batch a text where frame "
-                f"prompts replace them: {fit.rows} rows, got {len(context)}"
+                f"prompts replace them: {rows} rows, got {len(context)}"
             )
-        text = self._rows(prompts.embeddings, fit, context)
+        text = self._rows(prompts.embeddings, fit, context, part)
         if fit.guided:
             unconditional = (
-                context[: fit.rows // 2, : fit.tokens]
+                context[: rows // 2, : fit.tokens]
                 if prompts.negative is None
-                else self._rows(prompts.negative, fit, context)
+                else self._rows(prompts.negative, fit, context, part)
             )
             text = torch.cat([unconditional, text])
         image = context[:, fit.tokens :]
         if image.shape[1]:
             text = torch.cat([text, image], dim=1)
-        if not torch.compiler.is_compiling():
+        if part is None and not torch.compiler.is_compiling():
             self._mark_equal_rows(text, fit, context, has_image=bool(image.shape[1]))
         return text
 
@@ -387,9 +390,13 @@ class FramePromptsHandle(Handle):
             equal = [*(kept if self._prompts.negative is None else replaced), *equal]
         mark_equal_rows(text, equal)
 
-    def _rows(self, embeddings: Tensor, fit: Fit, context: Tensor) -> Tensor:
+    def _rows(
+        self, embeddings: Tensor, fit: Fit, context: Tensor, part: SpreadPass | None
+    ) -> Tensor:
         """Returns embeddings as the blocks take them, with a row for each frame of each video."""
         videos = batched(embeddings).repeat_interleave(fit.videos_per_prompt, dim=0)
+        if part is not None:
+            videos = videos[:, part.first : part.first + part.count]
         return self._project(videos.flatten(0, 1).to(context.device, context.dtype))
 
 

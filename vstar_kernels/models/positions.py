@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from vstar_kernels.models.classes import ClassChange
 from vstar_kernels.models.layers import TemporalLayer
 
 FRAMES_DIM = 2  # of the samples of the models that have such embeddings
-_TABLES = "_vstar_kernels_tables"
+_TABLES, _PART = "_vstar_kernels_tables", "_vstar_kernels_part"
 Tables = dict[int, Tensor]  # by the number of channels
 
 
@@ -87,8 +87,7 @@ class Positions:
 
     def _put_back(self, name: str) -> None:
         embedding = self._embeddings[name]
-        _CHANGES[embedding.buffer].take_off(embedding.owner)
-        embedding.owner.__dict__.pop(_TABLES, None)
+        _drop(embedding.owner, embedding.buffer, _TABLES)
         self._embeddings.pop(name, None)
 
     def _short(self, sample: Tensor) -> Iterator[tuple[Tensor, str, int]]:
@@ -152,6 +151,62 @@ def _nothing() -> None:
     pass
 
 
+class Part(Protocol):
+    """Which frames of a forward pass this process has."""
+
+    frames: int  # of the whole video
+    first: int
+    count: int
+
+
+class _PartLookup:
+    """Finds the positions of the frames that this process has; a copy of the module has all."""
+
+    def __init__(self, model: nn.Module, running: Callable[[], Part | None]) -> None:
+        self._name, self._running = type(model).__name__, running
+
+    def of(self, table: Tensor) -> Tensor:
+        """Returns those of a table ``(1, frames, channels)``, all where no pass runs."""
+        part = self._running()
+        if part is None:
+            return table
+        if table.shape[1] != part.frames:
+            raise ValueError(
+                f"{self._name} has positions for {table.shape[1]} frames (exactly: video_length), "
+                f"got {part.frames}: use that many, or apply_tar(…, extend_positions=True)"
+            )
+        return table[:, part.first : part.first + part.count]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Becomes None, which the copy of a module has no use for."""
+        return _nothing, ()
+
+
+def put_part_on(module: nn.Module, buffer: str, running: Callable[[], Part | None]) -> None:
+    """Has a module read, in a forward pass, the positions of the frames that this process has.
+
+    Args:
+        module: Has the position embedding.
+        buffer: The embedding's name there.
+        running: Returns which frames those are; None outside of a forward pass.
+    """
+    module.__dict__[_PART] = _PartLookup(module, running)
+    _CHANGES[buffer].put_on(module)
+
+
+def take_part_off(module: nn.Module, buffer: str) -> None:
+    """Undoes :func:`put_part_on`; nothing happens the second time."""
+    if _PART in module.__dict__:
+        _drop(module, buffer, _PART)
+
+
+def _drop(module: nn.Module, buffer: str, lookup: str) -> None:
+    """Takes off one of the two that change what a module reads, and the change with the last."""
+    if not {_TABLES, _PART} - {lookup} & module.__dict__.keys():
+        _CHANGES[buffer].take_off(module)
+    module.__dict__.pop(lookup, None)
+
+
 def _read(buffer: str) -> ClassChange:
     """Returns the change to a class that reads a buffer through :class:`_Lookup`."""
 
@@ -160,7 +215,9 @@ def _read(buffer: str) -> ClassChange:
         lookup = module.__dict__.get(_TABLES)
         longer = None if lookup is None else lookup.find(own.shape[2])
         # Offloading may have moved the module since the forward pass began.
-        return own if longer is None else longer.to(own.device, own.dtype)
+        table = own if longer is None else longer.to(own.device, own.dtype)
+        part = module.__dict__.get(_PART)
+        return table if part is None else part.of(table)
 
     return ClassChange(lambda base: {buffer: property(read)})
 
