@@ -11,20 +11,19 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
 
 pytest.importorskip("diffusers")
-dist = pytest.importorskip("torch.distributed")
-if not (dist.is_available() and dist.is_gloo_available()):
-    pytest.skip("this torch has no gloo", allow_module_level=True)
-if sys.platform == "win32":
-    pytest.skip("processes are forked", allow_module_level=True)
-
-from tests.models.sharded.checks import CHECKS
-
+pytestmark = pytest.mark.skipif(
+    sys.platform == "win32" or not (dist.is_available() and dist.is_gloo_available()),
+    reason="processes that are forked and talk by gloo",
+)
 PROCESSES = os.environ.get("SHARDED_PROCESSES", "2")
 
 
 def test_processes(tmp_path):
+    from tests.models.sharded.checks import CHECKS
+
     # One test, as pytest's own processes would each run all of it.
     output = tmp_path / "results"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
