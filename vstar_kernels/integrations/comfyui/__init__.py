@@ -11,6 +11,7 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension
 
+from vstar_kernels.integrations.comfyui.frame_rule import ApplyFrameRule
 from vstar_kernels.integrations.comfyui.maps import CaptureMaps, ShowMaps, ShowSimilarity
 from vstar_kernels.integrations.comfyui.prompts import MakeSynopsis, WriteSynopsis
 from vstar_kernels.integrations.comfyui.tar import ApplyTAR, BiasFromFrames, MakeConfig
@@ -24,6 +25,7 @@ NODES = [
     CaptureMaps,
     ShowMaps,
     ShowSimilarity,
+    ApplyFrameRule,
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from comfy.patcher_extension import WrappersMP
@@ -48,3 +49,24 @@ def embedder_of(name: str) -> Any:
 def as_video(images: Tensor) -> Tensor:
     """Returns images ``(frames, height, width, channels)`` of ComfyUI as this package has them."""
     return images[..., :3].movedim(-1, 1).float().clamp(0, 1)
+
+
+def read_indices(name: str, text: str) -> list[int] | None:
+    """Returns the numbers in a text such as "0, 13" or "0-9"; None of an empty one.
+
+    Args:
+        name: The input's name, for errors.
+        text: The text.
+
+    Raises:
+        ValueError: They are none.
+    """
+    found: list[int] = []
+    for word in re.sub(r"\s*-\s*", "-", text).replace(",", " ").split():
+        match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", word)
+        if match is None:
+            raise ValueError(
+                f"{name} must be numbers from 0, such as '0, 13' or '0-9', got {text!r}"
+            )
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return found or None

@@ -23,6 +23,7 @@ from vstar_kernels.integrations.comfyui.common import (
     as_video,
     embedder_input,
     embedder_of,
+    read_indices,
     wrapped,
 )
 from vstar_kernels.models.capture import MapCapture
@@ -69,23 +70,11 @@ class CaptureMaps(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, steps: str, levels: str) -> Any:
         """Returns a clone of the model that is watched, and what its maps will be in."""
-        wrapper = MapsWrapper(_indices("steps", steps), _indices("levels", levels))
+        wrapper = MapsWrapper(read_indices("steps", steps), read_indices("levels", levels))
         model = wrapped(model, MAPS_KEY, wrapper)
         model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, MAPS_KEY)
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, MAPS_KEY, wrapper.begin)
         return io.NodeOutput(model, wrapper.capture)
-
-
-def _indices(name: str, text: str) -> list[int] | None:
-    """Returns the numbers in a text such as "0, 13"; None of an empty one.
-
-    Raises:
-        ValueError: They are none.
-    """
-    words = text.replace(",", " ").split()
-    if not all(word.isdecimal() for word in words):
-        raise ValueError(f"{name} must be numbers from 0 with commas between them, got {text!r}")
-    return [int(word) for word in words] or None
 
 
 class ShowMaps(io.ComfyNode):

@@ -95,10 +95,9 @@ class MakeSynopsis(io.ComfyNode):
         more = dict(encoded[0][1])
         pooled: list[Any] = [options.get("pooled_output") for _, options in encoded]
         if all(isinstance(x, Tensor) for x in pooled):
-            row = torch.cat(pooled)[:, None]
-            more["pooled_output"] = interpolate_embeddings(row, frames, synopsis.anchors, mode)[
-                :, 0
-            ]
+            rows = torch.cat(pooled)[:, None]
+            between = interpolate_embeddings(rows, frames, synopsis.anchors, mode)
+            more["pooled_output"] = between[:, 0]
         return io.NodeOutput([[found, more]], synopsis.to_json())
 
 
