@@ -61,7 +61,7 @@ def test_commands_are_understood(command, monkeypatch, tmp_path):
     """The commands that the page shows, up to where they would load a model."""
     pytest.importorskip("tyro")
     from vstar_kernels.cli.demo.command import DemoOptions
-    from vstar_kernels.cli.generate import GenerateOptions
+    from vstar_kernels.cli.generate.command import Generate
     from vstar_kernels.cli.main import main
 
     text = README.read_text(encoding="utf-8").replace("\\\n", " ")
@@ -70,7 +70,7 @@ def test_commands_are_understood(command, monkeypatch, tmp_path):
     assert shown
     monkeypatch.chdir(tmp_path)  # where nothing is in the way of --output
     ran = []
-    for options in (DemoOptions, GenerateOptions):
+    for options in (DemoOptions, Generate):
         monkeypatch.setattr(options, "run", lambda self: ran.append(self) or 0)
     for line in shown:
         assert main([command, *shlex.split(line, comments=True)]) == 0

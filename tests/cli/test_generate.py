@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import vstar_kernels as vk
-from vstar_kernels.cli.generate import write_mp4
+from vstar_kernels.cli.generate.results import write_mp4
 from vstar_kernels.cli.main import main
 
 pytest.importorskip("av")
@@ -282,8 +282,8 @@ def full(*_, **__):
     ("broken", "lost"),
     [
         ("diffusers.utils.export_utils.export_to_gif", "video.gif"),
-        ("vstar_kernels.cli.generate.write_mp4", "video.mp4"),
-        ("vstar_kernels.cli.generate.plot_maps", "maps.png"),
+        ("vstar_kernels.cli.generate.results.write_mp4", "video.mp4"),
+        ("vstar_kernels.cli.generate.results.plot_maps", "maps.png"),
     ],
 )
 def test_what_has_been_computed_is_kept(generate, output, monkeypatch, broken, lost):
@@ -307,7 +307,7 @@ def test_what_finds_no_place_is_written_elsewhere(generate, output, monkeypatch,
             full()
         path.write_bytes(b"video")
 
-    monkeypatch.setattr("vstar_kernels.cli.generate.write_mp4", full_there)
+    monkeypatch.setattr("vstar_kernels.cli.generate.results.write_mp4", full_there)
     status, printed = generate("--prompt", PROMPT)
     assert status == 2
     (elsewhere,) = tmp_path.glob("vstar-kernels-*")
@@ -334,7 +334,7 @@ def test_a_place_that_cannot_be_written_is_found_before_loading(
     (folder / "file").write_text("")
     (folder / "link").symlink_to(folder / "link")
     (folder / "earlier" / "video.mp4").mkdir(parents=True)
-    monkeypatch.setattr("vstar_kernels.cli.generate._load", None)
+    monkeypatch.setattr("vstar_kernels.cli.generate.command.load_pipeline", None)
     status, printed = generate("--prompt", PROMPT, "--output", folder / place, "--overwrite")
     assert status == 2
     assert re.search(f"generate: error: --output: .*({message})", printed)
@@ -345,7 +345,7 @@ def test_a_place_that_cannot_be_written_is_found_before_loading(
 @pytest.mark.parametrize("option", ["--config", "--synopsis", "--image"])
 def test_a_pipe_is_not_waited_for(generate, output, monkeypatch, option):
     os.mkfifo(output.parent / "pipe")
-    monkeypatch.setattr("vstar_kernels.cli.generate._load", None)
+    monkeypatch.setattr("vstar_kernels.cli.generate.command.load_pipeline", None)
     status, printed = generate("--prompt", PROMPT, option, output.parent / "pipe")
     assert status == 2
     assert "pipe is not a regular file" in printed.splitlines()[-1]
@@ -357,7 +357,7 @@ def test_a_request_to_end_leaves_nothing(generate, output, monkeypatch):
         path.write_bytes(b"half")
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("vstar_kernels.cli.generate.write_mp4", ended)
+    monkeypatch.setattr("vstar_kernels.cli.generate.results.write_mp4", ended)
     with pytest.raises(SystemExit) as exit_:
         generate("--prompt", PROMPT)
     assert exit_.value.code == 128 + signal.SIGTERM
@@ -375,7 +375,7 @@ def test_an_interruption_leaves_nothing(generate, output, monkeypatch, overwrite
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vstar_kernels.cli.generate.write_mp4", interrupted)
+    monkeypatch.setattr("vstar_kernels.cli.generate.results.write_mp4", interrupted)
     status, printed = generate("--prompt", PROMPT, *["--overwrite"] * overwrite)
     assert status == 130
     assert printed.splitlines()[-1] == "vstar-kernels generate: interrupted"

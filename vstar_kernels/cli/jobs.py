@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from vstar_kernels.cli.options import CommandError
 from vstar_kernels.files import results_folder, write_atomically
 from vstar_kernels.models.progress import OnStep
 from vstar_kernels.reading import FormatError, decode, read_text, shorten
@@ -34,7 +35,7 @@ LOCK = ".lock"
 LONGEST_SLUG = 48  # characters of a folder's name
 SHOWN = 500  # characters of an error
 # What another try does not change: the arguments are wrong.
-FINAL = (TypeError, ValueError, NotImplementedError)
+FINAL = (TypeError, ValueError, NotImplementedError, CommandError)
 
 
 @dataclass(frozen=True)
@@ -289,7 +290,7 @@ def failed(place: Place, error: str) -> Outcome:
 def describe(error: BaseException) -> str:
     """Returns an error in a line; with its kind where the message is not ours."""
     text = shorten(str(error), SHOWN)
-    if isinstance(error, (*FINAL, OSError)) or type(error).__name__ == "CommandError":
+    if isinstance(error, (*FINAL, OSError)):
         return text or type(error).__name__
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return Info().run()
     try:
         from vstar_kernels.cli.demo.command import DemoOptions
-        from vstar_kernels.cli.generate import GenerateOptions
+        from vstar_kernels.cli.generate.command import Generate
         from vstar_kernels.cli.options import run_command
     except ImportError as error:
         print(
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     return run_command(
-        {"info": Info, "demo": DemoOptions, "generate": GenerateOptions},
+        {"info": Info, "demo": DemoOptions, "generate": Generate},
         arguments,
         prog="vstar-kernels",
         description="Fused kernels for temporal attention regularization. COMMAND --help shows a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from vstar_kernels.methods.starvid.starvid import GuidedVideo, StarVid
 from vstar_kernels.methods.starvid.trajectory import Trajectory
 from vstar_kernels.methods.starvid.writer import MOST_KEY_FRAMES, PlanError, TrajectoryWriter
 from vstar_kernels.models.config import TARConfig
+from vstar_kernels.models.progress import OnStep
 
 if TYPE_CHECKING:
-    from vstar_kernels.cli.generate import GenerateOptions
+    from vstar_kernels.cli.generate.options import GenerateOptions
 
 # Beside those of any method.
 FILES = ("report.html", "plan.json", "guidance.json")
@@ -29,10 +31,12 @@ FILES = ("report.html", "plan.json", "guidance.json")
 class PlanOptions:
     """A plan of the subjects and their boxes: --method starvid."""
 
-    plan: Annotated[Path | None, option("FILE")] = None
+    plan: Annotated[Path | Trajectory | None, parsed(Path, "FILE"), option()] = None
     """JSON that Trajectory.save wrote, or a list of such from which --prompt chooses. Without it
     --writer or --writer-local plans."""
-    guidance: Annotated[Path | None, option("FILE", default="GuidanceConfig()")] = None
+    guidance: Annotated[
+        Path | GuidanceConfig | None, parsed(Path, "FILE"), option(default="GuidanceConfig()")
+    ] = None
     """JSON that GuidanceConfig.save wrote."""
     key_frames: Annotated[
         int | None,
@@ -58,7 +62,9 @@ class PlanOptions:
     def read_config(self) -> GuidanceConfig:
         """Returns how latents are guided."""
         try:
-            return GuidanceConfig() if self.guidance is None else GuidanceConfig.load(self.guidance)
+            if isinstance(self.guidance, Path):
+                return GuidanceConfig.load(self.guidance)
+            return GuidanceConfig() if self.guidance is None else self.guidance
         except (OSError, ValueError, TypeError) as error:
             raise CommandError(f"--guidance: {error}") from error
 
@@ -70,13 +76,15 @@ class PlanOptions:
                 return TrajectoryWriter.from_endpoint(synopsis.writer, base_url=synopsis.writer_url)
             if synopsis.writer_local is not None:
                 name = "--writer-local"
-                return TrajectoryWriter.from_transformers(synopsis.writer_local)
+                return _local_writer(synopsis.writer_local)
         except (ImportError, ValueError) as error:
             raise CommandError(f"{name}: {error}") from error
         return None
 
     def read_plan(self, prompt: str | None) -> str | Trajectory:
         """Returns the prompt for the writer, or the plan that is in the file."""
+        if isinstance(self.plan, Trajectory):
+            return self.plan
         if self.plan is None:
             assert prompt is not None
             return prompt
@@ -89,14 +97,20 @@ class PlanOptions:
             raise CommandError(f"--plan: {error}{hint}") from error
 
 
+@functools.lru_cache(maxsize=1)
+def _local_writer(name: str) -> TrajectoryWriter:
+    """Returns the writer of a model that is run here, and is loaded once for many videos."""
+    return TrajectoryWriter.from_transformers(name)
+
+
 def starvid(
     options: GenerateOptions, tar: TARConfig | None, image: dict[str, Any]
-) -> Callable[[Any], GuidedVideo]:
+) -> Callable[[Any, OnStep], GuidedVideo]:
     """Returns what makes the video from a pipeline, all files of the options read."""
     config, writer = options.plan.read_config(), options.plan.make_writer(options)
     plan = options.plan.read_plan(options.video.prompt)
 
-    def make(pipe: Any) -> GuidedVideo:
+    def make(pipe: Any, on_step: OnStep) -> GuidedVideo:
         return StarVid(pipe, config, writer=writer, tar=tar)(
             plan,
             num_frames=options.video.frames,
@@ -104,6 +118,7 @@ def starvid(
             key_frames=options.plan.key_frames,
             refresh=options.synopsis.refresh,
             maps=options.captured_steps or False,
+            on_step=on_step,
             **options.settings,
             **image,
         )

@@ -1,0 +1,231 @@
+"""From options to a video: what they name is read, the model is loaded and a method called."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vstar_kernels.cli.generate.options import (
+    GenerateOptions,
+    RegularizationOptions,
+    SynopsisOptions,
+    VideoOptions,
+)
+from vstar_kernels.cli.generate.starvid import starvid
+from vstar_kernels.cli.options import CommandError
+from vstar_kernels.methods.grid.video import GridVideo
+from vstar_kernels.methods.starvid.starvid import GuidedVideo
+from vstar_kernels.methods.starvid.writer import PlanError
+from vstar_kernels.methods.vstar.synopsis import Synopsis
+from vstar_kernels.methods.vstar.vstar import PAPER, VSTAR, Generation
+from vstar_kernels.methods.vstar.writer import SynopsisError, SynopsisWriter
+from vstar_kernels.models.config import TARConfig
+from vstar_kernels.models.full3d.config import FrameTAR
+from vstar_kernels.models.grid.embedding import GridEmbedding
+from vstar_kernels.models.progress import OnStep
+from vstar_kernels.reading import decode, read_bytes, read_text, shorten
+
+ONLY_FRAME_TAR = ("layers", "heads")  # fields, which FrameTAR.save always writes
+Sample = Callable[[Any, OnStep], "Generation | GuidedVideo"]  # of a pipeline
+
+
+def best_device() -> str:
+    """Returns a GPU where there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_pipeline(options: VideoOptions, device: str) -> Any:
+    """Returns the pipeline, in half precision unless on the CPU."""
+    import diffusers
+    import torch
+
+    more: dict[str, Any] = {} if device == "cpu" else {"torch_dtype": torch.float16}
+    name, wanted = "--model", options.model
+    try:
+        if options.adapter is None:
+            return diffusers.DiffusionPipeline.from_pretrained(wanted, **more).to(device)
+        name, wanted = "--adapter", options.adapter
+        more["motion_adapter"] = diffusers.MotionAdapter.from_pretrained(wanted, **more)
+        name, wanted = "--model", options.model
+        return diffusers.AnimateDiffPipeline.from_pretrained(wanted, **more).to(device)
+    # diffusers raises whatever its parts raise: of the network, of a file, of a wrong class.
+    except Exception as error:
+        reason = shorten(str(error)) or type(error).__name__
+        raise CommandError(f"{name}: cannot load {wanted}: {reason}") from error
+
+
+@contextmanager
+def errors_of_the_call() -> Iterator[None]:
+    """Turns what is wrong with the arguments, the model or the writer into one line."""
+    import torch
+
+    wrong = (TypeError, ValueError, FloatingPointError, SynopsisError, PlanError)
+    try:
+        yield
+    except (*wrong, torch.OutOfMemoryError) as error:
+        raise CommandError(str(error)) from error
+
+
+def sampler(options: GenerateOptions) -> Sample:
+    """Returns what makes a video from a pipeline, all files that the options name read.
+
+    Raises:
+        CommandError: One of them cannot be read, or does not fit the method.
+    """
+    return METHODS[options.video.method](options)
+
+
+def _vstar(options: GenerateOptions) -> Sample:
+    """Returns what makes the video from a pipeline by VSTAR, all files read."""
+    config, writer = _config(options.regularization, PAPER), _writer(options.synopsis)
+    prompt, image = _prompt(options), _image(options.video.image)
+
+    def make(pipe: Any, on_step: OnStep) -> Generation:
+        vstar = VSTAR(
+            pipe,
+            config,
+            writer=writer,
+            mode=options.synopsis.mode,
+            rounding=options.synopsis.rounding,
+            extend_positions=options.regularization.extend_positions,
+        )
+        return vstar(
+            prompt,
+            num_frames=options.video.frames,
+            seed=options.video.seed,
+            num_stages=options.synopsis.stages,
+            refresh=options.synopsis.refresh,
+            maps=options.captured_steps or False,
+            on_step=on_step,
+            **options.settings,
+            **image,
+        )
+
+    return make
+
+
+def _grid(options: GenerateOptions) -> Sample:
+    """Returns what makes the video from a pipeline as a grid of frames, all files read."""
+    config, grid = _config(options.regularization, None), options.grid
+    if isinstance(config, FrameTAR):
+        raise CommandError("--config: FrameTAR is for full-3D transformers, a grid has TARConfig")
+    embedding: bool | GridEmbedding = True
+    if grid.embedding is not None:
+        try:
+            embedding = GridEmbedding.load(grid.embedding)
+        except (OSError, ValueError) as error:
+            raise CommandError(f"--embedding: {error}") from error
+
+    def make(pipe: Any, on_step: OnStep) -> Generation:
+        video = GridVideo(pipe, config, embedding=embedding, rows=grid.rows, decode=grid.decode)
+        return video(
+            _prompt(options),
+            frames=options.video.frames,
+            fps=options.output.fps,
+            seed=options.video.seed,
+            maps=options.captured_steps or False,
+            on_step=on_step,
+            **options.settings,
+        )
+
+    return make
+
+
+def _starvid(options: GenerateOptions) -> Sample:
+    """Returns what makes the video from a pipeline by StarVid, all files read."""
+    tar, image = _config(options.regularization, None), _image(options.video.image)
+    if isinstance(tar, FrameTAR):
+        raise CommandError("--config: FrameTAR is for full-3D transformers, StarVid has TARConfig")
+    return starvid(options, tar, image)
+
+
+METHODS: dict[str, Callable[[GenerateOptions], Sample]] = {
+    "vstar": _vstar,
+    "grid": _grid,
+    "starvid": _starvid,
+}
+
+
+def _config(
+    options: RegularizationOptions, default: TARConfig | None
+) -> TARConfig | FrameTAR | None:
+    """Returns the configuration; PAPER, where none is given, is full-3D transformers' own too."""
+    if options.no_tar:
+        return None
+    option = "--preset" if options.preset is not None else "--config"
+    try:
+        if options.preset is not None:
+            return TARConfig.preset(options.preset)
+        if isinstance(options.config, Path):
+            return config_from_json(read_text(options.config))
+        return default if options.config is None else options.config
+    except (OSError, ValueError, TypeError) as error:
+        raise CommandError(f"{option}: {error}") from error
+
+
+def config_from_json(text: str) -> TARConfig | FrameTAR:
+    """Returns the configuration in JSON, of the kind that its fields are of.
+
+    Raises:
+        ValueError: See :meth:`TARConfig.from_json`.
+    """
+    fields = decode(text)
+    if isinstance(fields, dict) and not fields.keys().isdisjoint(ONLY_FRAME_TAR):
+        return FrameTAR.from_json(text)
+    return TARConfig.from_json(text)
+
+
+def _writer(options: SynopsisOptions) -> SynopsisWriter | None:
+    option = "--writer"
+    try:
+        if options.has_endpoint:
+            return SynopsisWriter.from_endpoint(options.writer, base_url=options.writer_url)
+        if options.writer_local is not None:
+            option = "--writer-local"
+            return _local_writer(options.writer_local)
+    except (ImportError, ValueError) as error:
+        raise CommandError(f"{option}: {error}") from error
+    return None
+
+
+@functools.lru_cache(maxsize=1)
+def _local_writer(name: str) -> SynopsisWriter:
+    """Returns the writer of a model that is run here, and is loaded once for many videos."""
+    return SynopsisWriter.from_transformers(name)
+
+
+def _prompt(options: GenerateOptions) -> str | Synopsis:
+    """Returns the prompt, or the synopsis that is in a file."""
+    prompt, path = options.video.prompt, options.synopsis.synopsis
+    if isinstance(path, Synopsis):
+        return path
+    if path is None:
+        assert prompt is not None
+        return prompt
+    try:
+        if prompt is None:
+            return Synopsis.load(path)
+        writer = SynopsisWriter.from_file(path, least_stages=1, most_stages=10_000)
+        return writer.write(prompt)
+    except (OSError, ValueError, SynopsisError) as error:
+        hint = "" if prompt else " (several synopses, and saved answers, need --prompt)"
+        raise CommandError(f"--synopsis: {error}{hint}") from error
+
+
+def _image(path: Path | None) -> dict[str, Any]:
+    """Returns the image to animate as an argument, if there is one."""
+    if path is None:
+        return {}
+    from PIL import Image
+
+    try:
+        return {"image": Image.open(io.BytesIO(read_bytes(path))).convert("RGB")}
+    # Of a picture that would be larger than memory, or is not what its header says.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CommandError(f"--image: {path}: {error}") from error
