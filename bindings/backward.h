@@ -4,7 +4,7 @@
 // a panel's weights again (attention_weights.h). With P the normalised weights, G the gradient to
 // the mean map, and the panel's queries along the lanes:
 //
-//     dP[j][i] = v_j . do_i + G_ij / (space * heads)       values broadcast against packed rows
+//     dP[j][i] = v_j . do_i + G_ij / (maps in the mean)    values broadcast against packed rows
 //     dS[j][i] = P[j][i] * (dP[j][i] - sum_k P dP)         the gradient to the regularized logits
 //     dS[argmax_i][i] += strength * sum_k dS[k][i] delta   through m_i = max_j logits[j][i]
 //     dv_j += sum_i P[j][i] do_i                           products over the panel's queries,
@@ -155,7 +155,8 @@ class SequenceBackward {
   void add_map_gradient(const Panel& panel) {
     float* packed = scratch_ + plan_.grad_map;
     const int64_t blocks = a_.map_blocks;
-    const float* map = a_.grad_map + index_.batch * blocks * blocks;
+    const int64_t head = a_.map_heads > 1 ? index_.head : 0;
+    const float* map = a_.grad_map + (index_.batch * a_.map_heads + head) * blocks * blocks;
     if (a_.map_block == 1) {
       pack_queries<float>(map + panel.query_begin * blocks, blocks, panel.query_count,
                           panel.lanes(), blocks, packed);
@@ -169,7 +170,7 @@ class SequenceBackward {
         }
       }
     }
-    const float factor = 1.0f / static_cast<float>(a_.space * a_.heads);
+    const float factor = 1.0f / static_cast<float>(a_.space * a_.heads / a_.map_heads);
     with_vectors(panel.vectors, [&](auto vectors) {
       add_block_cells<vectors>(a_.frames, a_.map_block, factor, packed, grads_);
     });

@@ -70,7 +70,7 @@ extern "C" {
 
 // Returns the number of the operators' interface, INTERFACE in vstar_kernels/attention/native.py: it
 // changes with the operators' arguments, so that no library is called that was built for others.
-__attribute__((visibility("default"))) int vstar_kernels_interface() { return 4; }
+__attribute__((visibility("default"))) int vstar_kernels_interface() { return 5; }
 
 // Returns the names of the executable instruction sets, best first; nullptr past the last.
 __attribute__((visibility("default"))) const char* vstar_kernels_isa(int index) {

@@ -6,8 +6,8 @@
 //
 //     out_i = sum_j weights[j][i] v_j / sum_j weights[j][i]
 //
-// and where the mean map is wanted, the normalised weights are added up over the sequences of one
-// batch element, a vector of queries at a time, and the sums are transposed at the end.
+// and where the mean map is wanted, the normalised weights are added up over the sequences that it is
+// the mean of, a vector of queries at a time, and the sums are transposed at the end.
 #pragma once
 
 #include "attention_weights.h"
@@ -146,7 +146,7 @@ void forward_typed(Types<T, Unit>, const ForwardArgs& a, int64_t begin, int64_t 
 // number of sequences.
 inline void write_block_map(const ForwardArgs& a, const MapSlice& slice, const float* sums,
                             int64_t map_queries) {
-  const double sequences = static_cast<double>(a.space * a.heads);
+  const double sequences = static_cast<double>(a.space * a.heads / a.map_heads);
   float* cell = slice.map;
   for (int64_t begin = slice.query_begin; begin < slice.query_end; begin += a.map_block) {
     const int64_t end = min64(begin + a.map_block, slice.query_end);
@@ -164,7 +164,7 @@ inline void write_block_map(const ForwardArgs& a, const MapSlice& slice, const f
 // Writes a slice of the mean map: the sums' transpose, divided by the number of sequences.
 inline void write_map(const ForwardArgs& a, const MapSlice& slice, const float* sums,
                       int64_t map_queries) {
-  const Vec factor = broadcast(1.0f / static_cast<float>(a.space * a.heads));
+  const Vec factor = broadcast(1.0f / static_cast<float>(a.space * a.heads / a.map_heads));
   for (int64_t query = slice.query_begin; query < slice.query_end;
        query += kLanes, sums += kLanes) {
     const int queries = static_cast<int>(min64(kLanes, slice.query_end - query));
@@ -189,10 +189,11 @@ void forward_map_typed(Types<T, Unit>, const ForwardArgs& a, const MapSlice& sli
   const ForwardPlan plan(a);
   float* sums = scratch + plan.map_sums;
   for (int64_t i = 0; i < a.map_blocks * plan.map_queries; i += kLanes) store(sums + i, zero());
-  for (int64_t index = slice.sequence_begin; index < slice.sequence_end; ++index) {
+  for (int64_t index = slice.sequence_begin; index < slice.sequence_end; index += a.map_heads) {
     SequenceForward<T, Unit> sequence(a, plan, index, scratch);
     // Often the next slice is this thread's too.
-    if (index + 1 < a.batch * a.space * a.heads) sequence.fetch_ahead(index + 1);
+    const int64_t next = index + a.map_heads;
+    if (next < a.batch * a.space * a.heads) sequence.fetch_ahead(next);
     sequence.compute(slice.query_begin, slice.query_end, sums);
   }
   const auto write = a.map_block == 1 ? write_map : write_block_map;

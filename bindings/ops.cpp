@@ -81,18 +81,24 @@ void check_contiguous(const Tensor& t, const char* name) {
                   " must be a contiguous float32 tensor");
 }
 
-// Returns in how many blocks the frames of a map are that has passed the checks.
-int64_t check_map(const Tensor& map, const Tensor& query, const Layout& layout, int64_t block,
-                  const char* name) {
+// Sets what a problem says of a map that has passed the checks.
+void set_map(vstar::Problem& problem, const Tensor& map, const Tensor& query, const Layout& layout,
+             int64_t block, bool by_head, const char* name) {
   const int64_t frames = query.size(layout.frame);
   STD_TORCH_CHECK(block >= 1 && (block <= frames || block == 1),
                   "map_block must be 1 to ", frames, ", got ", block);
   const int64_t blocks = (frames + block - 1) / block;
   check_contiguous(map, name);
-  STD_TORCH_CHECK(map.dim() == 3 && map.size(0) == query.size(0) && map.size(1) == blocks &&
-                      map.size(2) == blocks,
-                  name, " must be (batch, blocks, blocks), blocks of map_block frames");
-  return blocks;
+  const int64_t dims = by_head ? 4 : 3, heads = query.size(layout.head);
+  STD_TORCH_CHECK(map.dim() == dims && map.size(0) == query.size(0) &&
+                      (!by_head || map.size(1) == heads) && map.size(dims - 2) == blocks &&
+                      map.size(dims - 1) == blocks,
+                  name, by_head ? " must be (batch, heads, blocks, blocks), blocks"
+                                : " must be (batch, blocks, blocks), blocks",
+                  " of map_block frames");
+  problem.map_block = block;
+  problem.map_blocks = blocks;
+  problem.map_heads = by_head ? heads : 1;
 }
 
 void check_stat(const Tensor& stat, const Tensor& query, const char* name) {
@@ -197,16 +203,13 @@ vstar::Threads threads() {
 void cpu_forward(Tensor out, std::optional<Tensor> map, Tensor query, Tensor key, Tensor value,
                  std::optional<Tensor> delta, std::optional<Tensor> stat_tensor, int64_t form,
                  double strength, int64_t stat, bool clamp_negative, double scale,
-                 int64_t map_block) {
+                 int64_t map_block, bool map_by_head) {
   const Arguments arguments = {query, key,      value, delta,          stat_tensor,
                                form,  strength, stat,  clamp_negative, scale};
   const Layout layout = arguments.check();
   check_like(out, query, "out");
   vstar::ForwardArgs args = {};
-  if (map) {
-    args.map_blocks = check_map(*map, query, layout, map_block, "map");
-    args.map_block = map_block;
-  }
+  if (map) set_map(args, *map, query, layout, map_block, map_by_head, "map");
   const vstar::UserDelta user_delta = arguments.set(args, layout);
   if (vstar::is_empty(args)) {
     if (map) torch::stable::fill_(*map, __builtin_nan(""));  // the mean of nothing
@@ -222,7 +225,7 @@ void cpu_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value,
                   Tensor grad_out, std::optional<Tensor> grad_map, Tensor query, Tensor key,
                   Tensor value, std::optional<Tensor> delta, std::optional<Tensor> stat_tensor,
                   int64_t form, double strength, int64_t stat, bool clamp_negative,
-                  bool detach_stat, double scale, int64_t map_block) {
+                  bool detach_stat, double scale, int64_t map_block, bool map_by_head) {
   const Arguments arguments = {query, key,      value, delta,          stat_tensor,
                                form,  strength, stat,  clamp_negative, scale};
   const Layout layout = arguments.check();
@@ -231,10 +234,7 @@ void cpu_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value,
   check_like(grad_value, query, "grad_value");
   check_like_but_strides(grad_out, query, "grad_out");
   vstar::BackwardArgs args = {};
-  if (grad_map) {
-    args.map_blocks = check_map(*grad_map, query, layout, map_block, "grad_map");
-    args.map_block = map_block;
-  }
+  if (grad_map) set_map(args, *grad_map, query, layout, map_block, map_by_head, "grad_map");
   if (grad_delta) {
     check_contiguous(*grad_delta, "grad_delta");
     STD_TORCH_CHECK(delta && has_shape(*grad_delta, *delta, delta->dim()),

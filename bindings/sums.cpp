@@ -35,45 +35,48 @@ MapTasks::MapTasks(ForwardArgs& args) : args_(args) {
   args.queries_per_item =
       std::min(args.frames, divide_up(blocks_at_once * args.map_block, parts_));
   chunks_ = divide_up(args.map_blocks, blocks_at_once) * parts_;
-  groups_ = groups(divide_up(kGroups, args.batch), args.batch * group_size(), kMaxMapFloats,
-                   sequences());
+  groups_ = groups(divide_up(kGroups, maps()), maps() * group_size(), kMaxMapFloats, sequences());
 }
 
 int64_t MapTasks::group_floats() const {
-  return groups_ == 1 && parts_ == 1 ? 0 : args_.batch * groups_ * group_size();
+  return groups_ == 1 && parts_ == 1 ? 0 : maps() * groups_ * group_size();
 }
 
-void MapTasks::run(const Kernels& kernels, int64_t task, float* map, float* group_sums,
+int64_t MapTasks::sequence(int64_t map, int64_t n) const {
+  const int64_t of_batch = args_.space * args_.heads, heads = args_.map_heads;
+  return map / heads * of_batch + n * heads + map % heads;
+}
+
+void MapTasks::run(const Kernels& kernels, int64_t task, float* maps, float* group_sums,
                    float* scratch) const {
   const int64_t chunk = task % chunks_;
-  const int64_t group_index = task / chunks_;  // of all batch elements
-  const int64_t batch = group_index / groups_, group = group_index % groups_;
+  const int64_t group_index = task / chunks_;  // of all maps
+  const int64_t map = group_index / groups_, group = group_index % groups_;
   const int64_t blocks_at_once = std::max<int64_t>(1, kMapQueries / args_.map_block);
   const int64_t block = chunk / parts_ * blocks_at_once, part = chunk % parts_;
   const int64_t block_end = (block + blocks_at_once) * args_.map_block;
   MapSlice slice = {};
   slice.query_begin = block * args_.map_block + part * args_.queries_per_item;
   slice.query_end = std::min({slice.query_begin + args_.queries_per_item, block_end, args_.frames});
-  slice.map = (group_floats() == 0 ? map : group_sums) + group_index * group_size() +
+  slice.map = (group_floats() == 0 ? maps : group_sums) + group_index * group_size() +
               (block * parts_ + part) * args_.map_blocks;
   if (slice.query_begin >= slice.query_end) {  // of a last block with fewer frames
     std::fill(slice.map, slice.map + args_.map_blocks, 0.0f);
     return;
   }
-  slice.sequence_end = batch * sequences() + group * sequences() / groups_;
-  const int64_t end = batch * sequences() + (group + 1) * sequences() / groups_;
-  while (slice.sequence_end < end) {
-    slice.sequence_begin = slice.sequence_end;
-    slice.sequence_end = std::min(slice.sequence_begin + kRun, end);
+  const int64_t end = (group + 1) * sequences() / groups_;
+  for (int64_t n = group * sequences() / groups_; n < end; n += kRun) {
+    slice.sequence_begin = sequence(map, n);
+    slice.sequence_end = sequence(map, std::min(n + kRun, end));
     kernels.forward_map(args_, slice, scratch);
     slice.accumulate = true;
   }
 }
 
-void MapTasks::finish(const float* group_sums, float* map) const {
+void MapTasks::finish(const float* group_sums, float* out) const {
   if (group_floats() == 0) return;
   const int64_t blocks = args_.map_blocks, size = blocks * blocks;
-  for (int64_t batch = 0; batch < args_.batch; ++batch, map += size) {
+  for (float* map = out; map < out + maps() * size; map += size) {
     std::fill(map, map + size, 0.0f);
     for (int64_t group = 0; group < groups_; ++group) {
       for (int64_t row = 0; row < blocks * parts_; ++row, group_sums += blocks) {

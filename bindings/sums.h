@@ -10,7 +10,7 @@
 
 namespace vstar {
 
-// The mean map, whose blocks of frames the arguments give. Its tasks are (batch element, group,
+// The mean maps, whose heads and blocks of frames the arguments give. Their tasks are (map, group,
 // chunk of queries), and can run in any order, at the same time. A chunk is whole blocks of queries,
 // or a part of one block: then the sums have a row for each part, and finish() adds those up.
 class MapTasks {
@@ -18,17 +18,20 @@ class MapTasks {
   // Sets what forward_scratch() needs to know.
   explicit MapTasks(ForwardArgs& args);
 
-  int64_t count() const { return args_.batch * groups_ * chunks_; }
-  // Returns how many floats all groups' sums take: none where a batch element is one group of whole
-  // blocks, which goes straight into the map.
+  int64_t count() const { return maps() * groups_ * chunks_; }
+  // Returns how many floats all groups' sums take: none where a map is one group of whole blocks,
+  // which goes straight into it.
   int64_t group_floats() const;
-  void run(const Kernels& kernels, int64_t task, float* map, float* group_sums,
+  void run(const Kernels& kernels, int64_t task, float* maps, float* group_sums,
            float* scratch) const;
-  // Writes the map, after all tasks.
-  void finish(const float* group_sums, float* map) const;
+  // Writes the maps, after all tasks.
+  void finish(const float* group_sums, float* out) const;
 
  private:
-  int64_t sequences() const { return args_.space * args_.heads; }  // of a batch element
+  int64_t maps() const { return args_.batch * args_.map_heads; }
+  int64_t sequences() const { return args_.space * args_.heads / args_.map_heads; }  // of a map
+  // Returns the n-th sequence of a map.
+  int64_t sequence(int64_t map, int64_t n) const;
   int64_t group_size() const { return args_.map_blocks * parts_ * args_.map_blocks; }
 
   const ForwardArgs& args_;

@@ -48,8 +48,9 @@ struct Problem {
   Strides stat_strides;
 
   // The mean map is summed over blocks of so many frames (at most all of them), of which there are
-  // map_blocks; both 0 where there is no map, and backward, where it has no gradient.
-  int64_t map_block, map_blocks;
+  // map_blocks. A batch element has map_heads maps: one, the mean of all heads, or one for each head.
+  // All are 0 where there is no map, and backward, where it has no gradient.
+  int64_t map_block, map_blocks, map_heads;
 };
 
 struct ForwardArgs : Problem {
@@ -59,10 +60,10 @@ struct ForwardArgs : Problem {
   int64_t queries_per_item;
 };
 
-// A slice of the mean map's computation: the rows of some queries, at most queries_per_item, over
-// some sequences of one batch element.
+// A slice of a mean map's computation: the rows of some queries, at most queries_per_item, over
+// some of the sequences that the map is the mean of.
 struct MapSlice {
-  int64_t sequence_begin, sequence_end;
+  int64_t sequence_begin, sequence_end;  // every map_heads-th of these
   int64_t query_begin, query_end;  // whole blocks of them, or a part of one block
   float* map;                      // the rows of these blocks, of map_blocks floats
   bool accumulate;                 // whether to add to what is there
@@ -86,7 +87,7 @@ struct BackwardArgs : Problem {
   const void* grad_out;
   Strides grad_out_strides;
   int64_t grad_out_dim_stride;  // the only tensor that need not be contiguous in head_dim
-  const float* grad_map;        // (batch, map_blocks, map_blocks); null: zero
+  const float* grad_map;        // (batch, map_heads, map_blocks, map_blocks); null: zero
   void* grad_query;
   void* grad_key;
   void* grad_value;

@@ -48,6 +48,7 @@ def eager(
     *,
     scale: float | None = None,
     return_map: bool = False,
+    map_heads: bool = False,
     map_block: int = 1,
 ) -> Any:
     """Computes the formula, every step in the inputs' type, with all maps, as the official code.
@@ -62,7 +63,8 @@ def eager(
     out = (weights @ value.transpose(-3, -2)).transpose(-3, -2)
     if not return_map:
         return out
-    mean_map = weights.mean(tuple(range(1, weights.ndim - 2)))
+    shared = tuple(range(1, weights.ndim - (3 if map_heads else 2)))
+    mean_map = weights.mean(shared) if shared else weights
     if map_block > 1:
         frames = torch.arange(query.shape[-3], device=query.device)
         in_block = F.one_hot(frames // map_block).to(mean_map)  # (frames, blocks)

@@ -26,11 +26,14 @@ struct Shape {
   vstar::Stat stat = vstar::Stat::row_max;
   bool clamp_negative = false;
   int64_t map_block = 1;  // frames over which the map is summed
+  bool map_by_head = false;
   // Of the backward.
   bool detach_stat = false, delta_gradient = true, map_gradient = false;
   int64_t grad_out_dim_stride = 1;  // 0: one number for each row
 
   int64_t map_blocks() const { return (frames + map_block - 1) / map_block; }
+  int64_t map_heads() const { return map_by_head ? heads : 1; }
+  int64_t map_size() const { return batch * map_heads() * map_blocks() * map_blocks(); }
 
   std::string name() const {
     return "N=" + std::to_string(frames) + " D=" + std::to_string(head_dim) +
@@ -39,7 +42,7 @@ struct Shape {
            " stat=" + std::to_string(static_cast<int>(stat)) +
            (heads_first ? " heads first" : "") + (per_head ? " per head" : "") +
            (clamp_negative ? " clamped" : "") + (detach_stat ? " detached" : "") +
-           (map_gradient ? " map" : "") +
+           (map_gradient ? " map" : "") + (map_by_head ? " by head" : "") +
            (map_block == 1 ? "" : " blocks of " + std::to_string(map_block)) +
            (grad_out_dim_stride == 1 ? "" : " grad_out " + std::to_string(grad_out_dim_stride));
   }
@@ -149,6 +152,7 @@ class Inputs {
   void set_map(vstar::Problem& p) const {
     p.map_block = shape_.map_block;
     p.map_blocks = shape_.map_blocks();
+    p.map_heads = shape_.map_heads();
   }
 
   void* result(const Allocate& allocate, size_t size) {
@@ -278,7 +282,7 @@ class MapCall : public Inputs {
  public:
   MapCall(const Shape& s, const vstar::Kernels& kernels, const Allocate& allocate)
       : Inputs(s), kernels_(kernels), args_(make_args(allocate)), tasks_(args_) {
-    map_ = result_floats(allocate, s.batch * s.map_blocks() * s.map_blocks());
+    map_ = result_floats(allocate, s.map_size());
     allocate_scratch(allocate, kernels.forward_scratch(args_), tasks_.group_floats());
     poison();
   }
@@ -375,7 +379,7 @@ class BackwardCall : public Inputs {
     a.grad_out = random(allocate(static_cast<size_t>(count * element_)), count);
     if (s.map_gradient) {
       set_map(a);
-      a.grad_map = random_floats(allocate, s.batch * s.map_blocks() * s.map_blocks());
+      a.grad_map = random_floats(allocate, s.map_size());
     }
     a.grad_query = result(allocate, bytes());
     a.grad_key = result(allocate, bytes());

@@ -150,7 +150,7 @@ class WholeCall {
     const int64_t rows = delta_.is_table() ? 1 : delta_.length;
     results.grad_delta.assign(delta_.heads * rows * delta_.length, 0);
     results.grad_stat.assign(p_.batch * p_.space * p_.frames * p_.heads, 0);
-    results.map.assign(p_.batch * p_.map_blocks * p_.map_blocks, 0);
+    results.map.assign(p_.batch * p_.map_heads * p_.map_blocks * p_.map_blocks, 0);
     for (int64_t b = 0; b < p_.batch; ++b)
       for (int64_t s = 0; s < p_.space; ++s)
         for (int64_t h = 0; h < p_.heads; ++h) add<Real>(b, s, h, backward, results);
@@ -180,9 +180,9 @@ class WholeCall {
       f.stat_tensor.push_back(p_.stat_tensor[row(p_.stat_strides, b, s, i, h)]);
     }
     f.forward();
-    const Real sequences = static_cast<Real>(p_.space * p_.heads);
+    const Real sequences = static_cast<Real>(p_.space * (p_.map_heads > 1 ? 1 : p_.heads));
     for (int64_t cell = 0; p_.map_block && cell < N * N; ++cell) {
-      results.map[map_cell(b, cell)] += f.weights[cell] / sequences;
+      results.map[map_cell(b, h, cell)] += f.weights[cell] / sequences;
     }
     for (int64_t i = 0; i < N * D; ++i) {
       results.out[row(p_.query_strides, b, s, i / D, h) + i % D] = f.out[i];
@@ -190,7 +190,7 @@ class WholeCall {
     if (!backward) return;
     Numbers<Real> through_map(N * N, 0);
     for (int64_t cell = 0; backward->grad_map && cell < N * N; ++cell) {
-      through_map[cell] = backward->grad_map[map_cell(b, cell)] / sequences;
+      through_map[cell] = backward->grad_map[map_cell(b, h, cell)] / sequences;
     }
     f.backward(read<Real>(backward->grad_out, backward->grad_out_strides,
                           backward->grad_out_dim_stride, b, s, h),
@@ -209,10 +209,11 @@ class WholeCall {
     }
   }
 
-  // Returns where the map holds a cell of the N x N weights of batch element b.
-  int64_t map_cell(int64_t b, int64_t cell) const {
+  // Returns where the map holds a cell of the N x N weights of head h of batch element b.
+  int64_t map_cell(int64_t b, int64_t h, int64_t cell) const {
     const int64_t i = cell / p_.frames / p_.map_block, j = cell % p_.frames / p_.map_block;
-    return (b * p_.map_blocks + i) * p_.map_blocks + j;
+    const int64_t map = b * p_.map_heads + (p_.map_heads > 1 ? h : 0);
+    return (map * p_.map_blocks + i) * p_.map_blocks + j;
   }
 
   // Returns where Δ of query i and key j is in its user's layout, as bias.py says it.

@@ -116,9 +116,24 @@ void sizes(const vstar::Kernels& kernels) {
       if (frames < 700) expect_gradients(kernels, shape);
     }
   }
+  // A map for each head, of several sequences and of one, whole and in blocks.
+  for (int64_t space : {1, 3}) {
+    for (int64_t frames : {35, 300}) {
+      for (int64_t block : {1, 3, 200}) {
+        Shape shape = {.batch = 2, .space = space, .frames = frames, .heads = 3, .head_dim = 9};
+        shape.map_block = std::min(block, frames);
+        shape.map_gradient = shape.map_by_head = true;
+        expect_map(kernels, shape);
+        if (frames < 300) expect_gradients(kernels, shape);
+      }
+    }
+  }
   // More groups than one for a batch element, more than one run for a group.
   expect_map(kernels, {.batch = 2, .space = 70, .frames = 5, .heads = 3});
   expect_map(kernels, {.batch = 70, .frames = 5, .heads = 70});
+  Shape by_head = {.batch = 2, .space = 140, .frames = 5, .heads = 3};
+  by_head.map_by_head = true;
+  expect_map(kernels, by_head);
   expect_gradients(kernels, {.batch = 70, .space = 10, .frames = 5, .heads = 9});
 }
 

@@ -165,6 +165,9 @@ void test_tasks(const vstar::Kernels& kernels, ScalarType type) {
     longer.map_block = block;
     expect_same_tasks<MapCall>(kernels, longer, block == 1 ? 10 : 3);
   }
+  longer.map_by_head = true;
+  longer.space = 3;
+  expect_same_tasks<MapCall>(kernels, longer, 3);
 }
 
 void test_calls(const vstar::Kernels& kernels, ScalarType type) {

@@ -29,6 +29,7 @@ class Call:
         clamp=False,
         detach=False,
         with_map=True,
+        map_heads=False,
         seed=0,
     ):
         # Another seed than that of the inputs, whose query would else be grad_out too.
@@ -39,9 +40,10 @@ class Call:
         self.grad_map = None
         if with_map:
             # As large as the other gradients, in spite of the mean.
-            sequences = math.prod(shape[1:-3]) * shape[-2]
-            sizes = (shape[0], self.frames, self.frames)
+            sequences = math.prod(shape[1:-3]) * (1 if map_heads else shape[-2])
+            sizes = (shape[0], *shape[-2:-1] * map_heads, self.frames, self.frames)
             self.grad_map = sequences * torch.randn(sizes, generator=generator)
+        self.map_heads = map_heads
         self.form, self.delta = form, None
         if form != "none":
             reach = self.frames + 2  # a table may reach further than the call
@@ -64,17 +66,24 @@ class Call:
             *(FORM_NUMBERS[self.form], self.strength, STAT_NUMBERS[self.stat], self.clamp),
         )
 
+    def map_options(self) -> tuple:
+        """What both operators take last: frames in a block, and whether each head has a map."""
+        return 1, self.map_heads
+
     def forward_arguments(self, with_map: bool = True) -> tuple:
         """The forward operator's, with an output and a map of NaN to write."""
         out = torch.full_like(self.query, math.nan)
-        mean_map = torch.full((self.query.shape[0], self.frames, self.frames), math.nan)
-        return out, mean_map if with_map else None, *self.inputs(), self.scale, 1
+        heads = self.query.shape[-2:-1] * self.map_heads
+        mean_map = torch.full((len(self.query), *heads, self.frames, self.frames), math.nan)
+        mean_map = mean_map if with_map else None
+        return out, mean_map, *self.inputs(), self.scale, *self.map_options()
 
     def backward_arguments(self) -> tuple:
         """The backward operator's, the first five of which are gradients of NaN to write."""
         tensors = (self.query, self.key, self.value, self.delta, self.stat_tensor)
         grads = (None if x is None else torch.full_like(x, math.nan) for x in tensors)
-        return *grads, self.grad_out, self.grad_map, *self.inputs(), self.detach, self.scale, 1
+        given = (self.grad_out, self.grad_map, *self.inputs(), self.detach, self.scale)
+        return *grads, *given, *self.map_options()
 
     def gradients(self) -> dict[str, Tensor]:
         """The kernel's gradients, in which an element left unwritten is NaN."""
@@ -102,6 +111,7 @@ class Call:
             self.bias_object(leaves.get("delta"), stat),
             scale=self.scale,
             return_map=True,
+            map_heads=self.map_heads,
         )
         outputs, grads = [out], [change(self.grad_out).to(out)]
         if self.grad_map is not None:
@@ -139,5 +149,6 @@ def assert_map(call: Call) -> None:
         None if call.delta is None else call.delta.double(),
         call.stat if call.stat_tensor is None else call.stat_tensor,
     )
-    _, expected = testing.oracle(*leaves, bias, scale=call.scale, return_map=True)
+    options = {"scale": call.scale, "return_map": True, "map_heads": call.map_heads}
+    _, expected = testing.oracle(*leaves, bias, **options)
     testing.assert_map(call.forward()[1], expected, frames=call.frames)

@@ -33,7 +33,13 @@ ENTRIES = {
 
 
 def leaf_call(
-    form="gaussian", stat="row_max", *, shape=(2, FRAMES, HEADS, 4), map_block=0, **weight
+    form="gaussian",
+    stat="row_max",
+    *,
+    shape=(2, FRAMES, HEADS, 4),
+    map_block=0,
+    map_heads=False,
+    **weight,
 ):
     """A call of leaves that require gradients, in float64."""
     query, key, value = (x.double().requires_grad_() for x in inputs(*shape))
@@ -41,7 +47,7 @@ def leaf_call(
     if stat == "tensor":
         stat = torch.randn(shape[:-1]).requires_grad_()
     bias = FORMS[form](entries, stat=stat, strength=0.7, **weight)
-    return make_call(query, key, value, bias, 0.5, map_block)
+    return make_call(query, key, value, bias, 0.5, map_block, map_heads)
 
 
 # ---- the formulas against autograd ----
@@ -50,13 +56,15 @@ def leaf_call(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("stat", ["row_max", "map_max", "none", "tensor"])
 @pytest.mark.parametrize("clamp", [False, True])
-@pytest.mark.parametrize("map_block", [0, 1, 3])
-def test_formulas_of_the_reference(form, stat, clamp, map_block):
+@pytest.mark.parametrize(
+    ("map_block", "map_heads"), [(0, False), (1, False), (1, True), (3, False), (3, True)]
+)
+def test_formulas_of_the_reference(form, stat, clamp, map_block, map_heads):
     for detach in (False, True):
         for shape in ((2, FRAMES, HEADS, 4), (2, 2, FRAMES, HEADS, 4)):
             call = leaf_call(
-                form, stat, shape=shape, map_block=map_block, clamp_negative=clamp,
-                detach_stat=detach,
+                form, stat, shape=shape, map_block=map_block, map_heads=map_heads,
+                clamp_negative=clamp, detach_stat=detach,
             )  # fmt: skip
             out, mean_map, _ = reference.forward(call)
             grad_out = torch.randn_like(out)
@@ -76,18 +84,18 @@ def test_formulas_of_the_reference(form, stat, clamp, map_block):
 
 
 @pytest.mark.parametrize(
-    ("form", "stat", "map_block", "backend"),
+    ("form", "stat", "map_block", "map_heads", "backend"),
     [
-        ("none", "none", 0, "cpu"),
-        ("gaussian", "row_max", 3, "cpu"),
-        ("toeplitz by head", "tensor", 0, "cpu"),
-        ("signed", "row_max", 1, None),
-        ("dense", "tensor", 3, "cpu"),
-        ("dense by head", "tensor", 3, "reference"),
+        ("none", "none", 0, False, "cpu"),
+        ("gaussian", "row_max", 3, True, "cpu"),
+        ("toeplitz by head", "tensor", 0, False, "cpu"),
+        ("signed", "row_max", 1, False, None),
+        ("dense", "tensor", 3, False, "cpu"),
+        ("dense by head", "tensor", 1, True, "reference"),
     ],
 )
-def test_opcheck(form, stat, map_block, backend):
-    call = leaf_call(form, stat, map_block=map_block)
+def test_opcheck(form, stat, map_block, map_heads, backend):
+    call = leaf_call(form, stat, map_block=map_block, map_heads=map_heads)
     arguments = (
         *(x.detach().float().requires_grad_() for x in (call.query, call.key, call.value)),
         None if call.delta is None else call.delta.detach().float().requires_grad_(),
@@ -221,11 +229,14 @@ def test_inductor():
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_bias_made_in_the_graph_and_a_map():
+@pytest.mark.parametrize("map_heads", [False, True])
+def test_a_bias_made_in_the_graph_and_a_map(map_heads):
     torch._dynamo.reset()
 
     def step(q, k, v):
-        out, mean_map = vk.tar_attention(q, k, v, vk.GaussianBias(2.0), return_map=True)
+        out, mean_map = vk.tar_attention(
+            q, k, v, vk.GaussianBias(2.0), return_map=True, map_heads=map_heads
+        )
         return out.sum() + mean_map.square().sum()
 
     q, k, v = (x.requires_grad_() for x in inputs(2, 6, 3, 8))
@@ -280,7 +291,9 @@ def test_vmap(form, dims):
     bias = vk.GaussianBias(1.0) if form == "gaussian" else vk.ToeplitzBias(torch.rand(6))
 
     def run(attention):
-        return lambda q, k, v: attention(q, k, v, bias, return_map=True)
+        return lambda q, k, v: attention(
+            q, k, v, bias, return_map=True, map_heads=form == "toeplitz"
+        )
 
     out, mean_map = torch.func.vmap(run(vk.tar_attention), in_dims=dims)(q, k, v)
     expected, expected_map = torch.func.vmap(run(vk.reference.tar_attention), in_dims=dims)(q, k, v)

@@ -60,6 +60,14 @@ def test_options(form, heads, stat, clamp, detach, frames):
     assert_map(call)
 
 
+@pytest.mark.parametrize("shape", [(2, 37, 3, 24), (2, 3, 37, 3, 24)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_map_for_each_head(shape, dtype):
+    call = Call(*shape, dtype=dtype, map_heads=True)
+    assert_gradients(call)
+    assert_map(call)
+
+
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("frames", [1, 13, 70])
 def test_symmetric_tables(heads, frames):
@@ -242,6 +250,7 @@ def test_opcheck(stat, test_utils):
         ("grad_out", torch.rand(2, 6, 3, 7), "grad_out must have query's shape"),
         ("grad_out", torch.rand(2, 6, 3, 8).half(), "grad_out must have query's type"),
         ("grad_map", torch.rand(2, 6, 5), r"grad_map must be \(batch, blocks, blocks\)"),
+        ("grad_map", torch.rand(2, 3, 6, 6), r"grad_map must be \(batch, blocks, blocks\)"),
         ("grad_map", torch.rand(2, 6, 6).mT, "grad_map must be a contiguous float32"),
         ("key", torch.rand(2, 5, 3, 8), "key must have query's shape"),
     ],
@@ -250,6 +259,14 @@ def test_direct_calls_cannot_leave_their_tensors(name, value, message):
     call = Call(2, 6, 3, 8)
     setattr(call, name, value)
     with pytest.raises(RuntimeError, match=message):
+        torch.ops.vstar_kernels.cpu_backward(*call.backward_arguments())
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 6), (2, 1, 6, 6), (2, 3, 5, 6), (1, 3, 6, 6)])
+def test_a_map_for_each_head_cannot_be_another(shape):
+    call = Call(2, 6, 3, 8, map_heads=True)
+    call.grad_map = torch.rand(shape)
+    with pytest.raises(RuntimeError, match=r"grad_map must be \(batch, heads, blocks, blocks\)"):
         torch.ops.vstar_kernels.cpu_backward(*call.backward_arguments())
 
 

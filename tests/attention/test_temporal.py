@@ -34,6 +34,10 @@ Q, K, V = inputs(2, 6, 3, 8)
         (lambda: vk.tar_attention(Q, K, V, scale=10**400), "scale must be finite.*of 1329 bits"),
         (lambda: vk.tar_attention(Q, K, V, scale=-(10**5000)), "scale must be finite.*16610 bits"),
         (lambda: vk.tar_attention(Q, K, V, scale=1e39), "scale must be finite, in float32 too"),
+        (
+            lambda: vk.tar_attention(Q, K, V, map_heads=True),
+            "map_heads=True needs return_map=True",
+        ),
         (lambda: vk.tar_attention(Q, K, V, map_block=0), "map_block must be at least 1.*got 0"),
         (lambda: vk.tar_attention(Q, K, V, map_block=-(10**5000)), "map_block must be.*16610 bits"),
         (lambda: vk.tar_attention(Q, K, V, scale=float("nan")), "scale must be finite"),
@@ -80,6 +84,7 @@ def test_bad_values(call, message):
             lambda: vk.tar_attention(Q, K, V, return_map="no"),
             "return_map must be True or False, got str",
         ),
+        (lambda: vk.backends.why_not(Q, K, V, map_heads=1), "map_heads must be True or False"),
         (lambda: vk.tar_attention(Q, K, V, map_block=2.0), "map_block must be an integer"),
         (lambda: vk.tar_attention(Q, K, V, map_block=True), "map_block must be an integer"),
         (lambda: vk.backends.why_not(Q, K, V, return_map=1), "return_map must be True or False"),
@@ -100,6 +105,22 @@ def test_map_comes_with_the_output():
     out, mean_map = vk.tar_attention(Q, K, V, BIAS, return_map=True, backend="reference")
     assert out.shape == Q.shape
     assert mean_map.shape == (2, 6, 6)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("block", [1, 4])
+def test_a_map_for_each_head(backend, block):
+    options = {"return_map": True, "map_block": block, "backend": backend}
+    for shape in ((2, 6, 3, 8), (2, 4, 6, 3, 8)):
+        q, k, v = inputs(*shape)
+        out, by_head = vk.tar_attention(q, k, v, BIAS, map_heads=True, **options)
+        plain, mean_map = vk.tar_attention(q, k, v, BIAS, **options)
+        assert by_head.shape == (2, 3, *mean_map.shape[1:])
+        assert torch.equal(out, plain)
+        torch.testing.assert_close(by_head.mean(1), mean_map)
+        alone = (x[..., 1:2, :] for x in (q, k, v))  # the second head
+        _, second = vk.tar_attention(*alone, BIAS, **options)
+        torch.testing.assert_close(by_head[:, 1], second)
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])

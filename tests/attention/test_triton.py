@@ -208,6 +208,8 @@ GRADIENT_OPTIONS = {
     "scale": [0.3, -0.2],
     "layout": [lambda x: x, frames_outermost, with_gaps],
     "map_block": [0, 1, 4],
+    "map_heads": [False, True],
+    "five": [False, True],
     "streamed": [False, True],
     "saved": [False, True],
 }
@@ -292,17 +294,19 @@ def test_gradients(case, request, monkeypatch):
     if not case["saved"]:
         forget_saved(monkeypatch)
     frames, heads, block = case["frames"], 2, case["map_block"]
-    shape = (2, frames, heads, case["head_dim"])
+    rows = (2, 2, frames, heads) if case["five"] else (2, frames, heads)
+    shape = (*rows, case["head_dim"])
     tensors = [case["layout"](x) for x in inputs(*shape, dtype=case["dtype"])]
     torch.manual_seed(1)
-    stat = torch.randn(2, frames, heads) if case["stat"] == "tensor" else case["stat"]
+    stat = torch.randn(rows) if case["stat"] == "tensor" else case["stat"]
     weight = {name: case[name] for name in ("clamp_negative", "detach_stat")}
     bias = BIASES[case["bias"]](frames, heads, stat=stat, strength=0.8, **weight)
     options = {"scale": case["scale"]}
     weights = [torch.randn(shape)]
     if block:
-        options |= {"return_map": True, "map_block": block}
-        weights.append(torch.randn(2, -(-frames // block), -(-frames // block)))
+        options |= {"return_map": True, "map_block": block, "map_heads": case["map_heads"]}
+        by_head = (heads,) if case["map_heads"] else ()
+        weights.append(torch.randn(2, *by_head, -(-frames // block), -(-frames // block)))
 
     reference = vk.reference.tar_attention
     plain_attention = eager if case["dtype"] != torch.float32 else reference

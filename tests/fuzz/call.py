@@ -20,14 +20,19 @@ class Call:
     bias: vk.attention.bias.Bias | None
     scale: float | None
     map_block: int
+    map_heads: bool
     grads: list[Tensor]
+
+    @property
+    def map_options(self) -> dict[str, int]:
+        return {"return_map": True, "map_block": self.map_block, "map_heads": self.map_heads}
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, backend: str
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """The output, the mean map if there is one, and the gradients of query, key and value."""
         leaves = [x.detach().requires_grad_(bool(self.grads)) for x in (query, key, value)]
-        options = {"return_map": True, "map_block": self.map_block} if self.map_block else {}
+        options = self.map_options if self.map_block else {}
         result = vk.tar_attention(*leaves, self.bias, scale=self.scale, backend=backend, **options)
         out, mean_map = result if self.map_block else (result, None)
         gradients: tuple[Tensor, ...] = ()
@@ -53,7 +58,7 @@ def assert_results(
     Otherwise the map's rows hold theirs, and the gradients are finite.
     """
     if mean_map is not None:
-        options = {"scale": call.scale, "return_map": True, "map_block": call.map_block}
+        options = {"scale": call.scale, **call.map_options}
         _, expected = testing.oracle(*inputs, call.bias, **options)
         sizes = {"frames": inputs[0].shape[-3], "map_block": call.map_block}
         testing.assert_map(mean_map, expected, **sizes, rows_only=not exact)

@@ -68,6 +68,7 @@ class Case:
     scale: float | None
     magnitude: float
     map_block: int  # 0: no mean map
+    map_heads: bool
     grad_out: Layout | None  # None: no gradients
     grad_map: bool
     isa: str
@@ -141,6 +142,7 @@ def cases(draw) -> Case:
         scale=draw(st.sampled_from([None, None, 1.0, -0.3, 0.0, 1e-20, 30.0])),
         magnitude=draw(st.sampled_from([1.0, 1.0, 0.01, 4.0])),
         map_block=draw(st.sampled_from([0, 0, 1, 2, 5])),
+        map_heads=draw(st.booleans()),
         grad_out=draw(st.none() | layout),
         grad_map=draw(st.booleans()),
         isa=draw(st.sampled_from(native.load().isas)),
@@ -190,7 +192,7 @@ class Runner:
             mock.patch.object(cpu, "gaussian_table", guarded_gaussian),
         ):
             torch.set_num_threads(case.threads)
-            call = Call(bias, case.scale, case.map_block, grads)
+            call = Call(bias, case.scale, case.map_block, case.map_heads, grads)
             out, mean_map, gradients = call(*inputs, backend="cpu")
             torch.set_num_threads(1)  # the oracle is small
         for name, x in zip(RESULTS, (out, *gradients.values()), strict=False):
@@ -221,9 +223,12 @@ class Runner:
         if not (case.map_block and case.grad_map):
             return []
         *outer, frames, heads, _ = case.shape
-        sequences = math.prod(outer[1:]) * heads
         blocks = -(-frames // case.map_block)
-        return [sequences * torch.randn(outer[0], blocks, blocks, generator=generator)]
+        if case.map_heads:
+            sequences, shape = math.prod(outer[1:]), (outer[0], heads, blocks, blocks)
+        else:
+            sequences, shape = math.prod(outer[1:]) * heads, (outer[0], blocks, blocks)
+        return [sequences * torch.randn(shape, generator=generator)]
 
     def _bias(self, case: Case, generator: torch.Generator) -> vk.attention.bias.Bias | None:
         if case.form == "none":

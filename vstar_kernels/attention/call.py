@@ -46,6 +46,7 @@ class Options(NamedTuple):
     detach_stat: bool
     scale: float
     map_block: int  # frames of a block over which the returned map is summed; 0: no map is returned
+    map_heads: bool = False  # whether each head has a map of its own, not all of them one mean
 
 
 @dataclass(slots=True)
@@ -105,10 +106,11 @@ class Call:
         )
 
     @property
-    def map_shape(self) -> tuple[int, int, int]:
-        """The shape of the returned map: the batch, and the frames in blocks of ``map_block``."""
+    def map_shape(self) -> tuple[int, ...]:
+        """The returned map's: the batch, with ``map_heads`` the heads, and the blocks of frames."""
         blocks = -(-self.frames // self.options.map_block)
-        return self.query.shape[0], blocks, blocks
+        heads = (self.heads,) if self.options.map_heads else ()
+        return self.query.shape[0], *heads, blocks, blocks
 
     @property
     def delta_per_head(self) -> bool:
@@ -136,7 +138,8 @@ class Call:
             for name, t in self.tensors().items()
         ]
         bias, wants_map = CONSTRUCTORS[self.options.form], self.options.map_block > 0
-        return "\n".join([*lines, f"bias: {bias}, return_map: {wants_map}"])
+        asked = f"bias: {bias}, return_map: {wants_map}"
+        return "\n".join([*lines, asked + ", map_heads: True" * self.options.map_heads])
 
 
 class Forward(NamedTuple):
@@ -174,11 +177,12 @@ def make_call(
     bias: Bias | None,
     scale: float | None,
     map_block: int,
+    map_heads: bool = False,
 ) -> Call:
     """Returns the call that these arguments describe; they are not checked, nor cast."""
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     if bias is None or bias.strength == 0:
-        options = Options("none", 0.0, 0.0, "none", False, False, scale, map_block)
+        options = Options("none", 0.0, 0.0, "none", False, False, scale, map_block, map_heads)
         return Call(query, key, value, None, None, options)
     stat, stat_name = None, bias.stat
     if isinstance(stat_name, Tensor):
@@ -193,6 +197,7 @@ def make_call(
         bias.detach_stat,
         scale,
         map_block,
+        map_heads,
     )
     return Call(query, key, value, bias.entries, stat, options)
 
@@ -205,6 +210,7 @@ def check_call(
     *,
     scale: float | None = None,
     return_map: bool = False,
+    map_heads: bool = False,
     map_block: int = 1,
 ) -> Call:
     """Returns the call that checked arguments of :func:`vstar_kernels.tar_attention` describe.
@@ -250,13 +256,16 @@ def check_call(
         _check_delta(bias, query)
         _check_stat(bias, query)
     check_flag(return_map, "return_map")
+    check_flag(map_heads, "map_heads")
+    if map_heads and not return_map:
+        raise ValueError("map_heads=True needs return_map=True")
     if isinstance(map_block, bool) or not isinstance(map_block, int):
         raise TypeError(f"map_block must be an integer, got {type(map_block).__name__}")
     if map_block < 1:
         raise ValueError(f"map_block must be at least 1 frame, got {shown(map_block)}")
     if map_block > shape[-3]:
         map_block = shape[-3]  # all frames are one block
-    return make_call(query, key, value, bias, scale, map_block if return_map else 0)
+    return make_call(query, key, value, bias, scale, map_block if return_map else 0, map_heads)
 
 
 def autocast(tensor: Tensor) -> Tensor:
@@ -342,7 +351,7 @@ def nothing(like: Tensor) -> Tensor:
 
 
 def block_sums(maps: Tensor, block: int) -> Tensor:
-    """Returns the sums of maps ``(batch, N, N)`` over blocks of frames; the last may be smaller."""
+    """Returns the sums of maps ``(…, N, N)`` over blocks of frames; the last may be smaller."""
     if block == 1:
         return maps
     missing = -maps.shape[-1] % block
@@ -351,7 +360,7 @@ def block_sums(maps: Tensor, block: int) -> Tensor:
 
 
 def block_gradient(gradient: Tensor, block: int, frames: int) -> Tensor:
-    """Returns the gradient of maps ``(batch, N, N)`` for one of their block sums."""
+    """Returns the gradient of maps ``(…, N, N)`` for one of their block sums."""
     if block == 1:
         return gradient
     whole = gradient.repeat_interleave(block, -1).repeat_interleave(block, -2)

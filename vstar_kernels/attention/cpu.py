@@ -42,7 +42,7 @@ def forward(call: Call, *, save: bool = False) -> Forward:
     if call.options.map_block:
         mean_map = call.query.new_empty(call.map_shape, dtype=torch.float32)
     torch.ops.vstar_kernels.cpu_forward(
-        out, mean_map, *_inputs(call), call.options.scale, call.options.map_block
+        out, mean_map, *_inputs(call), call.options.scale, *_map_options(call)
     )
     return Forward(out, mean_map)
 
@@ -73,11 +73,16 @@ def backward(
         *inputs,
         call.options.detach_stat,
         call.options.scale,
-        call.options.map_block,
+        *_map_options(call),
     )
     if grad_delta is not None and call.delta is not None:
         grad_delta = grad_delta.to(call.delta.dtype)
     return Gradients(grad_query, grad_key, grad_value, grad_delta, grad_stat)
+
+
+def _map_options(call: Call) -> tuple[int, bool]:
+    """Returns what both operators take last."""
+    return call.options.map_block, call.options.map_heads
 
 
 def _inputs(call: Call) -> tuple[Any, ...]:

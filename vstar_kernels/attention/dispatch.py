@@ -248,6 +248,7 @@ def why_not(
     *,
     scale: float | None = None,
     return_map: bool = False,
+    map_heads: bool = False,
     map_block: int = 1,
 ) -> dict[str, list[str]]:
     """Returns each backend's reasons why it cannot run this call; an empty list if it can.
@@ -256,11 +257,18 @@ def why_not(
     ['takes torch.float32, torch.bfloat16, torch.float16, query is torch.float64']
 
     Args:
-        query, key, value, bias, scale, return_map, map_block: As for
+        query, key, value, bias, scale, return_map, map_heads, map_block: As for
             :func:`vstar_kernels.tar_attention`, which raises for the same bad arguments.
     """
     call = check_call(
-        query, key, value, bias, scale=scale, return_map=return_map, map_block=map_block
+        query,
+        key,
+        value,
+        bias,
+        scale=scale,
+        return_map=return_map,
+        map_heads=map_heads,
+        map_block=map_block,
     )
     return TAR_ATTENTION.why_not(call)
 

@@ -29,12 +29,13 @@ _INPUTS = (
     "float strength, int stat, bool clamp_negative"
 )
 LIBRARY.define(
-    f"cpu_forward(Tensor(a!) out, Tensor(b!)? map, {_INPUTS}, float scale, int map_block) -> ()"
+    f"cpu_forward(Tensor(a!) out, Tensor(b!)? map, {_INPUTS}, float scale, int map_block, "
+    "bool map_by_head) -> ()"
 )
 LIBRARY.define(
     "cpu_backward(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, "
     "Tensor(d!)? grad_delta, Tensor(e!)? grad_stat, Tensor grad_out, Tensor? grad_map, "
-    f"{_INPUTS}, bool detach_stat, float scale, int map_block) -> ()"
+    f"{_INPUTS}, bool detach_stat, float scale, int map_block, bool map_by_head) -> ()"
 )
 _FRAME_INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? stat_tensor, "
@@ -69,7 +70,7 @@ FRAME_STAT_NUMBERS = {"none": 0, "row_max": 1, "frame_max": 2, "tensor": 3}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels take
 DIRECTORY = Path(__file__).parents[1] / "lib"
 ISA_VARIABLE = "VSTAR_KERNELS_CPU_ISA"
-INTERFACE = 4  # of these operators; vstar_kernels_interface() in bindings/dispatch.cpp says it too
+INTERFACE = 5  # of these operators; vstar_kernels_interface() in bindings/dispatch.cpp says it too
 
 
 @dataclass(frozen=True)

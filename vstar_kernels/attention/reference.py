@@ -4,7 +4,7 @@ This is the oracle that every kernel is tested against, so it is written to be c
 paper. It holds all attention maps in memory. With P = A′, G the gradient of the mean map and m the
 statistic, its backward pass, which the kernels compute too, is::
 
-    dP = dO Vᵀ + G / (space · heads)        dS = P ∘ (dP − rowsum(P ∘ dP))
+    dP = dO Vᵀ + G / (maps in the mean)     dS = P ∘ (dP − rowsum(P ∘ dP))
     dm = strength · rowsum(dS ∘ Δ)          dΔ = strength · m · dS
     dφ = dS, and dm at the logit that is the statistic
     dQ = scale · dφ K,    dK = scale · dφᵀ Q,    dV = Pᵀ dO
@@ -40,13 +40,14 @@ def tar_attention(
     *,
     scale: float | None = None,
     return_map: bool = False,
+    map_heads: bool = False,
     map_block: int = 1,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`vstar_kernels.tar_attention` by its formula, in float32 or, of float64, in float64.
 
     The arguments are those of :func:`vstar_kernels.tar_attention` and are not checked here.
     """
-    call = make_call(query, key, value, bias, scale, map_block if return_map else 0)
+    call = make_call(query, key, value, bias, scale, map_block if return_map else 0, map_heads)
     out, mean_map, _ = forward(call)
     return out if mean_map is None else (out, mean_map)
 
@@ -69,8 +70,14 @@ def forward(call: Call, *, save: bool = False) -> Forward:
         out = laid_like(call.query, (weights @ v).transpose(-3, -2))
     if not call.options.map_block:
         return Forward(out)
-    mean = weights.mean(dim=tuple(range(1, weights.ndim - 2)))
+    shared = _shared_dims(call, weights)
+    mean = weights.mean(dim=shared) if shared else weights
     return Forward(out, block_sums(mean, call.options.map_block).float())
+
+
+def _shared_dims(call: Call, weights: Tensor) -> tuple[int, ...]:
+    """Returns the dimensions of ``(batch, [space,] heads, …)`` that the map is the mean over."""
+    return tuple(range(1, weights.ndim - (3 if call.options.map_heads else 2)))
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -151,10 +158,11 @@ def backward(
 
 
 def _gradient_of_the_mean(call: Call, grad_map: Tensor, weights: Tensor) -> Tensor:
-    """Returns G / (space · heads), which is the same for all maps of a batch element."""
+    """Returns G over the number of maps in a mean, which is the same for all of those."""
     whole = block_gradient(grad_map, call.options.map_block, call.frames).to(weights)
-    shared = weights.shape[1:-2]
-    return whole.reshape(-1, *[1] * len(shared), *whole.shape[-2:]) / math.prod(shared)
+    shared = _shared_dims(call, weights)
+    whole = whole.reshape(len(whole), *[1] * len(shared), *whole.shape[1:])
+    return whole / math.prod(weights.shape[dim] for dim in shared)
 
 
 def _delta_gradient(call: Call, logits: Tensor, d_biased: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ def tar_attention(
     *,
     scale: float | None = ...,
     return_map: Literal[False] = ...,
+    map_heads: bool = ...,
     map_block: int = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
@@ -33,6 +34,7 @@ def tar_attention(
     *,
     scale: float | None = ...,
     return_map: Literal[True],
+    map_heads: bool = ...,
     map_block: int = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -44,6 +46,7 @@ def tar_attention(
     *,
     scale: float | None = None,
     return_map: bool = False,
+    map_heads: bool = False,
     map_block: int = 1,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -64,6 +67,8 @@ def tar_attention(
         scale: Factor on QKᵀ; 1/√head_dim if None.
         return_map: Also return the mean of A′ over space and heads (4-D: over heads),
             ``(batch, frames, frames)`` in float32.
+        map_heads: Return the map of each head, the mean over space alone (4-D: of nothing),
+            ``(batch, heads, frames, frames)``.
         map_block: Return the map's sums over blocks of so many frames instead, for long videos;
             on the CPU the whole map is then never in memory.
         backend: A name of :func:`vstar_kernels.backends.available`, which then runs or raises.
@@ -78,7 +83,14 @@ def tar_attention(
         TypeError: An argument of the wrong kind.
     """
     call = check_call(
-        query, key, value, bias, scale=scale, return_map=return_map, map_block=map_block
+        query,
+        key,
+        value,
+        bias,
+        scale=scale,
+        return_map=return_map,
+        map_heads=map_heads,
+        map_block=map_block,
     )
     dispatch.TAR_ATTENTION.check_name(backend)
     # Of meta tensors there is nothing to compute: the operator knows the results' shapes.

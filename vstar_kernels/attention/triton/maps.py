@@ -45,7 +45,7 @@ class Tensors(NamedTuple):
     v: Any
     grad_out: Any
     delta: Any  # Δ's table or matrix
-    grad_map: Any  # (batch, blocks, blocks)
+    grad_map: Any  # (batch, [heads,] blocks, blocks)
     lse: Any  # (sequences, frames), like row_stat and row_dot
     row_stat: Any
     row_dot: Any
@@ -65,20 +65,21 @@ class TensorStrides(NamedTuple):
 
 @triton.jit(
     do_not_specialize=[
-        "heads", "frames", "map_block", "strip_start", "strip", "count", "group_step",
-        "sequence_step", "chunks",
+        "heads", "frames", "map_block", "strip_start", "strip", "count", "group_heads",
+        "group_step", "sequence_step", "chunks",
     ],
     do_not_specialize_on_alignment=["space"],
 )  # fmt: skip
 def maps_kernel(
-    t, strides, space, heads, frames, map_block, strip_start, strip, count, group_step,
-    sequence_step, chunks, numbers,
+    t, strides, space, heads, frames, map_block, strip_start, strip, count, group_heads,
+    group_step, sequence_step, chunks, numbers,
     HEAD: tl.constexpr, BIAS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     OF_DELTA: tl.constexpr, GRAD_MAP: tl.constexpr,
 ):  # fmt: skip
     """Sums A′, or ``OF_DELTA``, dΔ, for the ``strip`` query frames from ``strip_start`` on.
 
-    Group g sums over its ``count`` sequences g · group_step + n · sequence_step.
+    Group g, of H = ``group_heads``, sums over its ``count`` sequences, which are
+    (g / H) · group_step + g mod H + n · sequence_step.
     """
     sizes = Sizes(space, heads, frames)
     query_blocks = tl.cdiv(strip, QUERIES)
@@ -95,9 +96,10 @@ def maps_kernel(
     m_i = i < frames
     m_j = j < frames
 
+    i_first = i_group // group_heads * group_step + i_group % group_heads
     b_sum = tl.zeros((QUERIES, KEYS), tl.float32)
     for n in tl.range(i_chunk, count, chunks, num_stages=1):
-        i_sequence = i_group * group_step + n * sequence_step
+        i_sequence = i_first + n * sequence_step
         place = locate(i_sequence, sizes)
         o_q = offsets(strides.q, place, i, HEAD)
         o_k = offsets(strides.k, place, j, HEAD)
@@ -122,7 +124,7 @@ def maps_kernel(
             b_dp = inner_products(b_do, b_v, HEAD)  # (QUERIES, KEYS)
             if GRAD_MAP:
                 b_dp += numbers.map_weight * map_gradient(
-                    t.grad_map, strides.grad_map, place.batch, i, j, frames, map_block
+                    t.grad_map, strides.grad_map, place.batch, place.head, i, j, frames, map_block
                 )
             b_dot = tl.load(t.row_dot + o_row, mask=m_i, other=0.0)  # (QUERIES,)
             if BIAS.CLAMP:
@@ -176,7 +178,7 @@ def mean_map(strips: tuple[MapSums, ...], call: Call, lse: Tensor, stat: Tensor 
     """Returns the mean map, or its sums over blocks of frames, strip by strip."""
     weight, block = plan.map_weight(call), call.options.map_block
     sums = [block_sums(strip.run(call, lse, stat) * weight, block) for strip in strips]
-    return torch.cat(sums, dim=1)
+    return torch.cat(sums, dim=1).view(call.map_shape)
 
 
 def plan_mean_map(key: PlanKey, config: StreamConfig | None = None) -> tuple[MapSums, ...]:
@@ -191,12 +193,13 @@ def plan_mean_map(key: PlanKey, config: StreamConfig | None = None) -> tuple[Map
         _plan_sums(
             key,
             config.of_kernel("maps"),
-            groups=key.shape[0],
+            groups=key.shape[0] * key.map_heads,
             strip_start=start,
             strip=min(strip, key.frames - start),
-            count=key.space * key.heads,
+            count=key.map_sequences,
+            group_heads=key.map_heads,
             group_step=key.space * key.heads,
-            sequence_step=1,
+            sequence_step=key.map_heads,
             of_delta=False,
         )
         for start in range(0, key.frames, strip)
@@ -212,6 +215,7 @@ def plan_grad_delta(key: PlanKey, config: StreamConfig) -> MapSums:
         strip_start=0,
         strip=key.frames,
         count=key.sequences // key.matrices,
+        group_heads=1,
         group_step=1,
         sequence_step=key.matrices,
         of_delta=True,
@@ -226,6 +230,7 @@ def _plan_sums(
     strip_start: int,
     strip: int,
     count: int,
+    group_heads: int,
     group_step: int,
     sequence_step: int,
     of_delta: bool,
@@ -264,6 +269,7 @@ def _plan_sums(
             strip_start,
             strip,
             count,
+            group_heads,
             group_step,
             sequence_step,
             chunks,

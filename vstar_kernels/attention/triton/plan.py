@@ -59,7 +59,7 @@ class Contents(NamedTuple):
 class PlanKey(NamedTuple):
     """All that the plan of a call depends on, by which it is found again.
 
-    Backward, ``options.map_block`` is 0 where the map has no gradient.
+    Backward, ``options`` ask for no map where it has no gradient.
     """
 
     device: Device
@@ -145,6 +145,16 @@ class PlanKey(NamedTuple):
         return self.options.map_block > 0
 
     @property
+    def map_heads(self) -> int:
+        """How many mean maps a batch element has: one, or one for each head."""
+        return self.heads if self.options.map_heads else 1
+
+    @property
+    def map_sequences(self) -> int:
+        """How many sequences a mean map is the mean of."""
+        return self.space * self.heads // self.map_heads
+
+    @property
     def given_stat(self) -> bool:
         """Whether the statistic is a tensor of the call."""
         return self.options.stat == "tensor"
@@ -207,7 +217,7 @@ def backward_key(
     """Returns the key of a backward pass, which fills these ``gradients``."""
     options = call.options
     return forward_key(call, out)._replace(
-        options=options if grad_map is not None else options._replace(map_block=0),
+        options=options if grad_map is not None else options._replace(map_block=0, map_heads=False),
         grad_out=grad_out.stride(),
         grad_query=gradients.query.stride(),
         grad_key=gradients.key.stride(),
@@ -246,7 +256,7 @@ class Numbers(NamedTuple):
     scale: float
     strength: float
     falloff: float  # √(log₂e / 2) / σ, of a Gaussian Δ
-    map_weight: float  # 1 / (space · heads), of one map in the mean map
+    map_weight: float  # of one sequence's map in the mean map
 
 
 def head(key: PlanKey, *, block: int, parts: tuple[int, int] | None = None) -> Head:
@@ -306,7 +316,7 @@ def numbers(key: PlanKey) -> Numbers:
         strength=float(key.options.strength),
         # A negligible σ likewise leaves as little of Δ beside the diagonal as σ = 0.
         falloff=math.sqrt(LOG2E / 2) / max(key.options.sigma, 1e-6),
-        map_weight=1.0 / (key.space * key.heads),
+        map_weight=1.0 / key.map_sequences,
     )
 
 
@@ -336,9 +346,10 @@ def delta_strides(key: PlanKey) -> Strides:
 
 
 def map_strides(key: PlanKey) -> Strides:
-    """Returns the strides of the mean map's gradient, which is contiguous."""
+    """Returns the strides of the contiguous mean map: of batch, heads, query and key blocks."""
     blocks = -(-key.frames // max(key.options.map_block, 1))
-    return (blocks * blocks, blocks, 1)
+    size = blocks * blocks
+    return (key.map_heads * size, size if key.map_heads > 1 else 0, blocks, 1)
 
 
 def window(key: PlanKey) -> int:
@@ -455,8 +466,9 @@ CAPTURED = set[DeviceTables]()  # by graphs, which do not say when they are gone
 
 
 def map_weight(call: Call) -> float:
-    """Returns 1 / (space · heads), the weight of one map in the mean map."""
-    return call.shape[0] * call.frames * call.head_dim / call.query.numel()
+    """Returns the weight of one sequence's map in the mean map."""
+    maps = call.shape[0] * (call.heads if call.options.map_heads else 1)
+    return maps * call.frames * call.head_dim / call.query.numel()
 
 
 def row_shape(call: Call) -> tuple[int, int]:

@@ -279,9 +279,9 @@ def probabilities(b_s, b_lse, exp2_scale):
 
 
 @triton.jit
-def map_gradient(p_grad_map, strides, i_batch, i, j, frames, map_block):
+def map_gradient(p_grad_map, strides, i_batch, i_head, i, j, frames, map_block):
     """Returns the mean map's gradient ``(I, J)``; one of its numbers is for a block of frames."""
     i = tl.expand_dims(i, -1)
-    o_map = i_batch.to(tl.int64) * strides[0]
-    o_map = o_map + (i // map_block) * strides[1] + (j // map_block) * strides[2]
+    o_map = i_batch.to(tl.int64) * strides[0] + i_head.to(tl.int64) * strides[1]
+    o_map = o_map + (i // map_block) * strides[2] + (j // map_block) * strides[3]
     return tl.load(p_grad_map + o_map, mask=(i < frames) & (j < frames), other=0.0)

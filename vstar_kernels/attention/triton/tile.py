@@ -49,7 +49,7 @@ class Tensors(NamedTuple):
     out: Any
     delta: Any  # Δ's table or matrix
     stat: Any  # (batch, [space,] frames, heads)
-    map_sums: Any  # (batch, chunks, FRAMES, FRAMES)
+    map_sums: Any  # (maps, chunks, FRAMES, FRAMES)
 
 
 class TensorStrides(NamedTuple):
@@ -64,11 +64,11 @@ class TensorStrides(NamedTuple):
 
 
 @triton.jit(
-    do_not_specialize=["sequences", "heads", "frames", "chunks"],
+    do_not_specialize=["sequences", "heads", "frames", "map_heads", "chunks"],
     do_not_specialize_on_alignment=["space"],
 )
 def tile_kernel(
-    t, strides, sequences, space, heads, frames, chunks, numbers,
+    t, strides, sequences, space, heads, frames, map_heads, chunks, numbers,
     HEAD: tl.constexpr, BIAS: tl.constexpr, STAT: tl.constexpr,
     FRAMES: tl.constexpr, QUERIES: tl.constexpr, SEQUENCES: tl.constexpr,
     PERSISTENT: tl.constexpr, MAP: tl.constexpr,
@@ -76,21 +76,24 @@ def tile_kernel(
     """``SEQUENCES`` sequences at a time, each padded to ``FRAMES``, ``QUERIES`` queries at a time.
 
     A ``PERSISTENT`` program goes on to further tiles and keeps Δ for them, which then must be the
-    same for all heads. With ``MAP``, ``chunks`` programs share a batch element, and each leaves the
-    sum of its sequences' A′ in ``map_sums``; QUERIES is FRAMES.
+    same for all heads. With ``MAP``, ``chunks`` programs share a mean map, of which a batch element
+    has ``map_heads``, 1 or one for each head, and each leaves the sum of its sequences' A′ in
+    ``map_sums``; QUERIES is FRAMES.
     """
     sizes = Sizes(space, heads, frames)
     if MAP:
         per_batch = space * heads
-        i_first = tl.program_id(0) // chunks * per_batch
+        i_map = tl.program_id(0) // chunks
+        i_end = (i_map // map_heads + 1) * per_batch
+        i_first = i_end - per_batch + i_map % map_heads
         b_sum = tl.zeros((FRAMES, FRAMES), tl.float32)
         if SEQUENCES > 1:
             b_sum = tl.zeros((SEQUENCES, FRAMES, FRAMES), tl.float32)
-        tiles = tl.cdiv(per_batch, SEQUENCES)
+        tiles = tl.cdiv(per_batch // map_heads, SEQUENCES)
         for i_tile in tl.range(tl.program_id(0) % chunks, tiles, chunks, num_stages=1):
             b_sum += attend(
-                i_first + i_tile * SEQUENCES, i_first + per_batch, None, t, strides, sizes, numbers,
-                HEAD, BIAS, STAT, FRAMES, QUERIES, SEQUENCES,
+                i_first + i_tile * SEQUENCES * map_heads, i_end, map_heads, None,
+                t, strides, sizes, numbers, HEAD, BIAS, STAT, FRAMES, QUERIES, SEQUENCES,
             )  # fmt: skip
         if SEQUENCES > 1:
             b_sum = tl.sum(b_sum, 0)
@@ -103,30 +106,32 @@ def tile_kernel(
         tiles = tl.cdiv(sequences, SEQUENCES)
         for i_tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1):
             attend(
-                i_tile * SEQUENCES, sequences, b_delta, t, strides, sizes, numbers,
+                i_tile * SEQUENCES, sequences, 1, b_delta, t, strides, sizes, numbers,
                 HEAD, BIAS, STAT, FRAMES, QUERIES, SEQUENCES,
             )  # fmt: skip
     else:
         attend(
-            tl.program_id(0) * SEQUENCES, sequences, None, t, strides, sizes, numbers,
+            tl.program_id(0) * SEQUENCES, sequences, 1, None, t, strides, sizes, numbers,
             HEAD, BIAS, STAT, FRAMES, QUERIES, SEQUENCES,
         )  # fmt: skip
 
 
 @triton.jit
 def attend(
-    i_first, i_end, b_delta, t, strides, sizes, numbers,
+    i_first, i_end, step, b_delta, t, strides, sizes, numbers,
     HEAD: tl.constexpr, BIAS: tl.constexpr, STAT: tl.constexpr,
     FRAMES: tl.constexpr, QUERIES: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
-    """Stores the outputs of sequences ``i_first`` …, those before ``i_end``, and returns A′.
+    """Stores the outputs of every ``step``-th sequence from ``i_first`` on, and returns A′.
 
-    ``b_delta`` is Δ, ``(FRAMES, FRAMES)``, or None where it is not known yet. All blocks have a
-    dimension for the sequences first if there are several.
+    There are ``SEQUENCES`` of them, but none from ``i_end`` on. ``b_delta`` is Δ,
+    ``(FRAMES, FRAMES)``, or None where it is not known yet. All blocks have a dimension for the
+    sequences first if there are several.
     """
     i_sequence = i_first
     if SEQUENCES > 1:
-        i_sequence = tl.expand_dims(i_first + tl.arange(0, SEQUENCES), 1)  # (SEQUENCES, 1)
+        i_sequence = i_first + tl.arange(0, SEQUENCES) * step
+        i_sequence = tl.expand_dims(i_sequence, 1)  # (SEQUENCES, 1)
     place = locate(i_sequence, sizes)
     j = tl.arange(0, FRAMES)
     m_j = (i_sequence < i_end) & (j < sizes.frames)  # (FRAMES,) or (SEQUENCES, FRAMES)
@@ -199,7 +204,8 @@ class TilePlan:
         if sums is None:
             return Forward(out, None, ())
         mean = sums.sum(1)[:, : call.frames, : call.frames] * plan.map_weight(call)
-        return Forward(out, block_sums(mean, call.options.map_block), ())
+        mean_map = block_sums(mean, call.options.map_block)
+        return Forward(out, mean_map.reshape(call.map_shape), ())
 
 
 def make_plan(key: PlanKey) -> TilePlan | None:
@@ -221,9 +227,9 @@ def plan_tile(key: PlanKey, config: TileConfig) -> TilePlan | None:
     programs, chunks, persistent = -(-key.sequences // config.sequences), 1, False
     map_sums: tuple[int, ...] = ()
     if key.has_map:
-        batch, tiles = key.shape[0], -(-key.space * key.heads // config.sequences)
-        chunks = min(tiles, -(-key.device.processors * PROGRAMS_PER_PROCESSOR // batch))
-        programs, map_sums = batch * chunks, (batch, chunks, padded, padded)
+        count, tiles = key.shape[0] * key.map_heads, -(-key.map_sequences // config.sequences)
+        chunks = min(tiles, -(-key.device.processors * PROGRAMS_PER_PROCESSOR // count))
+        programs, map_sums = count * chunks, (count, chunks, padded, padded)
     elif key.reads_delta and not key.per_head and config.queries == padded <= 64:
         # A table that all heads share stays in registers where it is small; a Gaussian is computed
         # anew in less time than it would take from the others.
@@ -254,6 +260,7 @@ def plan_tile(key: PlanKey, config: TileConfig) -> TilePlan | None:
             key.space,
             key.heads,
             key.frames,
+            key.map_heads,
             chunks,
             plan.numbers(key),
         ),

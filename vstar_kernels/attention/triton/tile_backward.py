@@ -58,7 +58,7 @@ class Tensors(NamedTuple):
     delta: Any  # Δ's table or matrix
     stat: Any  # (batch, [space,] frames, heads)
     grad_stat: Any  # likewise
-    grad_map: Any  # (batch, blocks, blocks)
+    grad_map: Any  # (batch, [heads,] blocks, blocks)
     delta_sums: Any  # (programs, FRAMES, FRAMES)
 
 
@@ -168,8 +168,9 @@ def gradients(
     b_dp = inner_products(b_do, b_v, HEAD)  # (FRAMES, FRAMES)
     if GRAD_MAP:
         i_batch = tl.expand_dims(place.batch, -1) if SEQUENCES > 1 else place.batch
+        i_head = tl.expand_dims(place.head, -1) if SEQUENCES > 1 else place.head
         b_dp += numbers.map_weight * map_gradient(
-            t.grad_map, strides.grad_map, i_batch, i, j, sizes.frames, map_block
+            t.grad_map, strides.grad_map, i_batch, i_head, i, j, sizes.frames, map_block
         )
     o_dv = offsets(strides.grad_v, place, i, HEAD)
     b_dv = weighted_sums(transposed(b_p.to(b_q[0].dtype)), b_do, HEAD)  # (FRAMES, D)
