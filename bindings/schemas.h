@@ -17,10 +17,10 @@ namespace vstar {
 
 constexpr const char* schemas[] = {
     "cpu_forward(Tensor(a!) out, Tensor(b!)? map, " VSTAR_INPUTS
-    ", float scale, int map_block) -> ()",
+    ", float scale, int map_block, bool map_by_head) -> ()",
     "cpu_backward(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, "
     "Tensor(d!)? grad_delta, Tensor(e!)? grad_stat, Tensor grad_out, Tensor? grad_map, "
-    VSTAR_INPUTS ", bool detach_stat, float scale, int map_block) -> ()",
+    VSTAR_INPUTS ", bool detach_stat, float scale, int map_block, bool map_by_head) -> ()",
     "cpu_frames_forward(Tensor(a!) out, Tensor(b!)? map, " VSTAR_FRAME_INPUTS ") -> ()",
     "cpu_frames_backward(Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, "
     "Tensor grad_out, Tensor? grad_map, " VSTAR_FRAME_INPUTS ") -> ()",

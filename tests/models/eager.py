@@ -32,11 +32,24 @@ def attention(attn: Any, x: Tensor, delta: Tensor, strength: float) -> Tensor:
         project(x).double().unflatten(-1, (attn.heads, -1))
         for project in (attn.to_q, attn.to_k, attn.to_v)
     )
-    bias = vk.DenseBias(delta, strength=strength)
-    out = testing.eager(query, key, value, bias).flatten(-2).to(x.dtype)
+    if hasattr(attn, "time_rel_pos_bias"):
+        weights = lavie_weights(attn, query, key, strength * delta)
+        out = (weights @ value.transpose(1, 2)).transpose(1, 2)
+    else:
+        out = testing.eager(query, key, value, vk.DenseBias(delta, strength=strength))
+    out = out.flatten(-2).to(x.dtype)
     for layer in attn.to_out:
         out = layer(out)
     return out
+
+
+def lavie_weights(attn: Any, query: Tensor, key: Tensor, delta: Tensor | float) -> Tensor:
+    """A′ with LaVie's positions in the logits, of ``(rows, frames, heads, head_dim)`` tensors."""
+    rotate = attn.rotary_emb.rotate_queries_or_keys
+    query, key = (rotate(x.transpose(1, 2)).double() for x in (query, key))
+    logits = attn.scale * query @ key.mT
+    logits += attn.time_rel_pos_bias(query.shape[-2], device=query.device)
+    return (logits + logits.max(dim=-1, keepdim=True).values * delta).softmax(-1)
 
 
 class EagerProcessor:
@@ -57,5 +70,5 @@ def put_in(model: nn.Module, names: list[str], sigma: float, strength: float = 1
             module.set_processor(processor)
         else:
             module.forward = types.MethodType(
-                lambda self, x, context=None, mask=None, time_index=None: processor(self, x), module
+                lambda self, x, *args, **options: processor(self, x), module
             )

@@ -6,11 +6,13 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tests.models import lavie_model
 from tests.models.lvdm_model import UNetModel
 
 TOKENS, TEXT = 3, 24
@@ -163,6 +165,7 @@ KINDS = {
         diffusers_model("LatteTransformer3DModel", **LATTE), _latte_inputs, 2, levels=1
     ),
     "lvdm": Kind(UNetModel, _lvdm_inputs, 2 + 2 * 7),
+    "LaVie": Kind(lavie_model.UNet3DConditionModel, _text_inputs, 7),
 }
 
 
@@ -197,5 +200,7 @@ def call(
 def flat(out: Any) -> Tensor:
     if isinstance(out, Tensor):
         return out.flatten()
+    if isinstance(out, SimpleNamespace):  # of a model without diffusers
+        out = vars(out)
     values = out.values() if isinstance(out, dict) else out
     return torch.cat([flat(value) for value in values])

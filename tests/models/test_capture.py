@@ -54,7 +54,11 @@ def dense_maps(model, bias, name="UNet3DConditionModel"):
             if bias is not None and layer.level == 0:
                 matrix = eager.gaussian(bias.sigma, hidden.shape[1])
                 delta = vk.DenseBias(matrix, strength=bias.strength)
-            weights = testing.eager_weights(query, key, delta)
+            if name == "LaVie":
+                matrix = 0.0 if delta is None else delta.strength * delta.entries
+                weights = eager.lavie_weights(exact, query, key, matrix)
+            else:
+                weights = testing.eager_weights(query, key, delta)
             maps[layer.name] = weights.unflatten(0, (2, -1))
 
         return hook

@@ -23,6 +23,7 @@ NAMES = (
     "UNetMotionModel",
     "LatteTransformer3DModel",
     "lvdm",
+    "LaVie",
 )
 WORDS = [[0], [1, 2]]
 SIZE = (6, 10)  # of which a level is 3 × 5

@@ -27,7 +27,7 @@ TAR = vk.TARConfig({0: 1.0, 1: 4.0}, steps=None)
 UNETS = ("UNet3DConditionModel", "UNetMotionModel")
 LATTE = "LatteTransformer3DModel"
 CHECKPOINTED = ("UNetMotionModel", "UNetSpatioTemporalConditionModel", LATTE)
-DIFFUSERS = [name for name in KINDS if name != "lvdm"]
+DIFFUSERS = [name for name in KINDS if name not in ("lvdm", "LaVie")]
 unets = pytest.mark.parametrize("name", UNETS)
 each = pytest.mark.parametrize("name", KINDS)
 

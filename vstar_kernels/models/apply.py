@@ -47,8 +47,8 @@ def apply_tar(
     ``UNetMotionModel`` (AnimateDiff, PIA), ``SparseControlNetModel``,
     ``UNetSpatioTemporalConditionModel`` (Stable Video Diffusion; attn1 only) and
     ``LatteTransformer3DModel``, on pipelines that hold them, and on the ``UNetModel`` of the
-    official VSTAR and VideoCrafter code (``lvdm``). All temporal self-attention, regularized or
-    not, goes through :func:`vstar_kernels.tar_attention`.
+    official VSTAR and VideoCrafter code (``lvdm``) and the ``UNet3DConditionModel`` of LaVie's. All
+    temporal self-attention, regularized or not, goes through :func:`vstar_kernels.tar_attention`.
 
     Full-3D transformers (Wan, HunyuanVideo, CogVideoX, LTX, …) attend over space and time at once
     and take a :class:`FrameTAR` in the place of the configuration: see

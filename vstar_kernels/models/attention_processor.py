@@ -187,6 +187,10 @@ class ProcessorFrontEnd:
             if getattr(module, "is_cross_attention", None) is cross:
                 yield name, plain_name(name), module
 
+    def text_blocks(self, model: nn.Module) -> list[nn.Module]:
+        """Returns none, where frames have no texts of their own."""
+        return []
+
     def read_call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> ModelCall:
@@ -198,11 +202,6 @@ class ProcessorFrontEnd:
         """Returns the module's processor."""
         return module.processor
 
-    def scale(self, module: nn.Module) -> float:
-        """Returns the factor on a layer's logits."""
-        scale: Any = module.scale
-        return float(scale)
-
     def set_attention(self, module: nn.Module, attention: Any) -> None:
         """Gives the module a processor."""
         module.set_processor(attention)  # type: ignore[operator]
@@ -210,6 +209,12 @@ class ProcessorFrontEnd:
     def make_attention(self, module: nn.Module, backend: str | None) -> TARAttnProcessor:
         """Makes a processor for the module, plain until it is given a bias."""
         return TARAttnProcessor(backend=backend)
+
+    def logit_factors(
+        self, module: nn.Module, query: Tensor, key: Tensor
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Returns queries and keys whose scaled products are a layer's logits, and the scale."""
+        return query, key, module.scale
 
     def watch_cross_attention(
         self, controller: ColumnController, layer: CrossLayer, backend: str | None

@@ -529,7 +529,7 @@ class ModelWatch:
             projected[name].unflatten(0, (batch, rows // batch)).unflatten(-1, (module.heads, -1))
             for name in ("query", "key")
         )
-        scale = self._front_end.scale(module)
+        query, key, scale = self._front_end.logit_factors(module, query, key)
         most: dict[str, Any] = {"max_rows": self._capture.max_rows}
         if is_grid:
             q, k = query[:, 0], key[:, 0]

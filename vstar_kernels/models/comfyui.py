@@ -199,10 +199,11 @@ class ComfyFrontEnd(LvdmFrontEnd):
         """Returns a motion module's attention function, and the forward of other modules."""
         return module.actual_attention if _is_motion(module) else module.forward
 
-    def scale(self, module: nn.Module) -> float:
-        """Returns the factor on a layer's logits; a motion module's ``scale`` is of its keys."""
-        dim_head: Any = module.dim_head
-        return float(dim_head**-0.5)
+    def logit_factors(
+        self, module: nn.Module, query: Tensor, key: Tensor
+    ) -> tuple[Tensor, Tensor, float]:
+        """Returns queries, keys and the scale; a motion module's own ``scale`` is of its keys."""
+        return query, key, float(query.shape[-1] ** -0.5)
 
     def set_attention(self, module: nn.Module, attention: Any) -> None:
         """Gives a module what :meth:`get_attention` returned, or ours."""

@@ -37,6 +37,10 @@ class TransformerFrontEnd(ProcessorFrontEnd):
             if _LATTE_CROSS_LAYER.fullmatch(plain_name):
                 yield CrossLayer(name, 0, "blocks", module)
 
+    def text_blocks(self, model: nn.Module) -> list[nn.Module]:
+        """Returns the blocks whose ``encoder_hidden_states`` are the text of each frame."""
+        return list(model.transformer_blocks)  # type: ignore[arg-type]
+
     def read_call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> ModelCall:

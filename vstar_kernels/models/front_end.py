@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from vstar_kernels.models.comfyui import ComfyFrontEnd
 from vstar_kernels.models.dit import TransformerFrontEnd
 from vstar_kernels.models.hooks import ModelCall
+from vstar_kernels.models.lavie import LavieFrontEnd
 from vstar_kernels.models.layers import (
     ColumnController,
     CrossLayer,
@@ -45,6 +46,9 @@ class FrontEnd(Protocol):
     def cross_layers(self, model: nn.Module) -> Iterator[CrossLayer]:
         """Yields the modules by which each frame attends to the text; none if there is no text."""
 
+    def text_blocks(self, model: nn.Module) -> list[nn.Module]:
+        """Returns the blocks whose ``encoder_hidden_states`` are the text of each frame."""
+
     def read_call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> ModelCall:
@@ -53,14 +57,19 @@ class FrontEnd(Protocol):
     def get_attention(self, module: nn.Module) -> Any:
         """Returns what computes a layer's attention at present."""
 
-    def scale(self, module: nn.Module) -> float:
-        """Returns the factor on a layer's logits."""
-
     def set_attention(self, module: nn.Module, attention: Any) -> None:
         """Gives a layer what computes its attention from then on."""
 
     def make_attention(self, module: nn.Module, backend: str | None) -> RegularizedAttention:
         """Makes what computes a layer's attention under TAR; plain until it is given a bias."""
+
+    def logit_factors(
+        self, module: nn.Module, query: Tensor, key: Tensor
+    ) -> tuple[Tensor, Tensor, float]:
+        """Returns queries and keys whose scaled products are a layer's logits, and the scale.
+
+        They are ``(…, frames, heads, head_dim)``, as the layer's projections make them.
+        """
 
     def watch_cross_attention(
         self, controller: ColumnController, layer: CrossLayer, backend: str | None
@@ -82,6 +91,7 @@ FRONT_ENDS: tuple[FrontEnd, ...] = (
     TransformerFrontEnd(),
     LvdmFrontEnd(),
     ComfyFrontEnd(),
+    LavieFrontEnd(),
 )
 
 
@@ -105,8 +115,8 @@ def temporal_layers(model: nn.Module) -> list[TemporalLayer]:
 
     Knows diffusers' ``UNet3DConditionModel``, ``I2VGenXLUNet``, ``UNetMotionModel``,
     ``SparseControlNetModel``, ``UNetSpatioTemporalConditionModel`` and ``LatteTransformer3DModel``,
-    and the ``UNetModel`` of ``lvdm`` (VideoCrafter, VSTAR) and of ComfyUI. A compiled model is
-    unwrapped.
+    the ``UNetModel`` of ``lvdm`` (VideoCrafter, VSTAR) and of ComfyUI, and LaVie's
+    ``UNet3DConditionModel``. A compiled model is unwrapped.
 
     Raises:
         ValueError: The model has none.

@@ -5,7 +5,6 @@ Its ``CrossAttention`` has no processors: an instance's ``forward`` is replaced.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 
 from vstar_kernels.analysis.maps import Place
 from vstar_kernels.models.hooks import Argument, ModelCall
-from vstar_kernels.models.layers import (
-    ColumnController,
-    CrossLayer,
-    RegularizedAttention,
-    TemporalLayer,
-    WatchedCrossAttention,
+from vstar_kernels.models.layers import ColumnController, CrossLayer, TemporalLayer
+from vstar_kernels.models.replaced_forward import (
+    ColumnForward,
+    ForwardFrontEnd,
+    TARForward,
+    why_not_self_attention,
 )
 
 _SECTIONS: dict[str, Place] = {
@@ -35,16 +34,12 @@ def inner_model(model: Any) -> Any:
     return inner if isinstance(model, nn.Module) and isinstance(inner, nn.Module) else model
 
 
-class LvdmTARForward(RegularizedAttention):
+class LvdmTARForward(TARForward):
     """The ``forward`` of a temporal ``CrossAttention``, regularized.
 
     It takes ``(rows, frames, channels)``, rows being batch × height × width, and returns the same
     shape.
     """
-
-    def __init__(self, module: nn.Module, *, backend: str | None = None) -> None:
-        super().__init__(backend=backend)
-        self.module = module
 
     def __call__(
         self,
@@ -72,27 +67,9 @@ class LvdmTARForward(RegularizedAttention):
             raise ValueError(f"TAR in {type(module).__name__} does not support {reasons}")
         return module.to_out(self.attend(module, x, change))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies the class's own forward, as nothing controls the copy of a model under TAR."""
-        return _own_forward, (self.module,)
 
-
-class LvdmColumnForward(WatchedCrossAttention):
-    """The ``forward`` of a spatial ``CrossAttention``, with the maps of some words.
-
-    It takes and returns ``(rows, positions, channels)``, a row for each frame.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        controller: ColumnController,
-        layer: str,
-        previous: Any,
-        backend: str | None,
-    ) -> None:
-        super().__init__(controller, layer, previous, backend)
-        self.module = module
+class LvdmColumnForward(ColumnForward):
+    """The ``forward`` of a spatial ``CrossAttention``, with the maps of some words."""
 
     def __call__(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, **more: Any
@@ -112,25 +89,11 @@ class LvdmColumnForward(WatchedCrossAttention):
             raise ValueError(f"capture_columns in {type(module).__name__} does not support {asked}")
         return module.to_out(self.attend(module, x, text, columns))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies the class's own forward, as nothing captures the maps of the copy of a model."""
-        return _own_forward, (self.module,)
-
-
-def _own_forward(module: Any) -> Any:
-    return types.MethodType(type(module).forward, module)
-
 
 def _why_not(
     module: Any, x: Tensor, context: Tensor | None, mask: Tensor | None, unknown: dict[str, Any]
 ) -> str:
-    reasons = []
-    if x.ndim != 3:
-        reasons.append(f"inputs other than (rows, frames, channels), got shape {tuple(x.shape)}")
-    if context is not None and context is not x:
-        reasons.append(f"cross-attention (context of shape {tuple(context.shape)})")
-    if mask is not None:
-        reasons.append(f"a mask, got shape {tuple(mask.shape)} (causal attention)")
+    reasons = why_not_self_attention(x, context, mask)
     if getattr(module, "relative_position", False):
         reasons.append("relative positions (relative_position)")
     if unknown:
@@ -138,7 +101,7 @@ def _why_not(
     return "; ".join(reasons)
 
 
-class LvdmFrontEnd:
+class LvdmFrontEnd(ForwardFrontEnd):
     """TAR in the ``UNetModel`` of ``lvdm``, the code base of VideoCrafter and VSTAR."""
 
     guides_in_turns = True
@@ -156,6 +119,10 @@ class LvdmFrontEnd:
             if name.rpartition(".")[2] == "attn2":
                 yield CrossLayer(name, level, place, module)
 
+    def text_blocks(self, model: nn.Module) -> list[nn.Module]:
+        """Returns none: each frame's text is not known to be a row of theirs."""
+        return []
+
     def read_call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> ModelCall:
@@ -169,22 +136,6 @@ class LvdmFrontEnd:
             None if step is None else int(step),
         )
 
-    def get_attention(self, module: nn.Module) -> Any:
-        """Returns the module's forward, replaced or its own."""
-        return module.forward
-
-    def scale(self, module: nn.Module) -> float:
-        """Returns the factor on a layer's logits."""
-        scale: Any = module.scale
-        return float(scale)
-
-    def set_attention(self, module: nn.Module, attention: Any) -> None:
-        """Gives the module a forward; its class's own needs no replacement."""
-        if getattr(attention, "__func__", None) is type(module).forward:
-            module.__dict__.pop("forward", None)
-        else:
-            module.forward = attention
-
     def make_attention(self, module: nn.Module, backend: str | None) -> LvdmTARForward:
         """Makes a forward for the module, plain until it is given a bias."""
         return LvdmTARForward(module, backend=backend)
@@ -195,21 +146,6 @@ class LvdmFrontEnd:
         """Makes a forward that gives a layer's column maps to the controller."""
         previous = self.get_attention(layer.module)
         return LvdmColumnForward(layer.module, controller, layer.name, previous, backend)
-
-    def why_not_watch(self, attention: Any) -> str | None:
-        """Returns why the forward of cross-attention cannot make way, or None."""
-        if isinstance(attention, LvdmColumnForward | types.MethodType):
-            return None
-        return f"its forward is {attention!r}, which capture_columns would replace"
-
-    def why_not_replace(self, attention: Any) -> str | None:
-        """Returns why a forward that is found in a model cannot make way for TAR, or None."""
-        if isinstance(attention, LvdmTARForward | types.MethodType):
-            return None
-        return f"its forward is {attention!r}, which TAR would replace"
-
-    def register(self) -> None:
-        """Registers nothing: this code base has no registries."""
 
 
 def _attentions(model: nn.Module, transformer: str) -> Iterator[tuple[str, int, Place, nn.Module]]:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
-from vstar_kernels.models.front_end import cross_layers
+from vstar_kernels.models.front_end import cross_layers, find_front_end
 from vstar_kernels.models.hooks import Argument, Hooks, put_back, take_off
 
 # Whose forward repeats the text of each video for its frames, and calls the blocks with it.
@@ -104,10 +104,7 @@ class EqualFrames:
 
 def text_blocks(model: Any) -> list[nn.Module]:
     """Returns the blocks whose ``encoder_hidden_states`` are the text of each frame."""
-    if hasattr(model, "transformer_blocks"):
-        return list(model.transformer_blocks)
-    blocks = [*model.down_blocks, model.mid_block, *model.up_blocks]
-    return [block for block in blocks if getattr(block, "has_cross_attention", False)]
+    return find_front_end(model).text_blocks(model)
 
 
 def share_text(model: nn.Module, owner: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -57,6 +58,12 @@ class UNetFrontEnd(ProcessorFrontEnd):
             if match := _CROSS_LAYER.fullmatch(plain_name):
                 level = level_of(match, len(down_blocks))
                 yield CrossLayer(name, level, match["place"], module)  # type: ignore[arg-type]
+
+    def text_blocks(self, model: nn.Module) -> list[nn.Module]:
+        """Returns the blocks whose ``encoder_hidden_states`` are the text of each frame."""
+        parts: Any = model
+        blocks = [*parts.down_blocks, parts.mid_block, *parts.up_blocks]
+        return [block for block in blocks if getattr(block, "has_cross_attention", False)]
 
 
 def level_of(match: re.Match[str], num_levels: int) -> int:
