@@ -20,7 +20,7 @@ from benchmarks.report.tables import Table, all_tables, of_frame, percent
 from benchmarks.results import Run
 
 RESULTS = ROOT / "benchmarks/results/cpu-amd-epyc-zen5-2-cores"
-RUNS = ("float32", "16-bit", "avx2", "avx2-bfloat16")
+RUNS = ("float32", "16-bit", "avx2", "avx2-bfloat16", "frames", "cross")
 CODEGEN = ROOT / "benchmarks/results/codegen/report.json"
 MARGIN_FRAMES = (16, 32, 64, 128)
 PREDICTED_HEAD_DIMS = (40, 48, 64, 80, 160)

@@ -268,14 +268,22 @@ def computes(peer: str) -> str:
 
 
 def failures(run: Run) -> Table:
-    """Returns cases without figures, and peers that failed, were refused or wrong in a case."""
-    rows = []
+    """Returns cases without figures, and peers that failed, were refused or wrong in a case.
+
+    A peer's cases of one reason share a row.
+    """
+    found: dict[tuple[str, str, str], list[str]] = {}
     for record in run.records:
         if record.failure:
-            rows.append((record.key, "all", results.FAILED, record.failure))
+            found.setdefault(("all", results.FAILED, record.failure), []).append(record.key)
         for name, outcome in record.peers.items():
             if outcome.status not in (results.MEASURED, results.UNAVAILABLE):
-                rows.append((record.key, TITLES[name], outcome.status, outcome.reason))
+                why = (TITLES[name], outcome.status, outcome.reason)
+                found.setdefault(why, []).append(record.key)
+    rows = [
+        (keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more", *why)
+        for why, keys in found.items()
+    ]
     return Table(FAILURES, ("case", "peer", "", "reason"), rows, words=4)
 
 
