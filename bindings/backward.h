@@ -1,7 +1,7 @@
 // The gradients of temporal attention regularization, once for every instruction set.
 //
-// Nothing is kept from the forward: a thread takes whole sequences, panel by panel, and computes
-// a panel's weights again (attention_weights.h). With P the normalised weights, G the gradient to
+// Nothing is kept from the forward: a thread takes whole sequences, or where there are few of them
+// parts of a sequence's queries, panel by panel, and computes a panel's weights again (attention_weights.h). With P the normalised weights, G the gradient to
 // the mean map, and the panel's queries along the lanes:
 //
 //     dP[j][i] = v_j . do_i + G_ij / (maps in the mean)    values broadcast against packed rows
@@ -12,8 +12,9 @@
 //     dq_i  = scale * sum_j dS[j][i] k_j                   a product over keys, as in the forward
 //
 // which is five products of the forward's size. A map_max takes the sum over all queries at the
-// map's single maximum, whose panel therefore comes last. A sequence's bits depend on nothing but
-// its own numbers.
+// map's single maximum, whose panel therefore comes last, and is not computed in parts. Parts' sums
+// of dk and dv are added up in their order when all are there. How a sequence is cut depends on the
+// call's sizes, so that its bits do not depend on the number of threads.
 #pragma once
 
 #include "attention_weights.h"
@@ -25,33 +26,38 @@ struct BackwardPlan : PanelPlan {
   int64_t grads, grad_map;        // cells
   int64_t packed_grad_out;        // as a panel's queries
   int64_t query_rows, grad_rows;  // a panel's, where they cannot be used in place
-  int64_t partial, key_sums, value_sums;
+  int64_t partial, key_sums;      // the values' sums follow those of the keys
+  int64_t sums_of_one;
   int64_t argmax, sums;  // one float for each of a panel's queries
 
-  explicit BackwardPlan(const BackwardArgs& a) : PanelPlan(a, 1) {
+  explicit BackwardPlan(const BackwardArgs& a)
+      : PanelPlan(a, 1), sums_of_one(padded_dim * padded_keys) {
     grads = take(padded_keys * kPanelQueries);
     grad_map = take(a.map_blocks * kPanelQueries);
     packed_grad_out = take(a.head_dim * kPanelQueries);
     query_rows = take(a.head_dim * kPanelQueries);
     grad_rows = take(a.head_dim * kPanelQueries);
     partial = take(padded_dim * kPanelQueries);
-    key_sums = take(padded_dim * padded_keys);
-    value_sums = take(padded_dim * padded_keys);
+    key_sums = take(a.parts == 1 ? 2 * sums_of_one : 0);
     argmax = take(kPanelQueries);
     sums = take(kPanelQueries);
   }
 };
 
-// Computes the gradients of one sequence, whose tensors hold T.
+// Computes the gradients of one sequence or a part of it. Its tensors hold T.
 template <typename T>
 class SequenceBackward {
  public:
-  SequenceBackward(const BackwardArgs& args, const BackwardPlan& plan, int64_t sequence,
+  SequenceBackward(const BackwardArgs& args, const BackwardPlan& plan, int64_t item,
                    float* scratch)
       : a_(args),
         plan_(plan),
         scratch_(scratch),
-        index_(args, sequence),
+        part_(item % args.parts),
+        index_(args, item / args.parts),
+        key_sums_(args.parts == 1 ? scratch + plan.key_sums
+                                  : args.part_sums + item * 2 * plan.sums_of_one),
+        value_sums_(key_sums_ + plan.sums_of_one),
         weights_(args, plan, index_, scratch),
         values_(index_.in<T>(args.value, args.value_strides), args.value_strides.frame, args.frames,
                 args.head_dim, scratch + plan.values),
@@ -80,20 +86,22 @@ class SequenceBackward {
   void compute() {
     const MapMax map_max = weights_.map_max(prefetcher_);
     const int64_t panels = divide_up(a_.frames, kPanelQueries);
+    const int64_t begin = panels * part_ / a_.parts, end = panels * (part_ + 1) / a_.parts;
     // Only the panel with the map's maximum needs to know what the others add to its gradient.
     const bool to_one_cell = through_stat() && a_.stat == Stat::map_max;
-    const int64_t last = to_one_cell ? map_max.query / kPanelQueries : panels - 1;
+    const int64_t last = to_one_cell ? map_max.query / kPanelQueries : end - 1;
     bool is_first = true;
-    for (int64_t p = 0; p < panels; ++p) {
+    for (int64_t p = begin; p < end; ++p) {
       if (p == last) continue;
       compute_panel(p, map_max, is_first, false);
       is_first = false;
     }
-    compute_panel(last, map_max, is_first, true);
+    compute_panel(last, map_max, is_first, a_.parts == 1);
   }
 
  private:
-  // Computes one panel. The first one of a sequence begins its sums, the last one writes them.
+  // Computes one panel. The first one begins the sums over panels, and the last one of a whole
+  // sequence writes them.
   void compute_panel(int64_t index, const MapMax& map_max, bool is_first, bool is_last) {
     const Panel panel = plan_.panel(a_, scratch_, 0, index * kPanelQueries, a_.frames);
     weights_.compute_logits(&panel, 1, prefetcher_);
@@ -224,7 +232,7 @@ class SequenceBackward {
     static constexpr float kOne = 1.0f;
     add_over_queries(panel, panel.logits, grad_rows,
                      {index_.in(static_cast<T*>(a_.grad_value), a_.grad_value_strides),
-                      a_.grad_value_strides.frame, scratch_ + plan_.value_sums, plan_.padded_dim,
+                      a_.grad_value_strides.frame, value_sums_, plan_.padded_dim,
                       &kOne, 0, a_.frames, is_first, is_last});
   }
 
@@ -235,7 +243,7 @@ class SequenceBackward {
                            scratch_ + plan_.query_rows);
     add_over_queries(panel, grads_, rows,
                      {index_.in(static_cast<T*>(a_.grad_key), a_.grad_key_strides),
-                      a_.grad_key_strides.frame, scratch_ + plan_.key_sums, plan_.padded_dim,
+                      a_.grad_key_strides.frame, key_sums_, plan_.padded_dim,
                       &a_.scale, 0, a_.frames, is_first, is_last});
   }
 
@@ -262,7 +270,9 @@ class SequenceBackward {
   const BackwardArgs& a_;
   const BackwardPlan& plan_;
   float* scratch_;
+  int64_t part_;
   SequenceIndex index_;
+  float *key_sums_, *value_sums_;
   AttentionWeights<T, float> weights_;
   UnitRows<float> values_;
   float* grads_;   // dP, then dS
@@ -272,14 +282,44 @@ class SequenceBackward {
   Prefetcher prefetcher_;
 };
 
+// Adds up the sums of a sequence's parts, and writes `scale` times them, the gradient of its rows.
+// The first row's sums are at `sums` in each part, and a part's `part_stride` after the one before.
+template <typename T>
+void write_sums(const BackwardArgs& a, const float* sums, int64_t part_stride, int64_t padded_dim,
+                float scale, T* out, int64_t stride) {
+  const Vec factor = broadcast(scale);
+  for (int64_t row = 0; row < a.frames; ++row, sums += padded_dim, out += stride) {
+    for (int64_t d = 0; d < a.head_dim; d += kLanes) {
+      Vec sum = load(sums + d);
+      for (int64_t part = 1; part < a.parts; ++part) {
+        sum = add(sum, load(sums + part * part_stride + d));
+      }
+      const int64_t rest = min64(kLanes, a.head_dim - d);
+      store_partial(out + d, mul(sum, factor), static_cast<int>(rest));
+    }
+  }
+}
+
 template <typename T>
 void backward_typed(const BackwardArgs& a, int64_t begin, int64_t end, float* scratch) {
   const BackwardPlan plan(a);
-  for (int64_t index = begin; index < end; ++index) {
-    SequenceBackward<T> sequence(a, plan, index, scratch);
-    if (index + 1 < end) sequence.fetch_ahead(index + 1);
+  for (int64_t item = begin; item < end; ++item) {
+    SequenceBackward<T> sequence(a, plan, item, scratch);
+    if (a.parts == 1 && item + 1 < end) sequence.fetch_ahead(item + 1);
     sequence.compute();
   }
+}
+
+template <typename T>
+void backward_finish_typed(const BackwardArgs& a, int64_t sequence) {
+  const BackwardPlan plan(a);
+  const SequenceIndex index(a, sequence);
+  const float* sums = a.part_sums + sequence * a.parts * 2 * plan.sums_of_one;
+  const Strides &of_key = a.grad_key_strides, &of_value = a.grad_value_strides;
+  write_sums(a, sums, 2 * plan.sums_of_one, plan.padded_dim, a.scale,
+             index.in(static_cast<T*>(a.grad_key), of_key), of_key.frame);
+  write_sums(a, sums + plan.sums_of_one, 2 * plan.sums_of_one, plan.padded_dim, 1.0f,
+             index.in(static_cast<T*>(a.grad_value), of_value), of_value.frame);
 }
 
 inline void backward(const BackwardArgs& a, int64_t begin, int64_t end, float* scratch) {
@@ -290,6 +330,16 @@ inline void backward(const BackwardArgs& a, int64_t begin, int64_t end, float* s
   }
 }
 
+inline void backward_finish(const BackwardArgs& a, int64_t sequence) {
+  switch (a.type) {
+    case ScalarType::float32: return backward_finish_typed<float>(a, sequence);
+    case ScalarType::bfloat16: return backward_finish_typed<bfloat16>(a, sequence);
+    case ScalarType::float16: return backward_finish_typed<float16>(a, sequence);
+  }
+}
+
 inline int64_t backward_scratch(const BackwardArgs& a) { return BackwardPlan(a).size; }
+
+inline int64_t backward_sums(const BackwardArgs& a) { return 2 * BackwardPlan(a).sums_of_one; }
 
 }  // namespace vstar::VSTAR_ISA

@@ -117,6 +117,15 @@ void for_each_task(const Threads& threads, int64_t tasks, double operations,
 
 }  // namespace
 
+int64_t parts_of_sequence(const BackwardArgs& a) {
+  // So many items are enough for any number of threads, and few enough for their sums' memory.
+  constexpr int64_t kItems = 8, kQueries = 256;
+  // The map's maximum takes what all queries together add to its gradient.
+  if (a.delta && a.stat == Stat::map_max && !a.detach_stat) return 1;
+  const int64_t wanted = (kItems + sequences(a) - 1) / sequences(a);
+  return std::max<int64_t>(1, std::min(wanted, a.frames / kQueries));
+}
+
 bool is_empty(const Problem& p) {
   return sequences(p) == 0 || p.frames == 0 || p.head_dim == 0;
 }
@@ -149,6 +158,10 @@ void run_backward(BackwardArgs& args, const UserDelta& delta, float* grad_delta,
   const Kernels& kernels = selected_kernels();
   const Floats layout = allocate(layout_floats(delta, args.frames));
   lay_out(delta, layout.get(), args);
+  args.parts = parts_of_sequence(args);
+  const int64_t items = sequences(args) * args.parts;
+  const Floats part_sums = allocate(args.parts == 1 ? 0 : items * kernels.backward_sums(args));
+  args.part_sums = part_sums.get();
   const double operations = 5 * product_operations(args);  // of a sequence
   const int64_t scratch_floats = kernels.backward_scratch(args);
   if (grad_delta) {
@@ -159,11 +172,19 @@ void run_backward(BackwardArgs& args, const UserDelta& delta, float* grad_delta,
                     tasks.run(task, group_sums.get(), scratch);
                   });
     tasks.finish(group_sums.get(), grad_delta);
-    return;
+  } else {
+    for_each_range(threads, items, operations / static_cast<double>(args.parts), scratch_floats,
+                   [&](int64_t begin, int64_t end, float* scratch) {
+                     kernels.backward(args, begin, end, scratch);
+                   });
   }
-  for_each_range(threads, sequences(args), operations, scratch_floats,
-                 [&](int64_t begin, int64_t end, float* scratch) {
-                   kernels.backward(args, begin, end, scratch);
+  if (args.parts == 1) return;
+  for_each_range(threads, sequences(args),
+                 static_cast<double>(args.parts * kernels.backward_sums(args)), 0,
+                 [&](int64_t begin, int64_t end, float*) {
+                   for (int64_t sequence = begin; sequence < end; ++sequence) {
+                     kernels.backward_finish(args, sequence);
+                   }
                  });
 }
 

@@ -26,6 +26,10 @@ using ScratchBody = std::function<void(int64_t begin, int64_t end, float* scratc
 void for_each_range(const Threads& threads, int64_t items, double operations_of_item,
                     int64_t scratch_floats, const ScratchBody& body);
 
+// Returns into how many parts the backward pass cuts a sequence's queries: one where there are
+// enough sequences for any number of threads, as parts have sums of their own.
+int64_t parts_of_sequence(const BackwardArgs& args);
+
 // Returns whether a call has nothing to compute.
 bool is_empty(const Problem& problem);
 

@@ -97,18 +97,18 @@ DeltaTasks::DeltaTasks(const Kernels& kernels, const BackwardArgs& args, const U
   const int64_t head_size = is_table ? lanes * layout_.key_stride : args.frames * padded;
   layout_.head_stride = delta.heads > 1 ? head_size : 0;
   size_ = delta.heads * head_size;
-  groups_ = groups(kGroups, size_, kMaxDeltaFloats, args.batch * args.space * args.heads);
+  items_ = args.batch * args.space * args.heads * args.parts;
+  groups_ = groups(kGroups, size_, kMaxDeltaFloats, items_);
 }
 
 void DeltaTasks::run(int64_t task, float* group_sums, float* scratch) const {
-  const int64_t sequences = args_.batch * args_.space * args_.heads;
-  const int64_t end = (task + 1) * sequences / groups_;
+  const int64_t end = (task + 1) * items_ / groups_;
   float* const sums_of_group = group_sums + task * size_;
   float* const sums_of_run = scratch;
   BackwardArgs args = args_;
   args.delta_sums = layout_;
   bool is_first_run = true;
-  for (int64_t begin = task * sequences / groups_; begin < end; begin += kRun) {
+  for (int64_t begin = task * items_ / groups_; begin < end; begin += kRun) {
     float* sums = is_first_run ? sums_of_group : sums_of_run;
     std::fill(sums, sums + size_, 0.0f);
     args.delta_sums.data = sums + origin_;

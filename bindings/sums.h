@@ -39,7 +39,7 @@ class MapTasks {
   int64_t groups_, chunks_;
 };
 
-// Δ's gradient, in its user's layout. Its tasks are groups.
+// Δ's gradient, in its user's layout. Its tasks are groups, of whole sequences or of their parts.
 class DeltaTasks {
  public:
   DeltaTasks(const Kernels& kernels, const BackwardArgs& args, const UserDelta& delta);
@@ -61,7 +61,7 @@ class DeltaTasks {
   UserDelta grad_;    // data unset
   DeltaSums layout_;  // data unset
   int64_t origin_;    // of key 0 and query 0
-  int64_t groups_, size_;
+  int64_t items_, groups_, size_;
 };
 
 }  // namespace vstar

@@ -95,6 +95,10 @@ struct BackwardArgs : Problem {
   float* grad_stat;  // null: not wanted
   Strides grad_stat_strides;
   DeltaSums delta_sums;
+  // An item is one of so many parts of a sequence's queries. More than one have sums of their own
+  // of the gradients of key and value, backward_sums() floats each; null where there is one.
+  int64_t parts;
+  float* part_sums;
 };
 
 struct FrameArgs;  // frames.h
@@ -114,8 +118,12 @@ struct Kernels {
   // Does as forward() for the sequences and queries of a slice of the map, and computes that slice.
   void (*forward_map)(const ForwardArgs&, const MapSlice&, float* scratch);
   int64_t (*backward_scratch)(const BackwardArgs&);
-  // Computes the gradients of sequences [begin, end).
+  // Returns how many floats the sums of one item take, where there are several of a sequence.
+  int64_t (*backward_sums)(const BackwardArgs&);
+  // Computes items [begin, end); item = sequence * parts + part.
   void (*backward)(const BackwardArgs&, int64_t begin, int64_t end, float* scratch);
+  // Writes the gradients of key and value of a sequence that was computed in parts.
+  void (*backward_finish)(const BackwardArgs&, int64_t sequence);
   int64_t (*frames_scratch)(const FrameArgs&);
   // Computes one item; item = (batch * heads + head) * blocks + block.
   void (*frames_forward)(const FrameArgs&, int64_t item, float* scratch);

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "delta.h"
+#include "schedule.h"
 #include "sums.h"
 #include "types.h"
 
@@ -318,7 +319,7 @@ class MapCall : public Inputs {
 };
 
 // A backward, with the gradients to Δ (unless the shape says not) and to a given statistic where
-// there are such. Its tasks are groups of sequences, or single sequences.
+// there are such. Its tasks are groups of items, or single items; an item is a sequence or a part.
 class BackwardCall : public Inputs {
  public:
   BackwardCall(const Shape& s, const vstar::Kernels& kernels, const Allocate& allocate)
@@ -338,7 +339,7 @@ class BackwardCall : public Inputs {
   }
 
   int64_t tasks() const {
-    return with_delta_ ? tasks_.count() : args_.batch * args_.space * args_.heads;
+    return with_delta_ ? tasks_.count() : sequences() * args_.parts;
   }
   void run(int64_t task, float* scratch) {
     if (with_delta_) {
@@ -349,6 +350,8 @@ class BackwardCall : public Inputs {
   }
   void finish() {
     if (with_delta_) tasks_.finish(group_sums(), grad_delta_);
+    if (args_.parts == 1) return;
+    for (int64_t s = 0; s < sequences(); ++s) kernels_.backward_finish(args_, s);
   }
   void run_all() {
     for (int64_t task = 0; task < tasks(); ++task) run(task, scratch());
@@ -363,6 +366,8 @@ class BackwardCall : public Inputs {
   }
 
  private:
+  int64_t sequences() const { return args_.batch * args_.space * args_.heads; }
+
   vstar::BackwardArgs make_args(const Allocate& allocate) {
     const Shape& s = shape_;
     vstar::BackwardArgs a = {};
@@ -388,6 +393,13 @@ class BackwardCall : public Inputs {
     if (s.stat == vstar::Stat::tensor && s.form != vstar::Form::none && !s.detach_stat) {
       a.grad_stat = result_floats(allocate, s.batch * s.space * s.frames * s.heads);
       a.grad_stat_strides = a.stat_strides;
+    }
+    a.parts = vstar::parts_of_sequence(a);
+    if (a.parts > 1) {
+      const int64_t floats = s.batch * s.space * s.heads * a.parts * kernels_.backward_sums(a);
+      const size_t sums_bytes = static_cast<size_t>(floats) * sizeof(float);
+      a.part_sums = static_cast<float*>(allocate(sums_bytes));
+      std::memset(a.part_sums, 0xff, sums_bytes);
     }
     return a;
   }

@@ -128,6 +128,18 @@ void sizes(const vstar::Kernels& kernels) {
       }
     }
   }
+  // Few sequences, which are computed in parts of their queries.
+  for (int64_t frames : {513, 770}) {
+    for (const auto stat : {Stat::row_max, Stat::tensor, Stat::map_max}) {
+      Shape shape = {.batch = 1, .space = 2, .frames = frames, .heads = 1, .head_dim = 21, .gap = 3};
+      shape.stat = stat;
+      shape.detach_stat = stat == Stat::map_max && frames == 770;
+      shape.form = frames == 513 ? Form::dense : Form::signed_table;
+      expect_gradients(kernels, shape);
+      shape.delta_gradient = false;
+      expect_gradients(kernels, shape);
+    }
+  }
   // More groups than one for a batch element, more than one run for a group.
   expect_map(kernels, {.batch = 2, .space = 70, .frames = 5, .heads = 3});
   expect_map(kernels, {.batch = 70, .frames = 5, .heads = 70});
