@@ -6,7 +6,6 @@ They are written from what the interfaces promise, not from ComfyUI's code, whic
 
 from __future__ import annotations
 
-import sys
 import types
 from typing import Any
 
@@ -146,8 +145,9 @@ class Conv(nn.Conv2d):
 class UNetModel(nn.Module):
     """Two levels, the coarser one in ``middle_block`` too."""
 
-    def __init__(self, attention=SpatialVideoTransformer):
+    def __init__(self, attention=SpatialVideoTransformer, frames=8):
         super().__init__()
+        self.default_num_video_frames = frames
         block = TimestepEmbedSequential
         self.input_blocks = nn.ModuleList(
             [
@@ -160,6 +160,9 @@ class UNetModel(nn.Module):
         self.middle_block = block(attention())
         self.output_blocks = nn.ModuleList([block(attention(), Upsample()), block(attention())])
         self.out = nn.Conv2d(CHANNELS, 4, 1)
+        for module in self.modules():
+            if isinstance(module, VanillaTemporalModule):
+                module.video_length = frames  # which AnimateDiff-Evolved sets before each call
 
     def forward(
         self,
@@ -177,7 +180,7 @@ class UNetModel(nn.Module):
         return executor.execute(x, timesteps, context, y, control, transformer_options, **kwargs)
 
     def _forward(self, x, timesteps, context, y, control, transformer_options, **kwargs):
-        frames = kwargs.get("num_video_frames")
+        frames = kwargs.get("num_video_frames", self.default_num_video_frames)
         h = x
         for layer in (*self.input_blocks, self.middle_block, *self.output_blocks):
             h = layer(h, transformer_options, frames)
@@ -251,7 +254,7 @@ class ModelPatcher:
             "cond_or_uncond": list(sides),
             **(options or {}),
         }
-        if frames is not None:
+        if frames is not None:  # which Stable Video Diffusion is told, and AnimateDiff is not
             kwargs["num_video_frames"] = frames
         x = torch.cat([latents] * len(sides))
         timesteps = transformer_options["sigmas"].expand(len(x))
@@ -328,11 +331,3 @@ def modules() -> dict[str, types.ModuleType]:
         DIFFUSION_MODEL=DIFFUSION_MODEL, OUTER_SAMPLE="outer_sample"
     )
     return made
-
-
-def load_nodes() -> Any:
-    """Imports the nodes into these stand-ins."""
-    import importlib
-
-    sys.modules.update(modules())
-    return importlib.import_module("vstar_kernels.integrations.comfyui")
