@@ -52,9 +52,9 @@ class VersatileAttention(nn.Module):
 
     def forward(self, hidden_states, mask=None, video_length=None):
         x = hidden_states.unflatten(0, (-1, video_length)).transpose(1, 2).flatten(0, 1)
-        k = self.to_k(x)
+        q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
         k *= self.scale
-        out = self.to_out(self.actual_attention(self.to_q(x), k, self.to_v(x), self.heads, mask))
+        out = self.to_out(self.actual_attention(q, k, v, self.heads, mask))
         positions = hidden_states.shape[1]
         return out.unflatten(0, (-1, positions)).transpose(1, 2).flatten(0, 1)
 
@@ -331,3 +331,129 @@ def modules() -> dict[str, types.ModuleType]:
         DIFFUSION_MODEL=DIFFUSION_MODEL, OUTER_SAMPLE="outer_sample"
     )
     return made
+
+
+def optimized_attention(q, k, v, heads, mask=None, transformer_options=None, **kwargs):
+    """ComfyUI's attention, which an override may take over."""
+    override = (transformer_options or {}).get("optimized_attention_override")
+    kwargs = {"mask": mask, "transformer_options": transformer_options, **kwargs}
+    if override is not None:
+        return override(plain_attention, q, k, v, heads, **kwargs)
+    return plain_attention(q, k, v, heads, **kwargs)
+
+
+def plain_attention(q, k, v, heads, mask=None, skip_reshape=False, **kwargs):
+    if not skip_reshape:
+        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    mask = None if mask is None else mask.unsqueeze(1)
+    scale = kwargs.get("scale")
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out.transpose(1, 2).flatten(2)
+
+
+class WanSelfAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(CHANNELS, CHANNELS) for _ in range(3))
+
+    def forward(self, x, context=None, transformer_options=None):
+        context = x if context is None else context
+        q, k, v = self.q(x), self.k(context), self.v(context)
+        return optimized_attention(q, k, v, heads=HEADS, transformer_options=transformer_options)
+
+
+class WanAttentionBlock(nn.Module):
+    """Its cross-attention is to as many tokens as the video has."""
+
+    def __init__(self):
+        super().__init__()
+        self.self_attn, self.cross_attn = WanSelfAttention(), WanSelfAttention()
+
+    def forward(self, x, options):
+        x = x + self.self_attn(x, transformer_options=options)
+        return x + self.cross_attn(x, x.flip(1), transformer_options=options)
+
+
+class Transformer(nn.Module):
+    """What the full-3D models below share: patches of ``(1, 2, 2)`` if not told otherwise."""
+
+    patch_size = (1, 2, 2)
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv3d(4, CHANNELS, self.patch_size, self.patch_size)
+
+    def forward(self, x, timestep, context=None, transformer_options={}, **kwargs):  # noqa: B006
+        wrappers = transformer_options.get("wrappers", {}).get(DIFFUSION_MODEL, {})
+        found = [wrapper for of_key in wrappers.values() for wrapper in of_key]
+        executor = WrapperExecutor(self._forward, self, found)
+        return executor.execute(x, timestep, context, transformer_options, **kwargs)
+
+    def _forward(self, x, timestep, context, transformer_options, **kwargs):
+        # To whole patches, as ComfyUI pads.
+        pad = [-size % step for size, step in zip(x.shape[2:], self.patch_size, strict=True)]
+        x = F.pad(x, (0, pad[2], 0, pad[1], 0, pad[0]))
+        return self.blocks_of(self.embed(x).flatten(2).mT, transformer_options, **kwargs)
+
+
+class WanModel(Transformer):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([WanAttentionBlock(), WanAttentionBlock()])
+
+    def blocks_of(self, x, options, reference=0, **kwargs):
+        x = torch.cat([x[:, :reference].flip(1), x], dim=1)  # a reference image comes first
+        for block in self.blocks:
+            x = block(x, options)
+        return x[:, reference:]
+
+
+class DoubleStreamBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(CHANNELS, 3 * CHANNELS)
+
+    def forward(self, x, mask, options):
+        qkv = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        return x + optimized_attention(
+            *qkv, HEADS, skip_reshape=True, mask=mask, transformer_options=options
+        )
+
+
+class HunyuanVideo(Transformer):
+    """Text first, of which the last tokens may be masked."""
+
+    def __init__(self):
+        super().__init__()
+        self.double_blocks = nn.ModuleList([DoubleStreamBlock()])
+        self.single_blocks = nn.ModuleList([DoubleStreamBlock()])
+
+    def blocks_of(self, x, options, text=3, mask=None, **kwargs):
+        x = torch.cat([x[:, :text] * 0.5, x], dim=1)
+        for block in (*self.double_blocks, *self.single_blocks):
+            x = block(x, mask, options)
+        return x[:, text:]
+
+
+class LTXBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn1, self.attn2 = WanSelfAttention(), WanSelfAttention()
+
+    def forward(self, x, options):
+        x = x + self.attn1(x, transformer_options=options)
+        return x + self.attn2(x, x.flip(1), transformer_options=options)
+
+
+class LTXVModel(Transformer):
+    patch_size = (1, 1, 1)  # which ComfyUI's has no attribute for
+
+    def __init__(self):
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList([LTXBlock(), LTXBlock()])
+
+    def blocks_of(self, x, options, extra=0, **kwargs):
+        x = torch.cat([x, x[:, :extra]], dim=1)
+        for block in self.transformer_blocks:
+            x = block(x, options)
+        return x[:, : x.shape[1] - extra]

@@ -143,6 +143,8 @@ class ApplyFrameRule(io.ComfyNode):
             )
         if json.strip():
             made = FrameRule.from_json(json)
+            if not made.terms:
+                raise ValueError("the rule changes nothing: its JSON has no terms")
         elif rule == "tar":
             made = FrameRule.tar(sigma, strength)
         elif rule == "attenuate":

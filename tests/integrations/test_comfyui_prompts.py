@@ -1,0 +1,133 @@
+"""VSTAR Synopsis and Write Synopsis."""
+
+import json
+import types
+
+import pytest
+import torch
+
+import vstar_kernels as vk
+from vstar_kernels.methods.llm import KEY_VARIABLE, NO_KEY, URL_VARIABLE
+
+
+class CLIP:
+    """Encodes a text as its words' lengths; long texts have more tokens."""
+
+    def __init__(self, pooled=True, parts=1):
+        self.pooled, self.parts = pooled, parts
+
+    def tokenize(self, text):
+        return text
+
+    def encode_from_tokens_scheduled(self, text):
+        count = 2 if len(text.split()) < 4 else 3
+        tokens = torch.full((1, count, 4), float(len(text)))
+        more = {"pooled_output": tokens[:, 0] / 2} if self.pooled else {}
+        return [[tokens + torch.arange(count)[None, :, None], more]] * self.parts
+
+
+def test_stages_become_a_row_for_each_frame(run):
+    stages = "a\n\n  bbb\nccccc"
+    conditioning, text = run("VSTARSynopsis", clip=CLIP(), prompt="p", stages=stages, frames=9)
+    ((rows, more),) = conditioning
+    assert rows.shape == (9, 2, 4)
+    assert rows[:, 0, 0].tolist() == [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0]
+    torch.testing.assert_close(more["pooled_output"], rows[:, 0] / 2)
+    assert vk.Synopsis.from_json(text) == vk.Synopsis("p", ["a", "bbb", "ccccc"])
+
+
+def test_stages_may_say_their_frames(run):
+    stages = "2: a\n6 :bbb: b"
+    (((rows, _),), text) = run(
+        "VSTARSynopsis", clip=CLIP(), prompt="", stages=stages, frames=8, mode="hold"
+    )
+    assert rows[:, 0, 0].tolist() == [1.0] * 6 + [6.0] * 2
+    assert json.loads(text) == {"prompt": "2: a", "stages": ["a", "bbb: b"], "anchors": [2, 6]}
+
+
+def test_a_prompt_alone_is_the_only_stage(run):
+    (((rows, more),), _) = run("VSTARSynopsis", clip=CLIP(False), prompt=" rose ", frames=3)
+    assert rows.shape == (3, 2, 4)
+    assert (rows[:, 0] == 4).all()
+    assert "pooled_output" not in more
+
+
+def test_texts_of_different_lengths_are_attended_to_as_they_were(run):
+    stages = "a b\na b c d e f"
+    (((rows, _),), _) = run("VSTARSynopsis", clip=CLIP(), prompt="p", stages=stages, frames=2)
+    assert rows.shape == (2, 6, 4)
+    query = torch.randn(1, 5, 4)
+    for row, stage in zip(rows, stages.splitlines(), strict=True):
+        alone = CLIP().encode_from_tokens_scheduled(stage)[0][0]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        torch.testing.assert_close(attend(query, row[None], row[None]), attend(query, alone, alone))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"stages": "0: a\nb"}, "either every stage says its frame.*'b' does not"),
+        ({"stages": "0: a\n16: b"}, "anchors must be below num_frames, 16"),
+        ({"stages": "4: a\n4: b"}, "anchors must increase strictly"),
+        ({"prompt": ""}, "prompt"),
+        ({"clip": CLIP(parts=2)}, "encodes a text in 2 parts"),
+    ],
+)
+def test_what_is_no_synopsis_is_an_error(run, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        run("VSTARSynopsis", **{"clip": CLIP(), "prompt": "p", **inputs})
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What SynopsisWriter is asked for."""
+    asked = types.SimpleNamespace()
+
+    class Writer:
+        def write(self, prompt, *, num_stages):
+            asked.prompt = prompt
+            return vk.Synopsis(prompt, [f"stage\n {i}" for i in range(num_stages)])
+
+    def from_endpoint(model, **settings):
+        asked.model, asked.settings = model, settings
+        return Writer()
+
+    monkeypatch.setattr(vk.SynopsisWriter, "from_endpoint", from_endpoint)
+    monkeypatch.setenv(KEY_VARIABLE, "sk-secret")
+    return asked
+
+
+def test_a_language_model_writes_stages(run, asked, monkeypatch):
+    (text,) = run("VSTARWriteSynopsis", prompt=" A rose. ", stages=3, model="llama3")
+    assert text == "stage 0\nstage 1\nstage 2"
+    assert (asked.prompt, asked.model) == ("A rose.", "llama3")
+
+
+@pytest.mark.parametrize(
+    ("server", "own", "key"),
+    [
+        ("http://localhost:11434/v1", None, NO_KEY),
+        ("https://elsewhere.example/v1", None, NO_KEY),
+        ("https://elsewhere.example/v1", "https://mine.example/v1", NO_KEY),
+        ("https://mine.example/v1/", "https://mine.example/v1", None),
+        ("https://api.openai.com/v1", None, None),
+        ("", "https://mine.example/v1", None),
+        ("", None, None),
+    ],
+)
+def test_the_key_goes_to_no_server_that_only_a_graph_names(
+    run, asked, monkeypatch, server, own, key
+):
+    monkeypatch.delenv(URL_VARIABLE, raising=False)
+    if own is not None:
+        monkeypatch.setenv(URL_VARIABLE, own)
+    run("VSTARWriteSynopsis", prompt="A rose.", server=server)
+    assert asked.settings == {"base_url": server or None, "api_key": key}
+
+
+def test_it_is_asked_again_where_the_environment_has_changed(nodes, monkeypatch):
+    node = next(x for x in nodes.NODES if x.define_schema().node_id == "VSTARWriteSynopsis")
+    before = node.fingerprint_inputs(prompt="A rose.")
+    assert node.fingerprint_inputs(prompt="A rose.") == before
+    monkeypatch.setenv(URL_VARIABLE, "https://mine.example/v1")
+    assert node.fingerprint_inputs(prompt="A rose.") != before
