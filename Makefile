@@ -13,7 +13,7 @@ PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check
 STAMP := build/setup$(subst /,-,$(abspath $(PYTHON)))
 NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp cmake/*)
 
-.PHONY: help demo test test-install native native-neon sanitize fuzz setup lint audit format \
+.PHONY: help demo test test-install test-ray native native-neon sanitize fuzz setup lint audit format \
 	bench bench-pytest codegen tune wheel clean
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test       every test: the C++ ones, pytest, the Triton kernels interpreted"
 	@echo "make test-install  the README's install lines in new virtual environments (minutes;"
 	@echo "                ARGS='--python PATH' for another Python)"
+	@echo "make test-ray   generate --ray on a cluster of two nodes, which loses workers and a node"
 	@echo "make native     build and run the C++ tests alone; native-neon for Arm, emulated"
 	@echo "make sanitize   the C++ tests under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make fuzz       10,000 new calls between guard pages (CALLS= for another number),"
@@ -56,6 +57,11 @@ test: native $(STAMP)
 	TRITON_INTERPRET=1 $(PYTEST) tests/attention/test_triton.py \
 		tests/attention/frames/test_triton.py tests/attention/columns/test_triton.py \
 		$(ARGS) $(OR_NO_TEST)
+
+# Not of `make test`, as Ray is large, and a cluster of two nodes takes seconds to start and to lose.
+test-ray: $(STAMP)
+	$(PYTHON) -c "import ray.data" 2>/dev/null || $(PIP) -c constraints.txt "ray[data]"
+	$(ONE_THREAD) $(PYTHON) -m pytest -m ray tests/cli/test_cluster.py $(ARGS)
 
 # With the Python of the environment, or another; everything else is fetched anew.
 test-install: | $(PYTHON)

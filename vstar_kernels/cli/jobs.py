@@ -231,6 +231,13 @@ class JobFolder:
         lines = [outcome.to_json() for outcome in sorted(outcomes, key=lambda x: x.number)]
         write_atomically(self.path / INDEX, "".join(f"{line}\n" for line in lines))
 
+    def clear(self, place: Place) -> None:
+        """Deletes what a process that has died has left of a job; it must not be running."""
+        shutil.rmtree(self._scratch(place), ignore_errors=True)
+
+    def _scratch(self, place: Place) -> Path:
+        return self.path / f".part-{place.hash[:16]}"
+
     def _make(self, place: Place, make: Make, on_step: OnStep) -> None:
         target = self.path / place.folder
         if target.exists() and not place.replaces:
@@ -238,9 +245,8 @@ class JobFolder:
                 f"{target} has been made meanwhile, by another process with other jobs: run the "
                 "command again"
             )
-        # Whoever made it before has died, or it would be locked.
-        scratch = self.path / f".part-{place.hash[:16]}"
-        shutil.rmtree(scratch, ignore_errors=True)
+        self.clear(place)
+        scratch = self._scratch(place)
         with results_folder(target, self._names, overwrite=place.replaces, scratch=scratch) as part:
             make(place.job.task, part, place, on_step)
 

@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from vstar_kernels.cli.demo.command import DemoOptions
         from vstar_kernels.cli.generate.command import Generate
         from vstar_kernels.cli.options import run_command
+        from vstar_kernels.cli.study.command import Study
     except ImportError as error:
         print(
             f"vstar-kernels: error: commands other than info need {error.name} ({error}): "
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     return run_command(
-        {"info": Info, "demo": DemoOptions, "generate": Generate},
+        {"info": Info, "demo": DemoOptions, "generate": Generate, "study": Study},
         arguments,
         prog="vstar-kernels",
         description="Fused kernels for temporal attention regularization. COMMAND --help shows a "

@@ -110,6 +110,17 @@ def parsed(parse: Callable[[str], T], metavar: str) -> tyro.constructors.Primiti
     )
 
 
+def optional(metavar: str, alone: str) -> tyro.constructors.PrimitiveConstructorSpec:
+    """Has an option's text be left out, which then is another one."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar=f"[{metavar}]",
+        instance_from_str=lambda texts: texts[0] if texts else alone,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
 def several(parse: Callable[[str], T], metavar: str) -> tyro.constructors.PrimitiveConstructorSpec:
     """Has an option's values, at least one, read into a tuple by a function as for `parsed`."""
 

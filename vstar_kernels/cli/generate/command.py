@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from vstar_kernels.cli.generate.batch import make_all, tell
+from vstar_kernels.cli.generate.batch import RunOptions, make_all, tell
 from vstar_kernels.cli.generate.options import GenerateOptions
 from vstar_kernels.cli.generate.prompts import read_prompts
 from vstar_kernels.cli.generate.results import FILES, told, write_files
@@ -22,28 +22,29 @@ from vstar_kernels.cli.options import (
     check_device,
     check_output,
     check_packages,
-    integer,
     option,
     output_folder,
-    parsed,
 )
 from vstar_kernels.cli.progress import step_bar
 from vstar_kernels.reading import shorten
 
 PACKAGES = ("diffusers", "transformers", "av", "jinja2", "matplotlib", "PIL", "pydantic", "tqdm")
-MOST_RETRIES = 100
 
 
 @dataclass(frozen=True)
-class BatchOptions:
+class BatchOptions(RunOptions):
     """Many videos: --prompts."""
 
     prompts: Annotated[Path | None, option("FILE")] = None
     """A prompt a line; or JSON Lines, objects with prompt, seed and whatever other options of a
     video, and name. Each video is a folder in --output, those that are there are not made again,
     and one that fails stops nothing."""
-    retries: Annotated[int, parsed(integer(0, MOST_RETRIES), "N")] = 1
-    """How often a video is tried again that failed for another reason than its options."""
+
+    def __post_init__(self) -> None:
+        """Raises CommandError for options that do not fit each other."""
+        super().__post_init__()
+        if self.ray is not None and self.prompts is None:
+            raise CommandError("--ray is for --prompts")
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,6 @@ class Generate(GenerateOptions):
             if value:
                 raise CommandError(f"{name} is for one video, --prompts for many: give one of them")
         check_packages(PACKAGES, extra="generate")
-        device = self.video.device or best_device()
-        check_device(device)
         jobs = read_prompts(prompts, self)
         output = self.output.output
-        outcomes = make_all(jobs, output, self.video, device, retries=self.batch.retries)
-        return tell(outcomes, output)
+        return tell(make_all(jobs, output, self.video, self.batch), output)

@@ -1,0 +1,265 @@
+"""``vstar-kernels study`` from its file to its tables and its page, on a tiny pipeline."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+import vstar_kernels as vk
+from vstar_kernels.cli.main import main
+
+pytest.importorskip("av")
+pytest.importorskip("diffusers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("transformers")
+pytest.importorskip("yaml")
+import numpy as np
+
+from examples import tiny
+from tests.browser import HOSTILE
+from tests.methods.starvid.pipelines import PLAN
+from vstar_kernels.cli.generate import batch
+from vstar_kernels.cli.study import scores as scores_module
+from vstar_kernels.cli.study.plan import read_study
+from vstar_kernels.cli.study.scores import named
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "wide_terminal"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
+SMALL = ("--frames", 3, "--steps", 2, "--size", "16x16", "--no-maps")
+OFFICIAL = [
+    {"prompt": "a rose", "subprompts": ["a bud", "a rose"]},
+    {"prompt": "a kite", "subprompts": ["a kite low", "a kite high"]},
+]
+COUNTED, JUDGED = [], []
+
+
+def detector(frames, nouns):
+    COUNTED.append(list(nouns))
+    return torch.ones(len(frames), len(nouns))
+
+
+def judge(picture):
+    JUDGED.append(picture.shape)
+    return 4.0
+
+
+def retriever(frames, sentences):
+    return torch.arange(1.0, len(sentences) + 1)
+
+
+def broken(picture):
+    raise RuntimeError("no model here")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny.text_to_video().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def study(model, tmp_path, capsys):
+    """Run the command on what a file says; its exit status and what it printed."""
+
+    def run(content, *arguments, name="study.json"):
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / name).write_text(text)
+        given = [tmp_path / name, "--model", model, *SMALL, "--output", tmp_path / "out"]
+        status = main(["study", *map(str, given), *map(str, arguments)])
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    return run
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_columns_of_the_paper(study, tmp_path, monkeypatch):
+    status, printed = study(OFFICIAL, "--seeds", 0, 3, "--scores", "frame_similarity")
+    assert status == 0, printed
+    out = tmp_path / "out"
+    rows = table(out / "scores.csv")
+    variants = ["baseline", "VSP", "TAR", "both"]
+    expected = [(p, v, s) for p in ("a rose", "a kite") for v in variants for s in "03"]
+    assert [(row["prompt"], row["variant"], row["seed"]) for row in rows] == expected
+    # Each is what its name says.
+    records = [json.loads((out / row["folder"] / "generation.json").read_text()) for row in rows]
+    assert [record["config"] is None for record in records[:8:2]] == [True, True, False, False]
+    stages = [len(record["synopsis"]["stages"]) for record in records[:8:2]]
+    assert stages == [1, 2, 1, 2]
+    assert [record["seed"] for record in records] == [0, 3] * 8
+    # The scores are those of the frames, before a codec saw them.
+    column = "frame similarity (pixels)"
+    for row in rows:
+        with np.load(out / row["folder"] / "frames.npz") as arrays:
+            similarity = vk.analysis.frame_similarity(arrays["frames"])
+        assert float(row[column]) == pytest.approx(float((similarity.sum() - 3) / 6), rel=1e-5)
+    means = table(out / "variants.csv")
+    assert [row["variant"] for row in means] == variants
+    of_baseline = [float(row[column]) for row in rows if row["variant"] == "baseline"]
+    assert float(means[0][column]) == pytest.approx(np.mean(of_baseline))
+    assert float(means[0][f"{column}, deviation"]) == pytest.approx(np.std(of_baseline, ddof=1))
+    page = (out / "study.html").read_text(encoding="utf-8")
+    assert page.count("<video src=") == 16
+    assert page.count("data:image/svg+xml") == 2  # over variants, over the interval
+    assert (out / "over-variants.png").stat().st_size > 1000
+
+    # Run again it makes and scores nothing, and neither with fewer of them.
+    monkeypatch.setattr(batch, "load_pipeline", None)
+    monkeypatch.setattr(scores_module, "frame_similarity", None)
+    options = ["--seeds", 3, "--scores", "frame_similarity", "--variants", "both", "TAR"]
+    status, printed = study(OFFICIAL, *options)
+    assert status == 0, printed
+    assert "0 made, 4 there already, 0 failed" in printed
+    assert [row["variant"] for row in table(out / "variants.csv")] == ["both", "TAR"]
+
+
+YAML = """
+prompts:
+  - prompt: a cat
+  - "a dog {hostile}"
+variants:
+  - {name: plain, no_tar: true, synopsis: false}
+  - {sigma: [0.5, 2], strength: [1, 8.5], synopsis: false}
+  - {name: wrong, preset: 999D1, synopsis: false}
+options: {frames: 2}
+scores: {temporal_distance: {}, action_binding: {judge: "tests.cli.test_study:broken"}}
+"""
+
+
+def test_a_sweep_with_failures(study, tmp_path):
+    content = YAML.replace("{hostile}", HOSTILE.replace('"', r"\""))
+    status, printed = study(content, "--frames", 3, name="a.yaml")
+    assert status == 1
+    assert "10 made, 0 there already, 2 failed" in printed
+    assert "wrong seed 0 a cat: no temporal attention has width 999" in printed
+    assert "not scored: plain seed 0 a cat: action_binding: no model here" in printed
+    rows = table(tmp_path / "out/scores.csv")
+    assert len(rows) == 10
+    assert (
+        rows[0]["distance of neighbours (pixels)"] == rows[0]["distance of first and last (pixels)"]
+    )
+    names = ["σ = 0.5, strength = 1", "σ = 0.5, strength = 8.5", "σ = 2, strength = 1"]
+    assert [row["variant"] for row in rows[1:4]] == names
+    config = vk.TARConfig.load(tmp_path / "out" / rows[2]["folder"] / "config.json")
+    assert (config.sigma, config.strength, config.steps) == ({0: 0.5}, 8.5, 0.56)
+    page = (tmp_path / "out/study.html").read_text(encoding="utf-8")
+    for part in ("Scores over σ", "Scores over strength", "wrong: <span", "action_binding: no mod"):
+        assert part in page
+    assert HOSTILE not in page
+    assert "<script" not in page
+    assert (tmp_path / "out/over-sigma.png").exists()
+
+
+def test_scores_of_subjects(study, tmp_path):
+    """StarVid's, over a file of prompts with plans, and others by callables."""
+    COUNTED.clear()
+    here = "tests.cli.test_study"
+    sentences = {"general": ["a video"], "metamorphic": ["a time lapse"], "top": None}
+    content = {
+        "prompts": [
+            {"plan": json.loads(PLAN.to_json()), "expected": {"cat": 1, "dog": 2}},
+            {"plan": json.loads(PLAN.to_json()) | {"prompt": "dog naps cat eats"}},
+        ],
+        "variants": [{"name": "StarVid", "method": "starvid", "no_tar": True}],
+        "options": {"steps": 1},
+        "scores": {
+            "numeracy": {"detector": f"{here}:detector", "num_frames": 2},
+            "action_binding": {"judge": f"{here}:judge"},
+            "mt_score": {"retriever": f"{here}:retriever", **sentences},
+        },
+    }
+    status, printed = study(content)
+    assert status == 0, printed
+    rows = table(tmp_path / "out/scores.csv")
+    assert [float(row["numeracy"]) for row in rows] == [0.5, 1.0]
+    assert [float(row["action binding"]) for row in rows] == [0.8, 0.8]
+    assert float(rows[0]["MTScore"]) == pytest.approx(float(torch.tensor(1.0).sigmoid()))
+    assert [["cat", "dog"], [subject.noun for subject in PLAN.subjects]] == COUNTED
+    assert study(content)[0] == 0
+    assert len(COUNTED) == 2
+    assert study(content, "--rescore")[0] == 0
+    assert len(COUNTED) == 4
+
+
+def test_clip(study, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers.CLIPModel, "from_pretrained", lambda name: 1 / 0)
+    status, printed = study(["a"], "--variants", "TAR", "--scores", "clip_vl")
+    assert status == 1
+    assert "1 made, 0 there already, 0 failed" in printed
+    assert "not scored: clip_vl: scores: clip_vl: division by zero" in printed
+
+
+def test_files_of_prompts(tmp_path):
+    def texts(name, content):
+        (tmp_path / name).write_text(content)
+        return [prompt.text for prompt in read_study(tmp_path / name).prompts]
+
+    table = 'videoid,name,sub_category\na_1,"Time-lapse of a, b",a\na_2,Another,a\n'
+    assert texts("chrono.csv", table) == ["Time-lapse of a, b", "Another"]
+    assert texts("prompts.txt", "one\n\n two \n") == ["one", "two"]
+    assert texts("other.json", '{"prompts": "chrono.csv", "seeds": 2}')[1] == "Another"
+    plan = read_study(tmp_path / "other.json")
+    assert (plan.seeds, [x.name for x in plan.variants]) == ([0, 1], ["baseline", "TAR"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "prompts must hold at least one"),
+        (["a", "a"], "prompts must have each once, got 'a' twice"),
+        ([3], "prompts[0]: it must be a text or an object, got int"),
+        ([{"prompt": "a", "stages": []}], "prompts[0]: not a synopsis: stages must hold at least"),
+        ([{"prompt": "a", "expected": {"cat": "1"}}], "prompts[0]: expected must map nouns"),
+        ({}, "prompts: it is missing"),
+        ({"prompts": ["a"], "seed": 1}, "seed: there is no such field"),
+        ({"prompts": ["a"], "seeds": [-1]}, "seeds"),
+        ({"prompts": ["a"], "variants": ["64"]}, "variants[0]: "),
+        ({"prompts": ["a"], "variants": ["TAR", "TAR"]}, "variants must have different names"),
+        ({"prompts": ["a"], "variants": ["both"]}, "variant 'both' has stages, and 'a' has none"),
+        ({"prompts": ["a"], "variants": [{"sigma": -1, "synopsis": False}]}, "config is wrong"),
+        ({"prompts": ["a"], "variants": [{"sigma": 1, "no_tar": True}]}, "sigma cannot go with"),
+        ({"prompts": ["a"], "variants": [{"sead": 1, "synopsis": False}]}, "no option 'sead'"),
+        ({"prompts": ["a"], "options": {"frames": 0}}, "variant 'baseline': frames must be an int"),
+        ({"prompts": ["a"], "scores": ["beauty"]}, "there is no score 'beauty'; there are frame_s"),
+        ({"prompts": ["a"], "scores": ["numeracy"]}, "scores: numeracy: missing a required arg"),
+        (
+            {"prompts": ["a"], "scores": {"action_binding": {"judge": "nowhere:f"}}},
+            "scores: action_binding: judge 'nowhere:f' cannot be imported",
+        ),
+    ],
+)
+def test_wrong_files(study, tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr(batch, "load_pipeline", None)
+    status, printed = study(content)
+    assert status == 2, printed
+    assert "vstar-kernels study: error: " in printed
+    assert message in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_commands(study):
+    for option, value in {"--prompt": "p", "--seed": 3, "--plan": "f"}.items():
+        status, printed = study(["a"], option, value, *["--method", "starvid"] * (value == "f"))
+        assert (status, f"{option} is for one video: a study's are in" in printed) == (2, True)
+    status, printed = study("prompts: [2020-01-01]", name="a.yaml")
+    assert (status, "it is not YAML of texts" in printed) == (2, True)
+    status, printed = study("a,b\n1,2\n", name="a.csv")
+    assert (status, "a table must have a column prompt, name, caption, got a, b" in printed) == (
+        2,
+        True,
+    )
+
+
+@pytest.mark.parametrize("where", [3, "numpy", "numpy:", ":pi", "numpy:pi", "numpy:nothing"])
+def test_what_is_no_callable(where):
+    with pytest.raises(ValueError, match=r"must be module:name|cannot be imported"):
+        named(where)

@@ -1,0 +1,347 @@
+"""What a study is of: prompts × variants × seeds, read from its file, each a job."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vstar_kernels.cli.generate.options import MAX_SEED, GenerateOptions
+from vstar_kernels.cli.generate.prompts import make_job
+from vstar_kernels.cli.jobs import Job
+from vstar_kernels.cli.options import CommandError
+from vstar_kernels.methods.starvid.trajectory import Trajectory
+from vstar_kernels.methods.vstar.synopsis import Synopsis, synopses_of
+from vstar_kernels.methods.vstar.vstar import PAPER
+from vstar_kernels.models.config import TARConfig
+from vstar_kernels.reading import FormatError, decode, read_text, require_pydantic, validate
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+# The paper's columns (Table 2, Fig. S.9): with TAR or without, with stages or without.
+COLUMNS: dict[str, dict[str, Any]] = {
+    "baseline": {"no_tar": True, "synopsis": False},
+    "VSP": {"no_tar": True},
+    "TAR": {"synopsis": False},
+    "both": {},
+}
+# Fields of a variant that make its TARConfig, and the field of that.
+TAR_FIELDS = {"sigma": "sigma", "strength": "strength", "tar_steps": "steps"}
+SYMBOLS = {"sigma": "σ", "tar_steps": "steps of TAR"}
+# Lists that are one value, not one after another.
+WHOLE_LISTS = {"map_steps"}
+WRITERS = ("writer", "writer_url", "writer_local", "stages")
+PROMPT_COLUMNS = ("prompt", "name", "caption")  # of a table; ChronoMagic-Bench's is name
+MOST_VIDEOS = 100_000
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text that videos are made of.
+
+    Attributes:
+        text: The video in a sentence.
+        synopsis: Its stages, None where there are none.
+        plan: Its subjects and their boxes, for StarVid.
+        expected: How many of each subject there should be, by noun.
+    """
+
+    text: str
+    synopsis: Synopsis | None = None
+    plan: Trajectory | None = None
+    expected: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to make a video.
+
+    Attributes:
+        name: What it is called.
+        changes: Options, as lines of ``generate --prompts`` have them.
+        staged: Whether the prompt's stages are used.
+        swept: Of those fields that were given as lists, its values.
+    """
+
+    name: str
+    changes: Mapping[str, Any]
+    staged: bool = True
+    swept: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video of a study.
+
+    Attributes:
+        prompt, variant, seed: What it is of.
+        job: What makes it.
+    """
+
+    prompt: Prompt
+    variant: Variant
+    seed: int
+    job: Job
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """What a study's file says.
+
+    Attributes:
+        prompts, variants, seeds: Of which every combination is a video.
+        options: Of all videos, as lines of ``generate --prompts`` have them.
+        scores: The settings of each score, by its name.
+        folder: The file's, from which others are looked for.
+    """
+
+    prompts: Sequence[Prompt]
+    variants: Sequence[Variant]
+    seeds: Sequence[int]
+    options: Mapping[str, Any]
+    scores: Mapping[str, Mapping[str, Any]]
+    folder: Path
+
+    def videos(self, base: GenerateOptions) -> list[Video]:
+        """Returns all videos, seed by seed within variants within prompts.
+
+        Args:
+            base: The options of the command.
+
+        Raises:
+            CommandError: A variant does not fit its prompt or the options, or there are too many.
+        """
+        count = len(self.prompts) * len(self.variants) * len(self.seeds)
+        if count > MOST_VIDEOS:
+            raise CommandError(f"a study has at most {MOST_VIDEOS} videos, this one {count}")
+        has_writer = base.synopsis.has_endpoint or base.synopsis.writer_local is not None
+        videos = []
+        for prompt, variant in itertools.product(self.prompts, self.variants):
+            changes = {**self.options, **variant.changes, "keep_frames": True}
+            changes["prompt"] = prompt.text
+            method = changes.get("method", base.video.method)
+            if method == "starvid" and prompt.plan is not None:
+                changes["plan"] = json.loads(prompt.plan.to_json())
+            elif method == "vstar" and variant.staged and prompt.synopsis is not None:
+                changes["synopsis"] = json.loads(prompt.synopsis.to_json())
+                changes |= dict.fromkeys(WRITERS)
+            elif method == "vstar" and not variant.staged:
+                changes |= dict.fromkeys(WRITERS)
+            elif method == "vstar" and not has_writer:
+                raise CommandError(
+                    f"variant {variant.name!r} has stages, and {prompt.text!r} has none: give "
+                    "them, a --writer, or synopsis: false in the variant"
+                )
+            for seed in self.seeds:
+                name = f"{variant.name} seed {seed} {prompt.text}"
+                try:
+                    more = {"seed": seed, "name": name}
+                    job = make_job(base, changes | more, self.folder)
+                except (CommandError, ValueError, TypeError) as error:
+                    raise CommandError(f"variant {variant.name!r}: {error}") from error
+                videos.append(Video(prompt, variant, seed, job))
+        return videos
+
+
+def read_study(
+    path: Path,
+    *,
+    variants: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    scores: Sequence[str] | None = None,
+) -> StudyPlan:
+    """Reads a study.
+
+    The file is YAML or JSON with ``prompts``, ``variants``, ``seeds``, ``options`` and ``scores``;
+    or prompts alone: the official ``prompt_list.json``, a text of one a line, or a table (CSV) such
+    as ChronoMagic-Bench's.
+
+    Args:
+        path: The file.
+        variants, seeds, scores: Of the command, before those of the file.
+
+    Raises:
+        CommandError: It cannot be read, or is not a study; the message names the field.
+    """
+    try:
+        content = _load(path)
+        if not isinstance(content, dict):
+            content = {"prompts": content}
+        given = {"variants": variants, "seeds": seeds, "scores": scores}
+        content |= {name: list(x) for name, x in given.items() if x is not None}
+        return _from_fields(content, path.parent)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise CommandError(f"{path}: {error}") from error
+
+
+def _from_fields(content: dict[str, Any], folder: Path) -> StudyPlan:
+    read: Any = validate(_study_form(), content)
+    listed = read.prompts
+    if isinstance(listed, str):
+        listed = _load(folder / listed)
+    prompts = [_prompt(item, folder, f"prompts[{i}]") for i, item in enumerate(listed)]
+    if not prompts:
+        raise FormatError("prompts must hold at least one, got none")
+    texts = [prompt.text for prompt in prompts]
+    if twice := next((text for text in texts if texts.count(text) > 1), None):
+        raise FormatError(f"prompts must have each once, got {twice!r} twice")
+    wanted = read.variants
+    if wanted is None:
+        are_staged = all(prompt.synopsis is not None for prompt in prompts)
+        wanted = list(COLUMNS) if are_staged else ["baseline", "TAR"]
+    variants = [x for i, item in enumerate(wanted) for x in _variants(item, f"variants[{i}]")]
+    names = [variant.name for variant in variants]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise FormatError(f"variants must have different names, got {twice!r} twice")
+    seeds = list(range(read.seeds)) if isinstance(read.seeds, int) else read.seeds
+    scores = read.scores
+    if isinstance(scores, list):
+        scores = {name: {} for name in scores}
+    return StudyPlan(prompts, variants, seeds, read.options, scores, folder)
+
+
+def _study_form() -> type[BaseModel]:
+    """Returns the form of a study's file, a pydantic model."""
+    require_pydantic()
+    from typing import Annotated
+
+    from pydantic import BaseModel, ConfigDict, Field
+
+    seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+
+    class StudyFields(BaseModel):
+        model_config = ConfigDict(extra="forbid", strict=True)
+        prompts: str | list[Any]
+        variants: list[str | dict[str, Any]] | None = Field(default=None, min_length=1)
+        seeds: (
+            Annotated[int, Field(ge=1, le=MOST_VIDEOS)] | Annotated[list[seed], Field(min_length=1)]
+        ) = Field(default_factory=lambda: [0])
+        options: dict[str, Any] = Field(default_factory=dict)
+        scores: list[str] | dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    return StudyFields
+
+
+def _load(path: Path) -> Any:
+    """Returns what a file of prompts or of a study holds, as JSON has it."""
+    text = read_text(path)
+    kind = path.suffix.lower()
+    if kind == ".json":
+        return decode(text)
+    if kind in (".yaml", ".yml"):
+        try:
+            import yaml
+        except ImportError as error:
+            raise ImportError(f"YAML needs PyYAML ({error}); JSON needs nothing") from error
+        try:
+            return decode(json.dumps(yaml.safe_load(text)))
+        except (yaml.YAMLError, TypeError) as error:  # dates, for one, are not of JSON
+            raise FormatError(
+                f"it is not YAML of texts, numbers, lists and objects: {error}"
+            ) from None
+    if kind == ".csv":
+        return list(_column(text))
+    lines = [line.strip() for line in text.splitlines()]
+    return [line for line in lines if line]
+
+
+def _column(text: str) -> Iterator[str]:
+    table = csv.DictReader(io.StringIO(text))
+    columns = table.fieldnames or ()
+    name = next((name for name in PROMPT_COLUMNS if name in columns), None)
+    if name is None:
+        raise FormatError(
+            f"a table must have a column {', '.join(PROMPT_COLUMNS)}, got {', '.join(columns)}"
+        )
+    for row in table:
+        yield row[name]
+
+
+def _prompt(item: Any, folder: Path, where: str) -> Prompt:
+    """Returns a prompt of a text, or of an object with stages, a plan, numbers of subjects."""
+    try:
+        if isinstance(item, str):
+            return Prompt(item)
+        if not isinstance(item, dict):
+            raise FormatError(f"it must be a text or an object, got {type(item).__name__}")
+        fields = dict(item)
+        plan, expected = fields.pop("plan", None), fields.pop("expected", None)
+        if plan is not None:
+            text = read_text(folder / plan) if isinstance(plan, str) else json.dumps(plan)
+            plan = Trajectory.from_json(text)
+            fields.setdefault("prompt", plan.prompt)
+        if expected is not None:
+            expected = _numbers(expected)
+        if fields.keys() == {"prompt"} and isinstance(fields["prompt"], str):
+            return Prompt(fields["prompt"], None, plan, expected)
+        (synopsis,) = synopses_of(fields)
+        return Prompt(synopsis.prompt, synopsis, plan, expected)
+    except ValueError as error:
+        raise FormatError(f"{where}: {error}") from None
+
+
+def _numbers(expected: Any) -> dict[str, int]:
+    is_right = isinstance(expected, dict) and all(type(n) is int for n in expected.values())
+    if not is_right:
+        raise FormatError(f"expected must map nouns to numbers, got {expected!r}")
+    return dict(expected)
+
+
+def _variants(item: str | dict[str, Any], where: str) -> Iterator[Variant]:
+    """Yields the variants of one entry: several where a field of it is a list."""
+    try:
+        if isinstance(item, str):
+            if item in COLUMNS:
+                item = {"name": item, **COLUMNS[item]}
+            else:
+                TARConfig.preset(item)
+                item = {"name": item, "preset": item}
+        fields = dict(item)
+        name, staged = fields.pop("name", None), fields.pop("synopsis", True)
+        if name is not None and not isinstance(name, str):
+            raise FormatError(f"name must be a text, got {name!r}")
+        if not isinstance(staged, bool):
+            raise FormatError(f"synopsis must be true or false, got {staged!r}")
+        lists = [n for n, x in fields.items() if isinstance(x, list) and n not in WHOLE_LISTS]
+        for values in itertools.product(*(fields[n] for n in lists)):
+            swept = dict(zip(lists, values, strict=True))
+            parts = [f"{SYMBOLS.get(n, n)} = {_short(x)}" for n, x in swept.items()]
+            if name is not None or not parts:
+                parts.insert(0, name or _title(fields))
+            changes = _with_tar({**fields, **swept})
+            yield Variant(", ".join(parts), changes, staged, swept)
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"{where}: {error}") from None
+
+
+def _title(fields: Mapping[str, Any]) -> str:
+    named = [f"{SYMBOLS.get(n, n)} = {_short(x)}" for n, x in fields.items() if x is not True]
+    return ", ".join([*(n for n, x in fields.items() if x is True), *named]) or "both"
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _with_tar(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns a variant's options, σ and others of TAR as the configuration that has them."""
+    given = {TAR_FIELDS[n]: fields.pop(n) for n in TAR_FIELDS if n in fields}
+    if not given:
+        return fields
+    config = fields.get("config")
+    if isinstance(config, str) or fields.get("no_tar"):
+        there = "no_tar" if fields.get("no_tar") else "config as a file"
+        raise FormatError(f"{', '.join(given)} cannot go with {there}")
+    if config is None:
+        preset = fields.pop("preset", None)
+        tar = PAPER if preset is None else TARConfig.preset(preset)
+        config = json.loads(tar.to_json())
+        if "sigma" in given and not isinstance(given["sigma"], dict):
+            given["sigma"], given["by_width"] = {"0": given["sigma"]}, None
+    return {**fields, "config": {**config, **given}}

@@ -1,0 +1,113 @@
+"""What a study leaves in its folder: tables, figures, and a page with the videos side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vstar_kernels.cli.page import figure_uri, render
+from vstar_kernels.cli.study.figures import plot_intervals, plot_sweep, plot_variants, swept_names
+from vstar_kernels.cli.study.plan import SYMBOLS, Video
+from vstar_kernels.cli.study.table import (
+    Row,
+    columns_of,
+    means_of,
+    variants_csv,
+    videos_csv,
+)
+from vstar_kernels.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE, VIDEOS_TABLE, VARIANTS_TABLE = "study.html", "scores.csv", "variants.csv"
+DPI = 120
+
+
+def write_report(
+    output: Path,
+    title: str,
+    videos: Sequence[Video],
+    rows: Sequence[Row],
+    failures: Sequence[tuple[str, str]],
+    facts: Sequence[tuple[str, str]],
+) -> None:
+    """Writes the tables, the figures as PNG, and the page.
+
+    Args:
+        output: The study's folder.
+        title: What the page is called.
+        videos: All of them.
+        rows: Of those that are there, their scores.
+        failures: What failed, and why.
+        facts: What else the page says, by name.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
+    means = means_of(rows)
+    columns = columns_of(rows)
+    write_atomically(output / VIDEOS_TABLE, videos_csv(rows))
+    write_atomically(output / VARIANTS_TABLE, variants_csv(means))
+    shown = []
+    for name, heading, figure, caption in _figures(rows, columns):
+        figure.savefig(output / f"{name}.png", dpi=DPI)
+        shown.append((heading, figure_uri(figure), caption))
+    table = [
+        [name, *(str(some[column]) if column in some else "" for column in columns)]
+        for name, some in means.items()
+    ]
+    page = render(
+        "study.html",
+        title=title,
+        facts=facts,
+        failures=failures,
+        header=["variant", *columns],
+        table=table if columns else [],
+        figures=shown,
+        groups=_groups(videos, {row.number: row for row in rows}),
+    )
+    write_atomically(output / PAGE, page)
+
+
+def _figures(rows: Sequence[Row], columns: Sequence[str]) -> list[tuple[str, str, Figure, str]]:
+    """Returns each figure with the name of its file, its heading and its caption."""
+    if not columns:
+        return []
+    found = [
+        (
+            "over-variants",
+            "Scores over variants",
+            plot_variants(rows, columns),
+            "A point for each video, a bar for their mean.",
+        )
+    ]
+    for name in swept_names(rows):
+        label = SYMBOLS.get(name, name)
+        figure = plot_sweep(rows, columns, name, label)
+        caption = "Means over prompts and seeds."
+        found.append((f"over-{name.replace('_', '-')}", f"Scores over {label}", figure, caption))
+    for curve in dict.fromkeys(name for row in rows for name in row.curves):
+        figure = plot_intervals(rows, curve)
+        caption = "Means over the pairs of frames at each interval, prompts and seeds."
+        found.append(("over-interval", "Similarity over the interval", figure, caption))
+    return found
+
+
+def _groups(
+    videos: Sequence[Video], rows: Mapping[int, Row]
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Returns the videos of each prompt and seed, variant by variant."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for number, video in enumerate(videos, start=1):
+        row = rows.get(number)
+        values = {} if row is None else row.values
+        groups.setdefault(f"{video.prompt.text} · seed {video.seed}", []).append(
+            {
+                "variant": video.variant.name,
+                "folder": None if row is None else row.folder,
+                "scores": [f"{name}: {value:.4g}" for name, value in values.items()],
+            }
+        )
+    return list(groups.items())
