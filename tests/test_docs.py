@@ -36,6 +36,7 @@ SUBSTITUTES = {
 
 ANALYSIS = (ROOT / "docs/analysis.md").read_text(encoding="utf-8")
 SMALL = {
+    r"num_frames=len\(reference_frames\)": "num_frames=16, num_inference_steps=25",
     r"64D1": "8D1",
     r"\(1, 4, 16, 40, 64\)": "(1, 4, 4, 8, 8)",
     r"num_frames=16": "num_frames=4, height=16, width=16, output_type='latent'",
@@ -43,6 +44,8 @@ SMALL = {
     r"num_inference_steps=25": "num_inference_steps=4",
     r"set_timesteps\(25\)": "set_timesteps(4)",
     r"\[0, 13\]": "[0, 2]",
+    r"\[0, 13, 24\]": "[0, 2, 3]",
+    r"vk\.analysis\.DreamSimEmbedder\(\)": "'pixels'",  # which downloads its weights
     r"inputs, at_step=2": "inputs, at_step=2, iterations=2, progress=False",
 }
 
@@ -62,6 +65,48 @@ def names():
     pipe.set_progress_bar_config(disable=True)
     video = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     return {"vk": vk, "torch": torch, "pipe": pipe, "prompt": "a kite", "frames": video}
+
+
+def test_every_example_of_the_page_is_run():
+    ran = {
+        "Maps by level, place and step",
+        "Maps of real videos",
+        "Similarity of frames",
+        "Correlated and optimised noise",
+        "Training on maps",
+        "Training on drawn positions",
+    }
+    titles = re.findall(r"^## (.*)$", ANALYSIS, re.MULTILINE)
+    assert {title for title in titles if section(title)} == ran
+
+
+def test_maps_by_level(names, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(section("Maps by level, place and step"), names)
+    assert {item.step for item in names["maps"]} == {0, 2, 3}
+    assert (tmp_path / "maps.png").stat().st_size
+    assert "level 0, up, step 2 tensor" in capsys.readouterr().out
+
+
+def test_similarity_of_frames(names):
+    generator = torch.Generator().manual_seed(1)
+    for name in ("baseline_frames", "vstar_frames", "reference_frames"):
+        names[name] = torch.rand(4, 3, 16, 16, generator=generator)
+    exec(section("Similarity of frames"), names)
+    assert set(names["histograms"]) == {"baseline", "VSTAR"}
+    assert names["bias"].delta.diagonal().eq(1).all()
+    assert names["video"].shape[2] == 4
+
+
+def test_drawn_positions(names):
+    names["motion_unet"] = unet = tiny.animatediff().unet
+    noise = names["noise"] = torch.randn(1, 4, 4, 8, 8)
+    noisy = names["noisy"] = noise.clone().requires_grad_()
+    names["text"] = torch.randn(4, 3, unet.config.cross_attention_dim)
+    stock = unet(noisy, 500, encoder_hidden_states=names["text"]).sample
+    exec(section("Training on drawn positions"), names)
+    assert noisy.grad.abs().max() > 0
+    assert not torch.equal(names["predicted"], stock)
 
 
 def test_real_maps_and_optimised_noise(names):

@@ -42,6 +42,7 @@ from vstar_kernels.models.full3d.apply import FramesHandle, apply_frames
 from vstar_kernels.models.full3d.config import FrameTAR
 from vstar_kernels.models.grid.apply import GridHandle, apply_grid
 from vstar_kernels.models.grid.embedding import FPSEmbedding, GridEmbedding
+from vstar_kernels.models.positions import randomize_positions
 from vstar_kernels.models.progress import Cancelled, StepWatch, watch_steps
 from vstar_kernels.models.sharded.apply import ShardedHandle, shard_frames
 
@@ -104,6 +105,7 @@ __all__ = [
     "info",
     "interpolate_embeddings",
     "optimize_noise",
+    "randomize_positions",
     "reference",
     "shard_frames",
     "tar_attention",

@@ -1,4 +1,4 @@
-"""Position embeddings that end: how many frames a model takes, and longer ones."""
+"""Position embeddings that end: how many frames a model takes, longer ones, and drawn ones."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from vstar_kernels.models.classes import ClassChange
+from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
+from vstar_kernels.models.front_end import (
+    find_front_end,
+    models_with_temporal_attention,
+    temporal_layers,
+)
+from vstar_kernels.models.hooks import (
+    CopiedHook,
+    Handle,
+    Hooks,
+    is_compiled,
+    put_back,
+    take_off,
+)
 from vstar_kernels.models.layers import TemporalLayer
 
 FRAMES_DIM = 2  # of the samples of the models that have such embeddings
@@ -41,7 +55,11 @@ class Positions:
         self._longer: dict[Any, Tensor] = {}
 
     def find(self, layers: list[TemporalLayer]) -> None:
-        """Finds the embeddings in the blocks of these layers, for :meth:`fit`."""
+        """Finds the embeddings in the blocks of these layers, for :meth:`fit`.
+
+        Raises:
+            ValueError: Another handle changes them already.
+        """
         names = dict.fromkeys(layer.name.rpartition(".")[0] for layer in layers)
         found = {}
         for name in names:
@@ -53,6 +71,15 @@ class Positions:
         for name, embedding in list(self._embeddings.items()):
             if name not in found or found[name].owner is not embedding.owner:
                 self._put_back(name)
+        if self._extend:
+            for embedding in found.values():
+                lookup = embedding.owner.__dict__.get(_TABLES)
+                if lookup is not None and lookup.tables is not self._tables:
+                    raise ValueError(
+                        f"the frame positions of this {type(self._model).__name__} are changed by "
+                        "another handle (apply_tar with extend_positions, randomize_positions): "
+                        "remove() that first"
+                    )
         self._embeddings |= found  # before anything is changed
         if self._extend:
             for embedding in found.values():
@@ -83,6 +110,33 @@ class Positions:
             channels = table.shape[2]
             if channels not in tables or table.shape[1] > tables[channels].shape[1]:
                 tables[channels] = table
+        return tables
+
+    @property
+    def are_there(self) -> bool:
+        """Whether the model has any that end."""
+        return bool(self._embeddings)
+
+    def draw(
+        self, sample: Tensor, longest: int, generator: torch.Generator | None = None
+    ) -> Tables:
+        """Returns positions that are drawn for a sample, see :func:`randomize_positions`.
+
+        Raises:
+            ValueError: There are more frames than ``longest``, or the positions are not sinusoidal.
+        """
+        frames = sample.shape[FRAMES_DIM]
+        if frames > longest:
+            raise ValueError(
+                f"longest must be at least the {frames} frames of a call, got {longest}"
+            )
+        device = None if generator is None else generator.device
+        drawn = torch.randperm(longest, generator=generator, device=device)[:frames].sort().values
+        buffers: list[Any] = [x.owner._buffers[x.buffer] for x in self._embeddings.values()]
+        tables: Tables = {}
+        for buffer in buffers:
+            table = self._sinusoidal(buffer, longest)
+            tables[table.shape[2]] = table[:, drawn.to(table.device)]
         return tables
 
     def _put_back(self, name: str) -> None:
@@ -135,11 +189,11 @@ class _Lookup:
     """Finds the positions that a module is to read; a copy of the module reads its own."""
 
     def __init__(self, tables: Callable[[], Tables | None]) -> None:
-        self._tables = tables
+        self.tables = tables
 
     def find(self, channels: int) -> Tensor | None:
         """Returns the longer positions of the forward pass that runs, None for the module's."""
-        tables = self._tables()
+        tables = self.tables()
         return None if tables is None else tables.get(channels)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -237,3 +291,139 @@ def _latte_table(frames: int, channels: int) -> Tensor:
 
     grid = torch.arange(frames).unsqueeze(1)
     return get_1d_sincos_pos_embed_from_grid(channels, grid, output_type="pt").float()[None]
+
+
+# ---- positions that are drawn, for training ----
+
+
+def randomize_positions(
+    pipe_or_model: Any, longest: int, *, generator: torch.Generator | None = None
+) -> Handle:
+    """Gives the frames of each forward pass positions that are drawn from a longer range.
+
+    VSTAR (arXiv 2403.13501, §5) suggests randomized positions for training models that are to make
+    longer videos than their clips. How they are drawn is Ruoss et al.'s (arXiv 2305.16843): as many
+    of 0 … ``longest`` − 1 as there are frames, none twice, in ascending order, anew each time. That
+    the whole batch and all layers have the same, and that the tables are the model's own sinusoids,
+    is our choice.
+
+    >>> with vk.randomize_positions(unet, longest=64):
+    ...     predicted = unet(noisy, timestep, text).sample  # of 16 frames
+    ...     F.mse_loss(predicted, noise).backward()
+
+    It works on models with tables of positions: diffusers' ``UNetMotionModel`` (AnimateDiff),
+    ``SparseControlNetModel`` and ``LatteTransformer3DModel``. ``apply_tar(…,
+    extend_positions=True)`` samples beyond the table's length afterwards.
+
+    Args:
+        pipe_or_model: A pipeline, whose every model with such positions is treated, or one model,
+            not compiled.
+        longest: How many positions there are to draw from, at least the frames of each call.
+        generator: Of the draws; None is torch's own.
+
+    Returns:
+        A handle: a context manager, with ``remove()``. Call ``backward()`` before it is removed
+        where the model has gradient checkpointing.
+
+    Raises:
+        TypeError: ``pipe_or_model`` or ``longest`` is of the wrong kind.
+        ValueError: There are no such positions, the model is compiled, or another handle changes
+            its positions. At a forward pass: it has more frames, or the positions are not
+            sinusoidal.
+    """
+    if isinstance(longest, bool) or not isinstance(longest, int):
+        raise TypeError(f"longest must be an integer, got {type(longest).__name__}")
+    if longest < 1:
+        raise ValueError(f"longest must be at least 1 frame, got {longest}")
+    models = models_with_temporal_attention(pipe_or_model)
+    found = []
+    for name, model in models.items():
+        drawn = _DrawnPositions(model, longest, generator)
+        if drawn.positions.are_there:
+            if is_compiled(pipe_or_model, name, model):
+                raise ValueError(f"positions of a compiled {type(model).__name__} cannot be drawn")
+            found.append(drawn)
+    if not found:
+        names = ", ".join(type(model).__name__ for model in models.values())
+        raise ValueError(
+            f"{names} has no table of frame positions: known are those of UNetMotionModel, "
+            "SparseControlNetModel and LatteTransformer3DModel"
+        )
+    return DrawnPositionsHandle(found)
+
+
+class DrawnPositionsHandle(Handle):
+    """Drawn positions on some models: a context manager, with :meth:`remove`."""
+
+    def __init__(self, models: list[_DrawnPositions]) -> None:
+        self._models = models
+        try:
+            for model in models:
+                model.install()
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Lets the models read their own positions again; nothing happens the second time."""
+        put_back(*(model.remove for model in self._models))
+
+
+class _DrawnPass(ForwardPass):
+    """The positions that were drawn for one forward pass."""
+
+    def __init__(self, tables: Tables) -> None:
+        super().__init__()
+        self.tables = tables
+
+
+class _DrawnPositions:
+    """One model whose positions are drawn; itself the hook that runs before each forward pass."""
+
+    def __init__(self, model: nn.Module, longest: int, generator: torch.Generator | None) -> None:
+        self.positions = Positions(model, extend=False, tables=lambda: None)
+        self.positions.find(temporal_layers(model))
+        self._model = model
+        self._longest = longest
+        self._generator = generator
+        self._front_end = find_front_end(model)
+        self._hooks = Hooks()
+        self._passes: ForwardPasses[_DrawnPass] = ForwardPasses(
+            f"randomize_positions was removed from this {type(model).__name__} while it ran, in "
+            "another thread: a part of its layers had the positions that were drawn"
+        )
+
+    def install(self) -> None:
+        """Has the model read what is drawn."""
+        self.positions = Positions(self._model, extend=True, tables=self._tables)
+        take_off(self._model, lambda hook: isinstance(hook, CopiedHook))
+        watch(self._model, self._passes)
+        self._hooks.before(self._model, self)
+        self.positions.find(temporal_layers(self._model))
+
+    def remove(self) -> None:
+        """Has it read its own again."""
+        put_back(
+            self._passes.close,
+            self._hooks.remove,
+            self.positions.restore,
+            lambda: unwatch(self._model, self._passes),
+        )
+
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Draws the positions of a forward pass."""
+        if kwargs is None:  # another thread has just taken the hook off
+            return
+        sample = self._front_end.read_call(model, args, kwargs).sample
+        tables = self.positions.draw(sample, self._longest, self._generator)
+        self._passes.begin(_DrawnPass(tables))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Becomes a hook that refuses to run in a copy of the model."""
+        return CopiedHook, ("randomize_positions",)
+
+    def _tables(self) -> Tables | None:
+        forward = self._passes.current()
+        return None if forward is None else forward.tables

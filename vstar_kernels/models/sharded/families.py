@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+from vstar_kernels.models.front_end import find_front_end
 from vstar_kernels.models.hooks import class_names, plain_name
+from vstar_kernels.models.lavie import LavieFrontEnd
 
 Rows = Literal["positions", "frames"]
 
@@ -123,13 +125,14 @@ def find_family(model: nn.Module) -> Family:
         ValueError: Nothing is.
     """
     names = class_names(model)
+    is_lavie = isinstance(find_front_end(model), LavieFrontEnd)  # whose class has diffusers' name
     for family in FAMILIES:
-        if family.name in names:
+        if family.name in names and not is_lavie:
             return family
     if hasattr(model, "input_blocks") and hasattr(model, "output_blocks"):
         return _lvdm(model)
     raise ValueError(
-        f"shard_frames does not know {type(model).__name__}: known are "
+        f"shard_frames does not know {'LaVie' if is_lavie else type(model).__name__}: known are "
         f"{', '.join(family.name for family in FAMILIES)} and lvdm's UNetModel"
     )
 
