@@ -161,7 +161,7 @@ class UNetModel(nn.Module):
         self.out = nn.Conv3d(16, 4, 1)
 
     def forward(self, x, timesteps, context=None, step_index=None, **kwargs) -> Tensor:
-        emb = self.time_embed(torch.as_tensor(timesteps).float().expand(len(x))[:, None] / 1000)
+        emb = self.time_embed(torch.as_tensor(timesteps).to(x.dtype).expand(len(x))[:, None] / 1000)
         size = x.shape[-2:]
         skips = []
         for index, module in enumerate(self.input_blocks):

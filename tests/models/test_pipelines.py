@@ -232,7 +232,7 @@ def test_perturbed_attention_guidance():
         run(pipe, pag_scale=3.0)
 
 
-def test_sparse_control():
+def sparse_pipeline():
     parts = dict(tiny.animatediff().components)
     settings = SPARSE | {
         "cross_attention_dim": tiny.TEXT_CHANNELS,
@@ -246,7 +246,11 @@ def test_sparse_control():
     for parameter in controlnet.controlnet_down_blocks.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     parts.pop("feature_extractor"), parts.pop("image_encoder")
-    pipe = AnimateDiffSparseControlNetPipeline(**parts, controlnet=controlnet)
+    return AnimateDiffSparseControlNetPipeline(**parts, controlnet=controlnet)
+
+
+def test_sparse_control():
+    pipe = sparse_pipeline()
     control = {"conditioning_frames": [image()], "controlnet_frame_indices": [0]}
     stock = run(pipe, **control)
     with vk.apply_tar(pipe, PLAIN):

@@ -526,7 +526,7 @@ class ModelWatch:
                 "map: undo what computes them otherwise (fuse_qkv_projections)"
             )
         query, key = (
-            projected[name].unflatten(0, (batch, rows // batch)).unflatten(-1, (module.heads, -1))
+            projected[name].unflatten(0, (batch, -1)).unflatten(-1, (module.heads, -1))
             for name in ("query", "key")
         )
         query, key, scale = self._front_end.logit_factors(module, query, key)
@@ -539,11 +539,7 @@ class ModelWatch:
             bias = replace(bias, stat=bias.stat.unflatten(0, (batch, -1)))
         if part is None:
             return mean_map(query, key, bias, scale, **most)
-        # Of positions that are spread over processes; one with none has no map, but takes part.
-        mean, positions = query.new_zeros(batch, frames, frames, dtype=torch.float32), 0
-        if rows:
-            mean, positions = mean_map(query, key, bias, scale, **most)
-        return part.mean(mean, positions)
+        return part.mean(*mean_map(query, key, bias, scale, **most))
 
     def add(
         self, layer: TemporalLayer, forward: _WatchedPass, mean: Tensor, positions: int

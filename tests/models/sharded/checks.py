@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from diffusers import LattePipeline, StableVideoDiffusionPipeline
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import vstar_kernels as vk
-from tests.models.models import KINDS, call, make
+from tests.models.full3d.tiny import TINY
+from tests.models.models import KINDS, TEXT, TOKENS, call, make, noise
 from vstar_kernels.models.sharded.liveness import PATIENCE, RankFailure
 
 CHECKS: dict[str, Callable[[Any], None]] = {}
-PRESET = "64D1_32D2"
 
 
 def check(function: Callable[[Any], None]) -> Callable[[Any], None]:
     CHECKS[function.__name__] = function
     return function
+
+
+def by_hand(function: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A check that takes long: where more than two processes are asked for."""
+    return check(function) if os.environ.get("SHARDED_PROCESSES", "2") != "2" else function
 
 
 def close(actual, expected, most=1e-5) -> None:
@@ -33,16 +41,202 @@ def close(actual, expected, most=1e-5) -> None:
     assert error <= most, f"off by {error:.2g}"
 
 
+# ---- frames ----
+
+
+def both(mesh, name, run, *, most=1e-5):
+    """Compares what a model gives in one process and in all of them."""
+    model = make(name).to(torch.get_default_dtype())
+    expected = run(model)
+    with vk.shard_frames(model, mesh):
+        actual = run(model)
+    close(actual, expected, most)
+
+
+@contextmanager
+def in_float64():
+    """Rounding errors, which normalization of a few numbers makes large, are none then."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @check
 @torch.no_grad()
 def models(mesh):
     for name in KINDS:
         model = make(name)
-        expected = call(model, name, batch=2)
-        with vk.shard_frames(model, mesh):
-            actual = call(model, name, batch=2)
+        settings = {"batch": 2, "frames": 6, "size": (6, 10)}
+        expected = call(model, name, **settings)
+        with vk.shard_frames(model, mesh) as handle:
+            actual = call(model, name, **settings)
+            assert handle.sent["all-to-all"]
         close(actual, expected)
-        assert torch.equal(call(model, name, batch=2), expected)
+        # As it was, to the last bit.
+        assert torch.equal(call(model, name, **settings), expected)
+        assert not any("forward" in vars(module) for module in model.modules())
+    # As many frames as processes, and one more; of 1 position one process has none.
+    with in_float64():
+        for name in KINDS:
+            # SVD's normalization refuses one number; Latte has positions for 6 frames.
+            size = (4, 4) if name.startswith("UNetSpatio") else (2, 2)
+            counts = (6,) if name.startswith("Latte") else (mesh.size() + 1, mesh.size())
+            for frames in counts:
+                run = functools.partial(call, name=name, frames=frames, size=size)
+                both(mesh, name, run, most=1e-10)
+
+
+def tar(model, *, name, config, size, positions):
+    """What a model and its maps are under TAR."""
+    with vk.apply_tar(model, config), vk.capture_maps(model) as capture:
+        out = call(model, name, batch=2, size=size)
+    assert {m.positions for m in capture.maps} <= positions
+    return torch.cat([out, *(m.map.flatten() for m in capture.maps)])
+
+
+@check
+@torch.no_grad()
+def regularized(mesh):
+    config = vk.TARConfig({0: 1.0, 1: 2.0}, strength=3.0, steps=None)
+    latte = vk.TARConfig(1.0, strength=3.0, steps=None)
+    for name in KINDS:
+        used = latte if name.startswith("Latte") else config
+        # Of 9 positions one process has more than the other, of 1 one has none.
+        for size, positions in (((6, 6), {36, 9}), ((2, 2), {4, 1})):
+            run = functools.partial(tar, name=name, config=used, size=size, positions=positions)
+            with in_float64():
+                both(mesh, name, run, most=1e-6)
+    # In the other order, and for more frames than there are positions.
+    for name, frames in (("UNetMotionModel", 18), ("LatteTransformer3DModel", 9)):
+        model = make(name)
+        config = vk.TARConfig(1.0, steps=None)
+        with vk.apply_tar(model, config, extend_positions=True):
+            expected = call(model, name, frames=frames)
+            with vk.shard_frames(model, mesh):
+                close(call(model, name, frames=frames), expected)
+            assert torch.equal(call(model, name, frames=frames), expected)
+        handle = vk.shard_frames(model, mesh)
+        with vk.apply_tar(model, config, extend_positions=True):
+            close(call(model, name, frames=frames), expected)
+        handle.remove()
+        with pytest.raises((ValueError, RuntimeError)):
+            call(model, name, frames=frames)  # too many again
+
+
+@check
+@torch.no_grad()
+def frame_prompts(mesh):
+    for name in ("UNet3DConditionModel", "UNetMotionModel", "LatteTransformer3DModel"):
+        texts, negative = (noise(6, TOKENS, TEXT, seed=seed) for seed in (5, 6))
+        for more in ({"guidance": False}, {"guidance": True}, {"negative": negative}):
+            put_on = functools.partial(vk.condition_frames, embeddings=texts, **more)
+
+            def prompted(model, name=name, put_on=put_on):
+                with put_on(model):
+                    return call(model, name, batch=2)
+
+            both(mesh, name, prompted)
+
+
+@check
+def gradients(mesh):
+    for name in ("UNet3DConditionModel", "LatteTransformer3DModel"):
+        wanted = []
+        for sharded in (False, True):
+            model = make(name)
+            if sharded:
+                vk.shard_frames(model, mesh)
+                if name.startswith("Latte"):
+                    model.train().enable_gradient_checkpointing()
+            sample = noise(1, 4, 6, 4, 4).requires_grad_()
+            text = noise(1, TOKENS, TEXT, seed=1).requires_grad_()
+            first = next(iter(KINDS[name].inputs(sample)))
+            given = {first: sample, "encoder_hidden_states": text}
+            out = model(**given, timestep=torch.tensor([10]), return_dict=False)[0]
+            (out * noise(*out.shape, seed=7)).sum().backward()
+            wanted.append((sample.grad, text.grad))
+        for one, other in zip(*wanted, strict=True):
+            close(one, other)
+
+
+@check
+@torch.no_grad()
+def refusals(mesh):
+    model = make("UNetMotionModel")
+    for wrong, error, message in (
+        (2, TypeError, "mesh must be a torch.distributed DeviceMesh"),
+        (dist.init_device_mesh("cpu", (1, mesh.size())), ValueError, "one dimension, got 2"),
+    ):
+        with pytest.raises(error, match=message):
+            vk.shard_frames(model, wrong)
+    with vk.shard_frames(model, mesh):
+        with pytest.raises(ValueError, match="under shard_frames already"):
+            vk.shard_frames(model, mesh)
+        few = mesh.size() - 1
+        with pytest.raises(ValueError, match=f"{few} frames are too few for {mesh.size()} proc"):
+            call(model, "UNetMotionModel", frames=few)
+        sample = noise(1, 4, 6, 4, 4, seed=mesh.get_rank())
+        with pytest.raises(ValueError, match=r"different sample, .*manual_seed"):
+            model(**KINDS["UNetMotionModel"].inputs(sample), timestep=10)
+        copied = copy.deepcopy(model)
+        assert call(copied, "UNetMotionModel").isfinite().all()
+        assert "forward" not in vars(copied) or not hasattr(copied.forward, "previous")
+    close(call(copied, "UNetMotionModel"), call(make("UNetMotionModel"), "UNetMotionModel"))
+    with pytest.raises(ValueError, match="compiled"):
+        vk.shard_frames(torch.compile(model), mesh)
+    with pytest.raises(ValueError, match=r"enable_parallelism\(.*ulysses_degree"):
+        vk.shard_frames(TINY["wan"].make(), mesh)
+
+
+# ---- pipelines ----
+
+
+@check
+def a_pipeline(mesh):
+    from examples import tiny
+
+    in_pipeline(mesh, tiny.animatediff())
+
+
+@by_hand
+def pipelines(mesh):
+    from examples import tiny
+
+    for kind in ("text_to_video", "i2vgen_xl", "stable_video_diffusion", "latte"):
+        in_pipeline(mesh, getattr(tiny, kind)())
+
+
+@by_hand
+def free_noise(mesh):
+    from examples import tiny
+
+    pipe = tiny.animatediff()
+    pipe.enable_free_noise(context_length=4, context_stride=2)
+    in_pipeline(mesh, pipe, num_frames=8)
+
+
+@by_hand
+def sparse_control(mesh):
+    from tests.models.test_pipelines import image, sparse_pipeline
+
+    control = {"conditioning_frames": [image()], "controlnet_frame_indices": [0]}
+    in_pipeline(mesh, sparse_pipeline(), **control)
+
+
+def in_pipeline(mesh, pipe, **changes):
+    """A video under TAR and guidance, whose latents are the same from all processes as from one."""
+    from tests.models.test_pipelines import run
+
+    if not isinstance(pipe, StableVideoDiffusionPipeline | LattePipeline):
+        changes = {"num_frames": 5} | changes
+    with vk.apply_tar(pipe, vk.TARConfig(1.0, strength=20.0, steps=1)):
+        expected = run(pipe, **changes)
+        with vk.shard_frames(pipe, mesh) as handle:
+            close(run(pipe, **changes), expected)
+            assert handle.sent["all-to-all"]
+        assert torch.equal(run(pipe, **changes), expected)
 
 
 # ---- DTensors ----

@@ -9,11 +9,13 @@ then agree on whether to go on: after one that fails anywhere, nothing further i
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import socket
 import sys
 import traceback
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -58,6 +60,8 @@ def _run(rank: int, size: int, port: int, names: list[str], output: Path) -> Non
 def main() -> None:
     size, output, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     import tests.models.sharded.checks  # noqa: F401 - before the processes are forked
 
     context = multiprocessing.get_context("fork")

@@ -76,13 +76,13 @@ class Family:
                 yield Stack(name, module, module, self.block_rows)
 
 
-_RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
+RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
 _MOTION = r".*motion_modules\.\d+\.transformer_blocks"
 _TEMPORAL = r"(.*temp_attentions\.\d+|transformer_in)\.transformer_blocks"
 _TEXT = ("encoder_hidden_states",)
 
 FAMILIES = (
-    Family("UNetMotionModel", "sample", {"sample": 2}, (*_TEXT, *_RESIDUALS), stacks=_MOTION),
+    Family("UNetMotionModel", "sample", {"sample": 2}, (*_TEXT, *RESIDUALS), stacks=_MOTION),
     Family(
         "SparseControlNetModel",
         "sample",
@@ -98,7 +98,7 @@ FAMILIES = (
         shared=_TEXT,
         blocks=r"temporal_transformer_blocks\.\d+",
     ),
-    Family("UNet3DConditionModel", "sample", {"sample": 2}, _RESIDUALS, _TEXT, stacks=_TEMPORAL),
+    Family("UNet3DConditionModel", "sample", {"sample": 2}, RESIDUALS, _TEXT, stacks=_TEMPORAL),
     Family(
         "I2VGenXLUNet",
         "sample",

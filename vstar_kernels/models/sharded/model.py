@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vstar_kernels.attention.call import has_autocast
 from vstar_kernels.models.forwards import ForwardPasses
 from vstar_kernels.models.hooks import Argument, Hooks, put_back
 from vstar_kernels.models.positions import put_part_on, take_part_off
-from vstar_kernels.models.sharded.families import Family, Stack
+from vstar_kernels.models.sharded.families import RESIDUALS, Family, Stack
 from vstar_kernels.models.sharded.moves import (
     gather_frames,
     share,
@@ -38,7 +39,7 @@ from vstar_kernels.models.sharded.ranks import Ranks
 
 # Arguments of temporal blocks that may have a row for each position.
 BY_POSITION = ("timestep", "encoder_hidden_states", "attention_mask", "mask", "context")
-SAMPLED = 16  # of the latents, to see that all processes have the same
+SAMPLED = 16  # numbers of an argument, to see that all processes have the same
 IMAGE_TOKENS = 77, 16  # DynamiCrafter's context: of text, and of the image for each frame
 
 
@@ -179,8 +180,7 @@ class ShardedModel:
 
     def _forward(self, previous: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._treat()
-        sample = self._sample.get(args, kwargs)
-        forward = self._begin_pass(sample)
+        forward = self._make_pass(args, kwargs)
         args, kwargs = self._take(forward, args, kwargs)
         outer, failed = self._passes.enter(), True
         try:
@@ -191,13 +191,14 @@ class ShardedModel:
             self._passes.leave(outer, failed=failed)
         return self._gather(forward, out)
 
-    def _begin_pass(self, sample: Tensor) -> SpreadPass:
+    def _make_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SpreadPass:
         """Returns the part of this process, after a look at what the others have been given.
 
         Raises:
             ValueError: There are too few frames, or processes have been given different latents.
         """
-        dim = self._family.frames[self._family.sample]
+        family, sample = self._family, self._sample.get(args, kwargs)
+        dim = family.frames[family.sample]
         frames, size = sample.shape[dim], self._ranks.size
         fewest = frames // size
         if fewest < max(1, self._halo):
@@ -205,25 +206,37 @@ class ShardedModel:
                 f"{frames} frames are too few for {size} processes: each needs at least "
                 f"{max(1, self._halo)}"
             )
-        forward = SpreadPass(self._ranks, len(sample), frames)
-        if not sample.is_meta:
-            self._check_same(sample)
-        return forward
+        given = {
+            name: self._argument(name).get(args, kwargs)
+            for name in (*family.frames, *family.shared, *family.rows)
+            if name not in RESIDUALS  # which a model may have left spread
+        }
+        given = {name: x for name, x in given.items() if isinstance(x, Tensor) and not x.is_meta}
+        if given:
+            self._check_same(given)
+        return SpreadPass(self._ranks, len(sample), frames)
 
-    def _check_same(self, sample: Tensor) -> None:
-        numbers = torch.zeros(len(sample.shape) + SAMPLED, dtype=torch.float64)
-        numbers[: sample.ndim] = torch.tensor(sample.shape)
-        some = sample.detach().reshape(-1)[:: max(1, sample.numel() // SAMPLED)][:SAMPLED]
-        numbers[sample.ndim : sample.ndim + len(some)] = some.double().cpu()
-        numbers = numbers.to(sample.device, torch.float32)
-        every = stack_all(numbers, self._ranks, "check").cpu()
+    def _argument(self, name: str) -> Argument:
+        # lvdm's latents are called x by us, whatever they are called there.
+        return self._sample if name == self._family.sample else Argument(self.model, name)
+
+    def _check_same(self, given: dict[str, Tensor]) -> None:
+        numbers = torch.zeros(len(given), 5 + SAMPLED)
+        for row, x in zip(numbers, given.values(), strict=True):
+            row[: x.ndim] = torch.tensor(x.shape)
+            some = x.detach().reshape(-1)[:: max(1, x.numel() // SAMPLED)][:SAMPLED]
+            row[5 : 5 + len(some)] = some.float().cpu()
+        device = next(iter(given.values())).device
+        every = stack_all(numbers.to(device), self._ranks, "check").cpu()
         for rank, theirs in enumerate(every):
-            if not torch.allclose(theirs, every[0], rtol=1e-2, atol=1e-2, equal_nan=True):
-                raise ValueError(
-                    f"processes 0 and {rank} call {type(self.model).__name__} with different "
-                    "latents, of which each is to compute a part: give all of them the same seed "
-                    "(generator=torch.Generator().manual_seed(0)), prompt and sizes"
-                )
+            for name, one, first in zip(given, theirs, every[0], strict=True):
+                if not torch.allclose(one, first, rtol=1e-2, atol=1e-2, equal_nan=True):
+                    raise ValueError(
+                        f"processes 0 and {rank} call {type(self.model).__name__} with different "
+                        f"{name}, of which each is to compute a part: give all of them the same "
+                        "prompt, sizes and seed (generator=torch.Generator().manual_seed(0); "
+                        "torch.manual_seed for what a pipeline draws without one)"
+                    )
 
     def _take(
         self, forward: SpreadPass, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -239,8 +252,7 @@ class ShardedModel:
             **dict.fromkeys(family.shared, functools.partial(share, spread=forward)),
         }
         for name, change in changes.items():
-            # lvdm's latents are called x by us, whatever they are called there.
-            argument = self._sample if name == family.sample else Argument(self.model, name)
+            argument = self._argument(name)
             value = argument.get(args, kwargs)
             if value is None:
                 continue
@@ -311,6 +323,7 @@ class ShardedModel:
                     )
                 x = x.unflatten(0, (forward.batch, len(x) // forward.batch))
             positions = forward.positions[stack.name] = x.shape[1]
+            forward.is_idle = positions <= forward.ranks.rank
             x = to_positions(x, forward)
             x = (x.transpose(1, 2) if stack.rows == "frames" else x).flatten(0, 1)
             args, kwargs = hidden.replace(args, kwargs, x)
@@ -340,6 +353,7 @@ class ShardedModel:
             rows = forward.frames if by_frames else len(output) // forward.batch
             x = output.unflatten(0, (forward.batch, rows))
             x = x.transpose(1, 2) if by_frames else x
+            forward.is_idle = False
             x = to_frames(x, forward.positions[stack.name], forward)
             return (x.transpose(1, 2) if by_frames else x).flatten(0, 1)
 
@@ -418,7 +432,7 @@ def _group_norm(x: Tensor, module: nn.GroupNorm, forward: SpreadPass) -> Tensor:
     if module.weight is not None:
         factor, shift = factor * module.weight, shift * module.weight + module.bias
     out = torch.addcmul(shift[..., None, None, None], wide, factor[..., None, None, None])
-    is_autocast = torch.is_autocast_enabled(x.device.type)
+    is_autocast = has_autocast(x.device) and torch.is_autocast_enabled(x.device.type)
     return out if is_autocast else out.to(x.dtype)
 
 

@@ -41,6 +41,9 @@ class Spread:
 def to_positions(x: Tensor, spread: Spread) -> Tensor:
     """Turns all positions of some frames into some positions of all frames.
 
+    Where there are fewer positions than processes, those that are left over compute the first one
+    once more, as no attention takes none; nobody is given their results.
+
     Args:
         x: ``(batch, positions, frames here, channels)``.
         spread: How the frames are spread.
@@ -49,27 +52,31 @@ def to_positions(x: Tensor, spread: Spread) -> Tensor:
         ``(batch, positions here, frames, channels)``.
     """
     back = functools.partial(_to_frames, spread, x.shape[1])
-    return _linear(x, functools.partial(_to_positions, spread), back)
+    return _linear(x, functools.partial(_to_positions, spread, idle_too=True), back)
 
 
 def to_frames(x: Tensor, positions: int, spread: Spread) -> Tensor:
     """Undoes :func:`to_positions`; ``positions`` is how many there are in all."""
     forward = functools.partial(_to_frames, spread, positions)
-    return _linear(x, forward, functools.partial(_to_positions, spread))
+    return _linear(x, forward, functools.partial(_to_positions, spread, idle_too=False))
 
 
-def _to_positions(spread: Spread, x: Tensor) -> Tensor:
+def _to_positions(spread: Spread, x: Tensor, *, idle_too: bool) -> Tensor:
     batch, positions, _, channels = x.shape
     here = shares(positions, spread.ranks.size)
-    shapes = [(batch, here[spread.ranks.rank], count, channels) for count in spread.counts]
-    return torch.cat(spread.ranks.exchange("all-to-all", x.split(here, 1), shapes), 2)
+    parts = [part if part.shape[1] or not idle_too else x[:, :1] for part in x.split(here, 1)]
+    count = parts[spread.ranks.rank].shape[1]
+    shapes = [(batch, count, frames, channels) for frames in spread.counts]
+    came = torch.cat(spread.ranks.exchange("all-to-all", parts, shapes), 2)
+    return came if count else came.new_zeros(batch, 1, spread.frames, channels)
 
 
 def _to_frames(spread: Spread, positions: int, x: Tensor) -> Tensor:
     batch, _, _, channels = x.shape
     here = shares(positions, spread.ranks.size)
     shapes = [(batch, count, spread.count, channels) for count in here]
-    return torch.cat(spread.ranks.exchange("all-to-all", x.split(spread.counts, 2), shapes), 1)
+    own = x[:, : here[spread.ranks.rank]]
+    return torch.cat(spread.ranks.exchange("all-to-all", own.split(spread.counts, 2), shapes), 1)
 
 
 def take_frames(x: Tensor, dim: int, spread: Spread) -> Tensor:

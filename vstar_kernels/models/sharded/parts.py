@@ -26,6 +26,8 @@ class SpreadPass(ForwardPass, Spread):
 
     Attributes:
         positions: How many there are in all, by the block that has some of them.
+        is_idle: Whether this process computes a position that is another's, as there is none for
+            it in the block that runs.
         first_image: The first frame of the image latents that all processes need (I2VGen-XL).
     """
 
@@ -34,6 +36,7 @@ class SpreadPass(ForwardPass, Spread):
         Spread.__init__(self, ranks, frames)
         self.batch = batch
         self.positions: dict[str, int] = {}
+        self.is_idle = False
         self.first_image: Tensor | None = None
 
     def is_like(self, other: object) -> bool:
@@ -54,11 +57,13 @@ class SpreadPass(ForwardPass, Spread):
         """Returns this process's rows of a tensor with one for each position of each video."""
         by_video = rows.unflatten(0, (self.batch, len(rows) // self.batch))
         counts = shares(by_video.shape[1], self.ranks.size)
-        here = self.ranks.rank
-        return by_video.narrow(1, starts(counts)[here], counts[here]).flatten(0, 1)
+        start, count = starts(counts)[self.ranks.rank], counts[self.ranks.rank]
+        start, count = (start, count) if count else (0, 1)  # see to_positions
+        return by_video.narrow(1, start, count).flatten(0, 1)
 
     def mean(self, mean: Tensor, positions: int) -> tuple[Tensor, int]:
         """Returns the mean over the positions of all processes, and how many they are."""
+        positions = 0 if self.is_idle else positions
         count = torch.tensor([positions], dtype=mean.dtype, device=mean.device)
         total = int(sum_alike(count, self.ranks))
         return sum_alike(mean * (positions / max(total, 1)), self.ranks), total
