@@ -222,7 +222,7 @@ def runs_examples(run: Run) -> str:
     for file in workflows.examples():
         prompt = workflows.shrink(workflows.as_prompt(workflows.read(file), run.nodes))
         run.server.placeholders(workflows.files(prompt))
-        run.server.pictures(workflows.pictures(prompt))
+        run.server.media(workflows.media(prompt))
         try:
             outputs = run.server.run(prompt)
         except FailedError as error:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import av
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -113,11 +114,21 @@ class Server:
         for folder, name in files:
             (self.folder / "models" / folder / name).touch()
 
-    def pictures(self, names: Iterable[str]) -> None:
-        """Makes a picture of each name in the folder that pictures are loaded from."""
+    def media(self, names: Iterable[str]) -> None:
+        """Makes pictures and videos in the folder that they are loaded from."""
+        picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
         for name in names:
-            image = Image.linear_gradient("L").resize((512, 512)).convert("RGB")
-            image.save(self.folder / "input" / name)
+            path = self.folder / "input" / name
+            if path.suffix != ".mp4":
+                picture.save(path)
+                continue
+            with av.open(str(path), "w") as video:
+                stream = video.add_stream("libx264", rate=8)
+                stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+                frames = (picture.rotate(9 * turn) for turn in range(24))
+                for image in (*map(av.VideoFrame.from_image, frames), None):
+                    for packet in stream.encode(image):
+                        video.mux(packet)
 
     def run(self, prompt: Prompt, *, timeout: float = 300) -> dict[str, Any]:
         """Runs a prompt and returns the outputs of its nodes by id; raises :class:`FailedError`."""

@@ -45,7 +45,10 @@ def as_prompt(workflow: dict[str, Any], nodes: dict[str, Any]) -> Prompt:
         inputs: dict[str, Any] = {}
         for place in node.get("inputs", []):
             if "widget" in place:
-                inputs[place["name"]] = values.pop(0)
+                value = values.pop(0)
+                if place["name"] not in options:  # a button of the page
+                    continue
+                inputs[place["name"]] = value
                 settings = options[place["name"]][1:]
                 if settings and settings[0].get("control_after_generate") and values[:1]:
                     if values[0] not in AFTER:
@@ -65,11 +68,12 @@ def files(prompt: Prompt) -> Iterator[tuple[str, str]]:
             yield folder, node["inputs"][name]
 
 
-def pictures(prompt: Prompt) -> Iterator[str]:
-    """Yields the pictures that a prompt loads."""
+def media(prompt: Prompt) -> Iterator[str]:
+    """Yields the pictures and videos that a prompt loads."""
+    names = {"LoadImage": "image", "LoadVideo": "file"}
     for node in prompt.values():
-        if node["class_type"] == "LoadImage":
-            yield node["inputs"]["image"]
+        if node["class_type"] in names:
+            yield node["inputs"][names[node["class_type"]]]
 
 
 def shrink(prompt: Prompt, size: int = 64) -> Prompt:
