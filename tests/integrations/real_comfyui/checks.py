@@ -196,7 +196,7 @@ def has_nodes(run: Run) -> str:
     pages = {page.stem for page in (PACK / "web" / "docs").glob("*.md")}
     assert pages == set(run.ours), f"help pages {sorted(pages)}, nodes {sorted(run.ours)}"
     for name in pages:
-        text = run.server.read(f"/extensions/vstar/docs/{name}.md")
+        text = run.server.read(f"/extensions/{run.server.pack}/docs/{name}.md")
         assert text.startswith(b"# "), f"{name}: {text[:80]!r}"
     return f"{len(pages)} nodes"
 
@@ -204,13 +204,13 @@ def has_nodes(run: Run) -> str:
 @check
 def has_templates(run: Run) -> str:
     """The example workflows are in the template browser, with a picture each."""
-    listed = run.server.get("/workflow_templates")["vstar"]
+    listed = run.server.get("/workflow_templates")[run.server.pack]
     files = workflows.examples()
     assert files, "the pack has no example workflow"
     assert sorted(listed) == [file.stem for file in files]
     for file in files:
         assert file.with_suffix(".jpg").is_file(), f"{file.stem} has no picture"
-        served = run.server.get(f"/api/workflow_templates/vstar/{file.name}")
+        served = run.server.get(f"/api/workflow_templates/{run.server.pack}/{file.name}")
         assert served == workflows.read(file)
     return ", ".join(listed)
 

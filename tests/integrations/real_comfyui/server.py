@@ -46,7 +46,8 @@ class Server:
         self.comfyui, self.folder, self.log = comfyui, folder, log
         packs = folder / "custom_nodes"
         packs.mkdir(parents=True)
-        (packs / "vstar").symlink_to(PACK)
+        self.pack = "vstar"
+        (packs / self.pack).symlink_to(PACK)
         (packs / "vstar_tiny").symlink_to(TINY)
         animatediff = comfyui / "custom_nodes" / ANIMATEDIFF
         self.has_animatediff = animatediff.is_dir()
@@ -105,9 +106,12 @@ class Server:
         """Returns what the API answers, decoded."""
         return json.loads(self.read(path))
 
-    def version(self) -> str:
-        """Returns ComfyUI's version."""
-        return str(self.get("/system_stats")["system"]["comfyui_version"])
+    def post(self, path: str, value: Any) -> bytes:
+        """Sends a value to the API and returns the answer."""
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, json.dumps(value).encode(), headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return bytes(answer.read())
 
     def placeholders(self, files: Iterable[tuple[str, str]]) -> None:
         """Makes a file of no bytes in each folder of models: the test pack's tiny models."""
@@ -132,13 +136,8 @@ class Server:
 
     def run(self, prompt: Prompt, *, timeout: float = 300) -> dict[str, Any]:
         """Runs a prompt and returns the outputs of its nodes by id; raises :class:`FailedError`."""
-        body = json.dumps({"prompt": prompt}).encode()
-        request = urllib.request.Request(
-            self.url + "/prompt", body, {"Content-Type": "application/json"}
-        )
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                number = json.load(answer)["prompt_id"]
+            number = json.loads(self.post("/prompt", {"prompt": prompt}))["prompt_id"]
         except urllib.error.HTTPError as error:
             raise FailedError(refusal(json.load(error))) from None
         end = time.monotonic() + timeout

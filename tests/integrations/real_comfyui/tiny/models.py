@@ -130,8 +130,9 @@ class Autoencoder:
             frames = latents[:, :3].movedim(2, 1).flatten(0, 1)
             first, later = frames[:1], frames[1:].repeat_interleave(4, 0)
             latents = torch.cat([first, later])
-        colours = torch.sigmoid(latents[:, :3])
-        return torch.nn.functional.interpolate(colours, scale_factor=8).movedim(1, -1)
+        colours = torch.sigmoid(latents[:, :3] / latents.std())
+        larger = torch.nn.functional.interpolate(colours, scale_factor=8, mode="bilinear")
+        return larger.movedim(1, -1)
 
     def spacial_compression_encode(self) -> int:
         return 8
