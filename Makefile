@@ -109,8 +109,9 @@ sanitize: $(STAMP)
 	$(PYTHON) -m cmake --build build/sanitize-address --parallel $(JOBS)
 	$(CTEST) build/sanitize-address --parallel 2
 	$(PYTHON) -m cmake -S . -B build/sanitize-thread -DVSTAR_TORCH=OFF -DVSTAR_SANITIZE=thread
-	$(PYTHON) -m cmake --build build/sanitize-thread --parallel $(JOBS) --target test_threads test_frames
-	$(CTEST) build/sanitize-thread --tests-regex "threads|frames"
+	$(PYTHON) -m cmake --build build/sanitize-thread --parallel $(JOBS) \
+		--target test_threads test_frames test_columns
+	$(CTEST) build/sanitize-thread --tests-regex "threads|frames|columns"
 
 # New cases each time: of whole calls between guard pages, and of every test that draws its cases.
 CALLS ?= 10000

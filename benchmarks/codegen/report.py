@@ -30,8 +30,9 @@ import triton
 
 from benchmarks.codegen import cases, column_cases, frame_cases
 from benchmarks.codegen.binary import Binary
-from benchmarks.codegen.cases import Case
+from benchmarks.codegen.cases import Case, Key
 from benchmarks.codegen.compile import inspect
+from benchmarks.codegen.frame_cases import FrameEntry
 from benchmarks.codegen.targets import REGISTER_UNIT, TARGETS, VECTOR_BYTES, Target
 from vstar_kernels.attention.triton import configs
 
@@ -147,7 +148,7 @@ def faults(case: Case, binary: Binary, target: Target) -> list[str]:
     constants = case.launch.constants
     aligned = min(VECTOR_BYTES, constants["HEAD"].UNIT * case.dtype.itemsize)
     of_columns = case.entry.family == "columns"
-    if case.entry.backward or of_columns:
+    if may_load_less(case.entry):
         aligned = min(aligned, _bytes_of_a_thread(case, target))
     if not binary.loads:
         found.append("no load of queries, keys or values was recognised")
@@ -171,12 +172,20 @@ def faults(case: Case, binary: Binary, target: Target) -> list[str]:
     return found
 
 
-def _bytes_of_a_thread(case: Case, target: Target) -> int:
-    """Returns the bytes that a thread has of the narrowest block, and cannot load more of.
+def may_load_less(entry: Key) -> bool:
+    """Tells whether a thread may have less than a vector to load of a block.
 
-    Only gradients may have less than a vector, as it takes many warps to hold their small blocks,
-    and 16 of 77 keys.
+    It takes many warps to hold the small blocks of gradients, and over frames those of float32 and
+    of all rules together; columns have blocks of 16 keys. Neighbours' loads join into whole rows.
     """
+    many_warps = isinstance(entry, FrameEntry) and (
+        entry.kind != "16-bit" or entry.table.endswith("_full")
+    )
+    return entry.backward or entry.family == "columns" or many_warps
+
+
+def _bytes_of_a_thread(case: Case, target: Target) -> int:
+    """Returns the bytes that a thread has of the narrowest block, and cannot load more of."""
     constants = case.launch.constants
     width = min(filter(None, (constants["HEAD"].MAIN, constants["HEAD"].REST)))
     if "FRAMES" in constants:

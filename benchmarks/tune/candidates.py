@@ -24,7 +24,7 @@ from benchmarks.codegen.targets import TARGETS, VECTOR_BYTES
 from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig, split
 
 SIZES = json.loads(Path(__file__).with_suffix(".json").read_text())
-LEAST_BYTES = 4  # that a thread loads at a time, of gradients
+LEAST_BYTES = 4  # that a thread loads at a time where it may be less than a vector
 # Larger tiles spill whatever the configuration: bytes of one of a sequence's tensors, and elements
 # where products have no matrix instructions.
 LARGEST_TILE = 40 * 1024

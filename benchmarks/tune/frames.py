@@ -5,7 +5,7 @@ products and table, in the order of preference, those may be chosen that compile
 all of a table's variants in ``benchmarks.codegen.frame_cases``. With a GPU it is the fastest, for
 that GPU's architecture; with ``--predict`` the first, for all, without a GPU. What cannot be fit is
 not compiled: where outputs leave a thread no registers, which a compiler would find out at length,
-or where the forward pass has less than 16 bytes of a head's narrower part for a thread to load.
+or where a thread would load less of a head's narrower part than the gate lets it.
 
 ``revisit_below``, the keys of a slot with which its partial output costs less than a revisit, is
 where the two take the same time: measured, or by the rates of ``benchmarks.codegen.targets``.
@@ -27,7 +27,7 @@ from benchmarks.codegen.compile import in_processes, inspect
 from benchmarks.codegen.frame_cases import VARIANTS, FrameEntry
 from benchmarks.codegen.targets import TARGETS, VECTOR_BYTES
 from benchmarks.tune import frame_times
-from benchmarks.tune.candidates import itemsize
+from benchmarks.tune.candidates import LEAST_BYTES, itemsize
 from benchmarks.tune.choose import LEAST_SHARED, inspect_fit
 from vstar_kernels.attention.triton import configs
 from vstar_kernels.attention.triton.configs import FramesConfig
@@ -70,7 +70,7 @@ def candidates(architecture: str, kind: str, width: int, table: str) -> list[Fra
         )
         for rows, keys, warps, stages in SIZES[name] + SIZES["small"]
     ]
-    return [entry for entry in found if _holds(entry) and loads_vectors(entry)]
+    return [entry for entry in found if _holds(entry) and loads_enough(entry)]
 
 
 def _holds(entry: FrameEntry) -> bool:
@@ -80,15 +80,17 @@ def _holds(entry: FrameEntry) -> bool:
     return outputs <= 128 * threads
 
 
-def loads_vectors(entry: FrameEntry) -> bool:
-    """Tells whether each thread has a vector to load of the narrower part of each block of heads.
+def loads_enough(entry: FrameEntry) -> bool:
+    """Tells whether each thread has enough to load of the narrower part of each block of heads.
 
-    Only gradients may have less: it takes many warps to hold their small blocks.
+    That is a vector, or ``LEAST_BYTES`` where the gate lets a thread have less. Gradients may have
+    any: some blocks of theirs fit the registers of so many warps alone.
     """
     config, narrower = entry.config, min(filter(None, configs.split(entry.width)))
     elements = min(config.rows, config.keys) * narrower
     threads = config.warps * TARGETS[entry.architecture].lanes
-    return entry.backward or elements * itemsize(entry) >= VECTOR_BYTES * threads
+    least = LEAST_BYTES if report.may_load_less(entry) else VECTOR_BYTES
+    return entry.backward or elements * itemsize(entry) >= least * threads
 
 
 def predicted(key: FrameKey) -> FrameEntry | None:
@@ -106,7 +108,7 @@ def repaired(key: FrameKey) -> FrameEntry | None:
     """Returns the shipped entry if it is fit, or else a candidate after it, or else before it."""
     shipped = next((x for x in frame_cases.entries() if _key(x) == key), None)
     entries = candidates(*key)
-    if shipped and loads_vectors(shipped):
+    if shipped and loads_enough(shipped):
         places = [n for n, x in enumerate(entries) if _sizes(x) == _sizes(shipped)]
         first = places[0] if places else 0
         entries = [shipped, *entries[first:], *entries[:first]]
@@ -131,13 +133,14 @@ def fit(entry: FrameEntry) -> FrameEntry | None:
 
 
 def _spares(entry: FrameEntry, most: int) -> bool:
-    """Tells whether spilling cases of an entry, if any, leave registers that they could take."""
+    """Tells whether some cases of an entry spill, and these leave registers to take."""
     try:
         binaries = [inspect(case) for case in frame_cases.shipped(entry)]
     except (RuntimeError, ValueError):  # the compiler's, for what it cannot do
         return False
     # A few are kept back for what the compiler needs itself.
-    return all(not x.spilled or x.registers < most - 8 for x in binaries)
+    spilling = [x for x in binaries if x.spilled]
+    return bool(spilling) and all(x.registers < most - 8 for x in spilling)
 
 
 def _with_needs(entry: FrameEntry) -> FrameEntry | None:

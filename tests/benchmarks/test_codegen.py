@@ -413,13 +413,37 @@ def test_every_table_of_frames_has_every_size_once():
         assert config.registers in (0, most), entry
 
 
-def test_every_forward_pass_over_frames_has_vectors_to_load():
-    short = [x for x in frame_cases.entries() if not tune_frames.loads_vectors(x)]
+@pytest.mark.parametrize(
+    ("rows", "kind", "width", "table", "enough"),
+    [
+        (64, "16-bit", 64, "forward", True),
+        (64, "16-bit", 80, "forward", False),  # 64 × 16 halves for 256 threads, 8 bytes each
+        (64, "16-bit", 80, "forward_full", True),
+        (16, "16-bit", 80, "forward_full", False),  # 2 bytes
+        (16, "16-bit", 80, "grad_key", True),
+        (16, "ieee", 80, "forward", True),
+    ],
+)
+def test_threads_of_frames_have_enough_to_load(rows, kind, width, table, enough):
+    entry = frame_cases.entry("sm_90", kind, width, table, FramesConfig(rows, 64, 8, 1, 1, 2**16))
+    assert tune_frames.loads_enough(entry) == enough
+
+
+def test_shipped_threads_of_frames_have_enough_to_load():
+    short = [x for x in frame_cases.entries() if not tune_frames.loads_enough(x)]
     assert [(x.architecture, x.kind, x.width, x.table) for x in short] == []
-    config = FramesConfig(128, 64, 8, 3, 1, 2**16)
-    for architecture, width, enough in (("sm_90", 64, True), ("sm_90", 80, False)):
-        entry = frame_cases.entry(architecture, "16-bit", width, "forward", config)
-        assert tune_frames.loads_vectors(entry) == enough  # 64 × 16 halves for 256 threads
+
+
+def test_small_blocks_of_frames_in_many_warps_may_load_less_than_a_vector():
+    config = FramesConfig(64, 32, 8, 1, 1, 2**17)
+    fault = "loads 4 bytes at a time where {} are aligned".format
+    for kind, table, expected in (
+        ("16-bit", "forward_full", []),  # 32 × 16 halves for 256 threads
+        ("tf32", "forward", [fault(8)]),
+        ("16-bit", "forward", [fault(16)]),
+    ):
+        (case, *_) = frame_cases.shipped(frame_cases.entry("sm_90", kind, 80, table, config))
+        assert report.faults(case, sass(load="LDG.E"), TARGETS["sm_90"]) == expected
 
 
 def test_the_subset_of_frames_has_every_table():

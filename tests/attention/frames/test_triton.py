@@ -119,6 +119,20 @@ def test_the_statistic_is_of_what_the_row_sees(stat, lengths, twice, monkeypatch
     assert_frames(found, query, key, value, layout, rule, **options)
 
 
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("runs", [1, 9])  # in which the frames lie: contiguous, and in turn
+def test_a_frame_mean_is_of_the_keys_within_its_band(runs, twice, monkeypatch):
+    """Bands begin and end within blocks of keys, as the keys of a batch element do."""
+    revisit(monkeypatch, twice)
+    layout = vk.Layout(vk.Text(3), *[vk.Frames(2, 45 // runs)] * runs)
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 3, 93, 1, 16).unbind()
+    rule = vk.FrameRule.tar(1.0) + vk.FrameRule.band(20)
+    options = {"key_lengths": torch.tensor([93, 60, 4], dtype=torch.int32)}
+    found = run(2 * query, 2 * key, value, layout, rule, **options)
+    assert_frames(found, 2 * query, 2 * key, value, layout, rule, **options)
+
+
 @pytest.mark.parametrize("stat", ["row_max", "frame_max"])
 @pytest.mark.parametrize("largest", ["text", "far", "near", "lowered"])
 def test_a_revisited_statistic_is_exact_whatever_dominates(stat, largest, monkeypatch):

@@ -171,9 +171,7 @@ def grad_query_kernel(
                     o_j = n + tl.arange(0, KEYS)
                     j, m_j = find_keys(t.key_order, o_j, end, length, RULE)
                     b_k = load_heads(p_k, j.to(HEAD.OFFSET) * k_token * HEAD.UNIT, m_j, HEAD)
-                    b_s, _, _ = frame_logits(
-                        b_q, b_k, m_j, o_j + shift, b_place, weights, HEAD, RULE
-                    )
+                    b_s, _ = frame_logits(b_q, b_k, m_j, o_j + shift, b_place, weights, HEAD, RULE)
                     b_p = tl.exp2(b_s * exp2_scale + tl.expand_dims(b_bias, 1))  # (ROWS, KEYS)
                     b_dot += tl.sum(b_p, 1) * b_grad
     tl.store(t.row_dot + o_row, b_dot, mask=m_i)
@@ -205,7 +203,7 @@ def grad_query_kernel(
                 j, m_j = find_keys(t.key_order, o_j, end, length, RULE)
                 b_k = load_heads(p_k, j.to(HEAD.OFFSET) * k_token * HEAD.UNIT, m_j, HEAD)
                 b_v = load_heads(p_v, j.to(HEAD.OFFSET) * v_token * HEAD.UNIT, m_j, HEAD)
-                b_s, b_a, _ = frame_logits(
+                b_s, b_a = frame_logits(
                     b_q, b_k, m_j, o_j + shift, b_place, weights, HEAD, RULE
                 )  # (ROWS, KEYS)
                 if RULE.STAT == "row_max":
@@ -273,7 +271,7 @@ def grad_query_kernel(
                             j, m_j = find_keys(t.key_order, o_j, end, length, RULE)
                             o_k = j.to(HEAD.OFFSET) * k_token * HEAD.UNIT
                             b_k = load_heads(p_k, o_k, m_j, HEAD)  # (KEYS, D)
-                            b_s, b_a, _ = frame_logits(
+                            b_s, b_a = frame_logits(
                                 b_q, b_k, m_j, o_j + shift, b_place, weights, HEAD, RULE
                             )
                             b_p = tl.exp2(b_s * exp2_scale + tl.expand_dims(b_minus_lse, 1))
@@ -378,7 +376,7 @@ def grad_key_kernel(
                     b_lse = tl.load(t.lse + o_row, mask=m_i, other=float("-inf"))  # (KEYS,)
                     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
                     b_dot = tl.load(t.row_dot + o_row, mask=m_i, other=0.0)  # (KEYS,)
-                    b_s, b_a, _ = frame_logits(
+                    b_s, b_a = frame_logits(
                         b_k, b_q, m_i, o_i + shift, b_place, weights, HEAD, RULE
                     )  # (ROWS, KEYS)
                     b_bias = tl.expand_dims(b_offset, 1) - tl.expand_dims(b_lse, 0)

@@ -42,6 +42,7 @@ from vstar_kernels.attention.triton.configs import FramesConfig
 from vstar_kernels.attention.triton.frames_map import MapPlan
 from vstar_kernels.attention.triton.frames_plan import FramesKey
 from vstar_kernels.attention.triton.frames_primitives import (
+    count_keys,
     find_keys,
     frame_logits,
     key_length,
@@ -345,14 +346,11 @@ def add_slot(
             o_v = j.to(HEAD.OFFSET) * of_keys.v_token * HEAD.UNIT
             if VALUES and STAGES == 1:  # so that one wait is for both; else loads run ahead anyway
                 b_v = load_heads(of_keys.v, o_v, m_j, HEAD)  # (KEYS, D)
-            b_s, _, m_s = frame_logits(
+            b_s, _ = frame_logits(
                 rows.q, b_k, m_j, o_j + shift, rows.place, weights, HEAD, RULE
             )  # (ROWS, KEYS)
             if GATHER and RULE.STAT == "frame_max":
-                if RULE.BAND:
-                    b_count += tl.sum(m_s.to(tl.float32), 1)
-                else:
-                    b_count += tl.sum(m_j.to(tl.float32), 0)
+                b_count += count_keys(m_j, n + shift, rows.place, weights, RULE)
             b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * exp2_scale + b_bias)
             if VALUES or BY_FRAME:
                 m_none = b_new_max == float("-inf")  # nothing is seen so far

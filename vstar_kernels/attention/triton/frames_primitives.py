@@ -96,9 +96,9 @@ def slot_bias(t, o_rule, i_frame, m_rule, b_stat, RULE: tl.constexpr):
 
 @triton.jit
 def frame_logits(b_q, b_k, m_j, j_place, b_place, weights, HEAD: tl.constexpr, RULE: tl.constexpr):
-    """Returns a·φ / |scale|, −∞ where a key is not seen, the factor a, and which keys are.
+    """Returns a·φ / |scale|, −∞ where a key is not seen, and the factor a where there is one.
 
-    All are ``(ROWS, KEYS)``, and the factor only where there is one.
+    Both are ``(ROWS, KEYS)``.
     """
     b_s = inner_products(b_q, b_k, HEAD)
     if HEAD.NEGATIVE:
@@ -117,5 +117,19 @@ def frame_logits(b_q, b_k, m_j, j_place, b_place, weights, HEAD: tl.constexpr, R
     if RULE.BAND:
         m_s = m_s & (b_distance >= tl.expand_dims(weights.band_low, 1))
         m_s = m_s & (b_distance <= tl.expand_dims(weights.band_high, 1))
-    m_s = tl.broadcast_to(m_s, b_s.shape)
-    return tl.where(m_s, b_s, float("-inf")), b_a, m_s
+    return tl.where(m_s, b_s, float("-inf")), b_a
+
+
+@triton.jit
+def count_keys(m_j, first_place, b_place, weights, RULE: tl.constexpr):
+    """Returns how many keys of a block each row sees; the keys that there are come first in it.
+
+    By arithmetic: a sum of what :func:`frame_logits` says would be a second block of its size, in
+    a layout of its own, in which every thread has the places of many rows.
+    """
+    count = tl.sum(m_j.to(tl.int32), 0)
+    if RULE.BAND:
+        b_low = tl.maximum(first_place - b_place, weights.band_low)
+        b_high = tl.minimum(first_place + count - 1 - b_place, weights.band_high)
+        count = tl.where(b_high >= b_low, b_high - b_low + 1, 0)  # (ROWS,)
+    return count.to(tl.float32)
