@@ -213,3 +213,29 @@ def test_models_that_are_not_known_are_refused_at_once(run):
     model = comfy.ModelPatcher(comfy.UNetModel())
     with pytest.raises(ValueError, match=r"knows no UNetModel: it is for Wan \(WanModel"):
         run("VSTARApplyFrameRule", model=model)
+
+
+def test_what_a_model_asks_of_its_attention_is_honoured(run, monkeypatch):
+    """A scale, fewer heads of keys and the shape of the output, as newer models pass them."""
+    transformer = comfy.LTXVModel().eval()
+    frames = frames_of(transformer, video())
+    tokens = frames.count * frames.tokens
+    q, k, v = (torch.randn(1, heads, tokens, 8) for heads in (4, 2, 2))
+    options = {"scale": 0.2, "enable_gqa": True, "attn_precision": torch.float32}
+    seen = []
+
+    def forward(x, transformer_options):
+        for shape in ({"skip_reshape": True, "skip_output_reshape": True}, {}):
+            given = [q, k, v] if shape else [y.transpose(1, 2).flatten(2) for y in (q, k, v)]
+            more = {"transformer_options": transformer_options, **shape, **options}
+            seen.append(comfy.optimized_attention(*given, 4, **more))
+        return x
+
+    monkeypatch.setattr(transformer.transformer_blocks[0].attn1, "forward", forward)
+    (ruled,) = run("VSTARApplyFrameRule", model=comfy.ModelPatcher(transformer), **ALWAYS)
+    call(ruled)
+    args = [y.transpose(1, 2) for y in (q, k, v)]
+    rule = vk.FrameRule.tar(1.0)
+    want = vk.frame_attention(*args, vk.Layout(frames), rule, scale=0.2, backend="reference")
+    torch.testing.assert_close(seen[0], want.transpose(1, 2), **CLOSE)
+    torch.testing.assert_close(seen[1], want.flatten(2), **CLOSE)

@@ -260,7 +260,7 @@ def test_settings_that_do_nothing_are_refused_at_once(run, unet, settings, messa
     ("settings", "sigmas", "message"),
     [
         ({"sigma_level_3": 1.0}, SIGMAS, "no temporal attention has level 3: the levels are 0, 1"),
-        ({"start": 0.1, "end": 0.12}, [3.0, 2.0, 0.0], "TAR is off at each of the 2 steps"),
+        ({"start": 0.1, "end": 0.12}, [3.0, 2.0, 0.0], "VSTAR is off at each of the 2 steps"),
         ({}, None, "does not say at which step it is"),
     ],
 )

@@ -331,14 +331,14 @@ class ComfyGate:
         gate = StepGate(self._steps, lambda _: SimpleNamespace(timesteps=list(range(count))))
         first = round(self._start * count, 6)  # 0.56 × 25 is a little more than 14
 
-        def is_regularized(step: int) -> bool:
-            return step >= first and gate.is_on(model, sampling.sigmas[step], step)
+        def is_regularized(index: int) -> bool:
+            return index >= first and gate.is_on(model, sampling.sigmas[index], index)
 
         if not any(map(is_regularized, range(count))):
             raise ValueError(
-                f"TAR is off at each of the {count} steps that this sampler runs, from the share "
-                f"{self._start:g} of them with steps={self._steps!r}: let it start earlier or end "
-                "later"
+                f"VSTAR is off at each of the {count} steps that this sampler runs, from the share "
+                f"{self._start:g} of them on with steps={self._steps!r}: let it start earlier or "
+                "end later"
             )
         return is_regularized(step)
 
