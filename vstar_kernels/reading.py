@@ -11,7 +11,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,6 +29,7 @@ WITHOUT_INPUT = {"missing": "it is missing", "extra_forbidden": "there is no suc
 MESSAGES = {"model_type": "it must be a JSON object"}
 Clean = Callable[[str], str]
 Form = TypeVar("Form", bound="BaseModel")
+Built = TypeVar("Built")
 
 # What terminals obey (ECMA-48): control sequences, and control strings with their contents. Each
 # class excludes the character that the whole begins with, so that no text is scanned twice.
@@ -191,6 +192,18 @@ def validate(form: type[Form], value: Any) -> Form:
         return form.model_validate(value, strict=True)
     except ValidationError as error:
         raise format_error(error) from None
+
+
+def build(make: Callable[..., Built], fields: Mapping[str, Any]) -> Built:
+    """Returns what is made of fields that were read.
+
+    Raises:
+        FormatError: It cannot be made of them.
+    """
+    try:
+        return make(**fields)
+    except ValueError as error:
+        raise FormatError(shorten(str(error))) from None
 
 
 def format_error(error: ValidationError) -> FormatError:

@@ -340,3 +340,15 @@ def test_wrong_arguments_are_refused(unet):
         vk.capture_maps(torch.compile(unet, backend="eager"))
     with pytest.raises(TypeError, match="got dict"):
         vk.capture_maps({})
+
+
+def test_layers_by_level_and_by_name():
+    unet = models.make("UNet3DConditionModel")
+    name = next(layer.name for layer in temporal_layers(unet) if layer.level == 1)
+    with vk.capture_maps(unet, layers=["init", name]) as capture:
+        call(unet)
+    assert {item.level for item in capture.maps} == {"init", 1}
+    assert name in {item.layer for item in capture.maps}
+    assert len(capture.maps) == 3
+    with pytest.raises(ValueError, match="the levels are 0, 1, init, and a layer's name is one"):
+        vk.capture_maps(unet, layers=["transformer_in"])

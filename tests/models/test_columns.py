@@ -155,7 +155,7 @@ def test_layers_and_means(unet):
     assert every.mean(size=(2, 9)).shape[3:] == (2, 9)
     by_hand = [resize_maps(item.map, 3, 5) for item in every.maps if item.place == "down"]
     torch.testing.assert_close(every.mean(place="down"), sum(by_hand) / 2)
-    with pytest.raises(ValueError, match=r"no map of step 3, level 1 .* step None, level 1, down"):
+    with pytest.raises(ValueError, match=r"no map of step 3, level 1 .* steps None; levels 0, 1;"):
         every.mean(step=3, level=1)
 
 
@@ -255,13 +255,30 @@ def test_wrong_columns(unet, columns, error, message):
         capture(unet, columns)
 
 
+def test_layers_by_level_and_by_name(unet):
+    every = cross_layers(unet)
+    name = next(layer.name for layer in every if layer.level == 0)
+    with capture(unet, WORDS, layers=[1, name]) as found:
+        call(unet, "UNet3DConditionModel")
+    wanted = {layer.name for layer in every if layer.level == 1 or layer.name == name}
+    assert {item.layer for item in found.maps} == wanted
+    assert len(wanted) < len(every)
+
+
 def test_what_it_refuses(unet):
     with pytest.raises(ValueError, match="conditioned on an image and has no text"):
         capture(models.make("UNetSpatioTemporalConditionModel"), WORDS)
     with pytest.raises(ValueError, match="layers chooses none"):
         capture(unet, WORDS, layers=lambda layer: layer.level == 5)
-    for layers in ("x", [99]):
-        with pytest.raises(TypeError, match="layers must be a callable"):
+    for layers, error, message in (
+        ("x", TypeError, "layers must be levels, names of layers, a callable .*, got str"),
+        (1, TypeError, "layers must be levels, .*, got int"),
+        ([True], TypeError, "got bool among them"),
+        ([], ValueError, "layers names none"),
+        ([0, 99], ValueError, r"layers names 99, .*: the levels are 0, 1, and .* down_blocks\.0"),
+        (["attn2"], ValueError, "layers names 'attn2', which there is not"),
+    ):
+        with pytest.raises(error, match=message):
             capture(unet, WORDS, layers=layers)
     for steps in ("x", 1, ["a"]):
         with pytest.raises(TypeError, match="steps must be indices of denoising steps or None"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from vstar_kernels.attention.temporal import tar_attention
 Level = int | Literal["init"]
 Place = Literal["down", "mid", "up", "init", "blocks"]
 Axis = Literal["model", "level", "place", "step", "branch"]
+M = TypeVar("M")
 AXES: tuple[Axis, ...] = ("model", "level", "place", "step", "branch")
 
 MAP_ELEMENTS = 2**24  # of the attention maps that the reference holds at a time: 64 MiB
@@ -240,6 +241,28 @@ def _some_tokens(layout: Layout, count: int) -> tuple[Tensor, Layout]:
         places.append(tokens[(2 * torch.arange(chosen) + 1) * len(tokens) // (2 * chosen)])
         kept.append(Frames(1, chosen, first=coordinate))
     return torch.cat(places), Layout(*kept)
+
+
+def find_maps(maps: Iterable[M], **wanted: Any) -> list[M]:
+    """Returns the maps whose attributes are what is wanted, None being anything.
+
+    Raises:
+        ValueError: There is none; it says what there is.
+    """
+    maps = list(maps)
+    asked = {name: value for name, value in wanted.items() if value is not None}
+    found = [m for m in maps if all(getattr(m, name) == value for name, value in asked.items())]
+    if found:
+        return found
+    if asked.get("branch") == 0:
+        asked.pop("branch")  # most models have no other
+    what = ", ".join(f"{name} {value}" for name, value in asked.items()) or "any layer"
+    there = (
+        f"{'branches' if name == 'branch' else f'{name}s'} "
+        + (", ".join(sorted({str(getattr(m, name)) for m in maps})) or "none")
+        for name in wanted
+    )
+    raise ValueError(f"no map of {what} was captured: there are {'; '.join(there)}")
 
 
 class HoldsMaps(Protocol):

@@ -9,10 +9,10 @@ from vstar_kernels.models.config import TARConfig, checked_tar
 from vstar_kernels.models.front_end import models_with_temporal_attention
 from vstar_kernels.models.full3d.apply import FramesHandle, apply_frames, find_full3d
 from vstar_kernels.models.full3d.config import FrameTAR
-from vstar_kernels.models.hooks import Handle, put_back
+from vstar_kernels.models.hooks import put_back
 from vstar_kernels.models.layers import RegularizedLayer
 from vstar_kernels.models.regularized import RegularizedModel, check_keys
-from vstar_kernels.models.schedule import StepGate, describe_steps, scheduler_of
+from vstar_kernels.models.schedule import StepGate, SteppedHandle, describe_steps, scheduler_of
 
 
 @overload
@@ -120,11 +120,11 @@ def apply_tar(
     return TARHandle(config, gate, regularized)
 
 
-class RegularizedHandle(Handle):
+class RegularizedHandle(SteppedHandle):
     """Some models with changed attention: a context manager, with :meth:`remove`."""
 
     def __init__(self, gate: StepGate, models: Sequence[RegularizedModel]) -> None:
-        self._gate = gate
+        super().__init__(gate.announced)
         self._models = list(models)
         for model in self._models:
             model.peers = self._models
@@ -134,15 +134,6 @@ class RegularizedHandle(Handle):
         except BaseException:
             self.remove()
             raise
-
-    @property
-    def step(self) -> int | None:
-        """The step that the caller announces, which goes before the scheduler's; None for that."""
-        return self._gate.announced.get()
-
-    @step.setter
-    def step(self, step: int | None) -> None:
-        self._gate.announced.set(step)
 
     @property
     def layers(self) -> list[RegularizedLayer]:

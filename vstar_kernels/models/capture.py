@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vstar_kernels.analysis.maps import AttentionMap, FrameMap, Level, Place, mean_map
+from vstar_kernels.analysis.maps import (
+    AttentionMap,
+    FrameMap,
+    Level,
+    Place,
+    find_maps,
+    mean_map,
+)
 from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.models.conditional import in_conditional_passes
 from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
@@ -35,7 +42,6 @@ from vstar_kernels.models.grid.capture import find_grids, grid_map, overridden_m
 from vstar_kernels.models.grid.model import GridFrontEnd
 from vstar_kernels.models.hooks import (
     Argument,
-    Handle,
     Hooks,
     ModelCall,
     is_compiled,
@@ -44,11 +50,14 @@ from vstar_kernels.models.hooks import (
 from vstar_kernels.models.layers import (
     OVERRIDE_MAPS,
     PLAIN,
+    LayerChoice,
     RegularizedAttention,
     TemporalLayer,
+    layer_chooser,
 )
 from vstar_kernels.models.schedule import (
     ChosenSteps,
+    SteppedHandle,
     as_indices,
     scheduler_of,
     timestep_value,
@@ -63,7 +72,7 @@ def capture_maps(
     pipe_or_model: Any,
     *,
     steps: Collection[int] | None = None,
-    layers: Callable[[Any], bool] | Collection[int] | None = None,
+    layers: LayerChoice = None,
     scheduler: Any = None,
     max_rows: int = 256,
     differentiable: bool = False,
@@ -96,9 +105,9 @@ def capture_maps(
         pipe_or_model: As for :func:`vstar_kernels.apply_tar`, but not compiled.
         steps: Indices of denoising steps; None is all.
         layers: Whether to capture a :class:`TemporalLayer`, or a layer of a full-3D transformer,
-            which has a ``name`` and an ``index``; or such indices, of full-3D transformers alone.
-            None is all, ``transformer_in`` too. Layers of a full-3D transformer that a cache skips
-            give no map.
+            which has a ``name`` and an ``index``; or levels and names of layers, ``[0, "init"]``,
+            and of a full-3D transformer indices. None is all, ``transformer_in`` too. Layers of a
+            full-3D transformer that a cache skips give no map.
         scheduler: Tells the step of a timestep; None is the pipeline's own. A model by itself needs
             it for ``steps``, unless :attr:`MapCapture.step` is set.
         max_rows: For the reference, from how many rows (batch × positions) of a layer a map is
@@ -116,8 +125,8 @@ def capture_maps(
 
     Raises:
         TypeError: ``pipe_or_model`` is of the wrong kind.
-        ValueError: It has no temporal attention or is compiled, ``layers`` chooses none or names an
-            index beyond the last, or ``max_rows`` is less than 1. At a forward pass: the step
+        ValueError: It has no temporal attention or is compiled, ``layers`` chooses none or names
+            what there is not, or ``max_rows`` is less than 1. At a forward pass: the step
             cannot be known, or the tokens are not those of the layout.
         RuntimeError: At a forward pass: a layer was not called, or its projections were not
             (``fuse_qkv_projections``), or it was called several times (FreeNoise).
@@ -140,13 +149,13 @@ def capture_maps(
     for name, model in {**models, **{name: model for name, (model, _) in full3d.items()}}.items():
         if is_compiled(pipe_or_model, name, model):
             raise ValueError(f"maps of a compiled {type(model).__name__} cannot be captured")
-    chooses = _chooser(layers, full3d)
     every: list[Any] = [
         layer
         for name, model in models.items()
         for layer in (grids[name].layers if name in grids else temporal_layers(model))
     ]
     every += [layer for model, family in full3d.values() for layer in family.find_layers(model)]
+    chooses = _chooser(layers, full3d, every)
     if not any(chooses(layer) for layer in every):
         raise ValueError("layers chooses none of the temporal attention layers")
 
@@ -180,22 +189,17 @@ def _temporal_models(pipe_or_model: Any) -> dict[str, nn.Module]:
         raise ValueError(f"{error}; full-3D transformers that are: {known_models()}") from None
 
 
-def _chooser(layers: Any, full3d: dict[str, tuple[nn.Module, Family]]) -> Chooses:
+def _chooser(
+    layers: Any, full3d: dict[str, tuple[nn.Module, Family]], every: Sequence[Any]
+) -> Chooses:
+    if not full3d:
+        return layer_chooser(layers, every)
     layers = checked_layers(layers)
     found: list[Any] = [chooser(layers, family, model) for model, family in full3d.values()]
-    if found:
-        return found[0]  # as all of them do: by what they are asked of, or by the same indices
-    if layers is None:
-        return lambda layer: True
-    if not callable(layers):
-        raise ValueError(
-            "layers by index are those of full-3D transformers, of which there is none: give a "
-            "callable of a layer, such as lambda layer: layer.level == 0"
-        )
-    return layers
+    return found[0]  # as all of them do: by what they are asked of, or by the same indices
 
 
-class MapCapture(Handle):
+class MapCapture(SteppedHandle):
     """The maps that :func:`capture_maps` captures: a context manager, with :meth:`remove`.
 
     Attributes:
@@ -210,6 +214,7 @@ class MapCapture(Handle):
         max_rows: int,
         differentiable: bool,
     ) -> None:
+        super().__init__(steps.announced)
         self.chooses = chooses
         self.max_rows = max_rows
         self.differentiable = differentiable
@@ -231,15 +236,6 @@ class MapCapture(Handle):
         except BaseException:
             self.remove()
             raise
-
-    @property
-    def step(self) -> int | None:
-        """The step that the caller announces, which goes before the scheduler's; None for that."""
-        return self.steps.announced.get()
-
-    @step.setter
-    def step(self, step: int | None) -> None:
-        self.steps.announced.set(step)
 
     @property
     def maps(self) -> list[AttentionMap]:
@@ -265,20 +261,8 @@ class MapCapture(Handle):
         Raises:
             ValueError: There is none.
         """
-        wanted = {"level": level, "place": place, "step": step, "model": model, "branch": branch}
-        wanted = {name: value for name, value in wanted.items() if value is not None}
-        maps = [m.map for m in self.maps if all(getattr(m, k) == v for k, v in wanted.items())]
-        if maps:
-            return torch.stack(maps).mean(dim=0)
-        if branch == 0:
-            wanted.pop("branch")  # most models have no other
-        asked = ", ".join(f"{name} {value}" for name, value in wanted.items()) or "any layer"
-        plurals = {name: f"{name}s" for name in ("level", "place", "step", "model")}
-        there = (
-            f"{names} {', '.join(sorted({str(getattr(m, name)) for m in self.maps})) or 'none'}"
-            for name, names in {**plurals, "branch": "branches"}.items()
-        )
-        raise ValueError(f"no map of {asked} was captured: there are {'; '.join(there)}")
+        maps = find_maps(self.maps, level=level, place=place, step=step, model=model, branch=branch)
+        return torch.stack([item.map for item in maps]).mean(dim=0)
 
     def clear(self) -> None:
         """Forgets the maps captured so far; the next call is the first of its step."""

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vstar_kernels.analysis.maps import Place
+from vstar_kernels.analysis.maps import Place, find_maps
 from vstar_kernels.models.conditional import has_equal_halves, in_conditional_passes
 from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
 from vstar_kernels.models.front_end import (
@@ -25,11 +25,17 @@ from vstar_kernels.models.front_end import (
     find_front_end,
     models_with_temporal_attention,
 )
-from vstar_kernels.models.hooks import Handle, Hooks, ModelCall, is_compiled, put_back
-from vstar_kernels.models.layers import CrossLayer, WatchedCrossAttention
+from vstar_kernels.models.hooks import Hooks, ModelCall, is_compiled, put_back
+from vstar_kernels.models.layers import (
+    CrossLayer,
+    LayerChoice,
+    WatchedCrossAttention,
+    layer_chooser,
+)
 from vstar_kernels.models.schedule import (
     ChosenSteps,
     FindScheduler,
+    SteppedHandle,
     as_indices,
     scheduler_of,
     timestep_value,
@@ -70,7 +76,7 @@ def capture_columns(
     pipe_or_model: Any,
     columns: Columns,
     *,
-    layers: Callable[[CrossLayer], bool] | None = None,
+    layers: LayerChoice = None,
     steps: Collection[int] | None = None,
     scheduler: Any = None,
     guidance: bool | None = None,
@@ -95,7 +101,8 @@ def capture_columns(
         pipe_or_model: The model, or a pipeline with it; not compiled.
         columns: The tokens of each word, such as :func:`find_tokens` gives; or weights ``(tokens,
             words)`` for all videos, or ``(batch, tokens, words)`` for each of those with a prompt.
-        layers: Whether to capture a :class:`CrossLayer`; None is all.
+        layers: Whether to capture a :class:`CrossLayer`; or levels and names of layers, ``[1, 2]``;
+            None is all.
         steps: Indices of denoising steps; None is all.
         scheduler: Tells the step of a timestep; None is the pipeline's own. A model by itself needs
             it for ``steps``, unless :attr:`ColumnCapture.step` is set.
@@ -113,8 +120,8 @@ def capture_columns(
         TypeError: An argument is of the wrong kind.
         ValueError: The model has no text (Stable Video Diffusion) or is compiled, a layer's
             attention cannot be replaced (IP adapters), ``columns`` are no tokens or of the wrong
-            shape, or ``layers`` chooses none. At a forward pass: a token is not in the text, or the
-            step cannot be known.
+            shape, or ``layers`` chooses none or names what there is not. At a forward pass: a token
+            is not in the text, or the step cannot be known.
         RuntimeError: At a forward pass: a layer was not called, or with a part of the video only.
     """
     model = text_model(pipe_or_model)
@@ -122,14 +129,10 @@ def capture_columns(
     for name, value in (("guidance", guidance), ("differentiable", differentiable)):
         if not isinstance(value, bool) and not (name == "guidance" and value is None):
             raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
-    if layers is not None and not callable(layers):
-        raise TypeError(
-            f"layers must be a callable (CrossLayer) -> bool or None, got {type(layers).__name__}"
-        )
     return ColumnCapture(
         model,
         columns,
-        layers or (lambda layer: True),
+        layer_chooser(layers, cross_layers(model)),
         as_indices("steps", steps, "indices of denoising steps or None"),
         scheduler_of(pipe_or_model, scheduler),
         guidance=guidance,
@@ -178,7 +181,7 @@ class _WatchedPass(ForwardPass):
         )
 
 
-class ColumnCapture(Handle):
+class ColumnCapture(SteppedHandle):
     """The maps that :func:`capture_columns` captures: a context manager, with :meth:`remove`.
 
     Args:
@@ -210,6 +213,7 @@ class ColumnCapture(Handle):
             raise ValueError("layers chooses none of the cross-attention layers")
         self._columns = columns
         self._steps = ChosenSteps(steps, find_scheduler)
+        super().__init__(self._steps.announced)
         self._guidance = guidance
         self._differentiable = differentiable
         self._backend = backend
@@ -229,15 +233,6 @@ class ColumnCapture(Handle):
         except BaseException:
             self.remove()
             raise
-
-    @property
-    def step(self) -> int | None:
-        """The step that the caller announces, which goes before the scheduler's; None for that."""
-        return self._steps.announced.get()
-
-    @step.setter
-    def step(self, step: int | None) -> None:
-        self._steps.announced.set(step)
 
     @property
     def maps(self) -> list[ColumnMap]:
@@ -265,14 +260,7 @@ class ColumnCapture(Handle):
         Raises:
             ValueError: There is none.
         """
-        wanted = {"step": step, "level": level, "place": place}
-        wanted = {name: value for name, value in wanted.items() if value is not None}
-        maps = [m for m in self.maps if all(getattr(m, k) == v for k, v in wanted.items())]
-        if not maps:
-            asked = ", ".join(f"{name} {value}" for name, value in wanted.items()) or "any layer"
-            there = sorted({(m.step, m.level, m.place) for m in self.maps}, key=str)
-            listed = "; ".join(f"step {s}, level {k}, {p}" for s, k, p in there) or "nothing"
-            raise ValueError(f"no map of {asked} was captured: there is {listed}")
+        maps = find_maps(self.maps, step=step, level=level, place=place)
         height, width = self.size(maps[0].grid, size)
         return torch.stack([resize_maps(m.map, height, width) for m in maps]).mean(0)
 

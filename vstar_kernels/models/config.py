@@ -13,7 +13,7 @@ from vstar_kernels.attention.bias import STATS, Bias, DenseBias, GaussianBias, T
 from vstar_kernels.documents import Document
 from vstar_kernels.models.layers import OVERRIDE_MAPS, Override, Regularization, TemporalLayer
 from vstar_kernels.models.schedule import Steps, check_steps
-from vstar_kernels.reading import FormatError, require_pydantic, shorten
+from vstar_kernels.reading import build, require_pydantic
 
 PRESET_STEPS = 13  # the last regularized step index, of 25, in the official code
 LARGEST_CONFIG = 2**30  # bytes, for the matrices of many heads
@@ -212,11 +212,7 @@ class TARConfig(Document):
         require_pydantic()
         from vstar_kernels.models.config_json import read_fields
 
-        fields = read_fields(text)
-        try:
-            return cls(**fields)
-        except ValueError as error:
-            raise FormatError(shorten(str(error))) from None
+        return build(cls, read_fields(text))
 
 
 def width_at(level: Level, width: int | None) -> int | None:

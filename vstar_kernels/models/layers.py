@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -53,6 +53,45 @@ class CrossLayer:
     level: int
     place: Place
     module: Any
+
+
+LayerChoice = Callable[[Any], bool] | Collection[int | str] | None
+
+
+def layer_chooser(layers: LayerChoice, available: Sequence[Any]) -> Callable[[Any], bool]:
+    """Returns whether a layer is one of those that the user wants.
+
+    Args:
+        layers: A callable of a layer; or levels and names of layers, of which it has one; None is
+            all layers.
+        available: The layers that there are, each with a ``name`` and a ``level``.
+
+    Raises:
+        TypeError: It is nothing of that.
+        ValueError: It names nothing, or what there is not.
+    """
+    if layers is None:
+        return lambda layer: True
+    if callable(layers):
+        return layers
+    kinds = "levels, names of layers, a callable of a layer or None"
+    if isinstance(layers, str | bytes) or not isinstance(layers, Collection):
+        raise TypeError(f"layers must be {kinds}, got {type(layers).__name__}")
+    if not layers:
+        raise ValueError(f"layers names none: give {kinds}, for all")
+    levels = {layer.level for layer in available}
+    names = {layer.name for layer in available}
+    for item in layers:
+        if isinstance(item, bool) or not isinstance(item, int | str):
+            raise TypeError(f"layers must be {kinds}, got {type(item).__name__} among them")
+        if item not in levels and item not in names:
+            raise ValueError(
+                f"layers names {item!r}, which there is not: the levels are "
+                f"{', '.join(sorted(map(str, levels)))}, and a layer's name is one such as "
+                f"{min(names, default='none')}"
+            )
+    wanted = frozenset(layers)
+    return lambda layer: layer.level in wanted or layer.name in wanted
 
 
 @dataclass(frozen=True)

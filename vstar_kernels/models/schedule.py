@@ -18,6 +18,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vstar_kernels.models.hooks import Handle
+
 Steps = int | float | Callable[[int, float], bool] | None
 
 
@@ -283,6 +285,26 @@ class AnnouncedStep(Announced[int]):
         ):
             raise ValueError(f"step must be an index of at least 0 or None, got {value!r}")
         super().set(value)
+
+
+class SteppedHandle(Handle):
+    """A handle on models whose step the caller may announce.
+
+    Args:
+        announced: What the caller announces.
+    """
+
+    def __init__(self, announced: AnnouncedStep) -> None:
+        self._announced = announced
+
+    @property
+    def step(self) -> int | None:
+        """The step that the caller announces, which goes before the scheduler's; None for that."""
+        return self._announced.get()
+
+    @step.setter
+    def step(self, step: int | None) -> None:
+        self._announced.set(step)
 
 
 FindScheduler = Callable[[nn.Module], Any]

@@ -241,7 +241,7 @@ def test_what_cannot_be_captured_is_an_error(wan):
         (wan, 0, TypeError, "layers must be indices or None, got int"),
         (wan, "ab", TypeError, "layers must be indices or None, got str"),
         (wan, [True], TypeError, "an index of layers"),
-        (latte, [0], ValueError, "layers by index are those of full-3D transformers"),
+        (latte, [1], ValueError, "layers names 1, which there is not: the levels are 0"),
     ):
         with pytest.raises(error, match=message):
             vk.capture_maps(model, layers=layers)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vstar_kernels.attention.frames.rules import STATS, FrameRule
 from vstar_kernels.attention.frames.terms import Term, pairs
-from vstar_kernels.reading import FormatError, decode, hidden, shorten, validate
+from vstar_kernels.reading import FormatError, build, decode, hidden, shorten, validate
 
 T = TypeVar("T")
 DEPTHS = ROWS, TABLES = hidden("rows"), hidden("tables")
@@ -116,10 +116,8 @@ def read(text: str) -> FrameRule:
     """
     form = validate(RuleForm, decode(text))
     terms = tuple(_make_term(term, f"terms[{i}]") for i, term in enumerate(form.terms))
-    try:
-        return FrameRule(terms, stat=form.stat, clamp_negative=form.clamp_negative)
-    except ValueError as error:
-        raise FormatError(shorten(str(error))) from None
+    fields = {"terms": terms, "stat": form.stat, "clamp_negative": form.clamp_negative}
+    return build(FrameRule, fields)
 
 
 def _make_term(form: Any, path: str) -> Term:

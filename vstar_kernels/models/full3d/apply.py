@@ -16,8 +16,14 @@ from vstar_kernels.models.full3d.config import Layers, checked_indices, checked_
 from vstar_kernels.models.full3d.families import UNKNOWN, Family, find_family, known_models
 from vstar_kernels.models.full3d.model import Rule, RuledModel
 from vstar_kernels.models.full3d.seats import FrameLayer
-from vstar_kernels.models.hooks import Handle, put_back
-from vstar_kernels.models.schedule import StepGate, Steps, describe_steps, scheduler_of
+from vstar_kernels.models.hooks import put_back
+from vstar_kernels.models.schedule import (
+    StepGate,
+    SteppedHandle,
+    Steps,
+    describe_steps,
+    scheduler_of,
+)
 
 
 def apply_frames(
@@ -119,7 +125,7 @@ class RuledLayer:
     index: int
 
 
-class FramesHandle(Handle):
+class FramesHandle(SteppedHandle):
     """A rule on a model or pipeline, from :func:`apply_frames`: a context manager.
 
     Attributes:
@@ -127,6 +133,7 @@ class FramesHandle(Handle):
     """
 
     def __init__(self, rule: Rule, gate: StepGate, models: list[RuledModel]) -> None:
+        super().__init__(gate.announced)
         self.rule = rule
         self._gate = gate
         self._models = models
@@ -136,15 +143,6 @@ class FramesHandle(Handle):
         except BaseException:
             self.remove()
             raise
-
-    @property
-    def step(self) -> int | None:
-        """The step that the caller announces, which goes before the scheduler's; None for that."""
-        return self._gate.announced.get()
-
-    @step.setter
-    def step(self, step: int | None) -> None:
-        self._gate.announced.set(step)
 
     @property
     def layers(self) -> list[RuledLayer]:

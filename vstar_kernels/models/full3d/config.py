@@ -11,7 +11,7 @@ from vstar_kernels.attention.frames.rules import STATS, FrameRule
 from vstar_kernels.documents import Document
 from vstar_kernels.models.full3d.seats import FrameLayer
 from vstar_kernels.models.schedule import Steps, check_steps
-from vstar_kernels.reading import FormatError, require_pydantic, shorten
+from vstar_kernels.reading import build, require_pydantic
 
 Layers = Collection[int] | Callable[[FrameLayer], bool] | None
 LARGEST_CONFIG = 2**20  # bytes
@@ -93,11 +93,7 @@ class FrameTAR(Document):
         require_pydantic()
         from vstar_kernels.models.full3d.config_json import read_fields
 
-        values = read_fields(text)
-        try:
-            return cls(**values)
-        except ValueError as error:
-            raise FormatError(shorten(str(error))) from None
+        return build(cls, read_fields(text))
 
 
 def checked_layers(layers: Layers) -> Layers:
