@@ -9,6 +9,7 @@ import torch
 import vstar_kernels as vk
 from tests.helpers import ROOT
 from vstar_kernels.cli.main import main
+from vstar_kernels.cli.study.command import Study
 
 pytest.importorskip("av")
 pytest.importorskip("diffusers")
@@ -166,9 +167,12 @@ def test_python(server, capsys):
     assert eval(values.partition("  #")[0], names) == (7, 8)
 
 
-def test_commands(server, tmp_path, capsys):
+def test_commands(server, tmp_path, capsys, monkeypatch):
     tiny.text_to_video().save_pretrained(tmp_path / "model")
-    (block,) = blocks("sh", url=server.url, model=str(tmp_path / "model"))
+    block, study = blocks("sh", url=server.url, model=str(tmp_path / "model"))
+    with monkeypatch.context() as patch:  # test_docs_many.py runs one
+        patch.setattr(Study, "run", lambda self: 0)
+        assert main(shlex.split(study.replace("\\\n", ""))[1:]) == 0
     commands = [shlex.split(line) for line in block.replace("\\\n", "").splitlines()]
     assert len(commands) == 4
     for program, *arguments in commands[:3]:

@@ -56,21 +56,22 @@ def test_diffusers(blocks, capsys):
     assert "level 1 (width 32), σ = 8, strength 0.5" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["demo", "generate"])
+@pytest.mark.parametrize("command", ["demo", "generate", "study"])
 def test_commands_are_understood(command, monkeypatch, tmp_path):
     """The commands that the page shows, up to where they would load a model."""
     pytest.importorskip("tyro")
     from vstar_kernels.cli.demo.command import DemoOptions
     from vstar_kernels.cli.generate.command import Generate
     from vstar_kernels.cli.main import main
+    from vstar_kernels.cli.study.command import Study
 
     text = README.read_text(encoding="utf-8").replace("\\\n", " ")
-    shown = re.findall(rf"vstar-kernels {command} (-.*)", text)
+    shown = re.findall(rf"vstar-kernels {command} (-.*|\S+ -.*)", text)
     shown += re.findall(rf'make {command} ARGS="(.*?)"', text)
     assert shown
     monkeypatch.chdir(tmp_path)  # where nothing is in the way of --output
     ran = []
-    for options in (DemoOptions, Generate):
+    for options in (DemoOptions, Generate, Study):
         monkeypatch.setattr(options, "run", lambda self: ran.append(self) or 0)
     for line in shown:
         assert main([command, *shlex.split(line, comments=True)]) == 0
