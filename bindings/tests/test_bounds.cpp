@@ -64,17 +64,22 @@ class Bounds {
   std::deque<Guarded> blocks_;
 };
 
-// Checks all forms of Δ, for all heads and for each.
-void all_forms(Bounds& bounds, const vstar::Kernels& kernels, Shape shape) {
-  for (const auto form : {Form::gaussian, Form::symmetric, Form::signed_table, Form::dense}) {
-    shape.form = form;
+// Checks all forms of Δ, for all heads and for each; in 16 bits, where Δ is read by the same code,
+// one of them.
+void forms(Bounds& bounds, const vstar::Kernels& kernels, Shape shape) {
+  constexpr Form kForms[] = {Form::gaussian, Form::symmetric, Form::signed_table, Form::dense,
+                             Form::none};
+  int64_t i = 0;
+  for (const auto form : kForms) {
     for (const bool per_head : {false, true}) {
+      if (form == Form::none && per_head) continue;
+      shape.form = form;
       shape.per_head = per_head;
-      bounds.expect(kernels, shape);
+      if (shape.type == ScalarType::float32 || i++ == shape.frames % 9) {
+        bounds.expect(kernels, shape);
+      }
     }
   }
-  shape.form = Form::none;
-  bounds.expect(kernels, shape);
 }
 
 void test(const vstar::Kernels& kernels) {
@@ -91,7 +96,7 @@ void test(const vstar::Kernels& kernels) {
       shape.map_block = std::min<int64_t>(frames, 1 + frames % 4 * 3);
       shape.extra = frames % 6 == 0 ? 2 : 0;
       shape.grad_out_dim_stride = frames % 7 == 0 ? 3 : 1;
-      all_forms(bounds, kernels, shape);
+      forms(bounds, kernels, shape);
     }
     // Every remainder of head_dim against vectors and tiles; few and many (packed) keys.
     for (int64_t head_dim = 1; head_dim <= 70; ++head_dim) {

@@ -153,17 +153,17 @@ void test_tasks(const vstar::Kernels& kernels, ScalarType type) {
   shape.map_gradient = true;
   for (const auto form : {Form::signed_table, Form::dense}) {
     shape.form = form;
-    expect_same_tasks<MapCall>(kernels, shape, 30);
-    expect_same_tasks<BackwardCall>(kernels, shape, 30);
+    expect_same_tasks<MapCall>(kernels, shape, 10);
+    expect_same_tasks<BackwardCall>(kernels, shape, 10);
   }
   shape.delta_gradient = false;
   shape.stat = vstar::Stat::tensor;
-  expect_same_tasks<BackwardCall>(kernels, shape, 30);
+  expect_same_tasks<BackwardCall>(kernels, shape, 10);
   // A map's queries in chunks, its sequences in groups.
   Shape longer = {.batch = 1, .frames = 300, .heads = 2, .type = type};
   for (const int64_t block : {1, 7, 257, 300}) {
     longer.map_block = block;
-    expect_same_tasks<MapCall>(kernels, longer, block == 1 ? 10 : 3);
+    expect_same_tasks<MapCall>(kernels, longer, 3);
   }
   longer.map_by_head = true;
   longer.space = 3;
@@ -174,6 +174,7 @@ void test_calls(const vstar::Kernels& kernels, ScalarType type) {
   for (const auto form :
        {Form::none, Form::gaussian, Form::symmetric, Form::signed_table, Form::dense}) {
     for (const int64_t frames : {7, 33, 300}) {
+      if (frames == 300 && type != ScalarType::float32) continue;  // is cut alike in every type
       Shape shape = {.space = 5, .frames = frames, .head_dim = 13, .type = type, .form = form};
       shape.per_head = frames == 33;
       shape.delta_gradient = frames != 300;
@@ -186,10 +187,10 @@ void test(const vstar::Kernels& kernels) {
   for (const auto type : {ScalarType::float32, ScalarType::bfloat16, ScalarType::float16}) {
     // Odd rows without a gap: two threads write next to each other in one cache line.
     expect_same_items(kernels, {.batch = 3, .frames = 7, .heads = 3, .head_dim = 13, .type = type},
-                      7, 100);
+                      7, 30);
     // Items within a sequence, as a few long ones are shared out.
     Shape longer = {.batch = 1, .frames = 200, .heads = 2, .head_dim = 21, .type = type};
-    expect_same_items(kernels, longer, 64, 30);
+    expect_same_items(kernels, longer, 64, 10);
     longer.heads_first = true;
     longer.form = Form::dense;
     longer.stat = vstar::Stat::map_max;
@@ -199,7 +200,7 @@ void test(const vstar::Kernels& kernels) {
     // While the next sequence's rows are fetched ahead, its thread writes them.
     expect_same_items(kernels,
                       {.batch = 16, .frames = 16, .heads = 2, .head_dim = 40, .type = type}, 16,
-                      30);
+                      10);
   }
 }
 
