@@ -249,15 +249,26 @@ def eager_frames(
     parts = _frame_parts(
         query, key, layout, rule, key_layout=key_layout, key_lengths=key_lengths, scale=scale
     )
-    value = _repeat_heads(value, query.shape[2])
-    out = torch.einsum("bhij,bjhd->bihd", parts.weights, value)
+    out = _frames_out(parts.weights, value)
     if not return_map:
         return out
+    return out, _frames_map(parts.weights, layout, key_layout, map_heads)
+
+
+def _frames_out(weights: Tensor, value: Tensor) -> Tensor:
+    """Returns the output of A′."""
+    return torch.einsum("bhij,bjhd->bihd", weights, _repeat_heads(value, weights.shape[1]))
+
+
+def _frames_map(
+    weights: Tensor, layout: Layout, key_layout: Layout | None, map_heads: bool
+) -> Tensor:
+    """Returns the map of A′."""
     keys = layout if key_layout is None else key_layout
-    rows = F.one_hot(_tokens(layout)[0], layout.frames + 1)[:, :-1].to(parts.weights)
-    columns = F.one_hot(_tokens(keys)[0], keys.frames + 1).to(parts.weights)
-    each = (rows / rows.sum(0)).T @ parts.weights @ columns  # (batch, heads, F_q, F_k + 1)
-    return out, each if map_heads else each.mean(1)
+    rows = F.one_hot(_tokens(layout)[0], layout.frames + 1)[:, :-1].to(weights)
+    columns = F.one_hot(_tokens(keys)[0], keys.frames + 1).to(weights)
+    each = (rows / rows.sum(0)).T @ weights @ columns  # (batch, heads, F_q, F_k + 1)
+    return each if map_heads else each.mean(1)
 
 
 class _FrameParts(NamedTuple):
@@ -391,15 +402,13 @@ def assert_frames(
     """
     result: tuple[Tensor, ...] = found if options.pop("return_map", False) else (found,)
     map_heads = options.pop("map_heads", False)
-    exact = (query.double(), key.double(), value.double())
-    expected, expected_map = eager_frames(
-        *exact, layout, rule, **options, return_map=True, map_heads=map_heads
-    )
+    weights, terms = _frame_parts(query.double(), key.double(), layout, rule, **options)
+    expected = _frames_out(weights, value.double())
     plain = eager_frames(query, key, value, layout, rule, **options)
-    weights, terms = _frame_parts(*exact[:2], layout, rule, **options)
-    _assert_output(result[0], plain, expected, exact[2], weights * terms)
+    _assert_output(result[0], plain, expected, value.double(), weights * terms)
     if len(result) == 2:
         mean_map = result[1]
+        expected_map = _frames_map(weights, layout, options.get("key_layout"), map_heads)
         assert (mean_map.shape, mean_map.dtype) == (expected_map.shape, torch.float32)
         error = largest_error(mean_map.sum(-1), expected_map.sum(-1))
         assert error <= ROW_SUM, f"a row of the map is off by {error:.3g}"
