@@ -143,7 +143,6 @@ def _yardsticks(
 def main(path: Path, allocator: str, seconds: float) -> None:
     """Measures this allocator's tasks in order, until ``seconds`` have passed."""
     deadline = time.monotonic() + seconds
-    gc.freeze()  # what is imported is not garbage, and takes long to look through
     logging.getLogger("xformers").setLevel(logging.ERROR)  # its reasons are in the results
     run = results.load(path)
     missing = [task for task in run.missing if task.allocator == allocator]
@@ -153,6 +152,7 @@ def main(path: Path, allocator: str, seconds: float) -> None:
             if time.monotonic() > deadline:
                 break
             progress.set_description(task.key)
+            gc.freeze()  # what is imported by now is not garbage, and takes long to look through
             # A case may fail in any way; the others still run.
             try:
                 record = measure(task, run.plan, progress.set_postfix_str)

@@ -1,10 +1,12 @@
+import contextlib
 import gc
 import os
 
 import pytest
+import torch
 from filelock import FileLock
 
-from benchmarks import run, suites
+from benchmarks import measure, run, suites
 from benchmarks.cases import Case, Use
 from benchmarks.results import Plan, Task
 
@@ -56,9 +58,26 @@ def plan():
     return a_plan(small_cases())
 
 
+@contextlib.contextmanager
+def no_workers():
+    """What workers do is done in this process, which has imported everything."""
+
+    def work(path, allocator, seconds):
+        threads = torch.get_num_threads()
+        try:
+            measure.main(path, allocator, seconds)
+        finally:
+            torch.set_num_threads(threads)
+        return 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_work", work)
+        yield
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """The file of a run of all small cases, measured by the real workers.
+    """The file of a run of all small cases.
 
     Where tests run side by side, the first process that needs it measures for all of them. The file
     has its name only when it is finished, so that none of them reads a part of a run that failed.
@@ -72,6 +91,7 @@ def finished(tmp_path_factory):
             unfinished = folder / "unfinished.jsonl"
             unfinished.unlink(missing_ok=True)
             run.begin(unfinished, a_plan(small_cases()))
-            run.measure(unfinished)
+            with no_workers():
+                run.measure(unfinished)
             unfinished.rename(path)
     return path

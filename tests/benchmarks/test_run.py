@@ -8,7 +8,7 @@ import pytest
 from benchmarks import results, run
 from benchmarks.__main__ import main
 from benchmarks.results import MEASURED, WRONG, Outcome, Record, ResultsError
-from tests.benchmarks.conftest import a_plan, small_cases
+from tests.benchmarks.conftest import a_plan, no_workers, small_cases
 from tests.helpers import ROOT
 
 
@@ -39,7 +39,8 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, finished):
     assert len(begun.missing) == 2
     resumed = run.resume(path)
     assert [task.key for task in resumed.missing] == [task.key for task in begun.missing]
-    run.measure(path)
+    with no_workers():
+        run.measure(path)
     after = path.read_text().splitlines(keepends=True)
     assert after[:-2] == lines[:-2]  # what was measured stays
     assert not results.load(path).missing
@@ -86,15 +87,15 @@ def test_other_files_are_refused(tmp_path, content, text, capsys):
 def test_a_worker_that_is_killed_costs_one_case(tmp_path, monkeypatch):
     path = tmp_path / "run.jsonl"
     run.begin(path, few())
-    work = run._work
-    calls = []
+    with no_workers():
+        work, calls = run._work, []
 
-    def killed_at_first(*args):
-        calls.append(args)
-        return -9 if len(calls) == 1 else work(*args)
+        def killed_at_first(*args):
+            calls.append(args)
+            return -9 if len(calls) == 1 else work(*args)
 
-    monkeypatch.setattr(run, "_work", killed_at_first)
-    first, *others = run.measure(path).records
+        monkeypatch.setattr(run, "_work", killed_at_first)
+        first, *others = run.measure(path).records
     assert first.failure == "ended by SIGKILL"
     assert all(record.peers["vstar_kernels"].status == MEASURED for record in others)
 
@@ -130,6 +131,7 @@ def test_no_case_begins_after_the_time(tmp_path):
 
 
 def test_the_command_measures_and_reports(tmp_path):
+    """By workers, one for each allocator."""
     path = tmp_path / "run.jsonl"
     command = [sys.executable, "-m", "benchmarks", "run", "--suites", "short", "--frames", "2",
                "--models", "latte-512x512", "--peers", "eager", "--rounds", "5", "--device", "cpu",
