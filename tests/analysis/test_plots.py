@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import vstar_kernels as vk
-from tests.helpers import run_python
 from vstar_kernels.analysis.maps import AttentionMap
 from vstar_kernels.analysis.plots import COLOURS, INK
 from vstar_kernels.methods.vstar.optimize import NoiseLoss, OptimizedNoise
@@ -217,15 +216,3 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "vstar-kernels\[analysis\]"'):
         vk.analysis.plot_deltas({})
-
-
-def test_only_plotting_imports_matplotlib_and_no_windows():
-    code = """
-import sys, vstar_kernels as vk
-assert vk.optimize_noise and vk.NoisePrior and vk.analysis.plot_maps
-print(sorted({'matplotlib', 'diffusers', 'transformers', 'triton'} & set(sys.modules)))
-vk.analysis.plot_deltas(vk.analysis.delta_matrices([1], 4))
-print('matplotlib.pyplot' in sys.modules)
-"""
-    done = run_python(code)
-    assert done.stdout.split("\n")[:2] == ["[]", "False"], done.stderr

@@ -30,10 +30,17 @@ def call(index: int) -> torch.Tensor:
     return vk.tar_attention(q, k, v, vk.GaussianBias(1.0), backend="cpu")
 
 
+def call_frames(_: int) -> torch.Tensor:
+    """A call of frame_attention that is large enough for threads."""
+    layout = vk.Layout(vk.Frames(4, 100))
+    q, k, v = inputs(1, layout.tokens, 2, 32)
+    return vk.frame_attention(q, k, v, layout, vk.FrameRule.tar(1.0), backend="cpu")
+
+
 def run_script(code: str) -> subprocess.CompletedProcess[str]:
     header = """
 import os, sys, torch
-from tests.attention.test_cpu_processes import call
+from tests.attention.test_cpu_processes import call, call_frames
 torch.set_num_threads(2)
 """
     return run_python(header + code)
@@ -61,23 +68,31 @@ def test_in_data_loader_workers(start):
 
 
 FORK = """
-import threading
+import multiprocessing, signal, threading
 torch.set_num_threads(3)
-expected = call(0)
-child = os.fork()
-if child == 0:
-    import signal
-    signal.alarm(60)  # ends a child that hangs
-    outs = [call(0) for _ in range(5)]
-    # A new thread of the child has a team of its own.
-    thread = threading.Thread(target=lambda: outs.append(call(0)))
-    thread.start()
-    thread.join()
-    os._exit(0 if all(torch.equal(out, expected) for out in outs) else 3)
-status = os.waitpid(child, 0)[1]
-assert torch.equal(call(0), expected)  # the parent keeps its threads
-assert len(os.listdir("/proc/self/task")) >= 3 or sys.platform != "linux"
-sys.exit(os.waitstatus_to_exitcode(status) % 256)
+
+def compute(i):
+    return call(i).numpy().tobytes()
+
+for operation in (call, call_frames):
+    expected = operation(0)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # ends a child that hangs
+        outs = [operation(0) for _ in range(5)]
+        # A new thread of the child has a team of its own.
+        thread = threading.Thread(target=lambda: outs.append(operation(0)))
+        thread.start()
+        thread.join()
+        os._exit(0 if all(torch.equal(out, expected) for out in outs) else 3)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 0, f"{operation.__name__}: {status} (-14: hung)"
+    assert torch.equal(operation(0), expected)  # the parent keeps its threads
+    assert len(os.listdir("/proc/self/task")) >= 3 or sys.platform != "linux"
+
+expected = [compute(i) for i in range(6)]
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert pool.map_async(compute, range(6)).get(60) == expected
 """
 
 
@@ -85,68 +100,51 @@ sys.exit(os.waitstatus_to_exitcode(status) % 256)
 def test_in_a_forked_child():
     """A fork copies the thread that calls it but not its team of OpenMP threads."""
     run = run_script(FORK)
-    assert run.returncode == 0, f"child: {run.returncode} (242: hung)\n{run.stderr}"
+    assert run.returncode == 0, run.stderr
 
 
 FORK_AFTER_TORCH = """
-import signal
-torch.set_num_threads(3)
-{before}
-child = os.fork()
-if child == 0:
-    signal.alarm(20)  # ends a child that hangs
-    {compute}
-    os._exit(0)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256)
-"""
-TORCHS_THREADS = "torch.rand(1000, 1000).exp()"
-LONG_MAP = (
-    "q = torch.ones(1, 600, 1, 8, requires_grad=True)\n"
-    "    out, m = vk.tar_attention(q, q, q, vk.GaussianBias(1.0), backend='cpu', return_map=True, "
-    "map_block=200)\n"
-    "    m.square().sum().backward()\n"
-    "    assert abs(m.sum().item() - 600) < 0.01"
-)
+import os, signal, torch
+import vstar_kernels as vk
+from vstar_kernels.attention import native
 
+def short():
+    q = torch.ones(1, 128, 2, 40)
+    vk.tar_attention(q, q, q, vk.GaussianBias(1.0), backend="cpu")
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.parametrize(
-    ("before", "compute"),
-    [
-        (TORCHS_THREADS, "call(0)"),
-        (f"{TORCHS_THREADS}; native.load()", "call(0)"),
-        ("call(0)", LONG_MAP),
-        (TORCHS_THREADS, LONG_MAP),
-    ],
-    ids=["library not loaded", "library loaded", "block sums", "block sums, not loaded"],
-)
-def test_in_a_child_of_a_process_that_used_threads(before, compute):
-    """Torch's own operators hang there; nothing in a call of a CPU kernel does."""
-    imports = "import vstar_kernels as vk\nfrom vstar_kernels.attention import native\n"
-    # Not run_script, which loads the library.
-    header = "import os, sys, torch\n" + imports
-    define = (
-        "def call(i):\n"
-        "    q = torch.ones(1, 128, 2, 40)\n"
-        "    return vk.tar_attention(q, q, q, vk.GaussianBias(1.0), backend='cpu')\n"
+def block_sums():
+    q = torch.ones(1, 600, 1, 8, requires_grad=True)
+    out, m = vk.tar_attention(
+        q, q, q, vk.GaussianBias(1.0), backend="cpu", return_map=True, map_block=200
     )
-    run = run_python(header + define + FORK_AFTER_TORCH.format(before=before, compute=compute))
-    assert run.returncode == 0, f"child: {run.returncode} (242: hung)\n{run.stderr}"
+    m.square().sum().backward()
+    assert abs(m.sum().item() - 600) < 0.01
 
+def fork(name, compute):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends a child that hangs
+        compute()
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 0, f"{name}: {status} (-14: hung)"
 
-FORKED_POOL = """
-import multiprocessing
-expected = [call(i) for i in range(6)]
-with multiprocessing.get_context("fork").Pool(2) as pool:
-    outs = pool.map_async(compute, range(6)).get(60)
-assert all(o == e.numpy().tobytes() for o, e in zip(outs, expected, strict=True))
+torch.set_num_threads(3)
+torch.rand(1000, 1000).exp()  # torch's threads
+assert native.load.cache_info().currsize == 0
+fork("library not loaded", short)
+fork("block sums, library not loaded", block_sums)
+native.load()
+fork("library loaded", short)
+short()
+fork("block sums after a call", block_sums)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_in_a_forked_pool():
-    define = "def compute(i): return call(i).numpy().tobytes()\n"
-    run = run_script(define + FORKED_POOL)
+def test_in_a_child_of_a_process_that_used_threads():
+    """Torch's own operators hang there; nothing in a call of a CPU kernel does."""
+    run = run_python(FORK_AFTER_TORCH)  # not run_script, which loads the library
     assert run.returncode == 0, run.stderr
 
 

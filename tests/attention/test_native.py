@@ -15,7 +15,10 @@ from vstar_kernels.attention.native import FORM_NUMBERS, STAT_NUMBERS
 forward = torch.ops.vstar_kernels.cpu_forward
 
 
-def test_the_environment_forces_an_instruction_set(isa):
+@pytest.mark.skipif(bool(native.load().problems), reason="no native library")
+def test_the_environment_forces_an_instruction_set():
+    """The last one, which is not the best where there are several."""
+    isa = native.load().isas[-1]
     code = "from vstar_kernels.attention import native; print(native.load().isa)"
     run = run_python(code, VSTAR_KERNELS_CPU_ISA=isa)
     assert run.stdout.strip() == isa, run.stderr

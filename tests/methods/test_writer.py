@@ -9,7 +9,6 @@ import traceback
 import pytest
 
 import vstar_kernels as vk
-from tests.helpers import run_python
 from vstar_kernels import files
 from vstar_kernels.methods import cache as cache_module
 from vstar_kernels.methods.vstar.writer import (
@@ -364,35 +363,6 @@ def test_without_the_client(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ImportError, match=r"pip install 'vstar_kernels\[synopsis\]'"):
         vk.SynopsisWriter.from_endpoint("m", base_url="http://localhost:1/v1")
-
-
-def test_without_pydantic():
-    code = (
-        "import sys, vstar_kernels as vk\n"
-        "print({'pydantic', 'openai', 'anyio', 'httpx2'} & set(sys.modules))\n"
-        "sys.modules['pydantic'] = None\n"
-        "rose = vk.Synopsis('A rose.', ['A bud.', 'A rose.']).to_json()\n"
-        "for read in (vk.SynopsisWriter.from_file, vk.Synopsis.from_json):\n"
-        "    try:\n"
-        "        read(rose)\n"
-        "    except ImportError as error:\n"
-        "        print(error)\n"
-    )
-    child = run_python(code)
-    nothing, *errors = child.stdout.splitlines()
-    assert nothing == "set()", child.stderr
-    assert len(errors) == 2
-    assert all("pip install 'vstar_kernels[synopsis]'" in error for error in errors)
-
-
-def test_the_client_comes_only_with_an_endpoint():
-    code = (
-        "import sys, vstar_kernels as vk\n"
-        "vk.SynopsisWriter.from_file('synopsis.json')\n"
-        "print({'openai', 'transformers', 'diffusers', 'matplotlib', 'av'} & set(sys.modules))"
-    )
-    child = run_python(code)
-    assert child.stdout.strip() == "set()", child.stderr
 
 
 NOWHERE = {"model": "m", "base_url": "http://localhost:1/v1", "cache": False}
