@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -44,11 +45,23 @@ def results(backend: str, tensors: list[Tensor], bias: Bias | None) -> dict[str,
     return dict(zip(names, (out.detach(), mean_map.detach(), *gradients), strict=True))
 
 
-def assert_as_the_reference(backend: str, frames: int, name: str, place: str, bad: float) -> None:
-    """NaN is exactly where the reference has it, and what has none is as without it."""
+def assert_as_the_reference(
+    backend: str, frames: int, name: str, cases: Iterable[tuple[str, float]]
+) -> None:
+    """NaN is exactly where the reference has it, and what has none is as without it.
+
+    Each of the cases is a place and the number that stands in one element there.
+    """
+    clean = results(backend, list(inputs(BATCH, frames, HEADS, HEAD_DIM)), make_bias(name, frames))
+    for place, bad in cases:
+        _assert_contained(backend, frames, name, clean, place, bad)
+
+
+def _assert_contained(
+    backend: str, frames: int, name: str, clean: dict[str, Tensor], place: str, bad: float
+) -> None:
     bias, row = make_bias(name, frames), frames // 2
     tensors = list(inputs(BATCH, frames, HEADS, HEAD_DIM))
-    clean = results(backend, tensors, bias)
     if place == "stat":
         assert bias is not None
         bias.stat[1, row, 1] = bad
@@ -56,12 +69,13 @@ def assert_as_the_reference(backend: str, frames: int, name: str, place: str, ba
         tensors[PLACES.index(place)][1, row, 1, 3] = bad
     found, expected = results(backend, tensors, bias), results("reference", tensors, bias)
     for result, tensor in found.items():
-        assert torch.equal(tensor.isnan(), expected[result].isnan()), result
+        assert torch.equal(tensor.isnan(), expected[result].isnan()), (place, bad, result)
     # Nothing of it in another sequence or head; a map is of all heads of its batch element.
     for result in ("out", "grad_query", "grad_key", "grad_value"):
         elsewhere = torch.ones_like(found[result], dtype=torch.bool)
         elsewhere[1, :, 1] = False
-        assert torch.equal(found[result][elsewhere], clean[result][elsewhere]), result
+        same = torch.equal(found[result][elsewhere], clean[result][elsewhere])
+        assert same, (place, bad, result)
     assert torch.equal(found["map"][0], clean["map"][0])
     rows = torch.arange(frames) != row  # of a query, nothing in another row but by map_max
     if place in ("query", "stat") and not name.startswith("map_max"):

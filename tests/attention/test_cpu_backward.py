@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.attention.cpu_call import Call, assert_gradients, assert_map
 from tests.attention.test_cpu import layouts
+from tests.pairwise import pairwise
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STATS = ["row_max", "map_max", "none", "tensor"]
@@ -39,13 +40,20 @@ def test_head_dims(head_dim, dtype):
     assert_gradients(Call(2, 19, 3, head_dim, dtype=dtype, form="dense"))
 
 
-@pytest.mark.parametrize("form", ["signed", "dense"])
-@pytest.mark.parametrize("heads", [1, 4])
-@pytest.mark.parametrize("stat", STATS)
-@pytest.mark.parametrize("clamp", [False, True])
-@pytest.mark.parametrize("detach", [False, True])
-@pytest.mark.parametrize("frames", [13, 70])
-def test_options(form, heads, stat, clamp, detach, frames):
+OPTIONS = {
+    "form": ["signed", "dense"],
+    "heads": [1, 4],
+    "stat": STATS,
+    "clamp": [False, True],
+    "detach": [False, True],
+    "frames": [13, 70],
+}
+
+
+@pytest.mark.parametrize("case", pairwise(OPTIONS), ids=lambda c: "-".join(map(str, c.values())))
+def test_options(case):
+    """Pairs of them: bindings/tests/test_backward.cpp has all of their combinations."""
+    form, heads, stat, clamp, detach, frames = case.values()
     call = Call(
         *(2, 3, frames, 4, 24),
         form=form,

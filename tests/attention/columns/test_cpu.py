@@ -11,7 +11,7 @@ from vstar_kernels.attention.columns import cpu, reference
 from vstar_kernels.attention.columns.call import ColumnWanted, check_call
 from vstar_kernels.testing import assert_columns, assert_gradients
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "poison")
 NAN = float("nan")
 
 
@@ -24,21 +24,6 @@ def inputs(queries=37, keys=19, heads=3, dim=16, count=4, *, dtype=torch.float32
     shapes = [(2, n, heads, dim) for n in (queries, keys, keys)]
     tensors = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
     return (*tensors, torch.randn(keys, count, generator=generator))
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Outputs, maps and gradients start as NaN, so that an element left unwritten shows."""
-
-    def poisoned(make):
-        def poison(*arguments, **options):
-            x = make(*arguments, **options)
-            return x.fill_(NAN) if x.is_floating_point() else x
-
-        return poison
-
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
 
 
 @pytest.mark.parametrize(

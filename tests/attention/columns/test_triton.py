@@ -5,15 +5,13 @@ file so.
 """
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import vstar_kernels as vk
 from tests.attention.columns import cases
-from tests.attention.kernel_lines import statements
+from tests.attention.kernel_lines import watched
 from tests.pairwise import some
 from vstar_kernels.attention import triton as backend
 from vstar_kernels.attention.columns.call import ColumnWanted, check_call
@@ -34,21 +32,7 @@ from vstar_kernels.attention.triton.configs import ColumnsConfig
 
 DEVICE = "cpu" if backend.interpreted() else "cuda"
 NAN = float("nan")
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """What kernels fill starts as NaN, so that an element left unwritten shows."""
-    for name in ("empty_like", "empty"):
-        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
-
-
-def poisoned(allocate):
-    def run(*args, **options):
-        tensor = allocate(*args, **options)
-        return tensor.fill_(NAN) if tensor.is_floating_point() else tensor
-
-    return run
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 SMALL = ColumnsConfig(rows=32, keys=64, warps=4, stages=1, shared=0)
@@ -342,19 +326,8 @@ def test_where_there_is_no_tile_few_keys_stream(monkeypatch):
 def test_every_line_of_the_kernels_runs(processors):
     """No statement is left to chance; a new one needs a case here and among the options."""
     processors(4)
-    modules = (columns_forward, columns_backward)
-    expected = {line for module in modules for line in statements(module)}
-    files, executed = {module.__file__ for module in modules}, set()
-
-    def trace(frame, event, _):
-        if frame.f_code.co_filename not in files:
-            return None
-        executed.add((frame.f_code.co_filename, frame.f_lineno))
-        return trace
-
     torch.manual_seed(0)
-    sys.settrace(trace)
-    try:
+    with watched(columns_forward, columns_backward) as not_run:
         for keys in (77, 13, 130):
             tensors = [torch.randn(1, n, 2, 40, requires_grad=True) for n in (3, keys, keys)]
             one_hot = torch.eye(keys)[:, :1]
@@ -362,6 +335,4 @@ def test_every_line_of_the_kernels_runs(processors):
             torch.autograd.grad([x.sum() for x in found], tensors)
             maps = vk.column_attention(*tensors[:2], None, one_hot, backend="triton")
             torch.autograd.grad(maps.sum(), tensors[0])
-    finally:
-        sys.settrace(None)
-    assert not sorted(f"{Path(file).name}:{line}" for file, line in expected - executed)
+    assert not not_run()

@@ -11,17 +11,9 @@ from vstar_kernels.attention.frames import cpu, reference
 from vstar_kernels.attention.frames.call import FrameWanted, check_call
 from vstar_kernels.testing import assert_gradients
 
-pytestmark = pytest.mark.usefixtures("several_threads")
-NAN = float("nan")
+pytestmark = pytest.mark.usefixtures("several_threads", "poison")
 R = vk.FrameRule
 NAMES = ("query", "key", "value")
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Gradients start as NaN, so that an element left unwritten shows."""
-    empty_like = cpu.empty_like
-    monkeypatch.setattr(cpu, "empty_like", lambda x: empty_like(x).fill_(NAN))
 
 
 class Call:

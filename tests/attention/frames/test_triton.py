@@ -26,21 +26,7 @@ from vstar_kernels.attention.triton.configs import FramesConfig
 
 DEVICE = "cpu" if backend.interpreted() else "cuda"
 NAN = float("nan")
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """What kernels fill starts as NaN or −1, so that an element left unwritten shows."""
-    for name in ("empty_like", "empty"):
-        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
-
-
-def poisoned(allocate):
-    def run(*args, **options):
-        tensor = allocate(*args, **options)
-        return tensor.fill_(NAN if tensor.is_floating_point() else -1)
-
-    return run
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 SMALL = FramesConfig(rows=32, keys=32, warps=4, stages=1, programs=3, shared=0)
