@@ -33,7 +33,7 @@ KEY_LAYOUTS = {  # of which the queries' frames are a part, as with a cache
     "cache before": lambda layout, p: vk.Layout(vk.Frames(2, p, first=-2), *layout.segments),
     "other": lambda layout, p: vk.Layout(vk.Frames(2, p + 2), vk.Text(3), vk.Frames(2, 3, first=2)),
 }
-TOKENS = [1, 7, 64, 130]  # of a frame
+TOKENS = [1, 7, 64]  # of a frame
 
 
 def table(layout, key_layout, *heads, seed=3):

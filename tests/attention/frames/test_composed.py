@@ -24,7 +24,10 @@ R = vk.FrameRule
 VIDEO = vk.Layout(vk.Text(3), vk.Frames(6, 7), vk.Text(2))
 # What the merge does not express; the other cases of all backends are its own.
 BEYOND = ("row_max", "attenuate", "band", "radial", "tokens")
-OPTIONS = cases.OPTIONS | {"rule": [x for x in cases.RULES if not any(y in x for y in BEYOND)]}
+OPTIONS = cases.OPTIONS | {
+    "rule": [x for x in cases.RULES if not any(y in x for y in BEYOND)],
+    "tokens": [1, 7, 40],
+}
 
 
 def make_call(rule=None, layout=VIDEO, *, batch=2, dtype=torch.float32, **options):
@@ -61,7 +64,7 @@ def ranges(rule, layout=VIDEO, **options):
 @pytest.mark.parametrize("case", pairwise(OPTIONS), ids=cases.identify)
 def test_options(case, monkeypatch):
     monkeypatch.setattr(composed, "empty_like", lambda x: torch.full_like(x, cases.NAN))
-    monkeypatch.setattr(composed, "MOST_PARTIAL_BYTES", 2**14)  # several pieces of a frame
+    monkeypatch.setattr(composed, "MOST_PARTIAL_BYTES", 2**13)  # several pieces of a frame
     monkeypatch.setattr(composed, "FEWEST_ROWS", 5)
     arguments, options = cases.make(case)
     found = vk.frame_attention(*arguments, **options, backend="composed")

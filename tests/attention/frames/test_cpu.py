@@ -8,7 +8,7 @@ import vstar_kernels as vk
 from tests.attention.frames import cases
 from tests.fuzz.guarded import Guarded
 from tests.helpers import run_python
-from tests.pairwise import pairwise
+from tests.pairwise import pairwise, some
 from vstar_kernels.attention import native
 from vstar_kernels.attention.frames import cpu
 from vstar_kernels.attention.frames.call import TENSORS, check_call
@@ -34,9 +34,13 @@ def inputs(layout, *, keys=None, batch=2, heads=2, head_dim=16, dtype=torch.floa
     return draw(layout.tokens), draw(tokens), draw(tokens)
 
 
+# A frame of 130 tokens is in two chunks of keys; the formula of all its pairs takes its time.
+LONG = cases.OPTIONS | {"tokens": [130], "heads": [(2, 1)], "layout": ["text first", "one frame"]}
+
+
 @pytest.mark.parametrize(
     ("case", "isa_in_turn"),
-    [(case, i) for i, case in enumerate(pairwise(cases.OPTIONS))],
+    [(case, i) for i, case in enumerate([*pairwise(cases.OPTIONS), *some(LONG, 28)])],
     indirect=["isa_in_turn"],
     ids=lambda x: cases.identify(x) if isinstance(x, dict) else str(x),
 )
