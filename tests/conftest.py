@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -13,6 +14,11 @@ settings.register_profile("dev", **usual, max_examples=60)
 settings.register_profile("ci", **usual, max_examples=60, derandomize=True)
 settings.register_profile("fuzz", **usual, max_examples=2000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+def pytest_collection_finish():
+    """What is imported and collected is not garbage, and takes long to look through."""
+    gc.freeze()
 
 
 @pytest.fixture(params=native.load().isas or ["none"])

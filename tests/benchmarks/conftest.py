@@ -1,5 +1,4 @@
 import contextlib
-import gc
 import os
 
 import pytest
@@ -38,14 +37,6 @@ def a_plan(cases, **changes):
     options = {"device": "cpu", "threads": 1, "isa": None, "peers": PEERS, "rounds": 5,
                "seconds": 0.02, "unet_width": 32, "tasks": tasks}  # fmt: skip
     return Plan(**{**options, **changes})
-
-
-@pytest.fixture(autouse=True, scope="session")
-def quick_garbage_collection():
-    """Measuring collects garbage again and again, and what is imported takes long to go through."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -276,7 +276,9 @@ def test_a_key_that_a_server_repeats_is_nowhere(tmp_path, caplog, way):
         answers(f'{{"stages": {{"{echo}": 1}}, "{echo}": 3}}'),
         answers(f'{{"{echo}": 1, "{echo}": 3}}'),
     ]
-    for act in error_bodies:
+    # Every body meets several ways; what undoes them is the same for all.
+    index = list(ECHOES).index(way)
+    for act in (error_bodies[index % 7], error_bodies[(index // 4 + 3) % 7]):
         with ChatServer(act) as server:
             message, shown = refused(server, attempts=1)
         assert secret not in letters(shown)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -169,7 +171,40 @@ KINDS = {
 }
 
 
+class _Pickler(pickle.Pickler):
+    """Leaves tensors out of what it writes, and notes them."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: dict[int, Tensor] = {}
+
+    def persistent_id(self, x: Any) -> int | None:
+        if not isinstance(x, Tensor):
+            return None
+        self.tensors[id(x)] = x
+        return id(x)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Puts copies of the tensors where they were."""
+
+    def __init__(self, file: io.BytesIO, tensors: dict[int, Tensor]) -> None:
+        super().__init__(file)
+        self.copies = {key: copy.deepcopy(x) for key, x in tensors.items()}
+
+    def persistent_load(self, key: int) -> Tensor:
+        return self.copies[key]
+
+
 @functools.cache
+def _pickled(name: str) -> tuple[bytes, dict[int, Tensor]]:
+    """What :func:`make` copies: ten times as fast as ``copy.deepcopy``, which is Python."""
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump(_made(name))
+    return file.getvalue(), pickler.tensors
+
+
 def _made(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = KINDS[name].make().eval().requires_grad_(False)
@@ -184,7 +219,15 @@ def _made(name: str) -> nn.Module:
 
 def make(name: str) -> nn.Module:
     """A model of its own, always with the same weights."""
-    return copy.deepcopy(_made(name))
+    pickled, tensors = _pickled(name)
+    return _Unpickler(io.BytesIO(pickled), tensors).load()
+
+
+def make_one_block() -> nn.Module:
+    """A Latte of one spatial and one temporal block, which torch.compile traces soonest."""
+    model = make("LatteTransformer3DModel")
+    del model.transformer_blocks[1:], model.temporal_transformer_blocks[1:]
+    return model
 
 
 def call(

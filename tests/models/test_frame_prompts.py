@@ -185,7 +185,7 @@ def test_half_precision_and_gradients():
 
 
 def test_a_model_that_has_been_compiled_and_called():
-    model = models.make("LatteTransformer3DModel")
+    model = models.make_one_block()
     texts, text = draw(FRAMES, TOKENS, CHANNELS), draw(1, TOKENS, CHANNELS, seed=1)
     compiled = torch.compile(model, backend="eager")
     plain = call(model, text)

@@ -32,7 +32,7 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 PLAIN = vk.TARConfig(1.0, strength=0.0, steps=None)
 # The random weights' attention is weak.
 TAR = vk.TARConfig(1.0, strength=20.0, steps=1)
-STEPS = 3
+STEPS = 2
 
 
 @functools.cache

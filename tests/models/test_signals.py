@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import vstar_kernels as vk
-from tests.models.models import TEXT, TOKENS, call, make, noise
+from tests.models.models import KINDS, TEXT, TOKENS, call, make, noise
 
 pytest.importorskip("diffusers")
 import diffusers
@@ -26,8 +26,8 @@ from vstar_kernels.models import classes, forwards, regularized, text
 from vstar_kernels.models.front_end import temporal_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MOTION, LATTE = "UNetMotionModel", "LatteTransformer3DModel"
-FRAMES = {MOTION: 17, LATTE: 9}  # beyond the positions
+MOTION, SPARSE, LATTE = "UNetMotionModel", "SparseControlNetModel", "LatteTransformer3DModel"
+FRAMES = {MOTION: 17, SPARSE: 17, LATTE: 9}  # beyond the positions
 PACKAGE = str(Path(vstar_kernels.models.__file__).parent)
 
 
@@ -41,9 +41,10 @@ HANDLES = {
     "condition_frames": lambda model: vk.condition_frames(model, noise(6, TOKENS, TEXT)),
 }
 # apply_tar has more to put back in the one than in the other; the others do the same in both.
+# They are small: all of a model is looked at for every line.
 each = pytest.mark.parametrize(
     ("kind", "name"),
-    [("apply_tar", MOTION), *((kind, LATTE) for kind in HANDLES)],
+    [("apply_tar", SPARSE), *((kind, LATTE) for kind in HANDLES)],
 )
 
 
@@ -173,16 +174,11 @@ def test_a_forward_pass_that_is_interrupted_leaves_nothing(kind, name):
                 if kind == "capture_maps":  # all of them, or none
                     assert len(handle.maps) in (0, len(all_maps))
         if kind != "capture_maps":
+            inputs = KINDS[name].inputs(noise(1, 4, 6, 8, 8))
             with pytest.raises(RuntimeError, match=r"not its forward"):
-                model.forward(*arguments(name))
+                model.forward(**inputs, timestep=torch.tensor([10]))
         assert torch.equal(call(model, name, **more), expected)
     assert torch.equal(call(model, name), stock)
-
-
-def arguments(name):
-    sample = noise(1, 4, 6, 8, 8)
-    text = noise(6 if name == MOTION else 1, TOKENS, TEXT)
-    return (sample, torch.tensor([10]), text)
 
 
 # Real signals. Python runs their handler in the main thread, before the next statement.

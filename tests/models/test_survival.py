@@ -17,7 +17,8 @@ from diffusers.models.attention_processor import (
     SlicedAttnProcessor,
 )
 
-from tests.models.models import KINDS, call, make
+from tests.models.models import KINDS, call, make, make_one_block
+from tests.pairwise import pairwise
 from vstar_kernels.models.attention_processor import TARAttnProcessor
 from vstar_kernels.models.front_end import temporal_layers
 
@@ -173,15 +174,17 @@ def test_freeu(name):
         assert torch.equal(call(model, name), expected)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("how", ["torch.compile", "compile"])
-def test_compiled_models(when, how):
+# What apply_tar is given differs before; after, both trace the same model.
+@pytest.mark.parametrize(
+    ("how", "when"), [("torch.compile", "before"), ("compile", "before"), ("compile", "after")]
+)
+def test_compiled_models(how, when):
     """Whole models, compiled before or after ``apply_tar``, over steps on and off."""
-    name = LATTE  # has few layers: tracing is slow
+    name = LATTE
     torch._dynamo.reset()
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(25)
-    model = make(name)
+    model = make_one_block()
 
     def at(model, step):
         return call(model, name, timestep=scheduler.timesteps[step])
@@ -226,9 +229,14 @@ def test_layerwise_casting(name):
     assert temporal_layers(model)[0].module.to_q.weight.dtype == torch.float16
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
-@pytest.mark.parametrize("name", DIFFUSERS)
+OFFLOADING = {
+    "name": DIFFUSERS,
+    "level": ["block_level", "leaf_level"],
+    "when": ["before", "after"],
+}
+
+
+@pytest.mark.parametrize(tuple(OFFLOADING), [tuple(x.values()) for x in pairwise(OFFLOADING)])
 def test_group_offloading(name, level, when):
     model = make(name)
     with vk.apply_tar(model, config(name), extend_positions=True):
