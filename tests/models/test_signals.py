@@ -4,6 +4,7 @@ A signal can arrive between any two statements. First it arrives, as an exceptio
 what handles run, in turn; then real signals arrive in forward passes and in what calls them.
 """
 
+import functools
 import os
 import signal
 import sys
@@ -349,6 +350,7 @@ def test_a_signal_in_generate(tmp_path, monkeypatch):
     tiny.text_to_video().save_pretrained(str(model))
     forward, calls = diffusers.UNet3DConditionModel.forward, []
 
+    @functools.wraps(forward)
     def run(self, *args, **kwargs):
         out = forward(self, *args, **kwargs)
         calls.append(1)
