@@ -15,8 +15,8 @@ PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-compile
 STAMP := build/setup$(subst /,-,$(abspath $(PYTHON)))
 NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp cmake/*)
 
-.PHONY: help demo test test-install test-ray native native-neon sanitize fuzz setup packages kernels \
-	lint audit format bench bench-pytest codegen tune wheel clean
+.PHONY: help demo test test-sharded test-install test-ray native native-neon sanitize fuzz setup packages \
+	kernels lint audit format bench bench-pytest codegen tune wheel clean
 
 help:
 	@echo "make demo       denoise a video three ways: stock, eager TAR, vstar_kernels"
@@ -28,6 +28,7 @@ help:
 	@echo "make sanitize   the C++ tests under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make fuzz       10,000 new calls between guard pages (CALLS= for another number),"
 	@echo "                and new cases for every test that draws them"
+	@echo "make test-sharded  frames and DTensors over four processes, and every pipeline (PROCESSES=)"
 	@echo "make fuzz-inputs  1,000 damaged documents for every reader (DOCUMENTS= for another number)"
 	@echo "make bench      every peer on every model's shapes (ARGS=--quick for 3 minutes)"
 	@echo "make bench-pytest  some of it under pytest-benchmark, for developers"
@@ -64,6 +65,10 @@ test: native $(STAMP)
 test-ray: $(STAMP)
 	$(PYTHON) -c "import ray.data" 2>/dev/null || $(PIP) -c constraints.txt "ray[data]"
 	$(ONE_THREAD) $(PYTHON) -m pytest -m ray tests/cli/test_cluster.py $(ARGS)
+
+PROCESSES ?= 4
+test-sharded: $(STAMP)
+	$(ONE_THREAD) SHARDED_PROCESSES=$(PROCESSES) $(PYTHON) -m pytest tests/models/sharded $(ARGS)
 
 # With the Python of the environment, or another; everything else is fetched anew.
 test-install: | $(PYTHON)

@@ -27,6 +27,7 @@ VIDEOS = {  # what each writes, with how many frames
     "frame_prompts": {"frame_prompts": 16},
     "i2vgen_xl": {"stock": 16, "tar": 16},
     "latte": {"tar": 32},
+    "sharded": {"sharded": 16},
     "starvid": {"starvid": 16},
     "stable_video_diffusion": {"stock": 16, "tar": 16},
     "text_to_video": {"stock": 16, "tar": 16},

@@ -171,11 +171,3 @@ def test_a_pipelines_scheduler_gates(model):
     torch.testing.assert_close(off, stock[1], **CLOSE)
     assert {item.step for item in maps.maps} == {0}
     assert F.relu(maps.mean(level=0)).sum(-1).allclose(torch.ones(1, FRAMES))
-
-
-def test_frames_of_another_model_of_that_name_are_not_spread(model):
-    """diffusers' ``UNet3DConditionModel`` has other temporal layers."""
-    from vstar_kernels.models.sharded.families import find_family
-
-    with pytest.raises(ValueError, match="shard_frames does not know LaVie"):
-        find_family(model)

@@ -56,9 +56,10 @@ def _attention_ways(call: Any) -> list[Way]:
     per_head = {} if call.delta is None else {"delta": 0}
     if call.delta is not None and call.delta.ndim == bias.dims(call.options.form):
         per_head = {}
+    map_dim = 1 if call.options.map_heads else None
     ways = [
         Way("batch", dict.fromkeys(attended, 0), 0, 0),
-        Way("heads", dict.fromkeys(attended, heads) | per_head, heads),
+        Way("heads", dict.fromkeys(attended, heads) | per_head, heads, map_dim),
     ]
     if call.query.ndim == 5:
         ways.append(Way("space", dict.fromkeys(attended, 1), 1))

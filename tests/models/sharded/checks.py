@@ -20,7 +20,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import vstar_kernels as vk
 from tests.models.full3d.tiny import TINY
 from tests.models.models import KINDS, TEXT, TOKENS, call, make, noise
+from vstar_kernels.models.sharded.apply import spread
 from vstar_kernels.models.sharded.liveness import PATIENCE, RankFailure
+from vstar_kernels.models.sharded.ranks import Ranks
 
 CHECKS: dict[str, Callable[[Any], None]] = {}
 
@@ -54,13 +56,30 @@ def both(mesh, name, run, *, most=1e-5):
 
 
 @contextmanager
-def in_float64():
+def in_float64(name):
     """Rounding errors, which normalization of a few numbers makes large, are none then."""
-    torch.set_default_dtype(torch.float64)
+    # LaVie's is the only one that cannot.
+    torch.set_default_dtype(torch.float32 if name == "LaVie" else torch.float64)
     try:
         yield
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@check
+@torch.no_grad()
+def bytes_sent(mesh):
+    """What processes send is what one counts of tensors without numbers, as benchmarks.sharding."""
+    for name in ("UNet3DConditionModel", "UNetMotionModel", "LatteTransformer3DModel"):
+        model, paper = make(name), Ranks(mesh.get_rank(), mesh.size())
+        with vk.shard_frames(model, mesh) as handle:
+            call(model, name, batch=2)
+        inputs = {x: y.to("meta") for x, y in KINDS[name].inputs(noise(2, 4, 6, 8, 8)).items()}
+        with spread({"": model.to("meta")}, paper):
+            model(**inputs, timestep=torch.ones(2, device="meta"))
+        sent = handle.sent
+        assert sent.pop("check") > 0  # of numbers
+        assert sent == paper.sent
 
 
 @check
@@ -78,14 +97,15 @@ def models(mesh):
         assert torch.equal(call(model, name, **settings), expected)
         assert not any("forward" in vars(module) for module in model.modules())
     # As many frames as processes, and one more; of 1 position one process has none.
-    with in_float64():
-        for name in KINDS:
-            # SVD's normalization refuses one number; Latte has positions for 6 frames.
-            size = (4, 4) if name.startswith("UNetSpatio") else (2, 2)
-            counts = (6,) if name.startswith("Latte") else (mesh.size() + 1, mesh.size())
-            for frames in counts:
-                run = functools.partial(call, name=name, frames=frames, size=size)
-                both(mesh, name, run, most=1e-10)
+    for name in KINDS:
+        # SVD's normalization refuses one number; Latte has positions for 6 frames.
+        size = (4, 4) if name.startswith("UNetSpatio") else (2, 2)
+        counts = (6,) if name.startswith("Latte") else (mesh.size() + 1, mesh.size())
+        most = 1e-4 if name == "LaVie" else 1e-10
+        for frames in counts:
+            run = functools.partial(call, name=name, frames=frames, size=size)
+            with in_float64(name):
+                both(mesh, name, run, most=most)
 
 
 def tar(model, *, name, config, size, positions):
@@ -106,8 +126,8 @@ def regularized(mesh):
         # Of 9 positions one process has more than the other, of 1 one has none.
         for size, positions in (((6, 6), {36, 9}), ((2, 2), {4, 1})):
             run = functools.partial(tar, name=name, config=used, size=size, positions=positions)
-            with in_float64():
-                both(mesh, name, run, most=1e-6)
+            with in_float64(name):
+                both(mesh, name, run, most=1e-4 if name == "LaVie" else 1e-6)
     # In the other order, and for more frames than there are positions.
     for name, frames in (("UNetMotionModel", 18), ("LatteTransformer3DModel", 9)):
         model = make(name)
@@ -295,11 +315,11 @@ def dtensors_tar(mesh):
     (shared, per_head, stat) = inputs((5, 5), (size, 5, 5), shape[:-1], seed=2)
     table = inputs((5,), seed=3)[0]
 
-    def run(query, key, value, delta=None, stat="row_max", return_map=False):
+    def run(query, key, value, delta=None, stat="row_max", **maps):
         bias = vk.GaussianBias(1.0, stat=stat)
         if delta is not None:
             bias = (vk.ToeplitzBias if delta.ndim == 1 else vk.DenseBias)(delta, stat=stat)
-        return vk.tar_attention(query, key, value, bias, return_map=return_map)
+        return vk.tar_attention(query, key, value, bias, **maps)
 
     for dim in (0, 1, 3, None):
         placements = [[Replicate() if dim is None else Shard(dim)]] * 3
@@ -309,9 +329,10 @@ def dtensors_tar(mesh):
         compare(mesh, run, attended, placements, [table], exact=True)
         compare(mesh, run, attended, placements, [per_head], exact=True, exact_plain=by_head)
         compare(mesh, run, attended, placements, [shared, stat], exact=True)
-        compare(
-            mesh, functools.partial(run, return_map=True), attended, placements, [], exact=dim == 0
-        )
+        mean_map = functools.partial(run, return_map=True)
+        compare(mesh, mean_map, attended, placements, [], exact=dim in (0, None))
+        each = functools.partial(run, return_map=True, map_heads=True)
+        compare(mesh, each, attended, placements, [], exact=dim in (0, 3, None))
     # A gradient of the mean map that is sharded itself.
     placed = [distribute_tensor(x, mesh, [Shard(3)]).requires_grad_() for x in attended]
     _, mean_map = run(*placed, return_map=True)

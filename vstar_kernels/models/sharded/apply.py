@@ -34,7 +34,7 @@ def shard_frames(
 
     It works on diffusers' ``UNetMotionModel`` (AnimateDiff), ``SparseControlNetModel``,
     ``LatteTransformer3DModel``, ``UNet3DConditionModel``, ``I2VGenXLUNet`` and
-    ``UNetSpatioTemporalConditionModel``, and on lvdm's ``UNetModel``, together with
+    ``UNetSpatioTemporalConditionModel``, and on the UNets of lvdm and LaVie, together with
     :func:`vstar_kernels.apply_tar`, :func:`vstar_kernels.condition_frames` and
     :func:`vstar_kernels.capture_maps`, put on in any order: on all processes. What else a pipeline
     holds (text encoders, VAE) is computed by every process for itself.
@@ -75,6 +75,8 @@ def shard_frames(
     if timeout is not None and not timeout > 0:
         raise ValueError(f"timeout must be more than 0 seconds or None, got {timeout!r}")
     models = _models(pipe_or_model)
+    for model in models.values():
+        find_family(model)  # before the processes watch over each other
 
     from vstar_kernels.models.sharded.processes import ProcessRanks
 

@@ -27,7 +27,7 @@ class Stack:
     """Blocks that attend over frames, one after the other: they are given some positions instead.
 
     Attributes:
-        name: Of the first block, in the model.
+        name: Of the blocks, or of the only one, in the model.
         first, last: The first block and the last.
         rows: What the rows of their hidden states are: ``(batch · positions, frames, channels)``,
             or ``(batch · frames, positions, channels)``.
@@ -37,6 +37,17 @@ class Stack:
     first: nn.Module
     last: nn.Module
     rows: Rows
+
+    def is_in(self, model: nn.Module) -> bool:
+        """Returns whether its blocks are still those of the model."""
+        try:
+            module = model.get_submodule(self.name)
+        except AttributeError:
+            return False
+        if module is self.first:
+            return True
+        children = list(module.children())
+        return bool(children) and children[0] is self.first and children[-1] is self.last
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,7 @@ class Family:
         blocks: The names of single such blocks.
         block_rows: What their rows are.
         returns_rows: Whether its outputs have a row for each frame of each video.
+        refused: Arguments that must be None or 0.
     """
 
     name: str
@@ -64,6 +76,7 @@ class Family:
     blocks: str = "(?!)"
     block_rows: Rows = "positions"
     returns_rows: bool = False
+    refused: tuple[str, ...] = ()
 
     def find_stacks(self, model: nn.Module) -> Iterator[Stack]:
         """Yields the blocks of a model that attend over frames, as they are at present."""
@@ -71,7 +84,7 @@ class Family:
             plain = plain_name(name)
             if re.fullmatch(self.stacks, plain) and len(list(module.children())):
                 children = list(module.children())
-                yield Stack(f"{name}.0", children[0], children[-1], "positions")
+                yield Stack(name, children[0], children[-1], "positions")
             elif re.fullmatch(self.blocks, plain):
                 yield Stack(name, module, module, self.block_rows)
 
@@ -117,6 +130,15 @@ FAMILIES = (
     ),
 )
 
+LAVIE = Family(
+    "LaVie's UNet3DConditionModel",
+    "sample",
+    {"sample": 2},
+    shared=_TEXT,
+    blocks=r".*\.attn_temp",
+    refused=("use_image_num",),
+)
+
 
 def find_family(model: nn.Module) -> Family:
     """Returns what is known of a model.
@@ -124,16 +146,17 @@ def find_family(model: nn.Module) -> Family:
     Raises:
         ValueError: Nothing is.
     """
+    if isinstance(find_front_end(model), LavieFrontEnd):
+        return LAVIE  # whose class has the name of diffusers' own
     names = class_names(model)
-    is_lavie = isinstance(find_front_end(model), LavieFrontEnd)  # whose class has diffusers' name
     for family in FAMILIES:
-        if family.name in names and not is_lavie:
+        if family.name in names:
             return family
     if hasattr(model, "input_blocks") and hasattr(model, "output_blocks"):
         return _lvdm(model)
     raise ValueError(
-        f"shard_frames does not know {'LaVie' if is_lavie else type(model).__name__}: known are "
-        f"{', '.join(family.name for family in FAMILIES)} and lvdm's UNetModel"
+        f"shard_frames does not know {type(model).__name__}: known are "
+        f"{', '.join(family.name for family in FAMILIES)}, LaVie's base model and lvdm's UNetModel"
     )
 
 

@@ -99,26 +99,19 @@ class Heartbeat:
             error: How it failed.
         """
         where = f"rank {self._ranks[self._here]} waited in exchange {exchange} ({purpose})"
-        others = [index for index in range(len(self._ranks)) if index != self._here]
-        try:
-            before = {index: self._read(index) for index in others}
-            time.sleep(PATIENCE)
-            verdict_key = f"{self._prefix}/verdict"
-            after = {index: self._read(index) for index in others}
-            dead = [index for index in others if after[index][0] == before[index][0]]
-            late = [i for i in others if i not in dead and after[i][1] < exchange]
-            verdict = ",".join(map(str, dead)) + "|" + ",".join(map(str, late))
-            if dead or late:  # who comes later may find more dead, who died of these
-                verdict = self._own.compare_set(verdict_key, "", verdict).decode() or verdict
-            told = [[int(i) for i in half.split(",") if i] for half in verdict.split("|")]
-        except (RuntimeError, OSError) as gone:
+        found: list[Any] = []
+        # Aside, as the store, too, may be gone: then it does not answer for a long time.
+        asking = threading.Thread(target=self._ask, args=(exchange, found), daemon=True)
+        asking.start()
+        asking.join(3 * PATIENCE)
+        if not found:
             return RankFailure(
-                f"{where}, which failed, and so did the store of the process group: the process "
-                f"that keeps it (rank 0, or torchrun) is gone. {_first_line(error)}; "
-                f"{_first_line(gone)}",
+                f"the store of the process group does not answer: the process that keeps it (rank "
+                f"0, or torchrun) has died. {where}: {_first_line(error)}",
                 (),
             )
-        dead, late = ([i for i in found if i != self._here] for found in told)
+        (dead, late), before = found
+        dead, late = ([i for i in half if i != self._here] for half in (dead, late))
         blamed = [
             *(f"rank {self._ranks[i]} ({before[i][2]}) has died" for i in dead),
             *(
@@ -130,6 +123,24 @@ class Heartbeat:
         reason = "; ".join(blamed) or "every process lives and has come"
         ranks = [self._ranks[i] for i in (*dead, *late)]
         return RankFailure(f"{reason}. {where}: {_first_line(error)}", ranks)
+
+    def _ask(self, exchange: int, found: list[Any]) -> None:
+        """Adds to ``found`` which processes are dead and which are late, and all first notes."""
+        others = [index for index in range(len(self._ranks)) if index != self._here]
+        try:
+            before = {index: self._read(index) for index in others}
+            time.sleep(PATIENCE)
+            after = {index: self._read(index) for index in others}
+            dead = [index for index in others if after[index][0] == before[index][0]]
+            late = [i for i in others if i not in dead and after[i][1] < exchange]
+            verdict = ",".join(map(str, dead)) + "|" + ",".join(map(str, late))
+            if dead or late:  # who comes later may find more dead, who died of these
+                key = f"{self._prefix}/verdict"
+                verdict = self._own.compare_set(key, "", verdict).decode() or verdict
+        except (RuntimeError, OSError):
+            return
+        halves = [[int(i) for i in half.split(",") if i] for half in verdict.split("|")]
+        found += [halves, {**before, self._here: ("", exchange, self._name)}]
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ attention, its regularization and its positions are those of one process, bit fo
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import types
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from vstar_kernels.attention.call import has_autocast
 from vstar_kernels.models.forwards import ForwardPasses
+from vstar_kernels.models.front_end import temporal_layers
 from vstar_kernels.models.hooks import Argument, Hooks, put_back
 from vstar_kernels.models.positions import put_part_on, take_part_off
 from vstar_kernels.models.sharded.families import RESIDUALS, Family, Stack
@@ -111,6 +113,7 @@ class ShardedModel:
         self._treated: WeakSet[nn.Module] = WeakSet()
         self._removed = False
         self._halo = 0
+        self._stacks: list[Stack] = []
 
     def install(self) -> None:
         """Puts in what is to happen around the model's own forward, and in it."""
@@ -143,7 +146,16 @@ class ShardedModel:
 
     def _treat(self) -> None:
         """Treats what is over frames and has not been: much in diffusers replaces modules."""
-        for stack in self._family.find_stacks(self.model):
+        if self._stacks and all(stack.is_in(self.model) for stack in self._stacks):
+            return
+        stacks = self._stacks = list(self._family.find_stacks(self.model))
+        for layer in temporal_layers(self.model):
+            if not any(f"{layer.name}.".startswith(f"{stack.name}.") for stack in stacks):
+                raise ValueError(
+                    f"{layer.name} attends over frames where shard_frames does not know that "
+                    f"{self._family.name} does"
+                )
+        for stack in stacks:
             if stack.first not in self._treated:
                 self._hooks.before(stack.first, self._enter(stack))
                 self._hooks.after(stack.last, self._leave(stack))
@@ -198,6 +210,9 @@ class ShardedModel:
             ValueError: There are too few frames, or processes have been given different latents.
         """
         family, sample = self._family, self._sample.get(args, kwargs)
+        for name in family.refused:
+            if Argument(self.model, name).get(args, kwargs):
+                raise ValueError(f"shard_frames does not take {name}")
         dim = family.frames[family.sample]
         frames, size = sample.shape[dim], self._ranks.size
         fewest = frames // size
@@ -291,10 +306,11 @@ class ShardedModel:
         dim = self._family.frames[self._family.sample]
         if isinstance(out, Tensor):
             return gather_frames(out, dim, forward)
-        first = gather_frames(out[0], dim, forward)
         if isinstance(out, tuple):
-            return (first, *out[1:])
-        return dataclasses.replace(out, sample=first)
+            return (gather_frames(out[0], dim, forward), *out[1:])
+        whole = copy.copy(out)  # diffusers' output, or whatever has a sample
+        whole.sample = gather_frames(out.sample, dim, forward)
+        return whole
 
     @staticmethod
     def _gather_rows(forward: SpreadPass, rows: Tensor) -> Tensor:
@@ -353,7 +369,6 @@ class ShardedModel:
             rows = forward.frames if by_frames else len(output) // forward.batch
             x = output.unflatten(0, (forward.batch, rows))
             x = x.transpose(1, 2) if by_frames else x
-            forward.is_idle = False
             x = to_frames(x, forward.positions[stack.name], forward)
             return (x.transpose(1, 2) if by_frames else x).flatten(0, 1)
 
@@ -361,7 +376,7 @@ class ShardedModel:
 
     def _add_position(self, stack: Stack, x: Tensor, forward: SpreadPass) -> Tensor:
         """Adds Latte's position where the model sees one frame, to which it adds none."""
-        is_first = stack.name == "temporal_transformer_blocks.0"
+        is_first = stack.name == "temporal_transformer_blocks.0"  # of Latte
         if is_first and forward.count == 1 < forward.frames:
             table: Any = self.model.temp_pos_embed
             return x + table.to(x.dtype)

@@ -27,7 +27,7 @@ class SpreadPass(ForwardPass, Spread):
     Attributes:
         positions: How many there are in all, by the block that has some of them.
         is_idle: Whether this process computes a position that is another's, as there is none for
-            it in the block that runs.
+            it in the block that runs, or has just run.
         first_image: The first frame of the image latents that all processes need (I2VGen-XL).
     """
 
