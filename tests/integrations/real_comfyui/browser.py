@@ -19,8 +19,7 @@ from .checks import NotHereError, Run
 from .server import FailedError, failure
 
 VIEW = {"width": 2000, "height": 1050}
-PICTURE = (1400, 735)
-CARD = (512, 288)
+PICTURE, CARD = 1400, 512  # widths in pixels
 # No tour of the page and no map of the graph; texts also where the graph is small.
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
@@ -43,6 +42,9 @@ RESIZE = """(sizes) => {
 SHOWN = """() => app.graph.nodes.filter(
   node => node.imgs?.length && node.imgs.every(image => image.complete && image.naturalWidth)
 ).map(node => node.type)"""
+BOTTOM = """() => Math.max(...app.graph.nodes.map(node =>
+  (node.pos[1] + node.size[1] + app.canvas.ds.offset[1]) * app.canvas.ds.scale
+)) + app.canvas.canvas.getBoundingClientRect().top"""
 OUTPUTS = "() => app.graph.nodes.filter(n => n.constructor.nodeData?.output_node).length"
 
 
@@ -96,17 +98,19 @@ def press_run(run: Run, page: Any, seconds: float = 300) -> None:
 
 
 def picture(page: Any) -> Image.Image:
-    """Returns the page with the whole graph in view."""
+    """Returns the page with the whole graph in view, down to the last node."""
     page.evaluate("() => app.canvas.deselectAll()")
     page.mouse.move(VIEW["width"] / 2, VIEW["height"] - 20)
     page.get_by_role("button", name="Fit View").click()
     time.sleep(1)  # for the view to arrive there
-    return Image.open(BytesIO(page.screenshot())).convert("RGB")
+    clip = {"x": 0, "y": 0, "width": VIEW["width"], "height": page.evaluate(BOTTOM) + 30}
+    return Image.open(BytesIO(page.screenshot(clip=clip))).convert("RGB")
 
 
-def save(image: Image.Image, size: tuple[int, int], file: Path, *, most: int = 200_000) -> None:
-    """Writes a picture as a JPEG of so many bytes at most."""
-    small = image.resize(size, Image.Resampling.LANCZOS)
+def save(image: Image.Image, width: int, file: Path, *, most: int = 200_000) -> None:
+    """Writes a picture of a width as a JPEG of so many bytes at most."""
+    height = round(image.height * width / image.width)
+    small = image.resize((width, height), Image.Resampling.LANCZOS)
     for quality in range(90, 30, -5):
         small.save(file, quality=quality, optimize=True)
         if file.stat().st_size <= most:

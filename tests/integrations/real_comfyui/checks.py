@@ -16,8 +16,11 @@ from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
@@ -25,7 +28,7 @@ import vstar_kernels as vk
 from vstar_kernels import testing
 
 from . import graphs, workflows
-from .graphs import Graph, Patch
+from .graphs import Graph, Link, Patch
 from .server import PACK, FailedError, Server
 
 SAME = 1e-4  # of the largest value: two computations of one thing, through all steps
@@ -162,7 +165,7 @@ def records(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, list[Tenso
             )
 
 
-def assert_formula(folder: Path, biases: Mapping[int, vk.GaussianBias], end: float) -> str:
+def assert_formula(folder: Path, biases: Mapping[int, Any], end: float) -> str:
     """Asserts the paper's formula for every layer of every forward pass that was recorded.
 
     Args:
@@ -250,6 +253,9 @@ def passes_the_registry(run: Run) -> str:
         assert done.returncode == 0, said
         assert "warning" not in said.lower(), said
     packed = next(folder.glob("*.zip"))
+    names = ZipFile(packed).namelist()
+    assert "check.py" not in names, names
+    assert {"__init__.py", "pyproject.toml"} <= set(names), names
     return f"{packed.stat().st_size / 1024:.0f} KiB"
 
 
@@ -275,10 +281,10 @@ def check_formula(run: Run, make: Callable[[Patch], Made]) -> str:
     return assert_formula(folder, BIASES, end=0.5)
 
 
-def check_failure(run: Run, make: Callable[[Patch], Made]) -> str:
+def check_failure(run: Run, make: Callable[[Patch], Made], ours: Patch | None = None) -> str:
     """Checks that a sampler which fails in the middle leaves the model as it was."""
     plain = run.plain(make)
-    said = run.fails(make(both(run.tar(), run.node("VSTARTestFail"))))
+    said = run.fails(make(both(ours or run.tar(), run.node("VSTARTestFail"))))
     assert "fails on purpose" in said, said
     patch, _ = run.watched()
     again = run.latents(make(patch))[0]
@@ -373,6 +379,163 @@ def animatediff_freenoise(run: Run) -> str:
 def animatediff_stretched(run: Run) -> str:
     """AnimateDiff: 48 frames in one pass, its positions stretched from 32, have the formula."""
     return check_formula(run, animatediff(run, frames=48, stretch=16))
+
+
+# ---- rules between the frames of full-3D transformers ----
+
+RULES = {
+    "tar": vk.FrameRule.tar(1.0, 1.0),
+    "attenuate": vk.FrameRule.attenuate(0.5, 1),
+    "window": vk.FrameRule.window(1),
+}
+
+
+def assert_rule(folder: Path, rule: vk.FrameRule, end: float) -> tuple[int, int]:
+    """Asserts a rule's formula for every recorded attention; returns how many were under it."""
+    total = ruled = 0
+    for facts, found in records(folder):
+        frames, height, width = facts["grid"]
+        on = facts["step"] < math.ceil(end * facts["steps"])
+        for name, (query, key, value, out) in found.items():
+            parts: list[Any] = [vk.Frames(frames, height * width)]
+            if text := query.shape[1] - frames * height * width:
+                parts.insert(0, vk.Text(text))
+            arguments = (query, key, value, vk.Layout(*parts), rule if on else None)
+            try:
+                testing.assert_frames(out, *arguments)
+            except AssertionError as error:
+                raise AssertionError(f"step {facts['step']}, {name}: {error}") from None
+            total, ruled = total + 1, ruled + on
+    assert 0 < ruled < total, f"{ruled} of {total} attentions were under the rule"
+    return ruled, total
+
+
+def check_full_3d(run: Run, file: str) -> str:
+    """Checks every rule's formula, that strength 0 changes nothing, and a sampler that fails."""
+
+    def make(patch: Patch) -> Made:
+        return graphs.full_3d(file, patch)
+
+    said = []
+    for name, rule in RULES.items():
+        inputs = {"rule": name, "alpha": 0.5, "window": 1, "end": 0.5}
+        patch, folder = run.watched(run.node("VSTARApplyFrameRule", **inputs))
+        on = run.latents(make(patch))[0]
+        assert_differ(on, run.plain(make))
+        ruled, total = assert_rule(folder, rule, end=0.5)
+        said.append(f"{name} in {ruled} of {total} attentions")
+    off = run.latents(make(run.node("VSTARApplyFrameRule", strength=0.0)))[0]
+    same = assert_same(off, run.plain(make))
+    check_failure(run, make, run.node("VSTARApplyFrameRule"))
+    return f"{', '.join(said)}; strength 0 {same}; plain after a failure, bit for bit"
+
+
+@check
+def wan_rules(run: Run) -> str:
+    """Wan: every rule is the formula, and leaves no trace."""
+    return check_full_3d(run, graphs.WAN)
+
+
+@check
+def hunyuan_rules(run: Run) -> str:
+    """HunyuanVideo: every rule is the formula, and leaves no trace."""
+    return check_full_3d(run, graphs.HUNYUAN)
+
+
+@check
+def ltx_rules(run: Run) -> str:
+    """LTX-Video: every rule is the formula, and leaves no trace."""
+    return check_full_3d(run, graphs.LTX)
+
+
+# ---- texts, maps, other videos ----
+
+DAY, NIGHT = "a house in bright sunlight", "a house at night under stars"
+
+
+def text(words: str) -> Callable[[Graph, Link], Link]:
+    """Returns what makes the conditioning of one text."""
+    return lambda graph, clip: graph.add("CLIPTextEncode", text=words, clip=clip)
+
+
+def synopsis(run: Run, stages: str, frames: int) -> Callable[[Graph, Link], Link]:
+    """Returns what makes the conditioning of a synopsis in which each text holds."""
+    inputs = {"prompt": "", "stages": stages, "frames": frames, "mode": "hold"}
+    return lambda graph, clip: graph.add("VSTARSynopsis", clip=clip, **inputs)
+
+
+def check_texts(run: Run, make: Callable[..., Made], frames: int) -> str:
+    """Checks that each frame is made of its own text, where frames do not see each other."""
+    half = frames // 2
+    texts = synopsis(run, f"0: {DAY}\n{half}: {NIGHT}", frames)
+    both = run.latents(make(positive=texts))[0]
+    day, night = (run.latents(make(positive=text(words)))[0] for words in (DAY, NIGHT))
+    assert_differ(day[:half], night[:half])
+    same = assert_same(torch.cat([day[:half], night[half:]]), both)
+    return f"{half} frames of one text and {half} of another, {same}"
+
+
+@check
+def synopsis_of_pictures(run: Run) -> str:
+    """Synopsis: each frame is made of its own text."""
+
+    def make(**options: Any) -> Made:
+        return graphs.images(graphs.plain, batch=6, **options)
+
+    return check_texts(run, make, 6)
+
+
+@check
+def synopsis_in_windows(run: Run) -> str:
+    """Synopsis: in AnimateDiff's context windows each frame keeps its own text."""
+    animatediff(run)
+
+    def make(**options: Any) -> Made:
+        windows = {"frames": 20, "context": WINDOW, "effect": 0.0}
+        return graphs.animatediff(graphs.plain, **windows, **options)
+
+    return check_texts(run, make, 20)
+
+
+@check
+def maps_change_nothing(run: Run) -> str:
+    """Capture Maps: the video stays the same bit for bit, and the maps are drawn."""
+    graph, (saver,) = graphs.svd(run.node("VSTARCaptureMaps", steps="0, 3", levels=""))
+    maps = next(name for name, node in graph.items() if node["class_type"] == "VSTARCaptureMaps")
+    latent = graph[saver]["inputs"]["samples"]
+    shown = graph.add("VSTARShowMaps", maps=[maps, 1], latent=latent)[0]
+    outputs = run.server.run(graph)
+    assert torch.equal(run.server.latents(outputs, saver), run.plain(graphs.svd))
+    (picture,) = run.server.saved(outputs, shown)
+    return f"a picture of {' × '.join(map(str, Image.open(picture).size))}"
+
+
+@check
+def bias_of_a_video(run: Run) -> str:
+    """Bias from Frames: the formula, with the similarity of the reference's frames."""
+    names = [f"reference{frame}.png" for frame in range(8)]
+    run.server.media(names)
+
+    def patch(graph: Graph, model: Link) -> Link:
+        images = [graph.add("LoadImage", image=name) for name in names]
+        frames = images[0]
+        for image in images[1:]:
+            frames = graph.add("ImageBatch", image1=frames, image2=image)
+        inputs = {"embedder": "pixels", "min_max": True}
+        bias = graph.add("VSTARBiasFromFrames", frames=frames, **inputs)
+        return run.tar(bias=bias, end=0.5)(graph, model)
+
+    patch, folder = run.watched(patch)
+    run.latents(graphs.svd(patch))
+    files = [run.server.folder / "input" / name for name in names]
+    frames = torch.stack([to_tensor(Image.open(file)) for file in files])
+    bias = vk.analysis.bias_from_frames(frames, min_max=True)
+    return assert_formula(folder, {0: bias}, end=0.5)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Returns a picture as ``(channels, height, width)``, from 0 to 1."""
+    return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).movedim(-1, 0) / 255
 
 
 # ---- what cannot be ----

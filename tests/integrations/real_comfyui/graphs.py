@@ -9,13 +9,19 @@ SVD = "svd.safetensors"
 SD15 = "v1-5-pruned-emaonly-fp16.safetensors"
 MOTION = "v3_sd15_mm.ckpt"
 WAN = "wan2.1_t2v_1.3B_fp16.safetensors"
+HUNYUAN = "hunyuan_video_t2v_720p_bf16.safetensors"
+LTX = "ltxv-2b-0.9.6-dev-04-25.safetensors"
+LTX_TEXT = "t5xxl_fp16.safetensors"
 WAN_TEXT = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
 FILES = (
     ("checkpoints", SVD),
     ("checkpoints", SD15),
     ("animatediff_models", MOTION),
     ("diffusion_models", WAN),
+    ("diffusion_models", HUNYUAN),
+    ("diffusion_models", LTX),
     ("text_encoders", WAN_TEXT),
+    ("text_encoders", LTX_TEXT),
 )
 SIZE = 64  # pixels
 Link = list[Any]  # a node's id and which of its outputs
@@ -97,6 +103,7 @@ def animatediff(
     context: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
     stretch: int = 0,
+    effect: float | None = None,
     positive: Callable[[Graph, Link], Link] | None = None,
 ) -> tuple[Graph, list[str]]:
     """Returns AnimateDiff-Evolved's graph, and the ids of the nodes that save latents.
@@ -108,6 +115,7 @@ def animatediff(
         context: Inputs of its node for sliding context windows.
         settings: Inputs of its node for the sampling's settings.
         stretch: How many positions its motion model gets in addition.
+        effect: How much its motion model counts.
         positive: Makes the conditioning of the CLIP.
     """
     graph = Graph(steps=2)
@@ -118,7 +126,10 @@ def animatediff(
         pe = graph.add("ADE_AdjustPEFullStretch", pe_stretch=stretch, print_adjustment=False)
         inputs["ad_settings"] = graph.add("ADE_AnimateDiffSettings", pe_adjust=pe)
     motion = graph.add("ADE_LoadAnimateDiffModel", **inputs)
-    motion = graph.add("ADE_ApplyAnimateDiffModelSimple", motion_model=motion)
+    more = {}
+    if effect is not None:
+        more["effect_multival"] = graph.add("ADE_MultivalDynamic", float_val=effect)
+    motion = graph.add("ADE_ApplyAnimateDiffModelSimple", motion_model=motion, **more)
     options: dict[str, Any] = {"m_models": motion, "beta_schedule": "autoselect"}
     if context is not None:
         options["context_options"] = graph.add("ADE_StandardStaticContextOptions", **context)
@@ -136,23 +147,31 @@ def animatediff(
     return graph, [graph.sample(model, make(graph, clip), negative, latent)]
 
 
-def images(patch: Patch) -> tuple[Graph, list[str]]:
+def images(
+    patch: Patch, batch: int = 2, positive: Callable[[Graph, Link], Link] | None = None
+) -> tuple[Graph, list[str]]:
     """Returns the graph of a model of pictures, which has no attention over frames."""
     graph = Graph(steps=1)
     model = graph.add("CheckpointLoaderSimple", ckpt_name=SD15)
-    text = graph.add("CLIPTextEncode", text="a candle", clip=[model[0], 1])
-    latent = graph.add("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=2)
-    return graph, [graph.sample(patch(graph, model), text, text, latent)]
+    clip = [model[0], 1]
+    text = graph.add("CLIPTextEncode", text="a candle", clip=clip)
+    latent = graph.add("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=batch)
+    texts = positive(graph, clip) if positive else text
+    return graph, [graph.sample(patch(graph, model), texts, text, latent)]
 
 
-def wan(patch: Patch, frames: int = 9) -> tuple[Graph, list[str]]:
-    """Returns Wan 2.1's graph, and the ids of the nodes that save latents."""
+def full_3d(file: str, patch: Patch) -> tuple[Graph, list[str]]:
+    """Returns the graph of a transformer over all tokens of a video of three latent frames."""
     graph = Graph(steps=2)
-    model = graph.add("UNETLoader", unet_name=WAN, weight_dtype="default")
-    clip = graph.add("CLIPLoader", clip_name=WAN_TEXT, type="wan", device="default")
+    model = graph.add("UNETLoader", unet_name=file, weight_dtype="default")
+    name, kind = (LTX_TEXT, "ltxv") if file == LTX else (WAN_TEXT, "wan")
+    clip = graph.add("CLIPLoader", clip_name=name, type=kind, device="default")
     positive = graph.add("CLIPTextEncode", text="a candle burns down", clip=clip)
     negative = graph.add("CLIPTextEncode", text="", clip=clip)
-    latent = graph.add(
-        "EmptyHunyuanLatentVideo", width=SIZE, height=SIZE, length=frames, batch_size=1
-    )
+    if file == LTX:
+        size = {"width": 2 * SIZE, "height": 2 * SIZE, "length": 17}
+        latent = graph.add("EmptyLTXVLatentVideo", **size, batch_size=1)
+    else:
+        size = {"width": SIZE, "height": SIZE, "length": 9}
+        latent = graph.add("EmptyHunyuanLatentVideo", **size, batch_size=1)
     return graph, [graph.sample(patch(graph, model), positive, negative, latent)]

@@ -121,10 +121,10 @@ class Server:
     def media(self, names: Iterable[str]) -> None:
         """Makes pictures and videos in the folder that they are loaded from."""
         picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
-        for name in names:
+        for number, name in enumerate(names):
             path = self.folder / "input" / name
             if path.suffix != ".mp4":
-                picture.save(path)
+                picture.rotate(25 * number**2).save(path)
                 continue
             with av.open(str(path), "w") as video:
                 stream = video.add_stream("libx264", rate=8)

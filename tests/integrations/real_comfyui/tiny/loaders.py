@@ -14,15 +14,15 @@ import nodes
 
 from . import models
 
-KINDS = {"sd15": ("v1-5", "sd15"), "svd": ("svd",), "wan": ("wan",)}
+KINDS = {"v1-5": "sd15", "svd": "svd", "wan": "wan", "hunyuan": "hunyuan", "ltx": "ltx"}
 
 
 def kind(name: str) -> str:
-    """Returns which model a file's name means: ``"sd15"``, ``"svd"`` or ``"wan"``."""
-    for result, marks in KINDS.items():
-        if any(mark in name.lower() for mark in marks):
+    """Returns which of the tiny models a file's name means."""
+    for mark, result in KINDS.items():
+        if mark in name.lower():
             return result
-    raise ValueError(f"no tiny model is called {name!r}: names have one of {KINDS}")
+    raise ValueError(f"no tiny model is called {name!r}: names have one of {', '.join(KINDS)}")
 
 
 def checkpoint(self: Any, ckpt_name: str) -> tuple[Any, Any, Any]:
@@ -42,7 +42,7 @@ def unet(self: Any, unet_name: str, weight_dtype: str = "default") -> tuple[Any]
 
 def clip(self: Any, clip_name: str, type: str = "wan", device: str = "default") -> tuple[Any]:
     """Stands for CLIPLoader's: the text encoder."""
-    return (models.text_encoder(),)
+    return (models.text_encoder(masks=clip_name.startswith("t5xxl")),)
 
 
 def vae(self: Any, vae_name: str, **options: Any) -> tuple[Any]:

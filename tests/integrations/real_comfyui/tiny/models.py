@@ -1,4 +1,4 @@
-"""Tiny random models in ComfyUI's own classes: Stable Diffusion 1.5, SVD, Wan 2.1 and their parts.
+"""Tiny random models in ComfyUI's own classes: of images, of videos, and their parts.
 
 ComfyUI finds out what a checkpoint is by its widths (a UNet's first has 320 channels), so tiny
 models cannot be files. They are made of the class that it would have found, with a small
@@ -59,6 +59,43 @@ WAN = {
     "num_layers": 2,
     "text_dim": WIDTH,
 }
+HUNYUAN = {
+    "image_model": "hunyuan_video",
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+    "hidden_size": 64,
+    "num_heads": 2,
+    "axes_dim": [8, 12, 12],
+    "depth": 1,
+    "depth_single_blocks": 1,
+    "context_in_dim": WIDTH,
+    "vec_in_dim": WIDTH,
+    "mlp_ratio": 2.0,
+    "theta": 256,
+    "qkv_bias": True,
+    "guidance_embed": True,
+    "byt5": False,
+    "meanflow": False,
+    "meanflow_sum": False,
+    "use_cond_type_embedding": False,
+    "vision_in_dim": None,
+}
+LTX = {
+    "image_model": "ltxv",
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "cross_attention_dim": WIDTH,
+    "caption_channels": WIDTH,
+    "num_layers": 2,
+}
+MODELS = {
+    "sd15": (supported.SD15, SD15),
+    "svd": (supported.SVD_img2vid, SVD),
+    "wan": (supported.WAN21_T2V, WAN),
+    "hunyuan": (supported.HunyuanVideo, HUNYUAN),
+    "ltx": (supported.LTXV, LTX),
+}
 
 
 def fill(module: torch.nn.Module, seed: int) -> None:
@@ -74,10 +111,9 @@ def fill(module: torch.nn.Module, seed: int) -> None:
 
 
 def diffusion_model(kind: str) -> comfy.model_patcher.ModelPatcher:
-    """Returns a MODEL: ``"sd15"``, ``"svd"`` or ``"wan"``."""
-    classes = {"sd15": supported.SD15, "svd": supported.SVD_img2vid, "wan": supported.WAN21_T2V}
-    options = {"sd15": SD15, "svd": SVD, "wan": WAN}
-    config = classes[kind](options[kind])
+    """Returns a MODEL of a kind of :data:`MODELS`."""
+    cls, options = MODELS[kind]
+    config = cls(options)
     if kind == "svd":
         config.unet_config["num_head_channels"] = 16
     config.set_inference_dtype(torch.float32, None)
@@ -86,8 +122,8 @@ def diffusion_model(kind: str) -> comfy.model_patcher.ModelPatcher:
     return comfy.model_patcher.CoreModelPatcher(model, load_device=CPU, offload_device=CPU)
 
 
-def text_encoder() -> comfy.sd.CLIP:
-    """Returns a CLIP with CLIP's own tokenizer and two layers."""
+def text_encoder(masks: bool = False) -> comfy.sd.CLIP:
+    """Returns a CLIP with CLIP's own tokenizer and two layers, and masks if LTX is to have them."""
     small = {
         "hidden_size": WIDTH,
         "intermediate_size": 2 * WIDTH,
@@ -100,6 +136,7 @@ def text_encoder() -> comfy.sd.CLIP:
     options = {"clip_l_model_config": small, "dtype": torch.float32}
     clip = comfy.sd.CLIP(target, model_options=options)
     fill(clip.cond_stage_model, seed=2)
+    clip.cond_stage_model.clip_l.return_attention_masks = masks
     return clip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -51,6 +52,11 @@ class Recorder:
         facts["heads"] = {name: module.heads for name, module in layers}
         hooks = [hook for layer in layers for hook in self.watch(*layer, tensors)]
         if not layers:
+            patch = getattr(executor.class_obj, "patch_size", None)
+            sizes = zip(x.shape[2:], patch or (1, 1, 1), strict=True)
+            facts["grid"] = [size // step for size, step in sizes]
+            context = next(a for a in (*args, *kw.values()) if isinstance(a, Tensor))
+            facts["text"] = context.shape[1]
             inner = options.get("optimized_attention_override")
             options["optimized_attention_override"] = partial(self.override, inner, tensors, facts)
         try:
@@ -93,16 +99,19 @@ class Recorder:
         *args: Any,
         **kw: Any,
     ) -> Tensor:
-        """Computes an attention of a full-3D model as it was to be computed, and keeps it."""
+        """Computes an attention of a full-3D model as it was to be computed.
+
+        It keeps that of all tokens of the video to one another, and to the text's before them.
+        """
         attention = func if inner is None else partial(inner, func)
         out = attention(q, k, v, heads, *args, **kw)
-        options = kw.get("transformer_options") or {}
-        if q.shape == k.shape and "grid_sizes" in options:
-            name = f"block{options['block_index']}"
-            facts["grid"] = [int(size) for size in options["grid_sizes"]]
+        video = math.prod(facts["grid"])
+        if q.shape == k.shape and q.shape[-2] in (video, video + facts["text"]):
+            name = f"attention{len(facts['heads'])}"
             facts["heads"][name] = heads
             for part, tensor in zip(("q", "k", "v", "out"), (q, k, v, out), strict=True):
-                tensors[f"{name}:{part}"] = tensor.detach().clone()
+                flat = tensor.transpose(1, 2).flatten(2) if tensor.ndim == 4 else tensor
+                tensors[f"{name}:{part}"] = flat.detach().clone()
         return out
 
 
@@ -139,7 +148,9 @@ class Fail:
             def fail(*_: Any) -> None:
                 raise PurposeError("fails on purpose")
 
-            last = getattr(executor.class_obj, "out", None) or executor.class_obj.head
+            model = executor.class_obj
+            names = ("out", "head", "final_layer", "proj_out")
+            last = next(getattr(model, name) for name in names if hasattr(model, name))
             hook = last.register_forward_pre_hook(fail)
             try:
                 return executor(*args, **kw)
