@@ -45,6 +45,7 @@ from vstar_kernels.models.grid.embedding import FPSEmbedding, GridEmbedding
 from vstar_kernels.models.positions import randomize_positions
 from vstar_kernels.models.progress import Cancelled, StepWatch, watch_steps
 from vstar_kernels.models.sharded.apply import ShardedHandle, shard_frames
+from vstar_kernels.models.sharded.ranks import RankFailure
 
 __all__ = [
     "VSTAR",
@@ -68,6 +69,7 @@ __all__ = [
     "MapCapture",
     "NoisePrior",
     "OptimizedNoise",
+    "RankFailure",
     "RealVideoMaps",
     "ShardedHandle",
     "SlowBackendWarning",

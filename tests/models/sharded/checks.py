@@ -21,7 +21,7 @@ import vstar_kernels as vk
 from tests.models.full3d.tiny import TINY
 from tests.models.models import KINDS, TEXT, TOKENS, call, make, noise
 from vstar_kernels.models.sharded.apply import spread
-from vstar_kernels.models.sharded.liveness import PATIENCE, RankFailure
+from vstar_kernels.models.sharded.liveness import PATIENCE
 from vstar_kernels.models.sharded.ranks import Ranks
 
 CHECKS: dict[str, Callable[[Any], None]] = {}
@@ -433,7 +433,7 @@ def a_process_dies(mesh):
         if mesh.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         begun = time.monotonic()
-        with pytest.raises(RankFailure, match=r"rank 1 \(pid \d+ on .*\) has died") as caught:
+        with pytest.raises(vk.RankFailure, match=r"rank 1 \(pid \d+ on .*\) has died") as caught:
             call(model, "UNetMotionModel")
         assert caught.value.ranks == (1,)
         assert time.monotonic() - begun < 20

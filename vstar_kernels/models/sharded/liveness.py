@@ -19,21 +19,11 @@ from typing import Any
 
 from torch.distributed.distributed_c10d import _get_default_store
 
+from vstar_kernels.models.sharded.ranks import RankFailure
+
 PERIOD = 0.5  # seconds between two notes
 PATIENCE = 3.0  # seconds without a new one after which a process is taken to be dead
 _MADE: Counter[tuple[int, ...]] = Counter()  # heartbeats of the same processes, in this one
-
-
-class RankFailure(RuntimeError):  # noqa: N818 - it is told of, not made
-    """Processes that share a video cannot go on, because one of them has died or does not come.
-
-    Attributes:
-        ranks: The ranks of those in the whole job; empty where it could not be found out.
-    """
-
-    def __init__(self, message: str, ranks: Sequence[int]) -> None:
-        super().__init__(message)
-        self.ranks = tuple(ranks)
 
 
 class Heartbeat:

@@ -24,6 +24,18 @@ def shares(total: int, size: int) -> list[int]:
     return [total // size + (rank < total % size) for rank in range(size)]
 
 
+class RankFailure(RuntimeError):  # noqa: N818 - what has happened to ranks
+    """Processes that share a video cannot go on, because one of them has died or does not come.
+
+    Attributes:
+        ranks: The ranks of those in the whole job; empty where it could not be found out.
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int]) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+
 class Ranks:
     """Some processes, of which this is one; this class itself only counts what they would say.
 
