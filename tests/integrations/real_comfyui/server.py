@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import av
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -120,6 +119,8 @@ class Server:
 
     def media(self, names: Iterable[str]) -> None:
         """Makes pictures and videos in the folder that they are loaded from."""
+        import av
+
         picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
         for number, name in enumerate(names):
             path = self.folder / "input" / name
