@@ -44,7 +44,7 @@ def unet(one_thread):
 
 @pytest.fixture
 def scheduler(one_thread):
-    scheduler = tiny.text_to_video().scheduler
+    scheduler = tiny._scheduler()
     scheduler.set_timesteps(4)
     return scheduler
 

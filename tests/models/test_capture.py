@@ -245,7 +245,7 @@ def test_replaced_processors_and_projections_are_seen(unet):
 
 
 def test_steps_of_a_model_by_itself(unet):
-    scheduler = tiny.text_to_video().scheduler
+    scheduler = tiny._scheduler()
     scheduler.set_timesteps(4)
     with vk.capture_maps(unet, steps=[0, 3], scheduler=scheduler) as capture:
         for t in scheduler.timesteps:

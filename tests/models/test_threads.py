@@ -455,7 +455,7 @@ def test_one_of_several_threads_applies_tar():
 
 def test_noise_is_optimised_for_a_model_in_one_thread_at_a_time():
     model = make(UNET)
-    scheduler = tiny.text_to_video().scheduler
+    scheduler = tiny._scheduler()
     scheduler.set_timesteps(4)
     inside, go_on = threading.Event(), threading.Event()
 
