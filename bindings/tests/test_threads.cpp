@@ -159,6 +159,9 @@ void test_tasks(const vstar::Kernels& kernels, ScalarType type) {
   shape.delta_gradient = false;
   shape.stat = vstar::Stat::tensor;
   expect_same_tasks<BackwardCall>(kernels, shape, 10);
+  // More runs than one for a group of sequences.
+  Shape many = {.batch = 70, .space = 10, .frames = 5, .heads = 9, .type = type};
+  expect_same_tasks<BackwardCall>(kernels, many, 2);
   // A map's queries in chunks, its sequences in groups.
   Shape longer = {.batch = 1, .frames = 300, .heads = 2, .type = type};
   for (const int64_t block : {1, 7, 257, 300}) {
