@@ -49,6 +49,15 @@ struct MapMax {
   int64_t query = 0;
 };
 
+// Returns how often compute_logits() calls a prefetcher for all of a sequence's panels, where they
+// are there one by one.
+inline int64_t logits_steps(int64_t frames) {
+  const int64_t whole = frames / kPanelQueries, rest = frames % kPanelQueries;
+  const auto of_panel = [frames](int64_t keys) { return 1 + divide_up(frames, keys); };
+  return whole * of_panel(kLogitsKeys) +
+         (rest == 0 ? 0 : of_panel(rest > kLanes ? kLogitsKeys : kMaxVectors * kLogitsKeys));
+}
+
 // Computes a sequence's attention weights. Its tensors hold T; QK' is computed in Units.
 template <typename T, typename Unit>
 class AttentionWeights {
@@ -83,9 +92,11 @@ class AttentionWeights {
                                           p_.query_strides.frame, panel.query_count, panel.lanes(),
                                           units, panel.packed_queries);
       for (int i = 0; i < panel.lanes(); ++i) panel.row_max[i] = -kInfinity;
+      prefetcher.step();
     }
-    for (int64_t j = 0; j < p_.frames; j += kLogitsKeys) {
-      const int keys = static_cast<int>(min64(kLogitsKeys, p_.frames - j));
+    const int64_t step = count == 1 ? panels[0].logits_keys() : kLogitsKeys;
+    for (int64_t j = 0; j < p_.frames; j += step) {
+      const int keys = static_cast<int>(min64(step, p_.frames - j));
       for (int p = 0; p < count; ++p) {
         const Panel& panel = panels[p];
         prefetcher.step();

@@ -78,9 +78,9 @@ class SequenceBackward {
                                  next.stream<T>(a_.grad_key, a_.grad_key_strides),
                                  next.stream<T>(a_.grad_value, a_.grad_value_strides)};
     const int64_t panels = divide_up(a_.frames, kPanelQueries);
-    const int64_t logits_steps = 2 * divide_up(a_.frames, kLogitsKeys);
-    prefetcher_ = Prefetcher(streams, a_.frames, row_bytes,
-                             panels * (logits_steps + 3 * column_tiles(a_.head_dim)));
+    const int64_t steps = 2 * logits_steps(a_.frames) - panels +
+                          (2 * panels + 1) * product_tiles(a_.frames, a_.head_dim);
+    prefetcher_ = Prefetcher(streams, a_.frames, row_bytes, steps);
   }
 
   void compute() {
@@ -149,8 +149,8 @@ class SequenceBackward {
     float* packed = scratch_ + plan_.packed_grad_out;
     pack_queries<float>(grad_rows.data, grad_rows.stride, panel.query_count, panel.lanes(),
                         a_.head_dim, packed);
-    for (int64_t j = 0; j < a_.frames; j += kLogitsKeys) {
-      const int keys = static_cast<int>(min64(kLogitsKeys, a_.frames - j));
+    for (int64_t j = 0; j < a_.frames; j += panel.logits_keys()) {
+      const int keys = static_cast<int>(min64(panel.logits_keys(), a_.frames - j));
       prefetcher_.step();
       with_vectors(panel.vectors, [&](auto vectors) {
         // The maxima are of no use here.

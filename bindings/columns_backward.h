@@ -160,7 +160,7 @@ class ColumnGradients {
         query, a_.grad_out ? head_.stream(a_.grad_out, a_.grad_out_strides, panel) : query,
         a_.grad_query ? head_.stream(a_.grad_query, a_.grad_query_strides, panel) : query};
     return {streams, panel.count, a_.head_dim * static_cast<int64_t>(sizeof(T)),
-            2 * divide_up(a_.keys, kLogitsKeys) + column_tiles(a_.head_dim)};
+            2 * divide_up(a_.keys, kLogitsKeys) + product_tiles(panel.count, a_.head_dim)};
   }
 
   // Sets the cells to normalised weights, and their gradients to those to the logits.

@@ -132,7 +132,8 @@ class ColumnBlock {
     const RowStream streams[] = {
         query, a_.value ? head.stream(a_.out, a_.out_strides, panel) : query};
     return {streams, panel.count, a_.head_dim * static_cast<int64_t>(sizeof(T)),
-            divide_up(a_.keys, kLogitsKeys) + (a_.value ? column_tiles(a_.head_dim) : 0)};
+            divide_up(a_.keys, kLogitsKeys) +
+                (a_.value ? product_tiles(panel.count, a_.head_dim) : 0)};
   }
 
   float* sums(const ColumnPanel& panel) const {

@@ -59,10 +59,8 @@ class SequenceForward {
     const RowStream streams[] = {
         next.stream<T>(a_.query, a_.query_strides), next.stream<T>(a_.key, a_.key_strides),
         next.stream<T>(a_.value, a_.value_strides), next.stream<T>(a_.out, a_.out_strides)};
-    const int64_t panels = divide_up(a_.frames, kPanelQueries);
-    const int64_t logits_steps = divide_up(a_.frames, kLogitsKeys);
     prefetcher_ = Prefetcher(streams, a_.frames, row_bytes,
-                             panels * (logits_steps + column_tiles(a_.head_dim)));
+                             logits_steps(a_.frames) + product_tiles(a_.frames, a_.head_dim));
   }
 
   // Computes the outputs of queries [query_begin, query_end). Where `map_sums` is not null, their

@@ -77,11 +77,20 @@ struct Accumulator {
   Accumulator tile_at(int64_t row, int64_t column) const {
     return {sums + row * stride + column, stride, factor + row, rows - row, is_first};
   }
-  template <bool PARTIAL>
-  VSTAR_INLINE void put(int r, int column, Vec y, int) const {
-    float* p = sums + r * stride + column;
-    if (!is_first) y = fma(load(p), broadcast(factor + r), y);
-    store(p, y);
+  template <bool PARTIAL, int COLUMNS>
+  VSTAR_INLINE void put(Vec (&sum)[kProductRows][COLUMNS], int) const {
+    const Accumulator here = *this;  // in registers: the stores could be to the original
+    if (!here.is_first) {
+      unrolled<kProductRows>([&](auto r) VSTAR_INLINE {
+        const Vec risen = broadcast(here.factor + r);
+        unrolled<COLUMNS>([&](auto c) VSTAR_INLINE {
+          sum[r][c] = fma(load(here.sums + r * here.stride + c * kLanes), risen, sum[r][c]);
+        });
+      });
+    }
+    unrolled<kProductRows, COLUMNS>([&](auto r, auto c) VSTAR_INLINE {
+      store(here.sums + r * here.stride + c * kLanes, sum[r][c]);
+    });
   }
 };
 
@@ -209,7 +218,8 @@ class FrameBlock {
   // Computes what a chunk adds to all panels, and fetches the next one's rows.
   void compute_chunk(const Chunk& chunk, const Chunk& next) {
     pack_keys(chunk);
-    const int64_t steps = divide_up(chunk.keys, kLogitsKeys) + column_tiles(plan_.padded_dim);
+    const int64_t steps =
+        divide_up(chunk.keys, kLogitsKeys) + product_tiles(kPanelQueries, plan_.padded_dim);
     fetch_ = {&next, next.keys / (steps * plan_.panels) + 1, 0, 0};
     for_each_panel(
         [&](const FramePanel& panel, int64_t index) { add_chunk(chunk, panel, index); });

@@ -99,11 +99,16 @@ struct RowSums {
   RowSums tile_at(int64_t row, int64_t column) const {
     return {sums + row * stride + column, stride, rows - row};
   }
-  template <bool PARTIAL>
-  VSTAR_INLINE void put(int r, int column, Vec y, int) const {
-    if (r >= rows) return;
-    float* p = sums + r * stride + column;
-    store(p, add(load(p), y));
+  template <bool PARTIAL, int COLUMNS>
+  VSTAR_INLINE void put(Vec (&sum)[kProductRows][COLUMNS], int) const {
+    const RowSums here = *this;  // in registers: the stores could be to the original
+    unrolled<kProductRows>([&](auto r) VSTAR_INLINE {
+      if (r >= here.rows) return;
+      unrolled<COLUMNS>([&](auto c) VSTAR_INLINE {
+        float* p = here.sums + r * here.stride + c * kLanes;
+        store(p, add(load(p), sum[r][c]));
+      });
+    });
   }
 };
 

@@ -43,7 +43,7 @@ inline Vec multiply_add(const Pair*, Vec a, Vec b, Vec c) { return dot(a, b, c);
 // maxima. Logits are scaled last: products that are equal stay so, whatever their terms, and it is
 // the first of equal logits that takes the gradient through the maximum.
 template <int KEYS, int VECTORS, typename Unit>
-inline void logits_tile(const Unit* keys, int64_t key_stride, const float* queries, int64_t units,
+VSTAR_INLINE inline void logits_tile(const Unit* keys, int64_t key_stride, const float* queries, int64_t units,
                         float scale, float* logits, Vec (&row_max)[VECTORS]) {
   constexpr int lanes = VECTORS * kLanes;
   Vec sum[KEYS][VECTORS];
@@ -67,7 +67,7 @@ inline void logits_tile(const Unit* keys, int64_t key_stride, const float* queri
 
 // Does as logits_tile for a number of keys below kLogitsKeys that is known only at run time.
 template <int VECTORS, int KEYS = kLogitsKeys - 1, typename Unit>
-inline void logits_rest(int count, const Unit* keys, int64_t key_stride, const float* queries,
+VSTAR_INLINE inline void logits_rest(int count, const Unit* keys, int64_t key_stride, const float* queries,
                         int64_t units, float scale, float* logits, Vec (&row_max)[VECTORS]) {
   if constexpr (KEYS > 0) {
     if (count == KEYS) {
@@ -79,16 +79,24 @@ inline void logits_rest(int count, const Unit* keys, int64_t key_stride, const f
   }
 }
 
-// Does as logits_tile for `count` keys, at most kLogitsKeys.
+// Does as logits_tile for `count` keys, at most kLogitsKeys of each of two vectors of queries, or
+// twice as many of one.
 template <int VECTORS, typename Unit>
 VSTAR_STAGE void logits_of_keys(const Unit* keys, int64_t key_stride, int count,
                                 const float* queries, int64_t units, float scale, float* logits,
                                 float* row_max) {
   Vec m[VECTORS];
   for (int c = 0; c < VECTORS; ++c) m[c] = load(row_max + c * kLanes);
-  if (count == kLogitsKeys) {
-    logits_tile<kLogitsKeys>(keys, key_stride, queries, units, scale, logits, m);
+  // One vector of queries leaves registers for twice the keys: more products in flight.
+  if (VECTORS == 1 && count == 2 * kLogitsKeys) {
+    logits_tile<2 * kLogitsKeys / VECTORS>(keys, key_stride, queries, units, scale, logits, m);
   } else {
+    if (count >= kLogitsKeys) {
+      logits_tile<kLogitsKeys>(keys, key_stride, queries, units, scale, logits, m);
+      count -= kLogitsKeys;
+      keys += kLogitsKeys * key_stride;
+      logits += kLogitsKeys * VECTORS * kLanes;
+    }
     logits_rest<VECTORS>(count, keys, key_stride, queries, units, scale, logits, m);
   }
   for (int c = 0; c < VECTORS; ++c) store(row_max + c * kLanes, m[c]);
@@ -206,22 +214,34 @@ struct ProductOut {
     return tile;
   }
 
-  // Takes the sum of row r in one vector of columns, the first `lanes` of it where it is partial.
-  template <bool PARTIAL>
-  VSTAR_INLINE void put(int r, int column, Vec y, int lanes) const {
-    float* sums = partial + r * partial_stride + column;
-    if (!is_first_block) y = add(y, load(sums));
-    if (!is_last_block) {
-      store(sums, y);
-    } else if (r < rows) {
-      y = mul(y, broadcast(scale + r * scale_stride));
-      T* to = out + r * stride + column;
-      if (PARTIAL) {
-        store_partial(to, y, lanes);
-      } else {
-        store(to, y);
-      }
+  // Takes a tile's sums; with PARTIAL the last vector of columns has `tail` lanes.
+  template <bool PARTIAL, int COLUMNS>
+  VSTAR_INLINE void put(Vec (&sum)[kProductRows][COLUMNS], int tail) const {
+    const ProductOut here = *this;  // in registers: the stores could be to the original
+    if (!here.is_first_block) {
+      unrolled<kProductRows, COLUMNS>([&](auto r, auto c) VSTAR_INLINE {
+        sum[r][c] = add(sum[r][c], load(here.partial + r * here.partial_stride + c * kLanes));
+      });
     }
+    if (!here.is_last_block) {
+      unrolled<kProductRows, COLUMNS>([&](auto r, auto c) VSTAR_INLINE {
+        store(here.partial + r * here.partial_stride + c * kLanes, sum[r][c]);
+      });
+      return;
+    }
+    unrolled<kProductRows>([&](auto r) VSTAR_INLINE {
+      if (r >= here.rows) return;
+      const Vec factor = broadcast(here.scale + r * here.scale_stride);
+      unrolled<COLUMNS>([&](auto c) VSTAR_INLINE {
+        T* to = here.out + r * here.stride + c * kLanes;
+        const Vec y = mul(sum[r][c], factor);
+        if (PARTIAL && c == COLUMNS - 1) {
+          store_partial(to, y, tail);
+        } else {
+          store(to, y);
+        }
+      });
+    });
   }
 };
 
@@ -248,9 +268,7 @@ VSTAR_STAGE void product_tile(const float* cells, int64_t lanes, const float* x,
       unrolled<COLUMNS>([&](auto c) VSTAR_INLINE { sum[r][c] = fma(w, v[c], sum[r][c]); });
     });
   }
-  unrolled<kProductRows, COLUMNS>([&](auto r, auto c) VSTAR_INLINE {
-    tile.template put<PARTIAL && c == COLUMNS - 1>(r, c * kLanes, sum[r][c], tail);
-  });
+  tile.template put<PARTIAL>(sum, tail);
 }
 
 // Does as product_tile for numbers of columns and of the last one's lanes known only at run time.
@@ -268,26 +286,25 @@ void product_columns(int columns, const float* cells, int64_t lanes, const float
   }
 }
 
-// Returns in how many tiles product() takes head_dim.
-inline int column_tiles(int64_t head_dim) {
-  const int vectors = static_cast<int>(divide_up(head_dim, kLanes));
-  return static_cast<int>(divide_up(vectors, kProductVectors));
+// Returns in how many tiles product() takes so many rows of head_dim.
+inline int64_t product_tiles(int64_t rows, int64_t head_dim) {
+  return divide_up(rows, kProductRows) * divide_up(divide_up(head_dim, kLanes), kProductVectors);
 }
 
-// Computes a product, or before its last block the sums so far. Calls before_tiles() for each
-// column of tiles. Of cells and partial sums, whole tiles of rows are touched.
-template <Over OVER, typename Out, typename BeforeTiles>
+// Computes a product, or before its last block the sums so far. Calls before_tile() for each tile.
+// Of cells and partial sums, whole tiles of rows are touched.
+template <Over OVER, typename Out, typename BeforeTile>
 void product(const float* cells, int lanes, const float* x, int64_t x_stride, int64_t count,
-             int64_t head_dim, const Out& out, const BeforeTiles& before_tiles) {
+             int64_t head_dim, const Out& out, const BeforeTile& before_tile) {
   const int vectors = static_cast<int>(divide_up(head_dim, kLanes));
-  const int tiles = column_tiles(head_dim);
+  const int tiles = static_cast<int>(divide_up(vectors, kProductVectors));
   const int tail = static_cast<int>(head_dim % kLanes);
   for (int t = 0, column = 0; t < tiles; ++t) {
     const int columns = vectors / tiles + (t < vectors % tiles);  // as even as can be
     const int d = column * kLanes;
     column += columns;
-    before_tiles();
     for (int64_t r = 0; r < out.rows; r += kProductRows) {
+      before_tile();
       product_columns<OVER>(columns, cells + (OVER == Over::keys ? r : r * lanes), lanes, x + d,
                             x_stride, count, t == tiles - 1 ? tail : 0, out.tile_at(r, d));
     }

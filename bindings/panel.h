@@ -27,6 +27,8 @@ struct Panel {
   float* inverse_sum;
 
   int lanes() const { return vectors * kLanes; }
+  // Returns how many keys logits_of_keys() takes at once.
+  int64_t logits_keys() const { return kMaxVectors / vectors * kLogitsKeys; }
 };
 
 // Where each array of a thread's scratch begins (in floats): those that both directions have.

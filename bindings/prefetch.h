@@ -23,22 +23,21 @@ class Prefetcher {
   // A prefetcher with nothing to fetch.
   Prefetcher() = default;
 
-  // Fetches `frames` rows of `row_bytes` of each stream, in about `steps` steps.
+  // Fetches `rows` rows of `row_bytes` of each stream, in about `steps` steps.
   template <int COUNT>
-  Prefetcher(const RowStream (&streams)[COUNT], int64_t frames, int64_t row_bytes, int64_t steps)
-      : count_(COUNT), frames_(frames), row_bytes_(row_bytes) {
+  Prefetcher(const RowStream (&streams)[COUNT], int64_t rows, int64_t row_bytes, int64_t steps)
+      : count_(COUNT), rows_(rows), row_bytes_(row_bytes), rows_per_step_(COUNT * rows / steps + 1) {
     static_assert(COUNT <= kMaxStreams, "too many tensors");
     for (int t = 0; t < COUNT; ++t) streams_[t] = streams[t];
-    const int64_t lines_per_row = (row_bytes + kLineBytes - 1) / kLineBytes;
-    per_step_ = COUNT * frames * lines_per_row / steps + 1;
-    start_row();
+    start_stream();
   }
 
+  // Whole rows: the arithmetic of a short sequence is no more than keeping count of lines would be.
   void step() {
-    for (int64_t left = per_step_; left > 0; --left) {
-      prefetch(line_);
-      line_ += kLineBytes;
-      if (line_ >= row_end_ && !next_row()) return;
+    for (int64_t left = rows_per_step_; left > 0; --left) {
+      for (int64_t byte = 0; byte < row_bytes_; byte += kLineBytes) prefetch(row_ + byte);
+      row_ += stride_;
+      if (--rows_left_ == 0 && !next_stream()) return;
     }
   }
 
@@ -46,27 +45,25 @@ class Prefetcher {
   static constexpr int64_t kLineBytes = 64;
   static constexpr int kMaxStreams = 7;
 
-  bool next_row() {
-    if (++frame_ == frames_) {
-      frame_ = 0;
-      if (++stream_ == count_) {
-        per_step_ = 0;
-        return false;
-      }
+  bool next_stream() {
+    if (++stream_ == count_) {
+      rows_per_step_ = 0;
+      return false;
     }
-    start_row();
+    start_stream();
     return true;
   }
-  void start_row() {
-    const RowStream& stream = streams_[stream_];
-    line_ = static_cast<const char*>(stream.rows) + frame_ * stream.stride;
-    row_end_ = line_ + row_bytes_;
+  void start_stream() {
+    row_ = static_cast<const char*>(streams_[stream_].rows);
+    stride_ = streams_[stream_].stride;
+    rows_left_ = rows_;
   }
 
   RowStream streams_[kMaxStreams];
   int count_ = 0, stream_ = 0;
-  int64_t frames_ = 0, row_bytes_ = 0, per_step_ = 0, frame_ = 0;
-  const char *line_ = nullptr, *row_end_ = nullptr;
+  int64_t rows_ = 0, row_bytes_ = 0, rows_per_step_ = 0;
+  const char* row_ = nullptr;
+  int64_t stride_ = 0, rows_left_ = 0;
 };
 
 }  // namespace vstar::VSTAR_ISA

@@ -31,9 +31,12 @@ void round_trip(const vstar::Kernels& kernels, vstar::ScalarType type) {
     if (is_nan(type, value[i])) {
       CHECK(is_nan(type, out[i]), "%s: NaN %04x became %04x", kernels.name, value[i], out[i]);
     } else {
-      // -0 may come back as +0: it was added to +0.
-      const bool zero = (value[i] & 0x7fff) == 0;
-      CHECK(out[i] == value[i] || (zero && (out[i] & 0x7fff) == 0), "%s: %04x became %04x",
+      // -0 may come back as +0: it was added to +0. The instruction for bfloat16 makes zero of what
+      // is below 2^-126.
+      const bool has_instruction = std::strcmp(kernels.name, "avx512_bf16") == 0;
+      const uint16_t least = has_instruction && type == vstar::ScalarType::bfloat16 ? 0x80 : 1;
+      const bool zero = (value[i] & 0x7fff) < least;
+      CHECK(zero ? (out[i] & 0x7fff) == 0 : out[i] == value[i], "%s: %04x became %04x",
             kernels.name, value[i], out[i]);
     }
   }
