@@ -10,6 +10,7 @@ import pytest
 from tests.helpers import ROOT
 from vstar_kernels.cli.generate.command import Generate
 from vstar_kernels.cli.main import main
+from vstar_kernels.cli.study.command import Study
 
 pytest.importorskip("av")
 pytest.importorskip("diffusers")
@@ -31,7 +32,7 @@ SMALL = {
     r'"(frames|steps)": \d+': r'"\1": 2',
     r"frames: 24": "frames: 2",
     r"\[0, 1, 2\]": "[0]",
-    r"sigma: \[.*?\]": "sigma: [0.5, 1]",
+    r"sigma: \[.*?\]": "sigma: [0.5]",
     r"embedder: dreamsim": "embedder: pixels",
     r"\n +clip_vl: .*": "",
 }
@@ -71,8 +72,12 @@ def test_commands(commands, tmp_path, capsys, monkeypatch):
     with (tmp_path / "study/variants.csv").open(encoding="utf-8") as file:
         variants = [row["variant"] for row in csv.DictReader(file)]
     assert variants[:5] == ["baseline", "VSP", "TAR", "both", "8D1_4D8"]
-    assert len(variants) == 5 + 2 * 2 + 1
-    shown = set(re.findall(r"`((?:study|scores|variants|over)[\w-]*\.\w+)`", PAGE))
+    assert len(variants) == 5 + 2 + 1
+    shown = set(
+        re.findall(r"`((?:study|scores|variants|over|similarities|histograms)[\w-]*\.\w+)`", PAGE)
+    )
     shown -= {"scores.json"}
     assert shown <= {path.name for path in (tmp_path / "study").iterdir()}
-    assert main(columns) == 0, capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "run", lambda self: len(self.study.seeds))
+        assert main(columns) == 2

@@ -30,7 +30,7 @@ from vstar_kernels.methods.cache import Cache
 from vstar_kernels.methods.secrets import redact
 from vstar_kernels.methods.starvid.writer import PlanError
 from vstar_kernels.methods.vstar.writer import SynopsisError, conversation, stages_form
-from vstar_kernels.reading import FormatError, decode
+from vstar_kernels.reading import FormatError, decode, shorten
 
 LONGEST_MESSAGE = 2000
 many = settings(max_examples=int(os.environ.get("DOCUMENTS", "1000")))
@@ -67,6 +67,21 @@ PLANS = [
 GUIDANCES = [
     vk.GuidanceConfig(),
     vk.GuidanceConfig(spatial=None, size=(16, 24), levels=(1, 2), places=("mid",), margin=0.5),
+]
+PROMPTS = [
+    {"prompt": "A pond.", "seed": 3, "frames": 8, "size": "16x24", "name": "pond"},
+    {"prompt": "A pond.", "synopsis": ["Water.", "Ice."], "map_steps": [0], "guidance_scale": 2.5},
+    {"plan": PLANS[0], "method": "starvid", "guidance": {}, "no_tar": True},
+    {"prompt": "A pond.", "config": {"sigma": {"0": 1.0}}, "mode": "slerp", "image": "a.png"},
+]
+STUDIES = [
+    {"prompts": SYNOPSES[:1], "variants": ["baseline", "both"], "seeds": [0, 3], "options": {}},
+    {
+        "prompts": ["A pond.", {"plan": PLANS[1], "expected": {"duck": 2}}],
+        "variants": [{"name": "a", "synopsis": False, "sigma": [1, 2.5], "tar_steps": 0.5}],
+        "seeds": 2,
+        "scores": {"frame_similarity": {"embedder": "ssim"}, "temporal_distance": {}},
+    },
 ]
 STAGES = {"stages": ["Water in a pond.", "Ice on a pond."]}
 TEXT = json.dumps(STAGES)
@@ -329,6 +344,72 @@ def test_results_of_benchmarks(tmp_path_factory, document):
         for record in run.records:
             results.append(again, record)
         assert results.load(again) == run
+
+
+@pytest.fixture(scope="module")
+def video_options(tmp_path_factory):
+    """The options of a command whose videos a file asks for."""
+    pytest.importorskip("tyro")
+    from vstar_kernels.cli.generate.options import (
+        GenerateOptions,
+        GridOptions,
+        OutputOptions,
+        RegularizationOptions,
+        SynopsisOptions,
+        VideoOptions,
+    )
+    from vstar_kernels.cli.generate.starvid import PlanOptions
+
+    groups = SynopsisOptions(), RegularizationOptions(), GridOptions(), PlanOptions()
+    output = OutputOptions(tmp_path_factory.mktemp("output") / "videos")
+    return GenerateOptions(VideoOptions("a/model"), *groups, output)
+
+
+def assert_is_job(job):
+    """A job can be known again, and its folder's name is one that a folder may have."""
+    from vstar_kernels.cli.jobs import slug
+
+    assert json.loads(json.dumps(job.key)) == job.key
+    name = slug(job.name)
+    assert name
+    assert not set(name) & set("/\\\0\n. ")
+    assert len(name.encode()) < 200
+
+
+@many
+@given(documents(PROMPTS))
+def test_lines_of_prompts(tmp_path_factory, video_options, document):
+    from vstar_kernels.cli.generate.prompts import read_prompts
+    from vstar_kernels.cli.options import CommandError
+
+    path = place(tmp_path_factory, document).rename(video_options.output.output.parent / "p.jsonl")
+    try:
+        jobs = read_prompts(path, video_options)
+    except CommandError as error:
+        assert_told(shorten(redact(str(error), [KEY]), LONGEST_MESSAGE - 1))
+        return
+    for job in jobs:
+        assert_is_job(job)
+
+
+@many
+@given(documents(STUDIES))
+def test_studies(tmp_path_factory, video_options, document):
+    from vstar_kernels.cli.options import CommandError
+    from vstar_kernels.cli.study.plan import read_study
+    from vstar_kernels.cli.study.scores import check_scores
+
+    path = place(tmp_path_factory, document).rename(video_options.output.output.parent / "s.json")
+    try:
+        plan = read_study(path)
+        check_scores(plan.scores)
+        videos = plan.videos(video_options)
+    except CommandError as error:
+        assert_told(shorten(redact(str(error), [KEY]), LONGEST_MESSAGE - 1))
+        return
+    assert len(videos) == len(plan.prompts) * len(plan.variants) * len(plan.seeds)
+    for video in videos:
+        assert_is_job(video.job)
 
 
 @many

@@ -107,18 +107,20 @@ class Study(GenerateOptions):
                 continue
             values: dict[str, float] = {}
             curves: dict[str, Sequence[float]] = {}
+            matrices: dict[str, Sequence[Sequence[float]]] = {}
             place = self.output.output / outcome.folder
             for name, scorer in scorers.items():
                 try:
                     found = score_video(place, video, {name: scorer}, again=self.study.rescore)
                     values |= found[name].values
                     curves |= found[name].curves
+                    matrices |= found[name].matrices
                 except Exception as error:  # whatever models of others raise
                     reason = shorten(str(error)) or type(error).__name__
                     failures.append((outcome.name, f"{name}: {reason}"))
             text, variant = video.prompt.text, video.variant
-            number, folder = outcome.number, outcome.folder
-            rows.append(Row(number, folder, text, variant, video.seed, values, curves))
+            what = (outcome.number, outcome.folder, text, variant, video.seed)
+            rows.append(Row(*what, values, curves, matrices))
         return rows, failures
 
     def _report(

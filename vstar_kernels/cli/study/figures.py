@@ -95,6 +95,8 @@ def plot_sweep(rows: Sequence[Row], columns: Sequence[Column], name: str, label:
 @styled
 def plot_intervals(rows: Sequence[Row], curve: str) -> Figure:
     """Draws the mean similarity of frames over their interval, a line a variant (Fig. S.2)."""
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure(6.4, 3.0)
     axes = figure.subplots()
     names = list(dict.fromkeys(row.variant.name for row in rows))
@@ -115,6 +117,7 @@ def plot_intervals(rows: Sequence[Row], curve: str) -> Figure:
             marker=MARKERS[index % len(MARKERS)],
             markersize=3,
         )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("interval (frames)")
     axes.set_ylabel(curve)
     axes.grid()

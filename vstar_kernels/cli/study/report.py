@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from vstar_kernels.analysis.frames import normalize_jointly, similarity_histogram
+from vstar_kernels.analysis.plots import plot_histogram, plot_similarities
 from vstar_kernels.cli.page import figure_uri, render
 from vstar_kernels.cli.study.figures import plot_intervals, plot_sweep, plot_variants, swept_names
 from vstar_kernels.cli.study.plan import SYMBOLS, Video
@@ -22,7 +27,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE, VIDEOS_TABLE, VARIANTS_TABLE = "study.html", "scores.csv", "variants.csv"
+OTHER_FIGURES = ("similarities", "histograms")
 DPI = 120
+MOST_PANELS = 6  # variants beside each other
 
 
 def write_report(
@@ -50,6 +57,8 @@ def write_report(
     columns = columns_of(rows)
     write_atomically(output / VIDEOS_TABLE, videos_csv(rows))
     write_atomically(output / VARIANTS_TABLE, variants_csv(means))
+    for earlier in (*output.glob("over-*.png"), *(output / f"{x}.png" for x in OTHER_FIGURES)):
+        earlier.unlink(missing_ok=True)  # what this study has not must not look like a part of it
     shown = []
     for name, heading, figure, caption in _figures(rows, columns):
         figure.savefig(output / f"{name}.png", dpi=DPI)
@@ -92,6 +101,43 @@ def _figures(rows: Sequence[Row], columns: Sequence[str]) -> list[tuple[str, str
         figure = plot_intervals(rows, curve)
         caption = "Means over the pairs of frames at each interval, prompts and seeds."
         found.append(("over-interval", "Similarity over the interval", figure, caption))
+    for name in dict.fromkeys(name for row in rows for name in row.matrices):
+        found += _similarities([row for row in rows if name in row.matrices], name)
+    return found
+
+
+def _similarities(rows: Sequence[Row], name: str) -> list[tuple[str, str, Figure, str]]:
+    """Returns the first prompt's matrices side by side, and the histograms of all (S.1, S.2)."""
+    first = rows[0]
+    variants = list(dict.fromkeys(row.variant.name for row in rows))[:MOST_PANELS]
+    of_first = {
+        row.variant.name: torch.tensor(row.matrices[name])
+        for row in rows
+        if (row.prompt, row.seed) == (first.prompt, first.seed) and row.variant.name in variants
+    }
+    found = []
+    with suppress(ValueError):  # all alike: there is no scale to show them on
+        figure = plot_similarities(normalize_jointly(of_first))
+        caption = f"{name}: {first.prompt}, seed {first.seed}."
+        found.append(("similarities", "Similarity of frames", figure, caption))
+    if len({len(row.matrices[name]) for row in rows}) > 1:
+        return found  # of other numbers of frames: they have not the same intervals
+    every = {
+        variant: [torch.tensor(row.matrices[name]) for row in rows if row.variant.name == variant]
+        for variant in variants
+    }
+    pairs = torch.cat(
+        [x[~torch.eye(len(x), dtype=torch.bool)] for some in every.values() for x in some]
+    )
+    low, high = float(pairs.min()), float(pairs.max())
+    if low < high:
+        histograms = {
+            variant: similarity_histogram(some, limits=(low, high))
+            for variant, some in every.items()
+        }
+        caption = f"{name}, of all prompts and seeds."
+        figure = plot_histogram(histograms)
+        found.append(("histograms", "Histograms of similarity", figure, caption))
     return found
 
 

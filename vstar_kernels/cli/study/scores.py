@@ -28,6 +28,7 @@ from vstar_kernels.files import write_atomically
 from vstar_kernels.reading import FormatError, decode, read_text, shorten
 
 SCORES = "scores.json"  # beside a video
+PARTS = ("values", "curves", "matrices")
 EMBEDDERS = ("pixels", "ssim", "dreamsim")
 
 
@@ -38,10 +39,12 @@ class Scored:
     Attributes:
         values: By the names of columns; none where it does not apply.
         curves: Several numbers each, by name, which plots show.
+        matrices: Of pairs of frames, by name.
     """
 
     values: Mapping[str, float] = field(default_factory=dict)
     curves: Mapping[str, list[float]] = field(default_factory=dict)
+    matrices: Mapping[str, list[list[float]]] = field(default_factory=dict)
 
 
 Scorer = Callable[[Tensor, Prompt], Scored]  # of frames (frames, 3, height, width), 0 to 1
@@ -58,7 +61,9 @@ def similarity_scorer(*, embedder: str = "pixels") -> Scorer:
         means = similarity_histogram(similarity).means
         upper = similarity[torch.triu_indices(len(frames), len(frames), 1).unbind()]
         column = f"frame similarity ({embedder})"
-        return Scored({column: float(upper.mean())}, {column: means.tolist()})
+        return Scored(
+            {column: float(upper.mean())}, {column: means.tolist()}, {column: similarity.tolist()}
+        )
 
     return score
 
@@ -195,8 +200,8 @@ def score_video(
         if identity not in known:
             frames = _frames(folder) if frames is None else frames
             scored = scorer(frames, video.prompt)
-            known[identity] = {"values": dict(scored.values), "curves": dict(scored.curves)}
-            write_atomically(folder / SCORES, json.dumps(known, ensure_ascii=False, indent=1))
+            known[identity] = {part: dict(getattr(scored, part)) for part in PARTS}
+            write_atomically(folder / SCORES, json.dumps(known, ensure_ascii=False) + "\n")
         found[name] = Scored(**known[identity])
     return found
 
@@ -245,6 +250,6 @@ def _read(path: Path) -> dict[str, Any]:
     """Returns the scores that are there; none of a file that is not of ours."""
     try:
         found = decode(read_text(path))
-        return {key: {n: dict(x[n]) for n in ("values", "curves")} for key, x in found.items()}
+        return {key: {n: dict(x[n]) for n in PARTS} for key, x in found.items()}
     except (OSError, FormatError, AttributeError, KeyError, TypeError, ValueError):
         return {}

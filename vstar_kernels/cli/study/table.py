@@ -20,7 +20,7 @@ class Row:
     Attributes:
         number, folder: The video's.
         prompt, variant, seed: What it is of.
-        values, curves: Its scores, see :class:`vstar_kernels.cli.study.scores.Scored`.
+        values, curves, matrices: Its scores, see :class:`vstar_kernels.cli.study.scores.Scored`.
     """
 
     number: int
@@ -30,6 +30,7 @@ class Row:
     seed: int
     values: Mapping[Column, float]
     curves: Mapping[str, Sequence[float]]
+    matrices: Mapping[str, Sequence[Sequence[float]]]
 
 
 @dataclass(frozen=True)
