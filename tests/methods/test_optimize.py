@@ -347,7 +347,7 @@ def test_the_model_is_left_as_it_was(unet, scheduler):
     check()
 
 
-@pytest.mark.parametrize("name", ["UNetMotionModel", "LatteTransformer3DModel", "lvdm"])
+@pytest.mark.parametrize("name", ["UNetMotionModel", "LatteTransformer3DModel", "lvdm", "LaVie"])
 def test_other_models(name, scheduler):
     model = models.make(name)
     more = models.KINDS[name].inputs(models.noise(*SHAPE))

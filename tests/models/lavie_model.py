@@ -158,9 +158,10 @@ class CrossAttnBlock3D(nn.Module):
         self.resnets = nn.ModuleList([ResnetBlock3D(*size, 8) for size in sizes])
         self.attentions = nn.ModuleList([Transformer3DModel(x, text, rotary) for _, x in sizes])
 
-    def forward(self, x: Tensor, temb: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
-        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            x = torch.cat([x, skips.pop()], dim=1) if skips else x
+    def forward(self, x: Tensor, temb: Tensor, text: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
+        pairs = zip(self.resnets, self.attentions, strict=True)
+        for index, (resnet, attention) in enumerate(pairs):
+            x = torch.cat([x, skips[index]], dim=1) if skips else x
             x = attention(resnet(x, temb), encoder_hidden_states=text).sample
         return x
 
@@ -196,14 +197,12 @@ class UNet3DConditionModel(nn.Module):
     ) -> SimpleNamespace | tuple[Tensor]:
         times = torch.as_tensor(timestep, device=sample.device).float().expand(len(sample))
         temb, text = self.time_embedding(times[:, None] / 1000), encoder_hidden_states
-        x = self.conv_in(sample)
-        fine, down = [x], self.down_blocks
-        x = down[0](x, temb, text, [])
-        fine, sizes = [*fine, x], x.shape[2:]
-        half = (sizes[0], (sizes[1] + 1) // 2, (sizes[2] + 1) // 2)
-        coarse = [F.interpolate(x, half)]
-        x = down[1](coarse[0], temb, text, [])
-        x = self.mid_block(x, temb, text, [])
-        x = self.up_blocks[0](x, temb, text, [coarse[0], x])
-        x = self.conv_out(self.up_blocks[1](F.interpolate(x, sizes), temb, text, fine))
+        first = self.conv_in(sample)
+        fine = self.down_blocks[0](first, temb, text, ())
+        frames, height, width = fine.shape[2:]
+        half = F.interpolate(fine, (frames, (height + 1) // 2, (width + 1) // 2))
+        coarse = self.down_blocks[1](half, temb, text, ())
+        x = self.mid_block(coarse, temb, text, ())
+        x = F.interpolate(self.up_blocks[0](x, temb, text, (coarse, half)), fine.shape[2:])
+        x = self.conv_out(self.up_blocks[1](x, temb, text, (fine, first)))
         return SimpleNamespace(sample=x) if return_dict else (x,)

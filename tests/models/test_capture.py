@@ -352,3 +352,28 @@ def test_layers_by_level_and_by_name():
     assert len(capture.maps) == 3
     with pytest.raises(ValueError, match="the levels are 0, 1, init, and a layer's name is one"):
         vk.capture_maps(unet, layers=["transformer_in"])
+
+
+@pytest.mark.parametrize(("max_rows", "backends"), [(8, "the reference"), (8, "all")])
+@pytest.mark.filterwarnings("ignore::vstar_kernels.SlowBackendWarning")
+def test_maps_of_each_head(max_rows, backends, monkeypatch):
+    """Where a kernel gives maps, and where the reference computes some positions."""
+    unet = models.make("UNet3DConditionModel")
+    if backends == "the reference":
+        reference = {"reference": dispatch.TAR_ATTENTION.backends["reference"]}
+        monkeypatch.setattr(dispatch.TAR_ATTENTION, "backends", reference)
+    config = vk.TARConfig({1: 2.0}, override={0: "uniform"}, steps=None)
+    with vk.apply_tar(unet, config), vk.capture_maps(unet, max_rows=max_rows) as plain:
+        call(unet)
+    both = {"max_rows": max_rows, "map_heads": True}
+    with vk.apply_tar(unet, config), vk.capture_maps(unet, **both) as capture:
+        call(unet)
+        call(unet)
+    for item, expected in zip(capture.maps, plain.maps, strict=True):
+        assert expected.heads is None
+        heads = unet.get_submodule(item.layer).heads
+        assert item.heads.shape == (2, heads, *item.map.shape[1:])
+        torch.testing.assert_close(item.heads.mean(1), item.map)
+        torch.testing.assert_close(item.map, expected.map)
+        assert item.positions == expected.positions
+    assert any(not torch.allclose(item.heads[:, 0], item.heads[:, 1]) for item in capture.maps)

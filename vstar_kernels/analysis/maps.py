@@ -42,6 +42,7 @@ class AttentionMap:
         calls: Of how many forward passes it is: FreeInit, for one, repeats its steps.
         branch: The side of classifier-free guidance where the model is called for each (lvdm's
             samplers): 0 with the prompt, 1 without; elsewhere 0.
+        heads: ``(batch, heads, frames, frames)``, each head's own map; None unless asked for.
     """
 
     model: str
@@ -54,6 +55,7 @@ class AttentionMap:
     positions: int
     calls: int = 1
     branch: int = 0
+    heads: Tensor | None = field(default=None, kw_only=True)
 
     def add(self, other: AttentionMap) -> None:
         """Takes the map of one more forward pass into the mean.
@@ -69,6 +71,8 @@ class AttentionMap:
             )
         self.calls += 1
         self.map = self._mean(self.map, other.map)
+        if self.heads is not None and other.heads is not None:
+            self.heads = self._mean(self.heads, other.heads)
 
     def _mean(self, mean: Tensor, new: Tensor) -> Tensor:
         return mean + (new - mean) / self.calls
@@ -93,7 +97,6 @@ class FrameMap(AttentionMap):
     """
 
     text: Tensor = field(kw_only=True)
-    heads: Tensor | None = field(default=None, kw_only=True)
     coordinates: tuple[float, ...] = field(kw_only=True)
 
     @property
@@ -116,8 +119,6 @@ class FrameMap(AttentionMap):
             )
         super().add(other)
         self.text = self._mean(self.text, other.text)
-        if self.heads is not None and other.heads is not None:
-            self.heads = self._mean(self.heads, other.heads)
 
 
 def _listed(coordinates: tuple[float, ...]) -> str:
@@ -126,32 +127,38 @@ def _listed(coordinates: tuple[float, ...]) -> str:
 
 
 def mean_map(
-    query: Tensor, key: Tensor, bias: Bias | None, scale: float, *, max_rows: int
+    query: Tensor,
+    key: Tensor,
+    bias: Bias | None,
+    scale: float,
+    *,
+    heads: bool = False,
+    max_rows: int,
 ) -> tuple[Tensor, int]:
     """Returns the mean of A′ over positions and heads, and the number of positions that it is of.
 
     These are all positions where a kernel gives maps; else some at equal distances, by the
-    reference. The map is ``(batch, frames, frames)``.
+    reference. The map is ``(batch, frames, frames)``, or ``(batch, heads, frames, frames)``.
 
     Args:
         query, key: ``(batch, positions, frames, heads, head_dim)``.
         bias, scale: As for :func:`vstar_kernels.tar_attention`.
+        heads: Whether to return the map of each head.
         max_rows: How many rows (batch × positions) the reference takes at most, but at least one
             position of each batch element.
     """
-    batch, positions, frames, heads, _ = query.shape
-    if _has_kernel(query, key, bias, scale):
-        _, weights = tar_attention(query, key, key, bias, scale=scale, return_map=True)
-        return weights, positions
+    batch, positions, frames, num_heads, _ = query.shape
+    options: dict[str, Any] = {"scale": scale, "return_map": True, "map_heads": heads}
+    if _has_kernel(query, key, bias, options):
+        return tar_attention(query, key, key, bias, **options)[1], positions
     count = min(positions, max(1, max_rows // batch))
     chosen = (2 * torch.arange(count) + 1) * positions // (2 * count)
-    total = query.new_zeros(batch, frames, frames, dtype=torch.float32)
-    for chunk in chosen.split(max(1, MAP_ELEMENTS // (batch * heads * frames**2))):
+    by_head = (num_heads,) if heads else ()
+    total = query.new_zeros(batch, *by_head, frames, frames, dtype=torch.float32)
+    for chunk in chosen.split(max(1, MAP_ELEMENTS // (batch * num_heads * frames**2))):
         index = chunk.to(query.device)
         q, k = query[:, index], key[:, index]
-        _, weights = tar_attention(
-            q, k, k, _at(bias, index), scale=scale, return_map=True, backend="reference"
-        )
+        _, weights = tar_attention(q, k, k, _at(bias, index), **options, backend="reference")
         total += weights * (len(chunk) / count)
     return total, count
 
@@ -163,9 +170,9 @@ def _at(bias: Bias | None, index: Tensor) -> Bias | None:
     return replace(bias, stat=bias.stat[:, index])
 
 
-def _has_kernel(query: Tensor, key: Tensor, bias: Bias | None, scale: float) -> bool:
+def _has_kernel(query: Tensor, key: Tensor, bias: Bias | None, options: dict[str, Any]) -> bool:
     """Returns whether a backend that is not the reference gives the map."""
-    why_not = dispatch.why_not(query, key, key, bias, scale=scale, return_map=True)
+    why_not = dispatch.why_not(query, key, key, bias, **options)
     return any(not reasons for name, reasons in why_not.items() if name != "reference")
 
 

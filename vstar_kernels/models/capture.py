@@ -115,8 +115,7 @@ def capture_maps(
         differentiable: Keep the maps on the model's device and in autograd's graph, wherever
             gradients are enabled. Call ``backward()`` before the handle is removed: a model with
             gradient checkpointing then runs its layers again.
-        map_heads: Where these are maps between frames, keep that of each head too:
-            ``FrameMap.heads``.
+        map_heads: Keep the map of each head too: ``AttentionMap.heads``.
         layout: Of full-3D transformers, which frame each token belongs to, where that is not what
             the model's arguments say.
 
@@ -139,11 +138,6 @@ def capture_maps(
     models = {name: grid.model for name, grid in grids.items()}
     if not full3d and not grids:
         models = _temporal_models(pipe_or_model)
-    if map_heads and not (full3d or grids):
-        raise ValueError(
-            "map_heads is for maps between frames, of full-3D transformers and of image UNets "
-            "under apply_grid, of which there is none"
-        )
     if layout is not None and not full3d:
         raise ValueError("layout is for full-3D transformers, of which there is none")
     for name, model in {**models, **{name: model for name, (model, _) in full3d.items()}}.items():
@@ -355,7 +349,7 @@ class ModelWatch:
         name: The model's name in its pipeline.
         model: The model.
         front_end: What knows it.
-        heads: Whether to keep the map of each head, where these are maps between frames.
+        heads: Whether to keep the map of each head.
 
     Attributes:
         passes: Its forward passes.
@@ -502,7 +496,8 @@ class ModelWatch:
             if is_grid:
                 return overridden_map(regularization, batch, module.heads if self._heads else None)
             map_ = OVERRIDE_MAPS[regularization.override](frames)
-            map_ = map_.repeat(batch, 1, 1)
+            maps = (batch, module.heads) if self._heads else (batch,)
+            map_ = map_.repeat(*maps, 1, 1)
             return (map_, rows // batch) if part is None else part.mean(map_, rows // batch)
         if set(projected) != {"query", "key"}:
             raise RuntimeError(
@@ -514,10 +509,10 @@ class ModelWatch:
             for name in ("query", "key")
         )
         query, key, scale = self._front_end.logit_factors(module, query, key)
-        most: dict[str, Any] = {"max_rows": self._capture.max_rows}
+        most: dict[str, Any] = {"max_rows": self._capture.max_rows, "heads": self._heads}
         if is_grid:
             q, k = query[:, 0], key[:, 0]
-            return grid_map(regularization, q, k, scale, heads=self._heads, **most)
+            return grid_map(regularization, q, k, scale, **most)
         bias = regularization.bias
         if bias is not None and isinstance(bias.stat, Tensor):
             bias = replace(bias, stat=bias.stat.unflatten(0, (batch, -1)))
@@ -541,16 +536,16 @@ class ModelWatch:
             "branch": forward.branch,
             "positions": positions,
         }
+        between, by_head = (found.mean(1), found) if self._heads else (found, None)
         if not isinstance(self._front_end, GridFrontEnd):
-            forward.maps.append(AttentionMap(**common, map=found))
+            forward.maps.append(AttentionMap(**common, map=between, heads=by_head))
             return
-        between = found.mean(1) if self._heads else found
         forward.maps.append(
             FrameMap(
                 **common,
                 map=between[..., :-1],
                 text=between[..., -1],
-                heads=found if self._heads else None,
+                heads=by_head,
                 coordinates=tuple(map(float, range(found.shape[-2]))),
             )
         )
