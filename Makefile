@@ -17,6 +17,8 @@ NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp
 
 .PHONY: help demo test test-sharded test-install test-ray native native-neon sanitize fuzz setup packages \
 	kernels lint audit format bench bench-pytest codegen tune wheel clean
+.PHONY: help demo test test-install native native-neon sanitize fuzz setup lint audit format \
+	bench bench-pytest codegen tune wheel clean transformations diffusers-tests
 
 help:
 	@echo "make demo       denoise a video three ways: stock, eager TAR, vstar_kernels"
@@ -30,6 +32,8 @@ help:
 	@echo "                and new cases for every test that draws them"
 	@echo "make test-sharded  frames and DTensors over four processes, and every pipeline (PROCESSES=)"
 	@echo "make fuzz-inputs  1,000 damaged documents for every reader (DOCUMENTS= for another number)"
+	@echo "make transformations  the table of docs/operation.md from a run, packages too (minutes)"
+	@echo "make diffusers-tests DIFFUSERS=folder  diffusers' own tests, without TAR and under it"
 	@echo "make bench      every peer on every model's shapes (ARGS=--quick for 3 minutes)"
 	@echo "make bench-pytest  some of it under pytest-benchmark, for developers"
 	@echo "make codegen    compile every GPU configuration and check the code; needs no GPU"
@@ -132,6 +136,14 @@ HYPOTHESIS_PROFILE ?= fuzz
 fuzz-inputs: $(STAMP)
 	$(ONE_THREAD) DOCUMENTS=$(DOCUMENTS) HYPOTHESIS_PROFILE=$(HYPOTHESIS_PROFILE) $(PYTHON) -m pytest \
 		--numprocesses $(JOBS) --dist worksteal tests/fuzz/test_fuzz_inputs.py $(ARGS)
+
+transformations: $(STAMP)
+	$(ONE_THREAD) $(PYTHON) -m tests.attention.transformations --write
+
+# DIFFUSERS= is a checkout of it; what its tests import besides is fetched.
+diffusers-tests: $(STAMP)
+	$(PIP) httpx parameterized requests_mock
+	$(PYTHON) tools/diffusers_tests.py $(DIFFUSERS) --jobs $(JOBS) $(ARGS)
 
 # From nothing, so that no file of an earlier build gets in. torch brings its own library.
 wheel: $(STAMP)
