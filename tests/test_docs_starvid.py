@@ -43,6 +43,20 @@ def test_python(tmp_path, monkeypatch):
     assert len(names["figure"].axes) == 2 * 2
 
 
+def test_its_study_is_read(tmp_path):
+    pytest.importorskip("yaml")
+    from vstar_kernels.cli.study.plan import read_study
+    from vstar_kernels.cli.study.scores import expected_of
+
+    cat = vk.Subject("cat", boxes=[(0.0, 0.0, 0.5, 1.0)])
+    vk.Trajectory("a cat", [cat]).save(tmp_path / "plan.json")
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "study.yaml").write_text(block, encoding="utf-8")
+    study = read_study(tmp_path / "study.yaml")
+    assert [expected_of(prompt) for prompt in study.prompts] == [{"cat": 1}, {"cats": 2}]
+    assert [variant.name for variant in study.variants] == ["StarVid", "baseline"]
+
+
 def test_its_figures_are_there():
     for name in re.findall(r"\((images/[^)]*)\)", PAGE):
         assert (ROOT / "docs" / name).is_file()

@@ -127,7 +127,7 @@ class StudyPlan:
             changes["prompt"] = prompt.text
             method = changes.get("method", base.video.method)
             if method == "starvid" and prompt.plan is not None:
-                changes["plan"] = json.loads(prompt.plan.to_json())
+                changes |= {"plan": json.loads(prompt.plan.to_json()), **dict.fromkeys(WRITERS)}
             elif method == "vstar" and variant.staged and prompt.synopsis is not None:
                 changes["synopsis"] = json.loads(prompt.synopsis.to_json())
                 changes |= dict.fromkeys(WRITERS)
