@@ -16,9 +16,8 @@ STAMP := build/setup$(subst /,-,$(abspath $(PYTHON)))
 NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp cmake/*)
 
 .PHONY: help demo test test-sharded test-install test-ray native native-neon sanitize fuzz setup packages \
-	kernels lint audit format bench bench-pytest codegen tune wheel clean
-.PHONY: help demo test test-install native native-neon sanitize fuzz setup lint audit format \
-	bench bench-pytest codegen tune wheel clean transformations diffusers-tests
+	kernels lint audit format bench bench-pytest codegen tune wheel clean transformations \
+	diffusers-tests
 
 help:
 	@echo "make demo       denoise a video three ways: stock, eager TAR, vstar_kernels"
