@@ -225,7 +225,8 @@ def pipelines(mesh):
     from examples import tiny
 
     for kind in ("text_to_video", "i2vgen_xl", "stable_video_diffusion", "latte"):
-        in_pipeline(mesh, getattr(tiny, kind)())
+        pipe = getattr(tiny, kind)().to(torch.float64)  # guidance makes rounding errors larger
+        in_pipeline(mesh, pipe, most=1e-6)
 
 
 @by_hand
@@ -266,7 +267,7 @@ def sparse_control(mesh):
     in_pipeline(mesh, sparse_pipeline(), **control)
 
 
-def in_pipeline(mesh, pipe, **changes):
+def in_pipeline(mesh, pipe, most=1e-5, **changes):
     """A video under TAR and guidance, whose latents are the same from all processes as from one."""
     from tests.models.test_pipelines import run
 
@@ -275,7 +276,7 @@ def in_pipeline(mesh, pipe, **changes):
     with vk.apply_tar(pipe, vk.TARConfig(1.0, strength=20.0, steps=1)):
         expected = run(pipe, **changes)
         with vk.shard_frames(pipe, mesh) as handle:
-            close(run(pipe, **changes), expected)
+            close(run(pipe, **changes), expected, most)
             assert handle.sent["all-to-all"]
         assert torch.equal(run(pipe, **changes), expected)
 
