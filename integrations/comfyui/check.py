@@ -34,6 +34,7 @@ def main() -> int:
         return 2
     sys.path.insert(0, str(ROOT))
     from tests.integrations.real_comfyui import browser, checks, graphs
+    from tests.integrations.real_comfyui.run import NotHereError, Run
     from tests.integrations.real_comfyui.server import Server
 
     todo = checks.CHECKS | (browser.CHECKS if options.browser else {})
@@ -43,13 +44,13 @@ def main() -> int:
         log = Path(folder, "comfyui.log")
         with Server(comfyui.resolve(), Path(folder, "base"), log) as server:
             server.placeholders(graphs.FILES)
-            run = checks.Run(server, options.pictures)
+            run = Run(server, options.pictures)
             print(run.versions(), flush=True)
             for name, function in todo.items():
                 start = time.perf_counter()
                 try:
                     status, said = "ok", function(run)
-                except checks.NotHereError as reason:
+                except NotHereError as reason:
                     status, said, skipped = "skipped", str(reason), skipped + 1
                 except Exception as error:
                     status, said = "FAILED", f"{type(error).__name__}: {error}"

@@ -15,7 +15,7 @@ from PIL import Image
 from tests.browser import NAMES
 
 from . import workflows
-from .checks import NotHereError, Run
+from .run import NotHereError, Run
 from .server import FailedError, failure
 
 VIEW = {"width": 2000, "height": 1050}

@@ -18,9 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vstar_kernels.methods.llm import KEY_VARIABLE
+
 ROOT = Path(__file__).resolve().parents[3]
 PACK = ROOT / "integrations" / "comfyui"
 TINY = Path(__file__).parent / "tiny"
+KEY = "sk-of-the-check"  # in ComfyUI's environment, and to be sent nowhere
 ANIMATEDIFF = "ComfyUI-AnimateDiff-Evolved"
 # Loader nodes: the input that names a file, and the folder under models/ that has it.
 LOADERS = {
@@ -71,7 +74,7 @@ class Server:
         command += os.environ.get("COMFYUI_OPTIONS", "").split()
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         # Threads only wait for each other in models as small as these.
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path, KEY_VARIABLE: KEY}
         environment["PYTHONUNBUFFERED"] = "1"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
