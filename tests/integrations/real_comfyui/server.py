@@ -125,10 +125,10 @@ class Server:
         import av
 
         picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
-        for number, name in enumerate(names):
+        for name in names:
             path = self.folder / "input" / name
             if path.suffix != ".mp4":
-                picture.rotate(25 * number**2).save(path)
+                picture.save(path)
                 continue
             with av.open(str(path), "w") as video:
                 stream = video.add_stream("libx264", rate=8)
