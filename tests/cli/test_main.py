@@ -65,7 +65,7 @@ assert not [name for name in {slow} if name in sys.modules]
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["info", "demo", "generate"])
+@pytest.mark.parametrize("command", ["info", "demo", "generate", "study"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])

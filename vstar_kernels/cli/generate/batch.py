@@ -30,7 +30,7 @@ class RunOptions:
 
     retries: Annotated[int, parsed(integer(0, MOST_RETRIES), "N")] = 1
     """How often a video is tried again that failed for another reason than its options."""
-    ray: Annotated[str | None, optional("ADDRESS", LOCAL)] = None
+    ray: Annotated[str | None, optional("ADDRESS", LOCAL), option()] = None
     """On a Ray cluster, whose machines share --output: its address, or auto; without a value, one
     of this machine alone."""
     workers: Annotated[
