@@ -164,7 +164,7 @@ def test_text_that_is_masked_is_left_out(run, monkeypatch):
     mask[..., 2] = torch.finfo(torch.float32).min
     want = expected(transformer, vk.FrameRule.tar(1.0), monkeypatch, mask_text=1)
     torch.testing.assert_close(call(ruled, mask=mask), want, **CLOSE)
-    for wrong in (mask.flip(-1), mask / mask.min() * -2):
+    for wrong in (mask.flip(-1), mask / mask.min() * -2, mask / mask.min() * 2):
         with pytest.raises(ValueError, match=r"double_blocks.0 masks its attention, \(1, 1, "):
             call(ruled, mask=wrong)
 
@@ -173,6 +173,7 @@ def test_text_that_is_masked_is_left_out(run, monkeypatch):
     ("model", "more", "message"),
     [
         (comfy.WanModel, {"time_dim_concat": video()}, "does not support time_dim_concat"),
+        (comfy.WanModel, {"context_latents": [video()]}, "does not support context_latents"),
         (comfy.LTXVModel, {"keyframe_idxs": video()}, "does not support keyframe_idxs"),
         (comfy.LTXVModel, {"extra": 4}, r"attends from 64 to 64 tokens, and the latents are"),
         (comfy.WanModel, {"x": torch.randn(1, 4, 6, 6)}, r"is called with \(2, 4, 6, 6\)"),
@@ -183,6 +184,16 @@ def test_sequences_of_more_than_the_video_are_refused(run, model, more, message)
     (ruled,) = run("VSTARApplyFrameRule", model=comfy.ModelPatcher(transformer), **ALWAYS)
     with pytest.raises(ValueError, match=message):
         call(ruled, **more)
+    assert is_plain(transformer)
+
+
+def test_a_text_after_the_video_is_refused(run):
+    """As ComfyUI before 0.20 has it: the rule would take the text for frames."""
+    transformer = comfy.HunyuanVideo().eval()
+    transformer.double_blocks[0].flipped_img_txt = True
+    (ruled,) = run("VSTARApplyFrameRule", model=comfy.ModelPatcher(transformer), **ALWAYS)
+    with pytest.raises(ValueError, match="puts the text of HunyuanVideo after the video"):
+        call(ruled)
     assert is_plain(transformer)
 
 
@@ -200,6 +211,7 @@ def test_attention_by_other_means_is_not_silently_plain(run, transformer, monkey
     [
         ({"start": 0.4, "end": 0.4}, "start, 0.4, must be before end, 0.4"),
         ({"layers": "first"}, "layers must be numbers from 0"),
+        ({"layers": "9-0"}, "layers must name ranges from below, got '9-0'"),
         ({"json": "{}"}, "the rule changes nothing"),
         ({"json": "[1]"}, "not a rule|object|dictionary"),
     ],

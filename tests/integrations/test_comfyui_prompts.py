@@ -42,7 +42,7 @@ def test_stages_may_say_their_frames(run):
         "VSTARSynopsis", clip=CLIP(), prompt="", stages=stages, frames=8, mode="hold"
     )
     assert rows[:, 0, 0].tolist() == [1.0] * 6 + [6.0] * 2
-    assert json.loads(text) == {"prompt": "2: a", "stages": ["a", "bbb: b"], "anchors": [2, 6]}
+    assert json.loads(text) == {"prompt": "a", "stages": ["a", "bbb: b"], "anchors": [2, 6]}
 
 
 def test_a_prompt_alone_is_the_only_stage(run):

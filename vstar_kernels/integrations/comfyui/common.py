@@ -68,5 +68,8 @@ def read_indices(name: str, text: str) -> list[int] | None:
             raise ValueError(
                 f"{name} must be numbers from 0, such as '0, 13' or '0-9', got {text!r}"
             )
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"{name} must name ranges from below, got {word!r} in {text!r}")
+        found += range(first, last + 1)
     return found or None

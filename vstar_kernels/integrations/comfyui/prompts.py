@@ -109,11 +109,11 @@ def read_stages(prompt: str, stages: str) -> Synopsis:
     """
     lines = [line.strip() for line in stages.splitlines() if line.strip()]
     found = [_ANCHORED.fullmatch(line) for line in lines]
-    prompt = prompt.strip() or (lines[0] if lines else "")
+    prompt = prompt.strip()
     if not lines:
         return Synopsis(prompt, [prompt])
     if not any(found):
-        return Synopsis(prompt, lines)
+        return Synopsis(prompt or lines[0], lines)
     for line, match in zip(lines, found, strict=True):
         if match is None:
             raise ValueError(
@@ -121,7 +121,7 @@ def read_stages(prompt: str, stages: str) -> Synopsis:
                 f"{shorten(line)!r} does not"
             )
     texts = [match["text"] for match in found if match]
-    return Synopsis(prompt, texts, [int(match["frame"]) for match in found if match])
+    return Synopsis(prompt or texts[0], texts, [int(match["frame"]) for match in found if match])
 
 
 def _encode(clip: Any, text: str) -> tuple[Tensor, dict[str, Any]]:

@@ -36,11 +36,12 @@ class ComfyFamily:
 
     Attributes:
         name: As people call it.
-        model: The name of its models' class; subclasses count.
+        models: The names of its models' classes; others, subclasses too, are not known to fit.
         layers: Matches the names of the modules in each of which the video attends to itself once.
         text_first: Whether tokens that belong to no frame may come before those of the video: a
             text, or a reference image.
-        refused: Arguments that put tokens of other times into the sequence.
+        refused: Arguments that put tokens of other times or videos into the sequence.
+        text_last: The attribute of a layer that is true where the text comes after the video.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ComfyFamily:
     layers: str
     text_first: bool
     refused: tuple[str, ...] = ()
+    text_last: str | None = None
 
     def layout(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Frames:
         """Returns the video's frames of tokens in a call of the model.
@@ -59,7 +61,7 @@ class ComfyFamily:
             if Argument(model, name).get(args, kwargs) is not None:
                 raise ValueError(
                     f"a frame rule on {self.name} does not support {name}, which puts frames of "
-                    "other times into the sequence"
+                    "other times or videos into the sequence"
                 )
         sample = Argument(model, 0).get(args, kwargs)
         if not isinstance(sample, Tensor) or sample.ndim != 5:
@@ -81,9 +83,15 @@ FAMILIES = (
         ("WanModel", "VaceWanModel", "CameraWanModel"),
         r"blocks\.(\d+)\.self_attn",
         True,
-        ("time_dim_concat",),
+        ("time_dim_concat", "context_latents"),
     ),
-    ComfyFamily("HunyuanVideo", ("HunyuanVideo",), r"(?:double|single)_blocks\.(\d+)", True),
+    ComfyFamily(
+        "HunyuanVideo",
+        ("HunyuanVideo",),
+        r"(?:double|single)_blocks\.(\d+)",
+        True,
+        text_last="flipped_img_txt",  # of ComfyUI before 0.20
+    ),
     ComfyFamily(
         "LTX-Video", ("LTXVModel",), r"transformer_blocks\.(\d+)\.attn1", False, ("keyframe_idxs",)
     ),
@@ -159,6 +167,11 @@ class FrameRuleWrapper:
 
     def _layers(self, family: ComfyFamily, model: nn.Module) -> list[tuple[str, nn.Module]]:
         found = [x for x in model.named_modules() if re.fullmatch(family.layers, x[0])]
+        if family.text_last and any(getattr(x, family.text_last, False) for _, x in found):
+            raise ValueError(
+                f"this ComfyUI puts the text of {family.name} after the video, and a frame rule "
+                "counts its frames from after the text: update ComfyUI to 0.20.1 or later"
+            )
         indices = range(len(found)) if self._indices is None else self._indices
         if max(indices, default=0) >= len(found):
             raise ValueError(
@@ -291,7 +304,8 @@ class _Inside:
         exists = mask if mask.dtype == torch.bool else mask == 0
         rows = exists.reshape(-1, exists.shape[-1])
         first = rows[0]
-        is_bias = mask.dtype != torch.bool and bool(((mask < 0) & (mask > -1000)).any())
+        # 0 is to attend, a large negative number not to; whatever else is added weighs keys.
+        is_bias = mask.dtype != torch.bool and bool(((mask != 0) & ~(mask <= -1000)).any())
         if is_bias or not (rows == first).all() or not first[layout.text_tokens :].all():
             raise ValueError(
                 f"{self._layer} masks its attention, {tuple(mask.shape)}, otherwise than tokens of "
