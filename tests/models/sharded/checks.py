@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import vstar_kernels as vk
 from tests.models.full3d.tiny import TINY
-from tests.models.models import KINDS, TEXT, TOKENS, call, make, noise
+from tests.models.models import KINDS, TEXT, TOKENS, call, flat, make, noise
 from vstar_kernels.models.sharded.apply import spread
 from vstar_kernels.models.sharded.liveness import PATIENCE
 from vstar_kernels.models.sharded.ranks import Ranks
@@ -179,6 +179,21 @@ def gradients(mesh):
             wanted.append((sample.grad, text.grad))
         for one, other in zip(*wanted, strict=True):
             close(one, other)
+    # Of one frame each or of two; I2VGen-XL's first image is read by all processes.
+    for name, asked in (("lvdm", ("context",)), ("I2VGenXLUNet", ("image_latents",))):
+        for frames in (mesh.size(), mesh.size() + 1):
+            wanted = []
+            for sharded in (False, True):
+                model = make(name)
+                given = KINDS[name].inputs(noise(1, 4, frames, 4, 4))
+                leaves = [given[argument].requires_grad_() for argument in asked]
+                with vk.shard_frames(model, mesh) if sharded else nullcontext():
+                    step = "timesteps" if name == "lvdm" else "timestep"
+                    out = flat(model(**given, **{step: torch.tensor([10])}))
+                    (out * noise(*out.shape, seed=7)).sum().backward()
+                wanted.append([leaf.grad for leaf in leaves])
+            for one, other in zip(*wanted, strict=True):
+                close(one, other)
 
 
 @check
@@ -206,6 +221,10 @@ def refusals(mesh):
     close(call(copied, "UNetMotionModel"), call(make("UNetMotionModel"), "UNetMotionModel"))
     with pytest.raises(ValueError, match="compiled"):
         vk.shard_frames(torch.compile(model), mesh)
+    other = make("UNet3DConditionModel")
+    sample = torch.zeros(1, 4, 128 + mesh.get_rank(), 2, 2)  # a large number that is one off
+    with vk.shard_frames(other, mesh), pytest.raises(ValueError, match="different sample"):
+        other(**KINDS["UNet3DConditionModel"].inputs(sample), timestep=10)
     with pytest.raises(ValueError, match=r"enable_parallelism\(.*ulysses_degree"):
         vk.shard_frames(TINY["wan"].make(), mesh)
 

@@ -2,7 +2,7 @@
 
 A process group tells that a connection was closed, or that a time is up, and seldom whose fault
 that is: where one process ends, its neighbours fail, and theirs fail because of them. Hence each
-process notes in the store of the process group, once a second, that it lives and in which exchange
+process notes in the store of the process group, twice a second, that it lives and in which exchange
 it is; where an exchange fails, the notes of the others are read twice. The first process that finds
 out writes the verdict down for the others.
 """
