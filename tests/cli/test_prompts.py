@@ -97,6 +97,17 @@ def test_a_file_of_videos(generate, tmp_path, model, capsys):
     assert (status, "1 made, 3 there already, 0 failed" in printed) == (0, True), printed
 
 
+def test_lines_end_where_json_lines_do(generate, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(
+        "vstar_kernels.cli.generate.command.make_all",
+        lambda found, *_, **__: jobs.extend(found) or [],
+    )
+    text = "a kite\u2028a dog"
+    status, printed = generate([json.dumps({"prompt": text}, ensure_ascii=False) + "\r"])
+    assert (status, [job.name for job in jobs]) == (0, [text]), printed
+
+
 def test_nothing_is_loaded_for_nothing(generate, tmp_path, monkeypatch):
     status, printed = generate(["a kite", "", "  a dog "])
     assert status == 0, printed
@@ -160,6 +171,14 @@ def test_what_decides_a_video(generate, tmp_path, monkeypatch):
     generate([plan], *base, "--fps", 9)
     generate([{"plan": json.loads(PLAN.to_json()), "seed": 1}], *base)
     generate([{"plan": "nowhere.json", "seed": 1}], *base)  # it fails alone
+    # A server alone is a writer, too; which model writes decides, where it is does not.
+    plain = {"prompt": "p", "seed": 1}
+    generate([plain])
+    for model in ("one", "other"):
+        monkeypatch.setenv("OPENAI_MODEL", model)
+        generate([plain], "--writer-url", "http://here")
+    generate([plain], "--writer-url", "http://there")
+    assert keys.pop() == keys[-1]
     assert all(keys[i] != keys[j] for i in range(1, len(keys)) for j in range(1, i))
 
 

@@ -20,9 +20,21 @@ from examples import tiny
 from tests.browser import HOSTILE
 from tests.methods.starvid.pipelines import PLAN
 from vstar_kernels.cli.generate import batch
+from vstar_kernels.cli.generate.options import (
+    GenerateOptions,
+    GridOptions,
+    OutputOptions,
+    RegularizationOptions,
+    SynopsisOptions,
+    VideoOptions,
+)
+from vstar_kernels.cli.generate.starvid import PlanOptions
+from vstar_kernels.cli.options import CommandError
 from vstar_kernels.cli.study import scores as scores_module
+from vstar_kernels.cli.study.figures import plot_sweep
 from vstar_kernels.cli.study.plan import read_study
 from vstar_kernels.cli.study.scores import named
+from vstar_kernels.cli.study.table import Row
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "wide_terminal"),
@@ -189,6 +201,10 @@ def test_scores_of_subjects(study, tmp_path):
     assert len(COUNTED) == 2
     assert study(content, "--rescore")[0] == 0
     assert len(COUNTED) == 4
+    content["prompts"][0]["expected"] = {"cat": 1}  # of the same video, which is not made again
+    status, printed = study(content)
+    assert (status, "0 made, 2 there already" in printed) == (0, True), printed
+    assert [float(row["numeracy"]) for row in table(tmp_path / "out/scores.csv")] == [1.0, 1.0]
 
 
 def test_clip(study, monkeypatch):
@@ -209,8 +225,57 @@ def test_files_of_prompts(tmp_path):
     assert texts("chrono.csv", table) == ["Time-lapse of a, b", "Another"]
     assert texts("prompts.txt", "one\n\n two \n") == ["one", "two"]
     assert texts("other.json", '{"prompts": "chrono.csv", "seeds": 2}')[1] == "Another"
+    assert texts("mac.csv", "name,b\rA,1\rB,2\r") == ["A", "B"]
+    assert texts("lines.txt", "a\u2028b\r\nc\r") == ["a\u2028b", "c"]
     plan = read_study(tmp_path / "other.json")
     assert (plan.seeds, [x.name for x in plan.variants]) == ([0, 1], ["baseline", "TAR"])
+
+
+def planned(tmp_path, content, **options):
+    """The videos of a study for a command with some options."""
+    (tmp_path / "study.json").write_text(json.dumps({"prompts": ["a"], **content}))
+    base = GenerateOptions(
+        VideoOptions(model="a/b"),
+        SynopsisOptions(**options),
+        RegularizationOptions(),
+        GridOptions(),
+        PlanOptions(),
+        OutputOptions(output=tmp_path / "out"),
+    )
+    return [video.job.task for video in read_study(tmp_path / "study.json").videos(base)]
+
+
+def test_a_variant_goes_before_the_options_of_all(tmp_path):
+    content = {"options": {"preset": "64D1", "writer": "m"}, "variants": ["baseline", "both"]}
+    baseline, both = planned(tmp_path, content)
+    chosen = [(x.regularization.preset, x.regularization.no_tar) for x in (baseline, both)]
+    assert chosen == [(None, True), ("64D1", False)]
+    assert [x.synopsis.writer for x in (baseline, both)] == [None, "m"]
+    # The study's own writer stands for the stages that prompts have not, and null is none.
+    with pytest.raises(CommandError, match="'both' has stages, and 'a' has none"):
+        planned(tmp_path, {"options": {"writer": None}, "variants": ["both"]}, writer="m")
+
+
+def test_a_line_of_a_plot_is_of_one_variant(tmp_path):
+    sigma = {"sigma": [0.5, 1], "synopsis": False}
+    variants = [
+        {"name": "weak", "strength": 0.5, **sigma},
+        {"name": "strong", "strength": 2, **sigma},
+        {"guidance_scale": 3, "strength": [3, 4], **sigma},
+    ]
+    (tmp_path / "study.json").write_text(json.dumps({"prompts": ["a"], "variants": variants}))
+    rows = [
+        Row(i, "", "a", variant, 0, {"score": float(i)}, {}, {})
+        for i, variant in enumerate(read_study(tmp_path / "study.json").variants)
+    ]
+    (axes,) = plot_sweep(rows, ["score"], "sigma", "σ").axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert lines == {
+        "weak": [0, 1],
+        "strong": [2, 3],
+        "guidance_scale = 3, without stages, strength = 3": [4, 5],
+        "guidance_scale = 3, without stages, strength = 4": [6, 7],
+    }
 
 
 @pytest.mark.parametrize(
@@ -224,6 +289,12 @@ def test_files_of_prompts(tmp_path):
         ({}, "prompts: it is missing"),
         ({"prompts": ["a"], "seed": 1}, "seed: there is no such field"),
         ({"prompts": ["a"], "seeds": [-1]}, "seeds"),
+        ({"prompts": ["a"], "seeds": [0, 0]}, "seeds must have each once, got 0 twice"),
+        ({"prompts": "study.json"}, "prompts: study.json must hold a list, got dict"),
+        (
+            {"prompts": ["a"], "variants": [{"sigma": [], "synopsis": False}]},
+            "variants[0]: sigma must have at least one value, got []",
+        ),
         ({"prompts": ["a"], "variants": ["64"]}, "variants[0]: "),
         ({"prompts": ["a"], "variants": ["TAR", "TAR"]}, "variants must have different names"),
         ({"prompts": ["a"], "variants": ["both"]}, "variant 'both' has stages, and 'a' has none"),
@@ -254,6 +325,10 @@ def test_wrong_commands(study):
         assert (status, f"{option} is for one video: a study's are in" in printed) == (2, True)
     status, printed = study("prompts: [2020-01-01]", name="a.yaml")
     assert (status, "it is not YAML of texts" in printed) == (2, True)
+    status, printed = study("[" * 3000, name="a.yaml")
+    assert (status, "it is nested too deeply" in printed) == (2, True)
+    status, printed = study('prompt\n"' + "x" * 200_000, name="a.csv")
+    assert (status, "it is not a table (CSV): field larger than" in printed) == (2, True)
     status, printed = study("a,b\n1,2\n", name="a.csv")
     assert (status, "a table must have a column prompt, name, caption, got a, b" in printed) == (
         2,

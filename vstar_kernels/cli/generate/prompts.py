@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +19,12 @@ from vstar_kernels.cli.generate.video import config_from_json
 from vstar_kernels.cli.jobs import Job
 from vstar_kernels.cli.options import CommandError
 from vstar_kernels.documents import Document
+from vstar_kernels.methods.llm import MODEL_VARIABLE
 from vstar_kernels.methods.starvid.config import GuidanceConfig
 from vstar_kernels.methods.starvid.trajectory import Trajectory
 from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.models.config import TARConfig
+from vstar_kernels.models.grid.embedding import LARGEST_EMBEDDING
 from vstar_kernels.reading import FormatError, decode, read_bytes, read_text, shorten
 
 GROUPS = ("video", "synopsis", "regularization", "grid", "plan", "output")
@@ -47,24 +50,32 @@ def read_prompts(path: Path, base: GenerateOptions) -> list[Job]:
         CommandError: It cannot be read, is empty, or a line is wrong; the message names the line.
     """
     try:
-        lines = read_text(path).splitlines()
+        numbered = lines_of(read_text(path))
     except (OSError, FormatError) as error:
         raise CommandError(f"--prompts: {path}: {error}") from error
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not 0 < len(numbered) <= MOST_LINES:
         found = f"{len(numbered)} lines" if numbered else "no line with a prompt"
         raise CommandError(f"--prompts: {path} must have 1 to {MOST_LINES} lines, has {found}")
-    is_json = path.suffix.lower() == ".jsonl" or numbered[0][1].lstrip().startswith("{")
+    is_json = path.suffix.lower() == ".jsonl" or numbered[0][1].startswith("{")
     jobs = []
     for number, line in numbered:
         try:
-            changes = decode(line) if is_json else {"prompt": line.strip()}
+            changes = decode(line) if is_json else {"prompt": line}
             if not isinstance(changes, dict):
                 raise FormatError(f"a line must be a JSON object, got {shorten(line, 40)}")
             jobs.append(make_job(base, changes, path.parent))
         except (CommandError, ValueError, TypeError) as error:
             raise CommandError(f"--prompts: {path}, line {number}: {error}") from error
     return jobs
+
+
+def lines_of(text: str) -> list[tuple[int, str]]:
+    """Returns the lines that are not empty, with their numbers.
+
+    Line separators of Unicode (U+2028, U+0085 …) do not end a line: JSON may have them in texts.
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def make_job(base: GenerateOptions, changes: Mapping[str, Any], folder: Path) -> Job:
@@ -127,14 +138,25 @@ def with_changes(
     return replace(_plain(base), **parts)
 
 
+def without_alternatives(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options but those in whose place others come: a ``preset``, where ``no_tar`` does."""
+    replaced = {
+        name for names in ALTERNATIVES if not given.keys().isdisjoint(names) for name in names
+    }
+    return {name: value for name, value in options.items() if name not in replaced}
+
+
 def key_of(options: GenerateOptions) -> dict[str, Any]:
     """Returns all that decides a video as JSON; of files, their contents."""
-    return {
+    key = {
         field.name: _as_json(getattr(getattr(options, group), field.name))
         for group in GROUPS
         for field in fields(getattr(options, group))
         if field.name not in IRRELEVANT
     }
+    if options.synopsis.has_endpoint and key["writer"] is None:
+        key["writer"] = os.environ.get(MODEL_VARIABLE, "")  # --writer-url alone is a writer, too
+    return key
 
 
 def _plain(options: GenerateOptions) -> GenerateOptions:
@@ -222,7 +244,7 @@ def _as_json(value: Any) -> Any:
         return json.loads(value.to_json())
     if isinstance(value, Path):
         try:
-            return {"sha256": hashlib.sha256(read_bytes(value)).hexdigest()}
+            return {"sha256": hashlib.sha256(read_bytes(value, LARGEST_EMBEDDING)).hexdigest()}
         except OSError as error:  # the job fails when it is made, and the others do not
             return {"error": str(error)}
     return list(value) if isinstance(value, tuple) else value

@@ -58,7 +58,7 @@ def swept_names(rows: Sequence[Row]) -> list[str]:
 
 @styled
 def plot_sweep(rows: Sequence[Row], columns: Sequence[Column], name: str, label: str) -> Figure:
-    """Draws each score's mean over the values of an option, a line for each of the others' values.
+    """Draws each score's mean over the values of an option, a line for each of what else varies.
 
     Args:
         rows, columns: The scores.
@@ -126,9 +126,10 @@ def plot_intervals(rows: Sequence[Row], curve: str) -> Figure:
 
 
 def _others(row: Row, name: str) -> str:
-    """Returns what else a variant was swept over."""
+    """Returns what else a variant is: what its entry has fixed, and what else was swept."""
     others: Mapping[str, Any] = {n: x for n, x in row.variant.swept.items() if n != name}
-    return ", ".join(f"{SYMBOLS.get(n, n)} = {x}" for n, x in others.items()) or "mean"
+    swept = (f"{SYMBOLS.get(n, n)} = {x}" for n, x in others.items())
+    return ", ".join(filter(None, (row.variant.fixed, *swept))) or "mean"
 
 
 def _panels(count: int, width: float) -> tuple[Any, list[Any]]:

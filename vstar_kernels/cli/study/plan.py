@@ -6,13 +6,14 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vstar_kernels.cli.generate.options import MAX_SEED, GenerateOptions
-from vstar_kernels.cli.generate.prompts import make_job
+from vstar_kernels.cli.generate.prompts import lines_of, make_job, without_alternatives
 from vstar_kernels.cli.jobs import Job
 from vstar_kernels.cli.options import CommandError
 from vstar_kernels.methods.starvid.trajectory import Trajectory
@@ -36,7 +37,8 @@ TAR_FIELDS = {"sigma": "sigma", "strength": "strength", "tar_steps": "steps"}
 SYMBOLS = {"sigma": "σ", "tar_steps": "steps of TAR"}
 # Lists that are one value, not one after another.
 WHOLE_LISTS = {"map_steps"}
-WRITERS = ("writer", "writer_url", "writer_local", "stages")
+SOURCES = ("writer", "writer_url", "writer_local")  # of stages that no file has
+WRITERS = (*SOURCES, "stages")
 PROMPT_COLUMNS = ("prompt", "name", "caption")  # of a table; ChronoMagic-Bench's is name
 MOST_VIDEOS = 100_000
 
@@ -67,12 +69,14 @@ class Variant:
         changes: Options, as lines of ``generate --prompts`` have them.
         staged: Whether the prompt's stages are used.
         swept: Of those fields that were given as lists, its values.
+        fixed: What those have in common that are of the same lists, in words.
     """
 
     name: str
     changes: Mapping[str, Any]
     staged: bool = True
     swept: Mapping[str, Any] = field(default_factory=dict)
+    fixed: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,11 +124,12 @@ class StudyPlan:
         count = len(self.prompts) * len(self.variants) * len(self.seeds)
         if count > MOST_VIDEOS:
             raise CommandError(f"a study has at most {MOST_VIDEOS} videos, this one {count}")
-        has_writer = base.synopsis.has_endpoint or base.synopsis.writer_local is not None
         videos = []
         for prompt, variant in itertools.product(self.prompts, self.variants):
-            changes = {**self.options, **variant.changes, "keep_frames": True}
+            options = without_alternatives(self.options, variant.changes)
+            changes = {**options, **variant.changes, "keep_frames": True}
             changes["prompt"] = prompt.text
+            has_writer = any(changes.get(x, getattr(base.synopsis, x)) for x in SOURCES)
             method = changes.get("method", base.video.method)
             if method == "starvid" and prompt.plan is not None:
                 changes |= {"plan": json.loads(prompt.plan.to_json()), **dict.fromkeys(WRITERS)}
@@ -185,25 +190,34 @@ def _from_fields(content: dict[str, Any], folder: Path) -> StudyPlan:
     listed = read.prompts
     if isinstance(listed, str):
         listed = _load(folder / listed)
+        if not isinstance(listed, list):
+            raise FormatError(
+                f"prompts: {read.prompts} must hold a list, got {type(listed).__name__}"
+            )
     prompts = [_prompt(item, folder, f"prompts[{i}]") for i, item in enumerate(listed)]
     if not prompts:
         raise FormatError("prompts must hold at least one, got none")
-    texts = [prompt.text for prompt in prompts]
-    if twice := next((text for text in texts if texts.count(text) > 1), None):
+    if (twice := _twice([prompt.text for prompt in prompts])) is not None:
         raise FormatError(f"prompts must have each once, got {twice!r} twice")
     wanted = read.variants
     if wanted is None:
         are_staged = all(prompt.synopsis is not None for prompt in prompts)
         wanted = list(COLUMNS) if are_staged else ["baseline", "TAR"]
     variants = [x for i, item in enumerate(wanted) for x in _variants(item, f"variants[{i}]")]
-    names = [variant.name for variant in variants]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    if (twice := _twice([variant.name for variant in variants])) is not None:
         raise FormatError(f"variants must have different names, got {twice!r} twice")
     seeds = list(range(read.seeds)) if isinstance(read.seeds, int) else read.seeds
+    if (twice := _twice(seeds)) is not None:
+        raise FormatError(f"seeds must have each once, got {twice} twice")
     scores = read.scores
     if isinstance(scores, list):
         scores = {name: {} for name in scores}
     return StudyPlan(prompts, variants, seeds, read.options, scores, folder)
+
+
+def _twice(values: Sequence[Hashable]) -> Any:
+    """Returns a value that is there more than once; None if there is none."""
+    return next((value for value, count in Counter(values).items() if count > 1), None)
 
 
 def _study_form() -> type[BaseModel]:
@@ -241,18 +255,22 @@ def _load(path: Path) -> Any:
             raise ImportError(f"YAML needs PyYAML ({error}); JSON needs nothing") from error
         try:
             return decode(json.dumps(yaml.safe_load(text)))
+        except RecursionError:
+            raise FormatError("it is nested too deeply") from None
         except (yaml.YAMLError, TypeError) as error:  # dates, for one, are not of JSON
             raise FormatError(
                 f"it is not YAML of texts, numbers, lists and objects: {error}"
             ) from None
     if kind == ".csv":
-        return list(_column(text))
-    lines = [line.strip() for line in text.splitlines()]
-    return [line for line in lines if line]
+        try:
+            return list(_column(text))
+        except csv.Error as error:
+            raise FormatError(f"it is not a table (CSV): {error}") from None
+    return [line for _, line in lines_of(text)]
 
 
 def _column(text: str) -> Iterator[str]:
-    table = csv.DictReader(io.StringIO(text))
+    table = csv.DictReader(io.StringIO(text, newline=None))  # of whatever line ends
     columns = table.fieldnames or ()
     name = next((name for name in PROMPT_COLUMNS if name in columns), None)
     if name is None:
@@ -309,13 +327,19 @@ def _variants(item: str | dict[str, Any], where: str) -> Iterator[Variant]:
         if not isinstance(staged, bool):
             raise FormatError(f"synopsis must be true or false, got {staged!r}")
         lists = [n for n, x in fields.items() if isinstance(x, list) and n not in WHOLE_LISTS]
+        if empty := next((n for n in lists if not fields[n]), None):
+            raise FormatError(f"{empty} must have at least one value, got []")
+        others = {n: x for n, x in fields.items() if n not in lists}
+        fixed = name or ", ".join(
+            [*([_title(others)] if others else []), *([] if staged else ["without stages"])]
+        )
         for values in itertools.product(*(fields[n] for n in lists)):
             swept = dict(zip(lists, values, strict=True))
             parts = [f"{SYMBOLS.get(n, n)} = {_short(x)}" for n, x in swept.items()]
             if name is not None or not parts:
                 parts.insert(0, name or _title(fields))
             changes = _with_tar({**fields, **swept})
-            yield Variant(", ".join(parts), changes, staged, swept)
+            yield Variant(", ".join(parts), changes, staged, swept, fixed)
     except (ValueError, TypeError) as error:
         raise FormatError(f"{where}: {error}") from None
 
