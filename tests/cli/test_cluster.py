@@ -9,12 +9,17 @@ import signal
 import sys
 import threading
 import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.cli.test_jobs import NAMES, jobs
 from tests.helpers import ROOT
-from vstar_kernels.cli.cluster import TRIES, run_on_ray
+from vstar_kernels.cli import cluster as cluster_module
+from vstar_kernels.cli.cluster import TRIES, Worker, run_on_ray
 from vstar_kernels.cli.jobs import INDEX, RECORD, JobFolder
 from vstar_kernels.cli.main import main
 
@@ -122,7 +127,7 @@ def test_a_node_that_leaves(cluster, tmp_path):
 
 
 @on_ray
-def test_the_same_bytes(cluster, tmp_path, capsys, one_thread):
+def test_the_same_bytes(cluster, tmp_path, capsys, one_thread, monkeypatch):
     pytest.importorskip("av")
     pytest.importorskip("diffusers")
     from examples import tiny
@@ -131,7 +136,8 @@ def test_the_same_bytes(cluster, tmp_path, capsys, one_thread):
     lines = [{"prompt": "a kite", "seed": seed} for seed in range(4)]
     lines.append({"prompt": "a dog", "preset": "999D1"})
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    given = ["--model", tmp_path / "model", "--prompts", tmp_path / "prompts.jsonl", "--frames", 3]
+    monkeypatch.chdir(tmp_path)  # where no machine of the cluster is
+    given = ["--model", "model", "--prompts", "prompts.jsonl", "--frames", 3]
     given += ["--steps", 2, "--size", "16x16", "--device", "cpu"]
     for output, more in (("here", []), ("there", ["--ray", "auto"])):
         status = main(["generate", *map(str, [*given, "--output", tmp_path / output, *more])])
@@ -154,6 +160,38 @@ def test_a_model_that_cannot_be_loaded(cluster, tmp_path, capsys):
     assert main(["generate", *map(str, [*given, "--output", tmp_path / "out"])]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("vstar-kernels generate: error: --model: cannot load ")
+
+
+def test_names_are_looked_for_where_the_command_runs(tmp_path, monkeypatch):
+    """Ray begins workers elsewhere, where ``--model tiny`` would be nothing."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    (here / "model").touch()
+    monkeypatch.chdir(there)
+    folder = JobFolder(tmp_path / "out", [], NAMES)
+    loaded = []
+    Worker(folder, lambda: loaded.append(Path("model").exists()), 0, torch.get_num_threads(), here)
+    Worker(folder, lambda: loaded.append(True), 0, torch.get_num_threads(), tmp_path / "nowhere")
+    assert loaded == [True, True]
+
+
+def test_an_interruption_says_how_far_it_came(tmp_path, monkeypatch):
+    folder = JobFolder(tmp_path, jobs("a", "b"), NAMES)
+
+    def stream(*_, **__):
+        yield folder.make(folder.places[0], Maker(), lambda *_: None)
+        raise KeyboardInterrupt
+
+    ray = SimpleNamespace(exceptions=SimpleNamespace(RayError=RuntimeError))
+    monkeypatch.setattr(cluster_module, "_import_ray", lambda: ray)
+    monkeypatch.setattr(cluster_module, "_quiet", lambda ray: None)
+    monkeypatch.setattr(cluster_module, "_connected", lambda *_: nullcontext())
+    monkeypatch.setattr(cluster_module, "_stream", stream)
+    more = {"address": "auto", "workers": None, "retries": 0, "gpus": False}
+    with pytest.raises(KeyboardInterrupt, match="1 of 2 are done; the same command goes on"):
+        run_on_ray(folder, Maker, Silent(), **more)
+    assert len((tmp_path / INDEX).read_text().splitlines()) == 1
 
 
 def test_without_ray(tmp_path, monkeypatch):

@@ -7,9 +7,11 @@ runs twice, after a machine has left, is found done. Imported on demand: it need
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,12 +31,16 @@ class Worker:
         load: Returns what makes them, on the actor's machine.
         retries: How often a job is tried again that failed, or that ended its worker.
         threads: Of torch, as in the process that began this, so that results have the same bits.
+        here: The folder of that process, from which relative names of files are looked for; Ray
+            begins its workers in another one.
     """
 
     def __init__(
-        self, folder: JobFolder, load: Callable[[], Make], retries: int, threads: int
+        self, folder: JobFolder, load: Callable[[], Make], retries: int, threads: int, here: Path
     ) -> None:
         torch.set_num_threads(threads)
+        with suppress(OSError):  # a machine that has it not may have all that is named
+            os.chdir(here)
         self._folder = folder
         self._retries = retries
         self._make = load()
@@ -80,7 +86,8 @@ def run_on_ray(
     Raises:
         CommandError: Ray is not installed, the cluster cannot be reached, or the model cannot be
             loaded there.
-        KeyboardInterrupt: It was interrupted; the index is written.
+        KeyboardInterrupt: It was interrupted; the index is written, and the message says how far
+            it came.
     """
     ray = _import_ray()
     _quiet(ray)
@@ -96,6 +103,9 @@ def run_on_ray(
                     report.ends(outcome)
     except (ray.exceptions.RayError, ConnectionError) as error:
         raise CommandError(_reason(error)) from error
+    except KeyboardInterrupt as error:
+        folder.say_how_far(error, outcomes.values())
+        raise
     finally:
         folder.write_index(outcomes.values())
         shutil.rmtree(folder.path / TRIES, ignore_errors=True)
@@ -122,7 +132,7 @@ def _stream(
     # spreads actors over machines, restarts those that die, and sends their jobs again.)
     outcomes = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         Worker,
-        fn_constructor_args=[folder, load, retries, torch.get_num_threads()],
+        fn_constructor_args=[folder, load, retries, torch.get_num_threads(), Path.cwd()],
         compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
         num_cpus=1,
         num_gpus=1 if num_gpus else 0,

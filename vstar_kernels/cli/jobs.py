@@ -231,6 +231,12 @@ class JobFolder:
         lines = [outcome.to_json() for outcome in sorted(outcomes, key=lambda x: x.number)]
         write_atomically(self.path / INDEX, "".join(f"{line}\n" for line in lines))
 
+    def say_how_far(self, error: KeyboardInterrupt, outcomes: Collection[Outcome]) -> None:
+        """Adds to an interruption how many jobs are done."""
+        count = sum(outcome.status == "done" for outcome in outcomes)
+        total = len(self.done) + len(self.places)
+        error.args = (*error.args, f"{count} of {total} are done; the same command goes on")
+
     def clear(self, place: Place) -> None:
         """Deletes what a process that has died has left of a job; it must not be running."""
         shutil.rmtree(self._scratch(place), ignore_errors=True)
@@ -279,9 +285,7 @@ def run_jobs(folder: JobFolder, make: Make, report: Report, *, retries: int = 0)
         for place in waiting:
             attempt(place, wait=True)
     except KeyboardInterrupt as error:
-        count = sum(outcome.status == "done" for outcome in outcomes)
-        total = len(folder.done) + len(folder.places)
-        error.args = (*error.args, f"{count} of {total} are done; the same command goes on")
+        folder.say_how_far(error, outcomes)
         raise
     finally:
         folder.write_index(outcomes)
