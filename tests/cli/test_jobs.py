@@ -143,6 +143,18 @@ def test_two_with_other_jobs(tmp_path):
     assert "001-a has been made meanwhile, by another process" in outcome.error
 
 
+def test_two_that_replace_the_same(tmp_path):
+    """What makes way is what was there when the jobs were looked up, and nothing later."""
+    run(tmp_path, jobs("a"))
+    one, other = (JobFolder(tmp_path, jobs("a", steps=n), NAMES) for n in (2, 3))
+    (outcome,) = run_jobs(one, Maker(), Silent())
+    assert (outcome.status, outcome.folder) == ("done", "001-a")
+    (late,) = run_jobs(other, Maker(), Silent())
+    assert late.status == "failed"
+    assert "001-a has been made meanwhile, by another process" in late.error
+    assert JobFolder(tmp_path, jobs("a", steps=2), NAMES).done
+
+
 WORKER = """
 import sys, time
 from pathlib import Path
@@ -170,6 +182,9 @@ def test_two_processes_share_the_jobs_and_one_may_die(tmp_path):
     dies = start(tmp_path, 600)
     try:
         assert dies.stdout.readline() == "a\n"
+        # Nor does another job come into the folder that it is to have.
+        other = JobFolder(tmp_path, jobs("a", steps=2), NAMES)
+        assert other.make(other.places[0], Maker(), print, wait=False) is None
         lives = start(tmp_path, 0)
         others = [lives.stdout.readline().strip() for _ in range(3)]
         assert others == ["b", "c", "d"]  # not what the other one is at

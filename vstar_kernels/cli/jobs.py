@@ -62,14 +62,15 @@ class Place:
         job: The job.
         hash: The SHA-256 of its key, and of how many before it have the same.
         folder: The folder's name.
-        replaces: Whether a folder of that name, which is there, makes way for it.
+        replaces: The hash of the job whose folder of that name makes way for it, empty of a folder
+            that is not complete; None where there is none.
     """
 
     number: int
     job: Job
     hash: str
     folder: str
-    replaces: bool
+    replaces: str | None
 
     def mark(self, files: Collection[str]) -> dict[str, Any]:
         """Returns what a maker writes into :data:`RECORD` under ``"job"``.
@@ -178,12 +179,12 @@ class JobFolder:
         digits = max(3, len(str(len(jobs))))
         for number, (job, digest) in enumerate(zip(jobs, hashes, strict=True), start=1):
             if digest in by_hash:
-                place = Place(number, job, digest, by_hash[digest], replaces=False)
+                place = Place(number, job, digest, by_hash[digest], replaces=None)
                 self.done.append(self._is_there(place, there[place.folder]))
                 continue
             name = _free(f"{number:0{digits}}-{slug(job.name)}", taken)
             taken.add(name)
-            self.places.append(Place(number, job, digest, name, (self.path / name).exists()))
+            self.places.append(Place(number, job, digest, name, self._hash_in(name)))
 
     def find(self, place: Place) -> Outcome | None:
         """Returns the outcome of a job whose folder is complete, None if it is not."""
@@ -208,8 +209,13 @@ class JobFolder:
             What became of it; None if another process makes it, and it was not waited for. Only
             what ends the process, such as Ctrl-C, is raised.
         """
-        with self._locks.hold(place.hash, wait=wait) as held:
-            if not held:
+        # Its folder, too: another process may have another job for it.
+        folder = hashlib.sha256(place.folder.encode()).hexdigest()
+        with (
+            self._locks.hold(place.hash, wait=wait) as held,
+            self._locks.hold(folder, wait=wait) as free,
+        ):
+            if not (held and free):
                 return None
             begun = time.monotonic()
             for trial in range(retries + 1):
@@ -244,16 +250,24 @@ class JobFolder:
     def _scratch(self, place: Place) -> Path:
         return self.path / f".part-{place.hash[:16]}"
 
+    def _hash_in(self, folder: str) -> str | None:
+        """Returns the hash of the job in a folder, empty if it is not complete; None without it."""
+        if not (self.path / folder).exists():
+            return None
+        record = _complete(self.path / folder)
+        return "" if record is None else str(record["job"]["hash"])
+
     def _make(self, place: Place, make: Make, on_step: OnStep) -> None:
         target = self.path / place.folder
-        if target.exists() and not place.replaces:
+        if self._hash_in(place.folder) not in (None, place.replaces):
             raise FileExistsError(
                 f"{target} has been made meanwhile, by another process with other jobs: run the "
                 "command again"
             )
         self.clear(place)
         scratch = self._scratch(place)
-        with results_folder(target, self._names, overwrite=place.replaces, scratch=scratch) as part:
+        overwrite = place.replaces is not None
+        with results_folder(target, self._names, overwrite=overwrite, scratch=scratch) as part:
             make(place.job.task, part, place, on_step)
 
     def _is_there(self, place: Place, record: Mapping[str, Any]) -> Outcome:
