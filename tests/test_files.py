@@ -56,6 +56,7 @@ def test_an_error_names_the_path_that_was_given(tmp_path):
         with pytest.raises(OSError) as caught:
             write_atomically(path, "")
         assert caught.value.filename == str(path)
+        assert str(caught.value).endswith(f": {str(path)!r}")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
@@ -342,3 +343,12 @@ def test_links_in_a_circle_are_an_error_of_the_system(tmp_path):
     (tmp_path / "b").symlink_to(tmp_path / "a")
     with pytest.raises(OSError):
         write_atomically(tmp_path / "a", "")
+
+
+def test_nothing_is_left_of_results_of_which_none_could_be_written(tmp_path):
+    with (
+        pytest.raises(IncompleteError, match=r"^all is elsewhere$"),
+        results_folder(tmp_path / "new", NAMES),
+    ):
+        raise IncompleteError("all is elsewhere")
+    assert list(tmp_path.iterdir()) == []

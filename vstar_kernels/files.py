@@ -28,7 +28,7 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
         OSError: It cannot be written, or something is there that is not a regular file. What was
             there is unchanged.
     """
-    place = _resolve(path)
+    place = resolve(path)
     existed = place.exists()
     if existed and not place.is_file():
         raise OSError(f"{place} is not a regular file")
@@ -47,12 +47,13 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
             scratch.unlink()
         # The error is for the caller, who knows nothing of the other name.
         if isinstance(error, OSError) and error.errno is not None:
-            error.filename, error.filename2 = str(path), None
+            error.filename = str(path)
+            del error.filename2  # a None would be shown
         raise
 
 
 class IncompleteError(OSError):
-    """Some results could not be written; those that are in their folder are to be kept."""
+    """Some results could not be written, or put into their place; the others are to be kept."""
 
 
 @contextmanager
@@ -80,9 +81,10 @@ def results_folder(
 
     Raises:
         OSError: The results cannot be written, which is found before the body runs as far as it can
-            be, or cannot be put into their place.
+            be.
+        IncompleteError: They cannot be put into their place, or the body raised one.
     """
-    place = _resolve(path)
+    place = resolve(path)
     existed = place.exists()
     if existed:
         _check_exchange(place, names, overwrite=overwrite)
@@ -111,9 +113,12 @@ def results_folder(
                 for parent in missing:
                     parent.rmdir()
             raise
+        if not any(scratch.iterdir()):
+            scratch.rmdir()  # they are elsewhere, as the error says
+            raise
         kept = f"the results are in {_without_dot(scratch)}"
         if isinstance(error, OSError):
-            raise OSError(f"{error}; {kept}") from error
+            raise IncompleteError(f"{error}; {kept}") from error
         error.args = (*error.args, kept)
         raise
 
@@ -194,7 +199,7 @@ def _exchange_files(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _resolve(path: str | Path) -> Path:
+def resolve(path: str | Path) -> Path:
     """Returns the path with its links followed; raises OSError where they lead in a circle."""
     try:
         return Path(path).resolve()

@@ -11,6 +11,7 @@ import pytest
 
 from tests.helpers import ROOT
 from vstar_kernels.cli.jobs import INDEX, RECORD, Job, JobFolder, run_jobs, slug
+from vstar_kernels.files import IncompleteError
 
 NAMES = (RECORD, "text.txt")
 
@@ -214,3 +215,29 @@ def test_two_processes_share_the_jobs_and_one_may_die(tmp_path):
 )
 def test_names_of_folders(text, expected):
     assert slug(text) == expected
+
+
+def test_what_is_kept_is_kept_once(tmp_path):
+    maker = Maker(a=IncompleteError("the video is in /tmp/x"))
+    asked, statuses, index = run(tmp_path, jobs("a", "b"), maker, retries=2)
+    assert (asked, statuses) == (["a", "b"], ["failed", "done"])
+    assert index[0]["error"].startswith("the video is in /tmp/x")
+
+
+def test_a_full_disk_does_not_hide_where_results_are(tmp_path, monkeypatch):
+    folder, report = JobFolder(tmp_path, jobs("a"), NAMES), Silent()
+
+    def write(outcomes):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(folder, "write_index", write)
+    with pytest.raises(OSError, match="no space left"):
+        run_jobs(folder, Maker(), report)
+    assert report.told[-1] == (1, "done")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links are POSIX's")
+def test_a_folder_that_is_a_link_in_a_circle(tmp_path):
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(OSError, match="circle"):
+        JobFolder(tmp_path / "circle", jobs("a"), NAMES)

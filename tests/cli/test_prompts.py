@@ -1,6 +1,10 @@
 """``vstar-kernels generate --prompts`` from its file to its folders, on a tiny pipeline."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +20,8 @@ import numpy as np
 from examples import tiny
 from tests.methods.starvid.pipelines import PLAN
 from vstar_kernels.cli.generate import batch
+from vstar_kernels.cli.generate.prompts import read_prompts
+from vstar_kernels.cli.options import CommandError
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "wide_terminal"),
@@ -23,6 +29,7 @@ pytestmark = [
 ]
 SMALL = ("--frames", 2, "--steps", 2, "--size", "16x16", "--no-maps")
 TAR = {"sigma": {"0": 2.0}, "steps": None}
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = vk.GuidanceConfig(updates=1)
 
 
@@ -232,3 +239,38 @@ def test_wrong_commands(generate, tmp_path):
     (tmp_path / "file").write_text("")
     status, printed = generate(["a"], output="file")
     assert (status, "generate: error: --output: " in printed) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["list.json", "list.CSV", "list.yaml"])
+def test_files_that_have_no_prompt_a_line(tmp_path, name):
+    (tmp_path / name).write_text('[\n {"prompt": "a rose"}\n]\n')
+    with pytest.raises(CommandError, match="must be a text, a prompt a line, or JSON Lines"):
+        read_prompts(tmp_path / name, None)
+
+
+def test_a_log_in_another_encoding_and_a_reader_that_goes(tmp_path):
+    code = """
+import sys
+from vstar_kernels.cli.jobs import Outcome
+from vstar_kernels.cli.main import main
+from vstar_kernels.cli.progress import JobReport
+main(["--version"])  # which does what it does for all
+with JobReport(2, 0) as report:
+    report.ends(Outcome(1, "", "", "done", folder="日本"))
+    sys.stdin.readline()
+    for number in range(2):
+        report.ends(Outcome(2, "", "", "done", folder="b"))
+print("said to nobody")
+"""
+    command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONIOENCODING": "ascii"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, text=True, cwd=ROOT
+    ) as process:
+        process.stdout.readline()  # the version
+        assert process.stdout.readline() == "[1/2] \\u65e5\\u672c: done\n"  # at once
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0

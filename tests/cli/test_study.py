@@ -32,8 +32,8 @@ from vstar_kernels.cli.generate.starvid import PlanOptions
 from vstar_kernels.cli.options import CommandError
 from vstar_kernels.cli.study import scores as scores_module
 from vstar_kernels.cli.study.figures import plot_sweep
-from vstar_kernels.cli.study.plan import read_study
-from vstar_kernels.cli.study.scores import named
+from vstar_kernels.cli.study.plan import Prompt, Variant, Video, read_study
+from vstar_kernels.cli.study.scores import Scored, named, score_video
 from vstar_kernels.cli.study.table import Row
 
 pytestmark = [
@@ -223,6 +223,13 @@ def test_files_of_prompts(tmp_path):
 
     table = 'videoid,name,sub_category\na_1,"Time-lapse of a, b",a\na_2,Another,a\n'
     assert texts("chrono.csv", table) == ["Time-lapse of a, b", "Another"]
+    assert texts("lines.jsonl", '{"prompt": "a rose"}\n"a kite"\n') == ["a rose", "a kite"]
+    (tmp_path / "wrong.jsonl").write_text('"a"\n{"prompt": 3\n')
+    (tmp_path / "of.json").write_text('{"prompts": "wrong.jsonl"}')
+    with pytest.raises(
+        CommandError, match=r"of.json: prompts: wrong.jsonl: line 2: it is not JSON"
+    ):
+        read_study(tmp_path / "of.json")
     assert texts("prompts.txt", "one\n\n two \n") == ["one", "two"]
     assert texts("other.json", '{"prompts": "chrono.csv", "seeds": 2}')[1] == "Another"
     assert texts("mac.csv", "name,b\rA,1\rB,2\r") == ["A", "B"]
@@ -301,6 +308,8 @@ def test_a_line_of_a_plot_is_of_one_variant(tmp_path):
         ({"prompts": ["a"], "variants": [{"sigma": -1, "synopsis": False}]}, "config is wrong"),
         ({"prompts": ["a"], "variants": [{"sigma": 1, "no_tar": True}]}, "sigma cannot go with"),
         ({"prompts": ["a"], "variants": [{"sead": 1, "synopsis": False}]}, "no option 'sead'"),
+        ({"prompts": ["a"], "options": {"seed": 3}}, "options: seed cannot be here: the study has"),
+        ({"prompts": ["a"], "variants": [{"prompt": "b"}]}, "a variant: prompt cannot be here"),
         ({"prompts": ["a"], "options": {"frames": 0}}, "variant 'baseline': frames must be an int"),
         ({"prompts": ["a"], "scores": ["beauty"]}, "there is no score 'beauty'; there are frame_s"),
         ({"prompts": ["a"], "scores": ["numeracy"]}, "scores: numeracy: missing a required arg"),
@@ -340,3 +349,24 @@ def test_wrong_commands(study):
 def test_what_is_no_callable(where):
     with pytest.raises(ValueError, match=r"must be module:name|cannot be imported"):
         named(where)
+
+
+def test_scores_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(scores_module, "_frames", lambda folder: None)
+    video = Video(Prompt("a"), Variant("both", {}), 0, None)
+
+    def score(name, value, **options):
+        scorer = (name, lambda frames, prompt: Scored({name: value}, {"c": [1.0]}))
+        return score_video(tmp_path, video, {name: scorer}, **{"again": False, **options})[name]
+
+    score("one", 1.0)
+    score("two", 2.0)
+    assert score("two", 3.0).values == {"two": 2.0}
+    # To compute one again leaves the others.
+    assert score("two", 4.0, again=True).values == {"two": 4.0}
+    assert score("one", 5.0) == Scored({"one": 1.0}, {"c": [1.0]})
+    with pytest.raises(ValueError, match="three must be a finite number, is nan"):
+        score("three", float("nan"))
+    text = (tmp_path / "scores.json").read_text()
+    (tmp_path / "scores.json").write_text(text.replace("1.0", '"much"'))
+    assert score("one", 6.0).values == {"one": 6.0}

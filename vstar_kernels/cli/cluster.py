@@ -183,7 +183,11 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # of an address that is none, too many kinds
+        reason = shorten(str(error)) or type(error).__name__
+        raise CommandError(f"--ray {address!r}: cannot connect: {reason}") from error
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from vstar_kernels.cli.options import CommandError
-from vstar_kernels.files import results_folder, write_atomically
+from vstar_kernels.files import IncompleteError, resolve, results_folder, write_atomically
 from vstar_kernels.models.progress import OnStep
 from vstar_kernels.reading import FormatError, decode, read_text, shorten
 
@@ -34,8 +34,9 @@ INDEX = "index.jsonl"
 LOCK = ".lock"
 LONGEST_SLUG = 48  # characters of a folder's name
 SHOWN = 500  # characters of an error
-# What another try does not change: the arguments are wrong.
-FINAL = (TypeError, ValueError, NotImplementedError, CommandError)
+WRONG = (TypeError, ValueError, NotImplementedError, CommandError)  # arguments
+# After which there is no other try: it would not change them, or leave more that is kept.
+FINAL = (*WRONG, IncompleteError)
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class JobFolder:
         *,
         facts: Collection[str] = (),
     ) -> None:
-        self.path = path.resolve()
+        self.path = resolve(path)
         self._names = frozenset(names)
         self._facts = tuple(facts)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -290,8 +291,8 @@ def run_jobs(folder: JobFolder, make: Make, report: Report, *, retries: int = 0)
         outcome = folder.make(place, make, report.begins(place), retries=retries, wait=wait)
         if outcome is not None:
             outcomes.append(outcome)
+            report.ends(outcome)  # first: where the disk is full, it says where results are
             folder.write_index(outcomes)
-            report.ends(outcome)
         return outcome is not None
 
     try:
@@ -314,7 +315,7 @@ def failed(place: Place, error: str) -> Outcome:
 def describe(error: BaseException) -> str:
     """Returns an error in a line; with its kind where the message is not ours."""
     text = shorten(str(error), SHOWN)
-    if isinstance(error, (*FINAL, OSError)):
+    if isinstance(error, (*WRONG, OSError)):
         return text or type(error).__name__
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,9 @@ from vstar_kernels.cli.info import Info
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names and prompts are of all scripts, which a log in another encoding must not end.
+        sys.stdout.reconfigure(errors="backslashreplace")
     # These two answer wherever the package is, with none of its extras.
     if arguments == ["--version"]:
         print(__version__)

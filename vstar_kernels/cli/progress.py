@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +51,21 @@ class StepBar:
         self._bar.close()
 
 
+def say(line: str, write: Callable[[str], object] = print) -> None:
+    """Prints a line at once; whoever has read so far and has gone, as ``head`` does, stops nothing.
+
+    Args:
+        line: What to print, on standard output.
+        write: Prints it.
+    """
+    try:
+        write(line)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nor does what the process prints or flushes later
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
 @contextmanager
 def step_bar() -> Iterator[OnStep]:
     """Gives an ``on_step`` that shows the steps of one video."""
@@ -85,7 +102,7 @@ class JobReport:
             text = f"{outcome.folder}: done{seconds}"
         else:
             text = f"{shorten(outcome.name, SHOWN)}: failed: {outcome.error}"
-        self._jobs.write(f"[{outcome.number}/{self._total}] {text}")
+        say(f"[{outcome.number}/{self._total}] {text}", self._jobs.write)
         self._jobs.update()
 
     def __enter__(self) -> JobReport:

@@ -35,6 +35,10 @@ IRRELEVANT = {"device", "output", "overwrite", "refresh", "writer_url"}
 # Of each at most one is given, and in a line it takes the place of the command's.
 ALTERNATIVES = (("preset", "config", "no_tar"), ("map_steps", "no_maps"))
 MOST_LINES = 100_000
+# Of files whose lines are no prompts, by the ends of their names.
+NOT_OF_LINES = {".json": "JSON", ".csv": "a table", ".tsv": "a table"} | dict.fromkeys(
+    (".yaml", ".yml"), "YAML"
+)
 SHOWN = 200  # characters of a line's mistake
 
 
@@ -57,6 +61,11 @@ def read_prompts(path: Path, base: GenerateOptions) -> list[Job]:
         found = f"{len(numbered)} lines" if numbered else "no line with a prompt"
         raise CommandError(f"--prompts: {path} must have 1 to {MOST_LINES} lines, has {found}")
     is_json = path.suffix.lower() == ".jsonl" or numbered[0][1].startswith("{")
+    if not is_json and (kind := NOT_OF_LINES.get(path.suffix.lower())):
+        raise CommandError(
+            f"--prompts: {path} is {kind}: it must be a text, a prompt a line, or JSON Lines, "
+            "objects; vstar-kernels study reads others"
+        )
     jobs = []
     for number, line in numbered:
         try:

@@ -37,6 +37,7 @@ TAR_FIELDS = {"sigma": "sigma", "strength": "strength", "tar_steps": "steps"}
 SYMBOLS = {"sigma": "σ", "tar_steps": "steps of TAR"}
 # Lists that are one value, not one after another.
 WHOLE_LISTS = {"map_steps"}
+OF_STUDIES = {"prompt": "prompts", "seed": "seeds"}
 SOURCES = ("writer", "writer_url", "writer_local")  # of stages that no file has
 WRITERS = (*SOURCES, "stages")
 PROMPT_COLUMNS = ("prompt", "name", "caption")  # of a table; ChronoMagic-Bench's is name
@@ -189,7 +190,10 @@ def _from_fields(content: dict[str, Any], folder: Path) -> StudyPlan:
     read: Any = validate(_study_form(), content)
     listed = read.prompts
     if isinstance(listed, str):
-        listed = _load(folder / listed)
+        try:
+            listed = _load(folder / listed)
+        except FormatError as error:
+            raise FormatError(f"prompts: {read.prompts}: {error}") from None
         if not isinstance(listed, list):
             raise FormatError(
                 f"prompts: {read.prompts} must hold a list, got {type(listed).__name__}"
@@ -209,10 +213,18 @@ def _from_fields(content: dict[str, Any], folder: Path) -> StudyPlan:
     seeds = list(range(read.seeds)) if isinstance(read.seeds, int) else read.seeds
     if (twice := _twice(seeds)) is not None:
         raise FormatError(f"seeds must have each once, got {twice} twice")
+    _check_free("options", read.options)
     scores = read.scores
     if isinstance(scores, list):
         scores = {name: {} for name in scores}
     return StudyPlan(prompts, variants, seeds, read.options, scores, folder)
+
+
+def _check_free(where: str, changes: Mapping[str, Any]) -> None:
+    """Raises FormatError for options of which a study has lists of its own."""
+    for name, field_of_study in OF_STUDIES.items():
+        if name in changes:
+            raise FormatError(f"{where}: {name} cannot be here: the study has {field_of_study}")
 
 
 def _twice(values: Sequence[Hashable]) -> Any:
@@ -248,6 +260,8 @@ def _load(path: Path) -> Any:
     kind = path.suffix.lower()
     if kind == ".json":
         return decode(text)
+    if kind == ".jsonl":
+        return [_decode_line(number, line) for number, line in lines_of(text)]
     if kind in (".yaml", ".yml"):
         try:
             import yaml
@@ -267,6 +281,13 @@ def _load(path: Path) -> Any:
         except csv.Error as error:
             raise FormatError(f"it is not a table (CSV): {error}") from None
     return [line for _, line in lines_of(text)]
+
+
+def _decode_line(number: int, line: str) -> Any:
+    try:
+        return decode(line)
+    except FormatError as error:
+        raise FormatError(f"line {number}: {error}") from None
 
 
 def _column(text: str) -> Iterator[str]:
@@ -321,6 +342,7 @@ def _variants(item: str | dict[str, Any], where: str) -> Iterator[Variant]:
                 TARConfig.preset(item)
                 item = {"name": item, "preset": item}
         fields = dict(item)
+        _check_free("a variant", fields)
         name, staged = fields.pop("name", None), fields.pop("synopsis", True)
         if name is not None and not isinstance(name, str):
             raise FormatError(f"name must be a text, got {name!r}")

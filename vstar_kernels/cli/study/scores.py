@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,6 @@ from vstar_kernels.files import write_atomically
 from vstar_kernels.reading import FormatError, decode, read_text, shorten
 
 SCORES = "scores.json"  # beside a video
-PARTS = ("values", "curves", "matrices")
 EMBEDDERS = ("pixels", "ssim", "dreamsim")
 
 
@@ -193,18 +193,22 @@ def score_video(
     Raises:
         Exception: Whatever a scorer raises.
     """
-    known = {} if again else _read(folder / SCORES)
+    known = _read(folder / SCORES)
     frames: Tensor | None = None
     found = {}
     for name, (identity, scorer) in scorers.items():
         if name == "numeracy":  # the same video, of which a study may expect other numbers
             identity += json.dumps(expected_of(video.prompt), ensure_ascii=False)
-        if identity not in known:
+        if again or identity not in known:
             frames = _frames(folder) if frames is None else frames
             scored = scorer(frames, video.prompt)
-            known[identity] = {part: dict(getattr(scored, part)) for part in PARTS}
-            write_atomically(folder / SCORES, json.dumps(known, ensure_ascii=False) + "\n")
-        found[name] = Scored(**known[identity])
+            for column, value in scored.values.items():
+                if not math.isfinite(value):
+                    raise ValueError(f"{column} must be a finite number, is {value}")
+            known[identity] = scored
+            text = json.dumps({key: vars(x) for key, x in known.items()}, ensure_ascii=False)
+            write_atomically(folder / SCORES, f"{text}\n")
+        found[name] = known[identity]
     return found
 
 
@@ -248,10 +252,19 @@ def _frames(folder: Path) -> Tensor:
     return frames
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Scored]:
     """Returns the scores that are there; none of a file that is not of ours."""
     try:
         found = decode(read_text(path))
-        return {key: {n: dict(x[n]) for n in PARTS} for key, x in found.items()}
+        return {key: _scored(**x) for key, x in found.items()}
     except (OSError, FormatError, AttributeError, KeyError, TypeError, ValueError):
         return {}
+
+
+def _scored(values: Any, curves: Any, matrices: Any) -> Scored:
+    """Returns scores of JSON; raises if they are not numbers by name."""
+    return Scored(
+        {name: float(value) for name, value in values.items()},
+        {name: list(map(float, curve)) for name, curve in curves.items()},
+        {name: [list(map(float, row)) for row in rows] for name, rows in matrices.items()},
+    )
