@@ -6,6 +6,7 @@ import copy
 import functools
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -22,7 +23,7 @@ import vstar_kernels as vk
 from tests.models.full3d.tiny import TINY
 from tests.models.models import KINDS, TEXT, TOKENS, call, flat, make, noise
 from vstar_kernels.models.sharded.apply import spread
-from vstar_kernels.models.sharded.liveness import PATIENCE
+from vstar_kernels.models.sharded.liveness import PATIENCE, PERIOD
 from vstar_kernels.models.sharded.ranks import Ranks
 
 CHECKS: dict[str, Callable[[Any], None]] = {}
@@ -207,9 +208,15 @@ def refusals(mesh):
     ):
         with pytest.raises(error, match=message):
             vk.shard_frames(model, wrong)
+    for timeout in (0, float("inf"), "1"):
+        with pytest.raises(ValueError, match="timeout must be more than 0 seconds or None, got"):
+            vk.shard_frames(model, mesh, timeout=timeout)
     with vk.shard_frames(model, mesh):
+        threads = set(threading.enumerate())
         with pytest.raises(ValueError, match="under shard_frames already"):
             vk.shard_frames(model, mesh)
+        time.sleep(2 * PERIOD)
+        assert set(threading.enumerate()) <= threads  # nor does what was not put on live on
         few = mesh.size() - 1
         with pytest.raises(ValueError, match=f"{few} frames are too few for {mesh.size()} proc"):
             call(model, "UNetMotionModel", frames=few)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,8 @@ def shard_frames(
         raise ValueError(
             f"mesh must have one dimension, got {mesh.ndim}: take one, such as mesh['frames']"
         )
-    if timeout is not None and not timeout > 0:
+    is_time = isinstance(timeout, int | float) and 0 < timeout < math.inf
+    if timeout is not None and not is_time:
         raise ValueError(f"timeout must be more than 0 seconds or None, got {timeout!r}")
     models = _models(pipe_or_model)
     for model in models.values():
@@ -80,7 +82,12 @@ def shard_frames(
 
     from vstar_kernels.models.sharded.processes import ProcessRanks
 
-    return spread(models, ProcessRanks(mesh.get_group(), timeout))
+    ranks = ProcessRanks(mesh.get_group(), timeout)
+    try:
+        return spread(models, ranks)
+    except BaseException:
+        ranks.close()  # nobody has a handle that would
+        raise
 
 
 def _models(pipe_or_model: Any) -> Mapping[str, Any]:
