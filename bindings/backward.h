@@ -1,8 +1,9 @@
 // The gradients of temporal attention regularization, once for every instruction set.
 //
 // Nothing is kept from the forward: a thread takes whole sequences, or where there are few of them
-// parts of a sequence's queries, panel by panel, and computes a panel's weights again (attention_weights.h). With P the normalised weights, G the gradient to
-// the mean map, and the panel's queries along the lanes:
+// parts of a sequence's queries, panel by panel, and computes a panel's weights again
+// (attention_weights.h). With P the normalised weights, G the gradient to the mean map, and the
+// panel's queries along the lanes:
 //
 //     dP[j][i] = v_j . do_i + G_ij / (maps in the mean)    values broadcast against packed rows
 //     dS[j][i] = P[j][i] * (dP[j][i] - sum_k P dP)         the gradient to the regularized logits

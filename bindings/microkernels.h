@@ -43,8 +43,9 @@ inline Vec multiply_add(const Pair*, Vec a, Vec b, Vec c) { return dot(a, b, c);
 // maxima. Logits are scaled last: products that are equal stay so, whatever their terms, and it is
 // the first of equal logits that takes the gradient through the maximum.
 template <int KEYS, int VECTORS, typename Unit>
-VSTAR_INLINE inline void logits_tile(const Unit* keys, int64_t key_stride, const float* queries, int64_t units,
-                        float scale, float* logits, Vec (&row_max)[VECTORS]) {
+VSTAR_INLINE inline void logits_tile(const Unit* keys, int64_t key_stride, const float* queries,
+                                     int64_t units, float scale, float* logits,
+                                     Vec (&row_max)[VECTORS]) {
   constexpr int lanes = VECTORS * kLanes;
   Vec sum[KEYS][VECTORS];
   unrolled<KEYS, VECTORS>([&](auto k, auto c) VSTAR_INLINE { sum[k][c] = zero(); });
@@ -67,8 +68,9 @@ VSTAR_INLINE inline void logits_tile(const Unit* keys, int64_t key_stride, const
 
 // Does as logits_tile for a number of keys below kLogitsKeys that is known only at run time.
 template <int VECTORS, int KEYS = kLogitsKeys - 1, typename Unit>
-VSTAR_INLINE inline void logits_rest(int count, const Unit* keys, int64_t key_stride, const float* queries,
-                        int64_t units, float scale, float* logits, Vec (&row_max)[VECTORS]) {
+VSTAR_INLINE inline void logits_rest(int count, const Unit* keys, int64_t key_stride,
+                                     const float* queries, int64_t units, float scale,
+                                     float* logits, Vec (&row_max)[VECTORS]) {
   if constexpr (KEYS > 0) {
     if (count == KEYS) {
       logits_tile<KEYS>(keys, key_stride, queries, units, scale, logits, row_max);

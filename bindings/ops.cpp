@@ -593,16 +593,21 @@ STABLE_TORCH_LIBRARY_IMPL(vstar_kernels, CPU, m) {
 extern "C" {
 
 // Defines the operators, for packages of AOTInductor in a program without vstar_kernels' Python.
-// It is called once, after the library is loaded and before a package is.
-__attribute__((visibility("default"))) void vstar_kernels_define_operators() {
+// It is called after the library is loaded and before a package is; again, it does nothing. Returns
+// 0, or 1 where torch refuses them, as it does where that Python has defined them.
+__attribute__((visibility("default"))) int vstar_kernels_define_operators() {
   using torch::stable::detail::StableLibrary;
-  static StableLibrary library(StableLibrary::Kind::FRAGMENT, "vstar_kernels", nullptr, __FILE__,
-                               __LINE__);
-  static const bool defined = [] {
-    for (const char* schema : vstar::schemas) library.def(schema);
-    return true;
-  }();
-  (void)defined;
+  try {  // no exception may leave a C function: it would end the program
+    static StableLibrary library(StableLibrary::Kind::FRAGMENT, "vstar_kernels", nullptr, __FILE__,
+                                 __LINE__);
+    [[maybe_unused]] static const bool defined = [] {
+      for (const char* schema : vstar::schemas) library.def(schema);
+      return true;
+    }();
+    return 0;
+  } catch (const std::exception&) {
+    return 1;
+  }
 }
 
 // Returns the operators' schemas one after another; nullptr past the last.

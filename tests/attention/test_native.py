@@ -144,6 +144,14 @@ def test_the_library_defines_what_python_defines(isa):
         assert found == getattr(torch.ops.vstar_kernels, text.split("(")[0]).default._schema
 
 
+@pytest.mark.skipif(bool(native.load().problems), reason="no native library")
+def test_operators_that_python_has_defined_are_not_defined_again():
+    code = """import ctypes, vstar_kernels as vk
+print(ctypes.CDLL(str(vk.backends.native_library())).vstar_kernels_define_operators())"""
+    run = run_python(code)
+    assert run.stdout == "1\n", run.stderr
+
+
 SYMMETRIC, DENSE = FORM_NUMBERS["symmetric"], FORM_NUMBERS["dense"]
 TENSOR = STAT_NUMBERS["tensor"]
 

@@ -377,7 +377,8 @@ PACKAGE = """
 import ctypes, sys, torch
 folder, library = sys.argv[1:]
 torch.ops.load_library(library)
-ctypes.CDLL(library).vstar_kernels_define_operators()
+define = ctypes.CDLL(library).vstar_kernels_define_operators
+assert define() == define() == 0
 model = torch._inductor.aoti_load_package(f"{folder}/m.pt2")
 for x, expected in torch.load(f"{folder}/cases.pt"):
     torch.testing.assert_close(model(x), expected)

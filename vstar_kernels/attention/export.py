@@ -29,8 +29,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 def native_library() -> Path:
     """Returns the C++ library, which a program without Python loads before a lowered package.
 
-    It then calls the library's ``vstar_kernels_define_operators()``, once; where
-    ``vstar_kernels`` is imported, that has been done.
+    It then calls the library's ``vstar_kernels_define_operators()``, which returns 0; where
+    ``vstar_kernels`` is imported, that has been done, and it returns 1.
 
     Raises:
         RuntimeError: There is none here, with the reason.
