@@ -254,7 +254,7 @@ def _read(report: Path) -> Results:
         for child in case:
             if child.tag in ("failure", "error", "skipped"):
                 outcome = "skipped" if child.tag == "skipped" else "failed"
-                message = (child.get("message") or "").splitlines()[0][:200]
+                message = " ".join((child.get("message") or "").split())[:200]
         ran = [int(x.get("value", 0)) for x in case.iter("property") if x.get("name") == "calls"]
         place = (case.get("classname", ""), case.get("name", ""))
         results[place] = Result(outcome, message, sum(ran))
