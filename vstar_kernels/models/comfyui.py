@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from vstar_kernels.models.layers import (
     override_map,
 )
 from vstar_kernels.models.lvdm import LvdmFrontEnd, blocks_by_level
+from vstar_kernels.models.replaced_forward import TARForward
 from vstar_kernels.models.schedule import StepGate
 
 LOGGER = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ _MOTION_ATTENTION = "VersatileAttention"  # of AnimateDiff-Evolved
 _TIE = 1e-3
 
 
-class ComfyTARForward(RegularizedAttention):
+class ComfyTARForward(TARForward):
     """The ``forward`` of a temporal ``CrossAttention`` of Stable Video Diffusion, regularized.
 
     It takes and returns ``(rows, frames, channels)``, rows being batch × height × width.
@@ -52,8 +52,7 @@ class ComfyTARForward(RegularizedAttention):
     """
 
     def __init__(self, module: nn.Module, *, backend: str | None = None) -> None:
-        super().__init__(backend=backend)
-        self.module = module
+        super().__init__(module, backend=backend)
         self.is_called = False
 
     def __call__(
@@ -91,10 +90,6 @@ class ComfyTARForward(RegularizedAttention):
         query, key, values = module.to_q(x), module.to_k(context), module.to_v(value)
         return module.to_out(_attend(self, query, key, values, module.heads, change))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies the class's own forward, as nothing controls the copy of a model under TAR."""
-        return _own_forward, (self.module,)
-
 
 class ComfyTARFunction(RegularizedAttention):
     """The ``actual_attention`` of an AnimateDiff-Evolved motion module, regularized.
@@ -130,10 +125,6 @@ class ComfyTARFunction(RegularizedAttention):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies what was there before, as nothing controls the copy of a model under TAR."""
         return _same, (self.previous,)
-
-
-def _own_forward(module: Any) -> Any:
-    return types.MethodType(type(module).forward, module)
 
 
 def _same(value: Any) -> Any:

@@ -23,7 +23,7 @@ class TARForward(RegularizedAttention):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies the class's own forward, as nothing controls the copy of a model under TAR."""
-        return _own_forward, (self.module,)
+        return own_forward, (self.module,)
 
 
 class ColumnForward(WatchedCrossAttention):
@@ -45,10 +45,11 @@ class ColumnForward(WatchedCrossAttention):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies the class's own forward, as nothing captures the maps of the copy of a model."""
-        return _own_forward, (self.module,)
+        return own_forward, (self.module,)
 
 
-def _own_forward(module: Any) -> Any:
+def own_forward(module: Any) -> Any:
+    """Returns the forward of a module's class, bound to it: what is there without a replacement."""
     return types.MethodType(type(module).forward, module)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import types
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
@@ -26,6 +25,7 @@ from vstar_kernels.models.forwards import ForwardPasses
 from vstar_kernels.models.front_end import temporal_layers
 from vstar_kernels.models.hooks import Argument, Hooks, put_back
 from vstar_kernels.models.positions import put_part_on, take_part_off
+from vstar_kernels.models.replaced_forward import own_forward
 from vstar_kernels.models.sharded.families import RESIDUALS, Family, Stack
 from vstar_kernels.models.sharded.moves import (
     gather_frames,
@@ -81,11 +81,7 @@ class SpreadForward:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies the class's own forward: the copy of a model has all frames."""
-        return _own_forward, (self.module,)
-
-
-def _own_forward(module: Any) -> Any:
-    return types.MethodType(type(module).forward, module)
+        return own_forward, (self.module,)
 
 
 class ShardedModel:
