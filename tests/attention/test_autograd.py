@@ -316,9 +316,24 @@ def test_vmap_of_grad():
 
 
 def test_vmap_over_a_table_is_refused():
+    """And over its gradients; the reference, to which the error points, does both."""
     q, k, v = inputs(2, 6, 3, 8)
-    with pytest.raises(NotImplementedError, match="the same for all of it"):
-        torch.func.vmap(lambda t: vk.tar_attention(q, k, v, vk.ToeplitzBias(t)))(torch.rand(3, 6))
+    tables = torch.rand(3, 6)
+
+    def attend(table, backend=None):
+        return vk.tar_attention(q, k, v, vk.ToeplitzBias(table), backend=backend)
+
+    def sums(table, backend=None):
+        return attend(table, backend).square().sum((1, 2, 3))
+
+    for refused, given in ((torch.func.vmap(attend), tables), (torch.func.jacrev(sums), tables[0])):
+        with pytest.raises(NotImplementedError, match=r"same for all of it.*backend='reference'"):
+            refused(given)
+    found = torch.func.vmap(lambda t: attend(t, "reference"))(tables)
+    torch.testing.assert_close(found, torch.stack([attend(t) for t in tables]))
+    found = torch.func.jacrev(lambda t: sums(t, "reference"))(tables[0])
+    expected = torch.autograd.functional.jacobian(sums, tables[0])  # row by row
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- autocast, checkpoints ----

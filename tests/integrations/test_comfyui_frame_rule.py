@@ -6,7 +6,7 @@ import torch
 import vstar_kernels as vk
 from tests.integrations import comfy
 from tests.integrations.test_comfyui_tar import is_plain
-from vstar_kernels.models.full3d.comfyui import OVERRIDE
+from vstar_kernels.models.full3d.comfyui import OVERRIDE, FrameRuleWrapper
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -195,6 +195,13 @@ def test_a_text_after_the_video_is_refused(run):
     with pytest.raises(ValueError, match="puts the text of HunyuanVideo after the video"):
         call(ruled)
     assert is_plain(transformer)
+
+
+def test_a_call_without_options_is_refused():
+    rule = FrameRuleWrapper(vk.FrameRule.tar(1.0), steps=None)
+    executor = comfy.WrapperExecutor(None, comfy.WanModel(), [])
+    with pytest.raises(ValueError, match="this WanModel is called without transformer_options"):
+        rule(executor, video(), torch.zeros(1))
 
 
 def test_attention_by_other_means_is_not_silently_plain(run, transformer, monkeypatch):

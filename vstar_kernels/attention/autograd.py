@@ -369,8 +369,9 @@ class Operator:
         """Raises if a tensor is mapped over that the batch shares, or, of None, its gradient is."""
         if in_dims is None or any(in_dims[place] is not None for place in self.shared):
             raise NotImplementedError(
-                f"vmap of {self.operation.name} maps over the batch; the entries of a bias are the "
-                "same for all of it, and so is their gradient"
+                f"vmap of {self.operation.name}'s kernels maps over the batch; the entries of a "
+                "bias are the same for all of it, and so is their gradient; backend='reference' "
+                "maps over both"
             )
 
     def _refuse_second_derivative(self, ctx: Any, *gradients: Tensor) -> None:

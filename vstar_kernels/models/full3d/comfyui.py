@@ -161,6 +161,11 @@ class FrameRuleWrapper:
             LOGGER.info("VSTAR: the frames of a rule are counted within each context window")
         family = find_family(model)
         options = Argument(model, "transformer_options").get(args, kwargs)
+        if options is None:
+            raise ValueError(
+                f"this {type(model).__name__} is called without transformer_options, by which "
+                "alone a frame rule reaches its attention"
+            )
         inside = _Inside(self._rule, family, family.layout(model, args, kwargs), self._backend)
         with inside.watching(self._layers(family, model)), inside.overriding(options):
             return executor(*args, **kwargs)
