@@ -22,6 +22,7 @@ from vstar_kernels.cli import cluster as cluster_module
 from vstar_kernels.cli.cluster import TRIES, Worker, run_on_ray
 from vstar_kernels.cli.jobs import INDEX, RECORD, JobFolder
 from vstar_kernels.cli.main import main
+from vstar_kernels.cli.options import CommandError
 
 on_ray = pytest.mark.ray
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -194,9 +195,21 @@ def test_an_interruption_says_how_far_it_came(tmp_path, monkeypatch):
     assert len((tmp_path / INDEX).read_text().splitlines()) == 1
 
 
-def test_without_ray(tmp_path, monkeypatch):
-    from vstar_kernels.cli.options import CommandError
+def test_an_address_that_is_none(tmp_path, monkeypatch):
+    def init(**_):
+        raise ValueError("Invalid address format")  # Ray's own, as is many another kind
 
+    errors = SimpleNamespace(RayError=RuntimeError)
+    ray = SimpleNamespace(exceptions=errors, is_initialized=lambda: False, init=init)
+    monkeypatch.setattr(cluster_module, "_import_ray", lambda: ray)
+    monkeypatch.setattr(cluster_module, "_quiet", lambda ray: None)
+    folder = JobFolder(tmp_path, jobs("a"), NAMES)
+    more = {"address": "nonsense", "workers": None, "retries": 0, "gpus": False}
+    with pytest.raises(CommandError, match="--ray 'nonsense': cannot connect: Invalid address"):
+        run_on_ray(folder, Maker, Silent(), **more)
+
+
+def test_without_ray(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(
         CommandError, match=r"needs Ray Data \(.*pip install 'vstar_kernels\[ray\]'"

@@ -31,7 +31,7 @@ from vstar_kernels.cli.generate.options import (
 from vstar_kernels.cli.generate.starvid import PlanOptions
 from vstar_kernels.cli.options import CommandError
 from vstar_kernels.cli.study import scores as scores_module
-from vstar_kernels.cli.study.figures import plot_sweep
+from vstar_kernels.cli.study.figures import labels_of, plot_sweep
 from vstar_kernels.cli.study.plan import Prompt, Variant, Video, read_study
 from vstar_kernels.cli.study.scores import Scored, named, score_video
 from vstar_kernels.cli.study.table import Row
@@ -370,3 +370,12 @@ def test_scores_that_are_there(tmp_path, monkeypatch):
     text = (tmp_path / "scores.json").read_text()
     (tmp_path / "scores.json").write_text(text.replace("1.0", '"much"'))
     assert score("one", 6.0).values == {"one": 6.0}
+
+
+def test_labels_are_short_and_different():
+    names = ["both", "x" * 999 + "1", "x" * 999 + "2", "two\nlines", "both"]
+    labels = labels_of(names)
+    assert list(labels) == names[:4]
+    assert [*labels.values()][::3] == ["both", "two lines"]
+    assert len(set(labels.values())) == 4
+    assert max(map(len, labels.values())) < 70

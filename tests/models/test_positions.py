@@ -131,6 +131,8 @@ def test_what_cannot_be_is_refused():
         vk.randomize_positions(torch.compile(motion, backend="eager"), LONGEST)
     with pytest.raises(TypeError, match="longest must be an integer, got float"):
         vk.randomize_positions(motion, 8.0)
+    with pytest.raises(TypeError, match=r"generator must be a torch.Gen.* got int"):
+        vk.randomize_positions(motion, LONGEST, generator=5)
     with pytest.raises(ValueError, match="longest must be at least 1 frame, got 0"):
         vk.randomize_positions(motion, 0)
 

@@ -98,9 +98,9 @@ def run_on_ray(
             for outcome in _stream(ray, folder, load, workers, retries, gpus=gpus):
                 is_new = outcome.number not in outcomes
                 outcomes[outcome.number] = outcome
-                folder.write_index(outcomes.values())
                 if is_new:
                     report.ends(outcome)
+                folder.write_index(outcomes.values())
     except (ray.exceptions.RayError, ConnectionError) as error:
         raise CommandError(_reason(error)) from error
     except KeyboardInterrupt as error:

@@ -326,7 +326,7 @@ def randomize_positions(
         where the model has gradient checkpointing.
 
     Raises:
-        TypeError: ``pipe_or_model`` or ``longest`` is of the wrong kind.
+        TypeError: ``pipe_or_model``, ``longest`` or ``generator`` is of the wrong kind.
         ValueError: There are no such positions, the model is compiled, or another handle changes
             its positions. At a forward pass: it has more frames, or the positions are not
             sinusoidal.
@@ -335,6 +335,10 @@ def randomize_positions(
         raise TypeError(f"longest must be an integer, got {type(longest).__name__}")
     if longest < 1:
         raise ValueError(f"longest must be at least 1 frame, got {longest}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}"
+        )
     models = models_with_temporal_attention(pipe_or_model)
     found = []
     for name, model in models.items():

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vstar_kernels.analysis.plots import COLOURS, INK, LINES, MARKERS, new_figure, styled
 from vstar_kernels.cli.study.plan import SYMBOLS
 from vstar_kernels.cli.study.table import Column, Row, mean_of
+from vstar_kernels.reading import shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LONGEST_LABEL = 60  # characters
 ACROSS, WIDEST = 3, 11.0  # panels beside each other, and inches
+
+
+def labels_of(names: Iterable[str]) -> dict[str, str]:
+    """Returns names as figures show them: short ones, which are different if the names are."""
+    labels: dict[str, str] = {}
+    for name in names:
+        label = shorten(name, LONGEST_LABEL)
+        labels.setdefault(
+            name, f"{label} ({len(labels) + 1})" if label in labels.values() else label
+        )
+    return labels
 
 
 @styled
@@ -37,7 +50,8 @@ def plot_variants(rows: Sequence[Row], columns: Sequence[Column]) -> Figure:
                 mean = mean_of(values)
                 axes.plot([index - 0.3, index + 0.3], [mean, mean], color=INK, linewidth=2)
         axes.set_title(column)
-        axes.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")
+        labels = list(labels_of(names).values())
+        axes.set_xticks(range(len(names)), labels, rotation=35, ha="right", rotation_mode="anchor")
         axes.grid(axis="y")
     return figure
 
@@ -68,6 +82,7 @@ def plot_sweep(rows: Sequence[Row], columns: Sequence[Column], name: str, label:
     figure, panels = _panels(len(columns), 3.0)
     swept = [row for row in rows if name in row.variant.swept]
     groups = list(dict.fromkeys(_others(row, name) for row in swept))
+    labels = labels_of(groups)
     for axes, column in zip(panels, columns, strict=False):
         for index, group in enumerate(groups):
             values: dict[float, list[float]] = {}
@@ -78,7 +93,7 @@ def plot_sweep(rows: Sequence[Row], columns: Sequence[Column], name: str, label:
             axes.plot(
                 places,
                 [mean_of(values[place]) for place in places],
-                label=group,
+                label=labels[group],
                 color=COLOURS[index % len(COLOURS)],
                 linestyle=LINES[index // len(COLOURS) % len(LINES)],
                 marker=MARKERS[index % len(MARKERS)],
@@ -100,6 +115,7 @@ def plot_intervals(rows: Sequence[Row], curve: str) -> Figure:
     figure = new_figure(6.4, 3.0)
     axes = figure.subplots()
     names = list(dict.fromkeys(row.variant.name for row in rows))
+    labels = labels_of(names)
     for index, name in enumerate(names):
         curves = [
             row.curves[curve] for row in rows if row.variant.name == name and curve in row.curves
@@ -111,7 +127,7 @@ def plot_intervals(rows: Sequence[Row], curve: str) -> Figure:
         axes.plot(
             range(1, shortest + 1),
             means,
-            label=name,
+            label=labels[name],
             color=COLOURS[index % len(COLOURS)],
             linestyle=LINES[index // len(COLOURS) % len(LINES)],
             marker=MARKERS[index % len(MARKERS)],

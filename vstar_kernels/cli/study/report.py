@@ -12,7 +12,13 @@ import torch
 from vstar_kernels.analysis.frames import normalize_jointly, similarity_histogram
 from vstar_kernels.analysis.plots import plot_histogram, plot_similarities
 from vstar_kernels.cli.page import figure_uri, render
-from vstar_kernels.cli.study.figures import plot_intervals, plot_sweep, plot_variants, swept_names
+from vstar_kernels.cli.study.figures import (
+    labels_of,
+    plot_intervals,
+    plot_sweep,
+    plot_variants,
+    swept_names,
+)
 from vstar_kernels.cli.study.plan import SYMBOLS, Video
 from vstar_kernels.cli.study.table import (
     Row,
@@ -110,8 +116,9 @@ def _similarities(rows: Sequence[Row], name: str) -> list[tuple[str, str, Figure
     """Returns the first prompt's matrices side by side, and the histograms of all (S.1, S.2)."""
     first = rows[0]
     variants = list(dict.fromkeys(row.variant.name for row in rows))[:MOST_PANELS]
+    labels = labels_of(variants)
     of_first = {
-        row.variant.name: torch.tensor(row.matrices[name])
+        labels[row.variant.name]: torch.tensor(row.matrices[name])
         for row in rows
         if (row.prompt, row.seed) == (first.prompt, first.seed) and row.variant.name in variants
     }
@@ -132,7 +139,7 @@ def _similarities(rows: Sequence[Row], name: str) -> list[tuple[str, str, Figure
     low, high = float(pairs.min()), float(pairs.max())
     if low < high:
         histograms = {
-            variant: similarity_histogram(some, limits=(low, high))
+            labels[variant]: similarity_histogram(some, limits=(low, high))
             for variant, some in every.items()
         }
         caption = f"{name}, of all prompts and seeds."
