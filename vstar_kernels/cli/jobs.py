@@ -34,6 +34,7 @@ INDEX = "index.jsonl"
 LOCK = ".lock"
 LONGEST_SLUG = 48  # characters of a folder's name
 SHOWN = 500  # characters of an error
+SHOWN_KEPT = 4000  # of one that says in the end where results are kept
 WRONG = (TypeError, ValueError, NotImplementedError, CommandError)  # arguments
 # After which there is no other try: it would not change them, or leave more that is kept.
 FINAL = (*WRONG, IncompleteError)
@@ -314,7 +315,8 @@ def failed(place: Place, error: str) -> Outcome:
 
 def describe(error: BaseException) -> str:
     """Returns an error in a line; with its kind where the message is not ours."""
-    text = shorten(str(error), SHOWN)
+    limit = SHOWN_KEPT if isinstance(error, IncompleteError) else SHOWN
+    text = shorten(str(error), limit)
     if isinstance(error, (*WRONG, OSError)):
         return text or type(error).__name__
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -13,15 +13,15 @@ from vstar_kernels.reading import shorten
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LONGEST_LABEL = 60  # characters
+LONGEST_LABEL, LONGEST_LINE = 44, 90  # characters of a label, and of a line in a legend below
 ACROSS, WIDEST = 3, 11.0  # panels beside each other, and inches
 
 
-def labels_of(names: Iterable[str]) -> dict[str, str]:
+def labels_of(names: Iterable[str], longest: int = LONGEST_LABEL) -> dict[str, str]:
     """Returns names as figures show them: short ones, which are different if the names are."""
     labels: dict[str, str] = {}
     for name in names:
-        label = shorten(name, LONGEST_LABEL)
+        label = shorten(name, longest)
         labels.setdefault(
             name, f"{label} ({len(labels) + 1})" if label in labels.values() else label
         )
@@ -82,7 +82,7 @@ def plot_sweep(rows: Sequence[Row], columns: Sequence[Column], name: str, label:
     figure, panels = _panels(len(columns), 3.0)
     swept = [row for row in rows if name in row.variant.swept]
     groups = list(dict.fromkeys(_others(row, name) for row in swept))
-    labels = labels_of(groups)
+    labels = labels_of(groups, LONGEST_LINE)
     for axes, column in zip(panels, columns, strict=False):
         for index, group in enumerate(groups):
             values: dict[float, list[float]] = {}
