@@ -90,10 +90,10 @@ def clip_scorer(*, model: str = "openai/clip-vit-large-patch14") -> Scorer:
     """Cosine of frames and prompt by CLIP (CLIP-VL; Tables 1 and 2)."""
     import transformers
 
-    loaded: Any = transformers.CLIPModel.from_pretrained(model).eval()
+    loaded: Any = transformers.CLIPModel.from_pretrained(model).eval()  # nosec B615
     if torch.cuda.is_available():
         loaded = loaded.to("cuda")
-    processor = transformers.CLIPProcessor.from_pretrained(model)
+    processor = transformers.CLIPProcessor.from_pretrained(model)  # nosec B615
 
     def score(frames: Tensor, prompt: Prompt) -> Scored:
         return Scored({"CLIP-VL": clip_vl(frames, prompt.text, loaded, processor).score})
