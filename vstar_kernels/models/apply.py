@@ -128,12 +128,7 @@ class RegularizedHandle(SteppedHandle):
         self._models = list(models)
         for model in self._models:
             model.peers = self._models
-        try:
-            for model in self._models:
-                model.install()
-        except BaseException:
-            self.remove()
-            raise
+        self._install_all(self._models)
 
     @property
     def layers(self) -> list[RegularizedLayer]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
@@ -79,12 +79,28 @@ class ModelCall:
     branch: int = 0
 
 
+class Installable(Protocol):
+    """What a handle puts on one model."""
+
+    def install(self) -> None:
+        """Puts it on."""
+
+
 class Handle:
     """What a public function put on a model, as a context manager; :meth:`remove` takes it off."""
 
     def remove(self) -> None:
         """Puts everything back as it was, in any order; nothing happens the second time."""
         raise NotImplementedError
+
+    def _install_all(self, models: Iterable[Installable]) -> None:
+        """Installs what there is for each model; where one fails, all are as they were."""
+        try:
+            for model in models:
+                model.install()
+        except BaseException:
+            self.remove()
+            raise
 
     def __enter__(self) -> Self:
         return self

@@ -361,12 +361,7 @@ class DrawnPositionsHandle(Handle):
 
     def __init__(self, models: list[_DrawnPositions]) -> None:
         self._models = models
-        try:
-            for model in models:
-                model.install()
-        except BaseException:
-            self.remove()
-            raise
+        self._install_all(models)
 
     def remove(self) -> None:
         """Lets the models read their own positions again; nothing happens the second time."""

@@ -137,12 +137,7 @@ class FramesHandle(SteppedHandle):
         self.rule = rule
         self._gate = gate
         self._models = models
-        try:
-            for model in models:
-                model.install()
-        except BaseException:
-            self.remove()
-            raise
+        self._install_all(models)
 
     @property
     def layers(self) -> list[RuledLayer]:

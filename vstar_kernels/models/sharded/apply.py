@@ -136,12 +136,7 @@ class ShardedHandle(Handle):
     def __init__(self, models: list[ShardedModel], ranks: Ranks) -> None:
         self.ranks = ranks
         self._models = models
-        try:
-            for model in models:
-                model.install()
-        except BaseException:
-            self.remove()
-            raise
+        self._install_all(models)
 
     @property
     def sent(self) -> dict[str, int]:
