@@ -294,23 +294,36 @@ class ComfyGate:
     Args:
         steps: As of a :class:`TARConfig`; a share is of the steps that the sampler runs.
         start: The share of those steps before the first one that is regularized.
+        what: What regularizes, for the log.
 
     Raises:
         ValueError: ``start`` is not in [0, 1).
     """
 
-    def __init__(self, steps: Any, start: float = 0.0) -> None:
+    def __init__(self, steps: Any, start: float, what: str) -> None:
         if not 0 <= start < 1:
             raise ValueError(f"start must be in [0, 1), the share of steps before it, got {start}")
         self._start = start
         self._steps = steps
+        self._what = what
+        self._has_told_of_windows = False
 
     def is_on(self, model: nn.Module, sampling: Sampling) -> bool:
-        """Returns whether the step of a call is regularized.
+        """Returns whether the step of a call is regularized; once logs what windows mean for it.
 
         Raises:
             ValueError: It cannot be known, or no step of the sampler is regularized.
         """
+        if not self._is_on(model, sampling):
+            return False
+        if sampling.in_window and not self._has_told_of_windows:
+            self._has_told_of_windows = True
+            LOGGER.info(
+                "VSTAR: the frames of %s are counted within each context window", self._what
+            )
+        return True
+
+    def _is_on(self, model: nn.Module, sampling: Sampling) -> bool:
         if self._steps is None and self._start == 0:
             return True
         step, count = sampling.step, len(sampling.sigmas)
@@ -350,10 +363,9 @@ class TARWrapper:
         self, config: TARConfig, *, start: float = 0.0, backend: str | None = None
     ) -> None:
         self.config = config
-        self._gate = ComfyGate(config.steps, start)
+        self._gate = ComfyGate(config.steps, start, "TAR")
         self._backend = backend
         self._front_end = ComfyFrontEnd()
-        self._has_told_of_windows = False
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls the model, regularized where it is to be.
@@ -367,9 +379,6 @@ class TARWrapper:
         sampling = Sampling.of_call(model, args, kwargs)
         if not self._gate.is_on(model, sampling):
             return executor(*args, **kwargs)
-        if sampling.in_window and not self._has_told_of_windows:
-            self._has_told_of_windows = True
-            LOGGER.info("VSTAR: the frames of TAR are counted within each context window")
         width = Argument(model, 0).get(args, kwargs).shape[-1]
         with exchanged(self._front_end, self._attentions(model, width)) as attentions:
             out = executor(*args, **kwargs)

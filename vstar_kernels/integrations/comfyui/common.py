@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from comfy.patcher_extension import WrappersMP
@@ -26,6 +27,47 @@ def wrapped(model: Any, key: str, wrapper: Any) -> Any:
     model.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, key)
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, key, wrapper)
     return model
+
+
+def share_input(name: str, default: float, tooltip: str) -> Any:
+    """Returns an input that is a share of the sampler's steps."""
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
+
+
+def steps_until(start: float, end: float, otherwise: str) -> float | None:
+    """Returns the share of the sampler's steps after which there are none; None for all.
+
+    Args:
+        start, end: The shares at which they begin and end.
+        otherwise: What it would come to if they did not, for the error.
+
+    Raises:
+        ValueError: There would be no step.
+    """
+    if not start < end:
+        raise ValueError(f"start, {start:g}, must be before end, {end:g}: as it is, {otherwise}")
+    return None if end >= 1 else end
+
+
+def strength_input(tooltip: str) -> Any:
+    """Returns the input that is a factor on the regularization."""
+    return io.Float.Input("strength", default=1.0, min=-4.0, max=4.0, step=0.05, tooltip=tooltip)
+
+
+def backend_input(backends: Iterable[str]) -> Any:
+    """Returns the input that chooses what computes attention."""
+    return io.Combo.Input(
+        "backend",
+        options=[AUTO, *backends],
+        default=AUTO,
+        tooltip="What computes the attention; auto is the fastest that can.",
+        advanced=True,
+    )
+
+
+def backend_of(choice: str) -> str | None:
+    """Returns what was chosen as the library takes it."""
+    return None if choice == AUTO else choice
 
 
 def embedder_input() -> Any:

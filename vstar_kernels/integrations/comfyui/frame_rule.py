@@ -8,7 +8,16 @@ from comfy_api.latest import io
 
 from vstar_kernels.attention.dispatch import FRAME_ATTENTION
 from vstar_kernels.attention.frames.rules import FrameRule
-from vstar_kernels.integrations.comfyui.common import AUTO, CATEGORY, read_indices, wrapped
+from vstar_kernels.integrations.comfyui.common import (
+    CATEGORY,
+    backend_input,
+    backend_of,
+    read_indices,
+    share_input,
+    steps_until,
+    strength_input,
+    wrapped,
+)
 from vstar_kernels.models.full3d.comfyui import FrameRuleWrapper, find_family
 
 RULE_KEY = "vstar_frame_rule"  # of the wrapper: a later one takes the place of an earlier one
@@ -50,13 +59,8 @@ class ApplyFrameRule(io.ComfyNode):
                     step=0.1,
                     tooltip="Of tar: σ in latent frames, of which Wan makes one from 4 frames.",
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-4.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="Of tar: factor on the regularization; 0 is the model's own attention.",
+                strength_input(
+                    "Of tar: factor on the regularization; 0 is the model's own attention."
                 ),
                 io.Float.Input(
                     "alpha",
@@ -76,21 +80,13 @@ class ApplyFrameRule(io.ComfyNode):
                         "Wan; far is half of it. Of window: how far frames see."
                     ),
                 ),
-                io.Float.Input(
-                    "start",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="The share of the sampler's steps before the rule begins.",
+                share_input(
+                    "start", 0.0, "The share of the sampler's steps before the rule begins."
                 ),
-                io.Float.Input(
+                share_input(
                     "end",
-                    default=0.3,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="The share of the sampler's steps at which the rule ends; 1 for all.",
+                    0.3,
+                    "The share of the sampler's steps at which the rule ends; 1 for all.",
                 ),
                 io.String.Input(
                     "layers",
@@ -98,13 +94,7 @@ class ApplyFrameRule(io.ComfyNode):
                     tooltip="Indices of blocks, such as 0-9 or 3, 5. Empty: all of them.",
                     advanced=True,
                 ),
-                io.Combo.Input(
-                    "backend",
-                    options=[AUTO, *FRAME_ATTENTION.backends],
-                    default=AUTO,
-                    tooltip="What computes the attention; auto is the fastest that can.",
-                    advanced=True,
-                ),
+                backend_input(FRAME_ATTENTION.backends),
                 io.String.Input(
                     "json",
                     display_name="JSON",
@@ -137,10 +127,7 @@ class ApplyFrameRule(io.ComfyNode):
     ) -> Any:
         """Returns a clone of the model, under the rule."""
         find_family(model.get_model_object("diffusion_model"))
-        if not start < end:
-            raise ValueError(
-                f"start, {start:g}, must be before end, {end:g}: as it is, the rule is at no step"
-            )
+        steps = steps_until(start, end, "the rule is at no step")
         if json.strip():
             made = FrameRule.from_json(json)
             if not made.terms:
@@ -153,9 +140,9 @@ class ApplyFrameRule(io.ComfyNode):
             made = FrameRule.window(window)
         wrapper = FrameRuleWrapper(
             made,
-            steps=None if end >= 1 else end,
+            steps=steps,
             start=start,
             layers=read_indices("layers", layers),
-            backend=None if backend == AUTO else backend,
+            backend=backend_of(backend),
         )
         return io.NodeOutput(wrapped(model, RULE_KEY, wrapper))

@@ -13,13 +13,17 @@ from vstar_kernels.analysis import bias_from_frames
 from vstar_kernels.attention.bias import STATS
 from vstar_kernels.attention.dispatch import TAR_ATTENTION
 from vstar_kernels.integrations.comfyui.common import (
-    AUTO,
     CATEGORY,
     Bias,
     Config,
     as_video,
+    backend_input,
+    backend_of,
     embedder_input,
     embedder_of,
+    share_input,
+    steps_until,
+    strength_input,
     wrapped,
 )
 from vstar_kernels.models.comfyui import TARWrapper
@@ -76,35 +80,18 @@ def _config_inputs() -> list[Any]:
             ),
         ),
         *levels,
-        io.Float.Input(
-            "strength",
-            default=1.0,
-            min=-4.0,
-            max=4.0,
-            step=0.05,
-            tooltip=(
-                "Factor on the regularization: 0 is the model's own attention, more is more "
-                "motion, less than 0 the opposite."
-            ),
+        strength_input(
+            "Factor on the regularization: 0 is the model's own attention, more is more motion, "
+            "less than 0 the opposite."
         ),
-        io.Float.Input(
-            "start",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip="The share of the sampler's steps before the first that is regularized.",
+        share_input(
+            "start", 0.0, "The share of the sampler's steps before the first that is regularized."
         ),
-        io.Float.Input(
+        share_input(
             "end",
-            default=PAPER_END,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip=(
-                "The share of the sampler's steps at which the regularization ends; 0.56 is the "
-                "first 14 of 25 steps, as in the paper's code."
-            ),
+            PAPER_END,
+            "The share of the sampler's steps at which the regularization ends; 0.56 is the first "
+            "14 of 25 steps, as in the paper's code.",
         ),
         io.Boolean.Input(
             "clamp_negative",
@@ -131,14 +118,11 @@ def _make_config(
     Raises:
         ValueError: They regularize nothing, or no step.
     """
-    if not start < end:
-        raise ValueError(
-            f"start, {start:g}, must be before end, {end:g}: as it is, no step is regularized"
-        )
+    steps = steps_until(start, end, "no step is regularized")
     override = dict(override or {})
     common: dict[str, Any] = {
         "strength": strength,
-        "steps": None if end >= 1 else end,
+        "steps": steps,
         "bias": bias,
         "stat": stat,
         "clamp_negative": clamp_negative,
@@ -182,13 +166,7 @@ class ApplyTAR(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="SVD, or a model with an AnimateDiff module."),
                 *_config_inputs(),
-                io.Combo.Input(
-                    "backend",
-                    options=[AUTO, *TAR_ATTENTION.backends],
-                    default=AUTO,
-                    tooltip="What computes the attention; auto is the fastest that can.",
-                    advanced=True,
-                ),
+                backend_input(TAR_ATTENTION.backends),
                 Config.Input(
                     "config",
                     optional=True,
@@ -220,9 +198,7 @@ class ApplyTAR(io.ComfyNode):
             config = _make_config(bias=bias, **settings)
         elif bias is not None:
             config = config._replace(config=replace(config.config, bias=bias))
-        wrapper = TARWrapper(
-            config.config, start=config.start, backend=None if backend == AUTO else backend
-        )
+        wrapper = TARWrapper(config.config, start=config.start, backend=backend_of(backend))
         return io.NodeOutput(wrapped(model, TAR_KEY, wrapper))
 
 

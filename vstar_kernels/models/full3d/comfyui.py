@@ -7,7 +7,6 @@ meanwhile. As for TAR (``models/comfyui.py``) all is put back when the call of t
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -26,7 +25,6 @@ from vstar_kernels.models.full3d.config import checked_indices
 from vstar_kernels.models.hooks import Argument, Hooks
 from vstar_kernels.models.schedule import Steps
 
-LOGGER = logging.getLogger(__name__)
 OVERRIDE = "optimized_attention_override"
 
 
@@ -139,10 +137,9 @@ class FrameRuleWrapper:
         backend: str | None = None,
     ) -> None:
         self._rule = rule
-        self._gate = ComfyGate(steps, start)
+        self._gate = ComfyGate(steps, start, "a rule")
         self._indices = checked_indices(layers, "layers")
         self._backend = backend
-        self._has_told_of_windows = False
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls the model, under the rule where it is to be.
@@ -156,9 +153,6 @@ class FrameRuleWrapper:
         sampling = Sampling.of_call(model, args, kwargs)
         if not self._gate.is_on(model, sampling):
             return executor(*args, **kwargs)
-        if sampling.in_window and not self._has_told_of_windows:
-            self._has_told_of_windows = True
-            LOGGER.info("VSTAR: the frames of a rule are counted within each context window")
         family = find_family(model)
         options = Argument(model, "transformer_options").get(args, kwargs)
         if options is None:
