@@ -283,24 +283,6 @@ class SequenceBackward {
   Prefetcher prefetcher_;
 };
 
-// Adds up the sums of a sequence's parts, and writes `scale` times them, the gradient of its rows.
-// The first row's sums are at `sums` in each part, and a part's `part_stride` after the one before.
-template <typename T>
-void write_sums(const BackwardArgs& a, const float* sums, int64_t part_stride, int64_t padded_dim,
-                float scale, T* out, int64_t stride) {
-  const Vec factor = broadcast(scale);
-  for (int64_t row = 0; row < a.frames; ++row, sums += padded_dim, out += stride) {
-    for (int64_t d = 0; d < a.head_dim; d += kLanes) {
-      Vec sum = load(sums + d);
-      for (int64_t part = 1; part < a.parts; ++part) {
-        sum = add(sum, load(sums + part * part_stride + d));
-      }
-      const int64_t rest = min64(kLanes, a.head_dim - d);
-      store_partial(out + d, mul(sum, factor), static_cast<int>(rest));
-    }
-  }
-}
-
 template <typename T>
 void backward_typed(const BackwardArgs& a, int64_t begin, int64_t end, float* scratch) {
   const BackwardPlan plan(a);
@@ -315,12 +297,15 @@ template <typename T>
 void backward_finish_typed(const BackwardArgs& a, int64_t sequence) {
   const BackwardPlan plan(a);
   const SequenceIndex index(a, sequence);
-  const float* sums = a.part_sums + sequence * a.parts * 2 * plan.sums_of_one;
   const Strides &of_key = a.grad_key_strides, &of_value = a.grad_value_strides;
-  write_sums(a, sums, 2 * plan.sums_of_one, plan.padded_dim, a.scale,
-             index.in(static_cast<T*>(a.grad_key), of_key), of_key.frame);
-  write_sums(a, sums + plan.sums_of_one, 2 * plan.sums_of_one, plan.padded_dim, 1.0f,
-             index.in(static_cast<T*>(a.grad_value), of_value), of_value.frame);
+  T* grad_key = index.in(static_cast<T*>(a.grad_key), of_key);
+  T* grad_value = index.in(static_cast<T*>(a.grad_value), of_value);
+  float* sums = a.part_sums + sequence * a.parts * 2 * plan.sums_of_one;
+  add_up_parts(sums, 2 * plan.sums_of_one, a.parts);
+  for (int64_t j = 0; j < a.frames; ++j, sums += plan.padded_dim) {
+    write_row(sums, a.scale, a.head_dim, grad_key + j * of_key.frame);
+    write_row(sums + plan.sums_of_one, 1.0f, a.head_dim, grad_value + j * of_value.frame);
+  }
 }
 
 inline void backward(const BackwardArgs& a, int64_t begin, int64_t end, float* scratch) {

@@ -124,18 +124,16 @@ class ColumnGradients {
 
   // Adds the sums of the item's later parts to this one, the first, and writes dk and dv.
   void finish() const {
-    for (int64_t part = 1; part < a_.parts; ++part) {
-      for (int64_t i = 0; i < sums_floats(); i += kLanes) {
-        store(key_sums_ + i, add(load(key_sums_ + i), load(key_sums_ + part * sums_floats() + i)));
-      }
-    }
+    add_up_parts(key_sums_, sums_floats(), a_.parts);
     for (int64_t j = 0; j < a_.keys; ++j) {
       const int64_t at = j * plan_.padded_dim;
       if (a_.grad_key) {
-        write_row(key_sums_ + at, a_.scale, head_.row(a_.grad_key, a_.grad_key_strides, j));
+        write_row(key_sums_ + at, a_.scale, a_.head_dim,
+                  head_.row(a_.grad_key, a_.grad_key_strides, j));
       }
       if (a_.grad_value) {
-        write_row(value_sums_ + at, 1.0f, head_.row(a_.grad_value, a_.grad_value_strides, j));
+        write_row(value_sums_ + at, 1.0f, a_.head_dim,
+                  head_.row(a_.grad_value, a_.grad_value_strides, j));
       }
     }
   }
@@ -222,19 +220,6 @@ class ColumnGradients {
                                a_.head_dim, scratch_ + packed);
     product<Over::queries>(cells, panel.lanes(), rows.data, rows.stride, panel.count, a_.head_dim,
                            RowSums{sums, plan_.padded_dim, a_.keys}, [] {});
-  }
-
-  // Writes `scale` times a row of sums.
-  void write_row(const float* sums, float scale, T* out) const {
-    for (int64_t d = 0; d < a_.head_dim; d += kLanes) {
-      const Vec y = mul(load(sums + d), broadcast(scale));
-      const int64_t rest = a_.head_dim - d;
-      if (rest >= kLanes) {
-        store(out + d, y);
-      } else {
-        store_partial(out + d, y, static_cast<int>(rest));
-      }
-    }
   }
 
   const ColumnBackwardArgs& a_;

@@ -121,17 +121,12 @@ class FrameGradients {
 
   // Adds the sums of the item's later parts to this one, the first, and writes dk and dv.
   void finish() const {
-    const int64_t size = 2 * a_.keys.tokens * plan_.padded_dim;
-    for (int64_t part = 1; part < a_.parts; ++part) {
-      for (int64_t i = 0; i < size; i += kLanes) {
-        store(key_sums_ + i, add(load(key_sums_ + i), load(key_sums_ + part * size + i)));
-      }
-    }
+    add_up_parts(key_sums_, 2 * a_.keys.tokens * plan_.padded_dim, a_.parts);
     for (int64_t i = 0; i < a_.keys.tokens; ++i) {
       const int64_t token = a_.keys.order[i], at = i * plan_.padded_dim;
-      write_row(key_sums_ + at, a_.scale,
+      write_row(key_sums_ + at, a_.scale, a_.head_dim,
                 row(static_cast<T*>(a_.grad_key), a_.grad_key_strides, key_head_, token));
-      write_row(value_sums_ + at, 1.0f,
+      write_row(value_sums_ + at, 1.0f, a_.head_dim,
                 row(static_cast<T*>(a_.grad_value), a_.grad_value_strides, key_head_, token));
     }
   }
@@ -362,22 +357,9 @@ class FrameGradients {
       }
     });
     for (int i = 0; i < panel.count(); ++i) {
-      write_row(grad_queries + i * pd, a_.scale,
+      write_row(grad_queries + i * pd, a_.scale, a_.head_dim,
                 row(static_cast<T*>(a_.grad_query), a_.grad_query_strides, head,
                     a_.queries.order[panel.rows.begin + i]));
-    }
-  }
-
-  // Writes `scale` times a row of sums.
-  void write_row(const float* sums, float scale, T* out) const {
-    for (int64_t d = 0; d < a_.head_dim; d += kLanes) {
-      const Vec y = mul(load(sums + d), broadcast(scale));
-      const int64_t rest = a_.head_dim - d;
-      if (rest >= kLanes) {
-        store(out + d, y);
-      } else {
-        store_partial(out + d, y, static_cast<int>(rest));
-      }
     }
   }
 

@@ -91,6 +91,31 @@ VSTAR_STAGE void dot_delta(const float* delta, int64_t key_stride, int64_t keys,
   });
 }
 
+// Adds the sums of a sequence's later parts to those of its first, in their order. A part has
+// `size` sums, a multiple of the vectors' lanes, and follows the one before it.
+inline void add_up_parts(float* sums, int64_t size, int64_t parts) {
+  for (int64_t part = 1; part < parts; ++part) {
+    for (int64_t i = 0; i < size; i += kLanes) {
+      store(sums + i, add(load(sums + i), load(sums + part * size + i)));
+    }
+  }
+}
+
+// Writes `scale` times a row of sums, which is padded to whole vectors, to a tensor's row.
+template <typename T>
+void write_row(const float* sums, float scale, int64_t head_dim, T* out) {
+  const Vec factor = broadcast(scale);
+  for (int64_t d = 0; d < head_dim; d += kLanes) {
+    const Vec y = mul(load(sums + d), factor);
+    const int64_t rest = head_dim - d;
+    if (rest >= kLanes) {
+      store(out + d, y);
+    } else {
+      store_partial(out + d, y, static_cast<int>(rest));
+    }
+  }
+}
+
 // Where a product over queries is added to rows of sums.
 struct RowSums {
   float* sums;
