@@ -3,6 +3,16 @@ import pytest
 TITLES = ("Value error", "Invalid choice", "Mutually exclusive arguments")  # of tyro's boxes
 
 
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The folder of a tiny saved text-to-video pipeline, into which no test writes."""
+    from examples import tiny  # only tests that have diffusers ask for a model
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny.text_to_video().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def wide_terminal(monkeypatch):
     """Keeps a command's messages on one line each."""

@@ -13,7 +13,6 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
-from examples import tiny
 from tests.browser import HOSTILE
 from tests.methods.starvid.pipelines import PLAN, PROMPT
 
@@ -23,13 +22,6 @@ pytestmark = [
 ]
 FILES = {"video.mp4", "video.gif", "report.html", "generation.json", "plan.json", "guidance.json"}
 CONFIG = vk.GuidanceConfig(spatial=(0, 0.5), syntax=(0.5, 1), updates=1, step_size=100.0)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny.text_to_video().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 import numpy as np
 
-from examples import tiny
 from tests.methods.starvid.pipelines import PLAN
 from vstar_kernels.cli.generate import batch
 from vstar_kernels.cli.generate.prompts import read_prompts
@@ -31,13 +30,6 @@ SMALL = ("--frames", 2, "--steps", 2, "--size", "16x16", "--no-maps")
 TAR = {"sigma": {"0": 2.0}, "steps": None}
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = vk.GuidanceConfig(updates=1)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny.text_to_video().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("yaml")
 import numpy as np
 
-from examples import tiny
 from tests.browser import HOSTILE
 from tests.methods.starvid.pipelines import PLAN
 from vstar_kernels.cli.generate import batch
@@ -64,13 +63,6 @@ def retriever(frames, sentences):
 
 def broken(picture):
     raise RuntimeError("no model here")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny.text_to_video().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
