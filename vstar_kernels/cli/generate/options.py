@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from tyro.conf import create_mutex_group
 
@@ -23,12 +24,16 @@ from vstar_kernels.cli.options import (
 )
 from vstar_kernels.methods.arguments import check_text
 from vstar_kernels.methods.grid.video import SIDE, Decode
+from vstar_kernels.methods.llm import ChatModel
 from vstar_kernels.methods.vstar.embeddings import Interpolation, Rounding
 from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.methods.vstar.writer import LEAST_STAGES, MOST_STAGES
+from vstar_kernels.methods.writers import Writer
 from vstar_kernels.models.config import TARConfig
 from vstar_kernels.models.full3d.config import FrameTAR
+from vstar_kernels.models.progress import OnStep
 
+AnyWriter = TypeVar("AnyWriter", bound=Writer)
 # What says what a method's video is of.
 TEXTS = {"vstar": "--prompt or --synopsis", "grid": "--prompt", "starvid": "--prompt or --plan"}
 OF_STAGES = ("--synopsis", "--writer", "--stages", "--mode", "--rounding")
@@ -111,6 +116,34 @@ class SynopsisOptions:
     def has_endpoint(self) -> bool:
         """Whether a language model at a server writes the synopsis."""
         return self.writer is not None or self.writer_url is not None
+
+    @property
+    def has_writer(self) -> bool:
+        """Whether a language model writes it, at a server or here."""
+        return self.has_endpoint or self.writer_local is not None
+
+    def make_writer(self, kind: type[AnyWriter]) -> AnyWriter | None:
+        """Returns a writer of a kind, None where no language model is named.
+
+        Raises:
+            CommandError: It cannot be made.
+        """
+        option = "--writer"
+        try:
+            if self.has_endpoint:
+                return kind.from_endpoint(self.writer, base_url=self.writer_url)
+            if self.writer_local is not None:
+                option = "--writer-local"
+                return kind(_local_model(self.writer_local))
+        except (ImportError, ValueError) as error:
+            raise CommandError(f"{option}: {error}") from error
+        return None
+
+
+@functools.lru_cache(maxsize=1)
+def _local_model(name: str) -> ChatModel:
+    """Returns a language model that is run here, and is loaded once for many videos."""
+    return ChatModel(name)
 
 
 @dataclass(frozen=True)
@@ -233,7 +266,7 @@ class GenerateOptions:
             ("vstar", "starvid"): {
                 "--adapter": video.adapter is not None,
                 "--image": video.image is not None,
-                "--writer": stages.has_endpoint or stages.writer_local is not None,
+                "--writer": stages.has_writer,
             },
             ("starvid",): {
                 "--plan": plan.plan is not None,
@@ -262,7 +295,7 @@ class GenerateOptions:
             raise CommandError(f"{' and '.join(given)} are two sources of one synopsis: give one")
         for_writers = {"--stages": options.stages is not None, "--refresh": options.refresh}
         for name, is_given in for_writers.items():
-            if is_given and not (options.has_endpoint or options.writer_local):
+            if is_given and not options.has_writer:
                 raise CommandError(f"{name} is for a writer: give --writer or --writer-local")
 
     @property
@@ -288,3 +321,12 @@ class GenerateOptions:
             "negative_prompt": video.negative_prompt,
         }
         return {name: value for name, value in settings.items() if value is not None}
+
+    def arguments(self, on_step: OnStep) -> dict[str, Any]:
+        """Returns what the call of any method takes alike, the pipeline's own arguments too."""
+        return {
+            "seed": self.video.seed,
+            "maps": self.captured_steps or False,
+            "on_step": on_step,
+            **self.settings,
+        }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,8 +46,7 @@ class PlanOptions:
 
     def check(self, options: GenerateOptions) -> None:
         """Raises CommandError unless there is one source of the plan."""
-        synopsis = options.synopsis
-        has_writer = synopsis.has_endpoint or synopsis.writer_local is not None
+        has_writer = options.synopsis.has_writer
         if (self.plan is not None) == has_writer:
             raise CommandError(
                 "--method starvid needs --plan, or a writer of plans (--writer, --writer-url or "
@@ -68,19 +66,6 @@ class PlanOptions:
         except (OSError, ValueError, TypeError) as error:
             raise CommandError(f"--guidance: {error}") from error
 
-    def make_writer(self, options: GenerateOptions) -> TrajectoryWriter | None:
-        """Returns what plans, None where the plan is in a file."""
-        synopsis, name = options.synopsis, "--writer"
-        try:
-            if synopsis.has_endpoint:
-                return TrajectoryWriter.from_endpoint(synopsis.writer, base_url=synopsis.writer_url)
-            if synopsis.writer_local is not None:
-                name = "--writer-local"
-                return _local_writer(synopsis.writer_local)
-        except (ImportError, ValueError) as error:
-            raise CommandError(f"{name}: {error}") from error
-        return None
-
     def read_plan(self, prompt: str | None) -> str | Trajectory:
         """Returns the prompt for the writer, or the plan that is in the file."""
         if isinstance(self.plan, Trajectory):
@@ -97,29 +82,20 @@ class PlanOptions:
             raise CommandError(f"--plan: {error}{hint}") from error
 
 
-@functools.lru_cache(maxsize=1)
-def _local_writer(name: str) -> TrajectoryWriter:
-    """Returns the writer of a model that is run here, and is loaded once for many videos."""
-    return TrajectoryWriter.from_transformers(name)
-
-
 def starvid(
     options: GenerateOptions, tar: TARConfig | None, image: dict[str, Any]
 ) -> Callable[[Any, OnStep], GuidedVideo]:
     """Returns what makes the video from a pipeline, all files of the options read."""
-    config, writer = options.plan.read_config(), options.plan.make_writer(options)
-    plan = options.plan.read_plan(options.video.prompt)
+    config, plan = options.plan.read_config(), options.plan.read_plan(options.video.prompt)
+    writer = options.synopsis.make_writer(TrajectoryWriter)
 
     def make(pipe: Any, on_step: OnStep) -> GuidedVideo:
         return StarVid(pipe, config, writer=writer, tar=tar)(
             plan,
             num_frames=options.video.frames,
-            seed=options.video.seed,
             key_frames=options.plan.key_frames,
             refresh=options.synopsis.refresh,
-            maps=options.captured_steps or False,
-            on_step=on_step,
-            **options.settings,
+            **options.arguments(on_step),
             **image,
         )
 

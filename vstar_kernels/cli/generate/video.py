@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from typing import Any
 from vstar_kernels.cli.generate.options import (
     GenerateOptions,
     RegularizationOptions,
-    SynopsisOptions,
     VideoOptions,
 )
 from vstar_kernels.cli.generate.starvid import starvid
@@ -83,7 +81,8 @@ def sampler(options: GenerateOptions) -> Sample:
 
 def _vstar(options: GenerateOptions) -> Sample:
     """Returns what makes the video from a pipeline by VSTAR, all files read."""
-    config, writer = _config(options.regularization, PAPER), _writer(options.synopsis)
+    config = _config(options.regularization, PAPER)
+    writer = options.synopsis.make_writer(SynopsisWriter)
     prompt, image = _prompt(options), _image(options.video.image)
 
     def make(pipe: Any, on_step: OnStep) -> Generation:
@@ -98,12 +97,9 @@ def _vstar(options: GenerateOptions) -> Sample:
         return vstar(
             prompt,
             num_frames=options.video.frames,
-            seed=options.video.seed,
             num_stages=options.synopsis.stages,
             refresh=options.synopsis.refresh,
-            maps=options.captured_steps or False,
-            on_step=on_step,
-            **options.settings,
+            **options.arguments(on_step),
             **image,
         )
 
@@ -112,9 +108,7 @@ def _vstar(options: GenerateOptions) -> Sample:
 
 def _grid(options: GenerateOptions) -> Sample:
     """Returns what makes the video from a pipeline as a grid of frames, all files read."""
-    config, grid = _config(options.regularization, None), options.grid
-    if isinstance(config, FrameTAR):
-        raise CommandError("--config: FrameTAR is for full-3D transformers, a grid has TARConfig")
+    config, grid = _tar_config(options.regularization, "a grid"), options.grid
     embedding: bool | GridEmbedding = True
     if grid.embedding is not None:
         try:
@@ -128,10 +122,7 @@ def _grid(options: GenerateOptions) -> Sample:
             _prompt(options),
             frames=options.video.frames,
             fps=options.output.fps,
-            seed=options.video.seed,
-            maps=options.captured_steps or False,
-            on_step=on_step,
-            **options.settings,
+            **options.arguments(on_step),
         )
 
     return make
@@ -139,10 +130,8 @@ def _grid(options: GenerateOptions) -> Sample:
 
 def _starvid(options: GenerateOptions) -> Sample:
     """Returns what makes the video from a pipeline by StarVid, all files read."""
-    tar, image = _config(options.regularization, None), _image(options.video.image)
-    if isinstance(tar, FrameTAR):
-        raise CommandError("--config: FrameTAR is for full-3D transformers, StarVid has TARConfig")
-    return starvid(options, tar, image)
+    tar = _tar_config(options.regularization, "StarVid")
+    return starvid(options, tar, _image(options.video.image))
 
 
 METHODS: dict[str, Callable[[GenerateOptions], Sample]] = {
@@ -169,6 +158,16 @@ def _config(
         raise CommandError(f"{option}: {error}") from error
 
 
+def _tar_config(options: RegularizationOptions, method: str) -> TARConfig | None:
+    """Returns the configuration of a method that has none by default, and no full-3D models."""
+    config = _config(options, None)
+    if isinstance(config, FrameTAR):
+        raise CommandError(
+            f"--config: FrameTAR is for full-3D transformers, {method} has TARConfig"
+        )
+    return config
+
+
 def config_from_json(text: str) -> TARConfig | FrameTAR:
     """Returns the configuration in JSON, of the kind that its fields are of.
 
@@ -179,25 +178,6 @@ def config_from_json(text: str) -> TARConfig | FrameTAR:
     if isinstance(fields, dict) and not fields.keys().isdisjoint(ONLY_FRAME_TAR):
         return FrameTAR.from_json(text)
     return TARConfig.from_json(text)
-
-
-def _writer(options: SynopsisOptions) -> SynopsisWriter | None:
-    option = "--writer"
-    try:
-        if options.has_endpoint:
-            return SynopsisWriter.from_endpoint(options.writer, base_url=options.writer_url)
-        if options.writer_local is not None:
-            option = "--writer-local"
-            return _local_writer(options.writer_local)
-    except (ImportError, ValueError) as error:
-        raise CommandError(f"{option}: {error}") from error
-    return None
-
-
-@functools.lru_cache(maxsize=1)
-def _local_writer(name: str) -> SynopsisWriter:
-    """Returns the writer of a model that is run here, and is loaded once for many videos."""
-    return SynopsisWriter.from_transformers(name)
 
 
 def _prompt(options: GenerateOptions) -> str | Synopsis:
