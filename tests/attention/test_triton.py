@@ -526,6 +526,16 @@ def test_empty_batch():
     assert tar(q, k, v, vk.GaussianBias(1.0)).shape == (0, 16, 2, 8)
 
 
+@pytest.mark.parametrize("frames", [16, 130])
+def test_a_given_output_is_written_wherever_it_lies(frames):
+    q, k, v = (x.to(DEVICE) for x in inputs(2, frames, 2, 16))
+    plain = tar(q, k, v, vk.GaussianBias(1.5))
+    for layout in (heads_outermost, with_gaps):
+        out = layout(torch.full_like(q, NAN))
+        assert tar(q, k, v, vk.GaussianBias(1.5), out=out) is out
+        assert torch.equal(out, plain)
+
+
 def test_output_lies_as_empty_like_lays_it():
     q, k, v = (heads_outermost(x) for x in inputs(2, 13, 3, 8))
     assert tar(q, k, v).stride() == torch.empty_like(q.to(DEVICE)).stride()

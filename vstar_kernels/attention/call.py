@@ -55,6 +55,7 @@ class Call:
 
     ``delta`` holds Δ's entries, a table or a matrix as ``options.form`` says, and is None for a
     Gaussian and where nothing is added to the logits. ``stat`` is a statistic that the caller gave.
+    ``out`` is where the caller wants the output written.
     """
 
     query: Tensor
@@ -63,6 +64,7 @@ class Call:
     delta: Tensor | None
     stat: Tensor | None
     options: Options
+    out: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -117,6 +119,10 @@ class Call:
         """Whether each head has a Δ of its own."""
         return self.delta is not None and self.delta.ndim == bias_forms.dims(self.options.form) + 1
 
+    def output(self) -> Tensor:
+        """Returns the tensor that a kernel writes its output to: the caller's, or a new one."""
+        return empty_like(self.query) if self.out is None else self.out
+
     def delta_matrix(self) -> Tensor:
         """Returns the matrix Δ, ``(N, N)`` or ``(heads, N, N)``, for the reference."""
         return bias_forms.matrix(self.options.form, self.options.sigma, self.delta, self.frames)
@@ -128,7 +134,8 @@ class Call:
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors that there are, by their names in messages."""
-        named = {name: getattr(self, name) for name in ("query", "key", "value", "delta", "stat")}
+        names = ("query", "key", "value", "delta", "stat", "out")
+        named = {name: getattr(self, name) for name in names}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def describe(self) -> str:

@@ -31,13 +31,13 @@ def why_not(call: Call) -> list[str]:
     for name, tensor in (("delta", call.delta), ("stat", call.stat)):
         if tensor is not None and tensor.device.type != "cpu":
             reasons.append(f"takes CPU tensors, {name} is on {tensor.device}")
-    reasons += native.refusals(call.query, call.key, call.value)
+    reasons += native.refusals(call.query, call.key, call.value, call.out)
     return reasons
 
 
 def forward(call: Call, *, save: bool = False) -> Forward:
     """Computes the output and, where it is wanted, the mean map; saves nothing."""
-    out = empty_like(call.query)
+    out = call.output()
     mean_map = None
     if call.options.map_block:
         mean_map = call.query.new_empty(call.map_shape, dtype=torch.float32)

@@ -211,17 +211,19 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_forks.before, after_in_child=_forks.after_in_child)
 
 
-def refusals(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[str]:
+def refusals(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor | None = None
+) -> list[str]:
     """Returns what the kernels of every operation have against a type or strides; none if nothing.
 
-    The three are on the CPU and of one type and head size.
+    All are on the CPU and of one type and head size.
     """
     reasons = []
     if query.dtype not in DTYPES:
         allowed = ", ".join(str(dtype) for dtype in DTYPES)
         reasons.append(f"takes {allowed}, query is {query.dtype}")
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        stride = tensor.stride(-1)
-        if stride != 1 and tensor.shape[-1] > 1:
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("out", out)):
+        stride = 1 if tensor is None else tensor.stride(-1)
+        if stride != 1 and query.shape[-1] > 1:
             reasons.append(f"takes contiguous head_dim, {name} has stride {stride} in it")
     return reasons

@@ -67,7 +67,8 @@ def forward(call: Call, *, save: bool = False) -> Forward:
     with _without_autocast(call.device):
         _, weights = _logits_and_weights(call)
         v = heads_first(call.value)
-        out = laid_like(call.query, (weights @ v).transpose(-3, -2))
+        values = (weights @ v).transpose(-3, -2)
+        out = laid_like(call.query, values) if call.out is None else call.out.copy_(values)
     if not call.options.map_block:
         return Forward(out)
     shared = _shared_dims(call, weights)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from vstar_kernels.attention import autograd, dispatch
+from vstar_kernels.attention import autograd, dispatch, output
 from vstar_kernels.attention.bias import Bias
-from vstar_kernels.attention.call import check_call
+from vstar_kernels.attention.call import Call, check_call
 
 
 @overload
@@ -24,6 +25,7 @@ def tar_attention(
     map_heads: bool = ...,
     map_block: int = ...,
     backend: str | None = ...,
+    out: Tensor | None = ...,
 ) -> Tensor: ...
 @overload
 def tar_attention(
@@ -37,6 +39,7 @@ def tar_attention(
     map_heads: bool = ...,
     map_block: int = ...,
     backend: str | None = ...,
+    out: Tensor | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def tar_attention(
     query: Tensor,
@@ -49,6 +52,7 @@ def tar_attention(
     map_heads: bool = False,
     map_block: int = 1,
     backend: str | None = None,
+    out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Temporal self-attention, regularized as in VSTAR (arXiv 2403.13501, eq. 3)::
 
@@ -73,9 +77,13 @@ def tar_attention(
             on the CPU the whole map is then never in memory.
         backend: A name of :func:`vstar_kernels.backends.available`, which then runs or raises.
             None takes the fastest that can run the call, and warns once when that is the reference.
+        out: A tensor for the output, of its shape, type and device, whose memory no other argument
+            shares; any strides, though the kernels need head_dim contiguous. As for torch's own
+            operations nothing that is written there has a gradient.
 
     Returns:
-        The output, allocated as ``torch.empty_like(query)`` allocates, or ``(output, map)``.
+        The output, which is ``out`` or allocated as ``torch.empty_like(query)`` allocates, or
+        ``(output, map)``.
 
     Raises:
         ValueError: A bad argument, an unknown backend, or a named backend that cannot run the call,
@@ -93,6 +101,17 @@ def tar_attention(
         map_block=map_block,
     )
     dispatch.TAR_ATTENTION.check_name(backend)
+    if out is None:
+        return _attend(call, backend)
+    output.check(call, out)
+    if autograd.needed(call) or type(out) not in autograd.PLAIN:
+        return output.filled(out, _attend(call, backend))
+    output.check_memory(call, out)
+    torch.autograd.graph.increment_version(out)  # or autograd would not notice what it has kept
+    return _attend(dataclasses.replace(call, out=out), backend)
+
+
+def _attend(call: Call, backend: str | None) -> Tensor | tuple[Tensor, Tensor]:
     # Of meta tensors there is nothing to compute: the operator knows the results' shapes.
     is_meta = call.query.is_meta and backend is None
     is_traced = torch.compiler.is_compiling() and backend != "reference"

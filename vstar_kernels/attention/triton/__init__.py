@@ -50,7 +50,9 @@ def unavailable() -> list[str]:
     return []
 
 
-def why_not_tensors(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+def why_not_tensors(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor | None = None
+) -> list[str]:
     """Returns why no kernel can take these tensors, ``(…, head_dim)``."""
     place = "cpu" if interpreted() else "cuda"
     if query.device.type != place:
@@ -64,8 +66,8 @@ def why_not_tensors(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     head_dim = query.shape[-1]
     if head_dim > MAX_HEAD_DIM:
         reasons.append(f"takes head_dim up to {MAX_HEAD_DIM}, query has {head_dim}")
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        stride = tensor.stride(-1)
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("out", out)):
+        stride = 1 if tensor is None else tensor.stride(-1)
         if stride != 1 and head_dim > 1:
             reasons.append(f"takes contiguous head_dim, {name} has stride {stride} in it")
     return reasons
@@ -73,7 +75,7 @@ def why_not_tensors(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
 
 def why_not(call: Call) -> list[str]:
     """Returns why the kernels cannot take this call."""
-    reasons = why_not_tensors(call.query, call.key, call.value)
+    reasons = why_not_tensors(call.query, call.key, call.value, call.out)
     rows = math.prod(call.shape[:-1])
     if rows > MAX_ROWS:
         reasons.append(f"takes up to {MAX_ROWS} rows of head_dim, query has {rows}")
@@ -90,7 +92,7 @@ def forward(call: Call, *, save: bool = False) -> Forward:
 
     With ``save``, the stream kernels save what their backward pass needs of each row.
     """
-    out = empty_like(call.query)
+    out = call.output()
     if not out.numel():
         blocks = call.map_shape if call.options.map_block else None
         return Forward(out, None if blocks is None else plan.new(out, *blocks).zero_())
