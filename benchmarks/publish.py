@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import results
+from benchmarks import pages, results
 from benchmarks.machine import ROOT
 from benchmarks.peers import EAGER, SDPA, VSTAR_KERNELS
 from benchmarks.report import figures, plots
@@ -20,6 +20,7 @@ from benchmarks.report.tables import Table, all_tables, of_frame, percent
 from benchmarks.results import Run
 
 RESULTS = ROOT / "benchmarks/results/cpu-amd-epyc-zen5-2-cores"
+SECOND = ROOT / "benchmarks/results/cpu-amd-epyc-zen3-2-cores"
 RUNS = ("float32", "16-bit", "avx2", "avx2-bfloat16", "frames", "cross")
 CODEGEN = ROOT / "benchmarks/results/codegen/report.json"
 MARGIN_FRAMES = (16, 32, 64, 128)
@@ -56,6 +57,15 @@ def everything() -> str:
         parts.append(f"## {name}\n\n{describe(run)}\n")
         parts += [table.markdown("### ") for table in all_tables(run)]
     return "\n".join(parts)
+
+
+def of_pages() -> str:
+    """Returns what new pages cost, and what spares them."""
+    kept = json.loads((SECOND / "pages.json").read_text())
+    machine = f"AMD EPYC (Zen 3), {kept['environment']['threads']} threads"
+    huge = kept["environment"]["transparent huge pages"]
+    note = f"{machine}, PyTorch {kept['environment']['torch']}, transparent huge pages: `{huge}`."
+    return f"{pages.table(kept['results']).markdown()}\n{note}"
 
 
 def pictures() -> str:
@@ -126,5 +136,6 @@ if __name__ == "__main__":
     replace(ROOT / "README.md", "cpu", margins())
     replace(ROOT / "docs/performance/cpu.md", "plots", pictures())
     replace(ROOT / "docs/performance/cpu.md", "cpu", everything())
+    replace(ROOT / "docs/performance/cpu.md", "pages", of_pages())
     draw()
     replace(ROOT / "docs/performance/gpu.md", "predictions", predictions())

@@ -61,7 +61,9 @@ def test_under_autocast_the_output_is_of_its_type():
     with torch.autocast("cpu", torch.bfloat16):
         plain = vk.tar_attention(Q, K, V, BIAS)
         assert torch.equal(attend(torch.empty_like(plain)), plain)
-        with pytest.raises(ValueError, match="the output's type torch.bfloat16, got torch.float32"):
+        with pytest.raises(
+            ValueError, match=r"the output's type torch\.bfloat16, got torch\.float32"
+        ):
             attend(torch.empty_like(Q))
 
 
@@ -100,7 +102,7 @@ def test_bad_values(call, message):
 
 
 def test_a_wrong_kind():
-    with pytest.raises(TypeError, match="out must be a torch.Tensor or None, got bool"):
+    with pytest.raises(TypeError, match=r"out must be a torch\.Tensor or None, got bool"):
         attend(True)
 
 

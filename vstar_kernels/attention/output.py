@@ -1,8 +1,8 @@
-"""``out=``: a tensor of the caller's that takes an operation's output, as torch's own operations do.
+"""``out=``: a tensor of the caller's that takes an operation's output, as those of torch do.
 
 A backend writes into it where the call is only run. Where the call is traced or watched, or under
-``torch.func``, the operation stays the one that has a result of its own, which is then copied: in a
-graph that is two operations without a side effect of ours, and torch decides what memory they share.
+``torch.func``, the operation stays the one that has a result of its own, which is then copied: our
+operator has no side effect in a graph, and torch decides what memory is shared.
 """
 
 from __future__ import annotations
