@@ -16,7 +16,7 @@ STAMP := build/setup$(subst /,-,$(abspath $(PYTHON)))
 NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp cmake/*)
 
 .PHONY: help demo test test-sharded test-install test-ray native native-neon sanitize fuzz setup packages \
-	kernels lint audit format bench bench-pytest codegen tune wheel clean transformations \
+	kernels lint audit format bench bench-pytest gpu-wheels codegen tune wheel clean transformations \
 	diffusers-tests
 
 help:
@@ -35,6 +35,7 @@ help:
 	@echo "make diffusers-tests DIFFUSERS=folder  diffusers' own tests, without TAR and under it"
 	@echo "make bench      every peer on every model's shapes (ARGS=--quick for 3 minutes)"
 	@echo "make bench-pytest  some of it under pytest-benchmark, for developers"
+	@echo "make gpu-wheels  build/wheels, for benchmarks/gpu_check.sh where no registry can be reached"
 	@echo "make codegen    compile every GPU configuration and check the code; needs no GPU"
 	@echo "make tune       choose those configurations: on a GPU by time, without by the code"
 	@echo "make wheel      dist/*.whl, one for every Python and torch, and checks it"
@@ -92,6 +93,16 @@ bench-pytest: $(STAMP)
 codegen: $(STAMP)
 	$(PYTHON) -c "import triton" 2>/dev/null || $(PIP) -c constraints.txt triton
 	$(PYTHON) -m benchmarks.codegen --jobs 2 --json benchmark-output/codegen.json $(ARGS)
+
+# What benchmarks/gpu_check.sh needs and a machine with torch for GPUs may lack, for one that reaches no
+# registry. Of diffusers not what it needs, which machines for models have.
+PYTHON_VERSION ?= 3.12
+WHEELS = $(PYTHON) -m pip download --quiet --dest build/wheels -c constraints.txt --only-binary=:all: \
+	--implementation cp --python-version $(PYTHON_VERSION) \
+	$(foreach libc,2_28 2_17,--platform manylinux_$(libc)_x86_64) --platform manylinux2014_x86_64
+gpu-wheels: $(STAMP)
+	$(WHEELS) pydantic tyro
+	$(WHEELS) --no-deps diffusers importlib-metadata xformers
 
 GPU = $(PYTHON) -c "import torch, sys; sys.exit(not torch.cuda.is_available())"
 tune: $(STAMP)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,11 +15,13 @@ from tyro.conf import Positional
 
 from benchmarks import results, run
 from benchmarks.peers import PEERS, VSTAR_KERNELS
+from benchmarks.precompile import compile_kernels
 from benchmarks.results import ResultsError
 from benchmarks.suites import Selection, plan
-from vstar_kernels.cli.options import option, run_command
+from vstar_kernels.cli.options import integer, option, parsed, run_command
 
 OUTPUT = Path("benchmark-output")
+COMPILING = 0.4  # of a run's time, at most
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,12 @@ class Run(Selection):
 
     stop_after: float = math.inf
     """Begin no case after so many seconds."""
+    patience: float = run.PATIENCE
+    """Give up a peer that takes longer than so many seconds."""
+    compile_jobs: Annotated[int, parsed(integer(0), "N")] = 0
+    """Compile a GPU's kernels beforehand, by so many processes."""
+    no_report: bool = False
+    """Only write the results."""
     output: Annotated[Path | None, option("FILE", default=f"a new one in {OUTPUT}/")] = None
     """Where the results go."""
     resume: Annotated[Path | None, option("FILE")] = None
@@ -44,11 +53,17 @@ class Run(Selection):
         print(f"{len(begun.missing)} cases to measure; results in {path}")
         to_go_on = f"To go on: python -m benchmarks run --resume {path}"
         try:
-            done = run.measure(path, self.stop_after)
+            seconds = self.stop_after
+            if self.compile_jobs and begun.plan.device == "cuda":
+                began = time.monotonic()
+                compile_kernels(path, self.compile_jobs, COMPILING * seconds)
+                seconds -= time.monotonic() - began
+            done = run.measure(path, seconds, self.patience)
         except KeyboardInterrupt:
             print(f"\n{to_go_on}", file=sys.stderr)
             return 130
-        Report(path).run()
+        if not self.no_report:
+            Report(path).run()
         if done.missing:
             print(f"{len(done.missing)} cases are not measured yet. {to_go_on}")
         ours = [(x.key, x.peers[VSTAR_KERNELS]) for x in done.records if x.peers]

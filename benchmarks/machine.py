@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.metadata
 import os
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +30,7 @@ NVIDIA_SMI = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,p
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 # Two runs with other values of these are not one run, and differ in more than the kernels.
 IDENTITY = ("device", "cpu", "isa", "torch", "python", *PACKAGES)
+PR_SET_PDEATHSIG = 1  # of prctl: the signal that comes when the parent has ended
 NOT_BUSY = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is in user's too
 
 
@@ -46,12 +50,15 @@ def environment(device: str, threads: int) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Returns the checkout's commit, and whether files differ from it."""
+    """Returns the checkout's commit, and whether files differ from it.
+
+    Where git cannot tell, as in a copy of the files, it is what ``COMMIT`` of the environment says.
+    """
     try:
         found = _output("git", "rev-parse", "--short=12", "HEAD")
         changed = _output("git", "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("COMMIT", "unknown")
     return f"{found} with changes" if changed else found
 
 
@@ -84,6 +91,12 @@ class Watch:
         return busy, time.process_time(), time.monotonic()
 
 
+def end_with_parent() -> None:
+    """Has the system end this process when the one that began it has ended; on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def free_bytes(device: str) -> int:
     """Returns the memory that a call may still take."""
     return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
@@ -91,8 +104,9 @@ def free_bytes(device: str) -> int:
 
 def peak_bytes(device: str, call: Callable[[], object]) -> int | None:
     """Returns the peak of a warm call beyond its inputs and results; None if nothing tells it."""
-    gc.collect()
     where = torch.device(device)
+    if where.type == "cpu":  # whose process's memory counts, garbage too
+        gc.collect()
     if not reset_peak_memory(where):
         return None
     on_gpu = where.type == "cuda"

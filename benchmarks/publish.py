@@ -1,28 +1,37 @@
 """``python -m benchmarks.publish``: writes the kept results' tables into the README and the docs.
 
-A table stands between ``<!-- NAME -->`` and ``<!-- end -->``; it is never typed.
+A table stands between ``<!-- NAME -->`` and ``<!-- end -->``; it is never typed. ``--keep FOLDER``
+first keeps what ``gpu_check.sh`` has left there, under the name of its GPU.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import tyro
 
-from benchmarks import pages, results
+from benchmarks import pages, pytest_lines, results
+from benchmarks.gpu_check import STAGES
 from benchmarks.machine import ROOT
 from benchmarks.peers import EAGER, SDPA, VSTAR_KERNELS
 from benchmarks.report import figures, plots
 from benchmarks.report.page import describe
 from benchmarks.report.tables import Table, all_tables, of_frame, percent
-from benchmarks.results import Run
+from benchmarks.results import ResultsError, Run
 
-RESULTS = ROOT / "benchmarks/results/cpu-amd-epyc-zen5-2-cores"
-SECOND = ROOT / "benchmarks/results/cpu-amd-epyc-zen3-2-cores"
+KEPT = ROOT / "benchmarks/results"
+RESULTS = KEPT / "cpu-amd-epyc-zen5-2-cores"
+SECOND = KEPT / "cpu-amd-epyc-zen3-2-cores"
+GPUS = "gpu-"  # how the names of GPUs' folders begin
+NOTHING_MEASURED = "Nothing yet."
 RUNS = ("float32", "16-bit", "avx2", "avx2-bfloat16", "frames", "cross")
-CODEGEN = ROOT / "benchmarks/results/codegen/report.json"
+CODEGEN = KEPT / "codegen/report.json"
 MARGIN_FRAMES = (16, 32, 64, 128)
 PREDICTED_HEAD_DIMS = (40, 48, 64, 80, 160)
 PLOTS = ROOT / "docs/performance/plots"
@@ -114,6 +123,47 @@ def predictions() -> str:
     return f"Predicted from Triton {report['triton']}'s code, not measured:\n\n{table}"
 
 
+def keep(folder: Path) -> Path:
+    """Copies the files of ``gpu_check.sh`` to the kept results; returns their folder.
+
+    Raises:
+        ResultsError: They are not of one GPU.
+    """
+    runs = {x.name: folder / f"{x.name}.jsonl" for x in STAGES if x.suites}
+    found = [results.load(path) for path in runs.values() if path.exists()]
+    devices = sorted({str(run.environment["device"]) for run in found})
+    if len(devices) != 1 or any(run.plan.device != "cuda" for run in found):
+        raise ResultsError(
+            f"{folder}: must have the results of one GPU, has those of {devices or 'none'}"
+        )
+    place = KEPT / (GPUS + re.sub(r"[^a-z0-9]+", "-", devices[0].lower()).strip("-"))
+    place.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES:
+        if (file := folder / f"{stage.name}.jsonl").exists():
+            shutil.copyfile(file, place / file.name)
+    return place
+
+
+def measured() -> str:
+    """Returns the docs' part on GPUs: what each of the kept ones' stages found."""
+    parts = []
+    for folder in sorted(KEPT.glob(f"{GPUS}*")):
+        parts.append(f"### {folder.name.removeprefix(GPUS)}\n")
+        for stage in STAGES:
+            file = folder / f"{stage.name}.jsonl"
+            if not file.exists():
+                continue
+            if stage.suites:
+                run = _read(stage.name, folder)
+                parts.append(f"#### {stage.title[0].upper()}{stage.title[1:]}\n\n{describe(run)}\n")
+                parts += [table.markdown("##### ") for table in all_tables(run)]
+            elif stage.name != "tune":
+                counts = Counter(x["outcome"] for x in pytest_lines.read(file).values())
+                told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+                parts.append(f"{stage.title[0].upper()}{stage.title[1:]}: {told}.\n")
+    return "\n".join(parts) or NOTHING_MEASURED
+
+
 def replace(path: Path, name: str, text: str) -> None:
     """Puts ``text`` between the marks called ``name``."""
     pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
@@ -128,14 +178,31 @@ def replace(path: Path, name: str, text: str) -> None:
     path.write_text(page, encoding="utf-8")
 
 
-def _read(name: str) -> Run:
-    return results.load(RESULTS / f"{name}.jsonl")
+def _read(name: str, folder: Path = RESULTS) -> Run:
+    return results.load(folder / f"{name}.jsonl")
 
 
-if __name__ == "__main__":
+@dataclass(frozen=True)
+class Options:
+    """Write the kept results' tables into the README and the docs."""
+
+    keep: Path | None = None
+    """A folder of gpu_check.sh, whose results are kept from now on."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Writes all tables and pictures."""
+    options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.publish")
+    if options.keep is not None:
+        print(keep(options.keep))
     replace(ROOT / "README.md", "cpu", margins())
     replace(ROOT / "docs/performance/cpu.md", "plots", pictures())
     replace(ROOT / "docs/performance/cpu.md", "cpu", everything())
     replace(ROOT / "docs/performance/cpu.md", "pages", of_pages())
     draw()
     replace(ROOT / "docs/performance/gpu.md", "predictions", predictions())
+    replace(ROOT / "docs/performance/gpu.md", "measured", measured())
+
+
+if __name__ == "__main__":
+    main()

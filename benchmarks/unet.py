@@ -59,6 +59,8 @@ class Step:
         self.inputs: list[Tensors] = [(latents,)]
         text = self._model.config.cross_attention_dim
         self._prompt = torch.randn(SAMPLES, TEXT_TOKENS, text, **options)
+        # Of a number the model makes a tensor, by a copy that waits for the GPU.
+        self._timestep = torch.tensor(TIMESTEP, device=device)
         self._expected: dict[Any, Tensor] = {}
 
     def offers(self, peer: Peer) -> bool:
@@ -87,7 +89,7 @@ class Step:
         return error
 
     def _predict(self, latents: Tensor) -> Tensor:
-        return self._model(latents, TIMESTEP, encoder_hidden_states=self._prompt).sample
+        return self._model(latents, self._timestep, encoder_hidden_states=self._prompt).sample
 
     def _install(self, processors: dict[str, Any]) -> None:
         for layer in self._layers:

@@ -64,9 +64,15 @@ def render(run: Run) -> str:
 def describe(run: Run) -> str:
     """Returns in one line what the figures were measured on."""
     found = run.environment
-    threads = "" if run.plan.device == "cuda" else f", {found['threads']} threads, {found['isa']}"
+    if run.plan.device == "cuda":
+        driver = found["clocks and driver"]
+        if isinstance(driver, dict):  # else it is why nobody can tell
+            driver = driver["driver_version"]
+        with_what = f", driver {driver}, Triton {found['triton']}"
+    else:
+        with_what = f", {found['threads']} threads, {found['isa']}"
     text = (
-        f"{found['device']}{threads}, PyTorch {found['torch']}, commit {found['commit']}. "
+        f"{found['device']}{with_what}, PyTorch {found['torch']}, commit {found['commit']}. "
         f"Medians of at most {run.plan.rounds} interleaved rounds, σ = 1."
     )
     # What the device reached beside the kernels, over the models' calls on all its threads.

@@ -7,21 +7,25 @@ streams and of all gradients the first in order of preference (those of gradient
 alone, with a GPU too). Neither keeps a configuration that breaks a rule of
 ``benchmarks.codegen.report``: sizes without a fit tile get no entry, so that their calls go to the
 stream kernel; where no candidate is fit for all the kernels of a stream's gradients, the one that
-is for most of them is kept, and the others get their own.
+is for most of them is kept, and the others get their own. ``--times FILE`` measures where only a
+file can be taken away, and ``--take FILE`` enters its choices elsewhere.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 
 from benchmarks.codegen import cases
-from benchmarks.codegen.cases import Key
+from benchmarks.codegen.cases import Entry, Key
 from benchmarks.codegen.compile import in_processes
-from benchmarks.tune import choose
+from benchmarks.tune import choose, times
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,13 @@ class Options(cases.Selection):
     direction: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
     """Whether of outputs or of gradients."""
     jobs: int = 1
-    """Processes, with --predict."""
+    """Processes that compile."""
+    times: Path | None = None
+    """Measure, and only write this file: JSON lines, to which a later call adds what it lacks."""
+    stop_after: float = math.inf
+    """With --times, begin nothing after so many seconds."""
+    take: Path | None = None
+    """Choose as such a file says; needs no GPU."""
 
     def has(self, key: Key) -> bool:
         """Tells whether a key's configuration is to be chosen."""
@@ -45,17 +55,41 @@ class Options(cases.Selection):
         return super().has(key) and key.family in self.kernel and direction in self.direction
 
 
+def measured(key: Key) -> Entry | None:
+    """Returns the fastest candidate on this GPU."""
+    return choose.measured(key)[0]
+
+
+def measure_into(path: Path, keys: list[Key], options: Options) -> None:
+    """Adds the choices that a file of times lacks, after their candidates have been compiled."""
+    began, known = time.monotonic(), times.read(path)
+    todo = times.in_order_of_value([key for key in keys if key not in known], options.width)
+    for first in range(0, len(todo), options.jobs):
+        some = todo[first : first + options.jobs]
+        in_processes(choose.compiled, some, options.jobs, desc="compile", unit="key")
+        for key in some:
+            if time.monotonic() - began > options.stop_after:
+                return
+            times.append(path, key, *choose.measured(key))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Rewrites the files of configurations, after each architecture."""
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.tune")
+    if options.take is not None:
+        choose.write(times.read(options.take))
+        return
     function, jobs = choose.predicted, options.jobs
     if not options.predict:
         if not torch.cuda.is_available():
             raise SystemExit("torch finds no GPU to measure; --predict needs none")
         options = replace(options, target=(cases.this_gpu().architecture,))
-        function, jobs = choose.measured, 1
+        function, jobs = measured, 1
     for target in options.target:
         todo = [key for key in choose.keys(target) if options.has(key)]
+        if options.times is not None:
+            measure_into(options.times, todo, options)
+            continue
         if options.repair:
             flags = in_processes(choose.broken, todo, jobs, desc="check", unit="key")
             todo = [key for key, flag in zip(todo, flags, strict=True) if flag]

@@ -59,12 +59,22 @@ def predicted(key: Key) -> Entry | None:
     return combined(key) or next(iter(large), None)
 
 
-def measured(key: Key) -> Entry | None:
-    """Returns the fastest of a key's fit candidates on this GPU; of gradients, the first."""
+def measured(key: Key) -> tuple[Entry | None, dict[Entry, float]]:
+    """Returns the fastest of a key's fit candidates on this GPU, and their times.
+
+    Of gradients it is the first, and nothing is timed.
+    """
     if key.backward:
-        return predicted(key)
+        return predicted(key), {}
     found = list(filter(None, map(fit, candidates(key))))
-    return min(list(filter(small, found)) or found, key=seconds, default=None)
+    times = {entry: seconds(entry) for entry in list(filter(small, found)) or found}
+    return min(times, key=lambda entry: times[entry], default=None), times
+
+
+def compiled(key: Key) -> None:
+    """Compiles a key's candidates, which are then found on the disk."""
+    for entry in candidates(key):
+        fit(entry)
 
 
 def small(entry: Entry) -> bool:

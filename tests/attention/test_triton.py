@@ -34,7 +34,7 @@ from vstar_kernels.attention.triton import (
 )
 from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
 
-DEVICE = "cpu" if backend.interpreted() else "cuda"
+DEVICE = "cpu" if backend.interpreted() else "cuda:0"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAN, INF = float("nan"), float("inf")
 pytestmark = pytest.mark.usefixtures("poison")

@@ -53,13 +53,12 @@ def plan():
 def no_workers():
     """What workers do is done in this process, which has imported everything."""
 
-    def work(path, allocator, seconds):
+    def work(path, allocator, seconds, patience):
         threads = torch.get_num_threads()
         try:
-            measure.main(path, allocator, seconds)
+            return measure.main(path, allocator, seconds)
         finally:
             torch.set_num_threads(threads)
-        return 0
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "_work", work)

@@ -54,6 +54,7 @@ def test_short_calls_are_timed_many_at_once():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 def test_graphs_replay_what_was_captured_and_others_are_launched():
+    """The synchronising call is not captured, which would leave this process of no use."""
     clock = GpuClock()
     inputs = [(torch.full((2**22,), float(n), device="cuda"),) for n in range(3)]
     out = torch.empty_like(inputs[0][0])
@@ -62,9 +63,11 @@ def test_graphs_replay_what_was_captured_and_others_are_launched():
         out.copy_(x)
         return out.sum().item()  # not allowed in a capture
 
-    for call in (out.copy_, synchronising):
-        warm = clock.warm_up(TimedCall("a", call), inputs)
+    for timed in (TimedCall("a", out.copy_), TimedCall("b", synchronising, capture=False)):
+        warm = clock.warm_up(timed, inputs)
         for n in (2, 0, 1):
             assert clock.seconds(warm, n) > 1e-6
             torch.cuda.synchronize()
-            assert out.eq(n).all()
+            last = (n * warm.calls + warm.calls - 1) % 3 if warm.calls < 3 else None
+            assert (out == out[0]).all()
+            assert last is None or out[0] == last

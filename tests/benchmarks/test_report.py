@@ -117,6 +117,7 @@ def test_failures_are_in_the_report(run):
         ("docs/performance/cpu.md", "plots", publish.pictures),
         ("docs/performance/cpu.md", "cpu", publish.everything),
         ("docs/performance/gpu.md", "predictions", publish.predictions),
+        ("docs/performance/gpu.md", "measured", publish.measured),
     ],
 )
 def test_what_is_published_is_that_of_the_kept_results(page, name, make):

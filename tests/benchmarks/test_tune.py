@@ -12,7 +12,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from benchmarks.codegen import cases, frame_cases
 from benchmarks.codegen.binary import Binary
 from benchmarks.codegen.cases import Key
-from benchmarks.tune import candidates, choose, frame_times
+from benchmarks.tune import __main__ as tune_main
+from benchmarks.tune import candidates, choose, frame_times, times
 from benchmarks.tune import frames as tune_frames
 from vstar_kernels.attention.frames import composed, reference
 from vstar_kernels.attention.triton import configs, frames, frames_forward, plan
@@ -104,6 +105,30 @@ def test_no_candidate_is_taken_for_a_tile_that_is_too_large():
     assert candidates.candidates(Key("gfx942", "ieee", 128, 64))
     streams = candidates.candidates(Key("sm_80", "ieee", None, 256))
     assert all(isinstance(x.config, StreamConfig) for x in streams)
+
+
+def test_times_are_kept_as_they_are_made_and_taken_over(tmp_path, monkeypatch):
+    """In order of value; what the file has is not measured again."""
+    monkeypatch.setattr(choose, "compiled", lambda key: None)
+    monkeypatch.setattr(choose, "fit", lambda entry: entry)
+    monkeypatch.setattr(choose, "seconds", lambda entry: 1.0 / entry.config.warps)
+    path = tmp_path / "times.jsonl"
+    options = tune_main.Options(width=(80, 64), stop_after=60.0)
+    keys = [Key("sm_90", "16-bit", frames, width) for frames in (16, 32) for width in (64, 80)]
+    tune_main.measure_into(path, keys[:3], options)
+    path.write_text(path.read_text() + '{"torn')
+    assert list(times.read(path)) == [keys[2], keys[1], keys[0]]
+    path.write_text(path.read_text()[: -len('{"torn')])
+    tune_main.measure_into(path, keys, options)
+    chosen = times.read(path)
+    assert list(chosen) == [keys[2], keys[1], keys[0], keys[3]]
+    for key, entry in chosen.items():
+        most = max(x.config.warps for x in candidates.candidates(key))
+        assert entry.config.warps == most
+    taken = []
+    monkeypatch.setattr(choose, "write", taken.append)
+    tune_main.main(["--take", str(path)])
+    assert taken == [chosen]
 
 
 # ---- attention over frames ----

@@ -30,7 +30,7 @@ from vstar_kernels.attention.triton import (
 )
 from vstar_kernels.attention.triton.configs import ColumnsConfig
 
-DEVICE = "cpu" if backend.interpreted() else "cuda"
+DEVICE = "cpu" if backend.interpreted() else "cuda:0"
 NAN = float("nan")
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -24,7 +24,7 @@ from vstar_kernels.attention.frames import reference
 from vstar_kernels.attention.triton import configs, frames, frames_plan, frames_slots, plan
 from vstar_kernels.attention.triton.configs import FramesConfig
 
-DEVICE = "cpu" if backend.interpreted() else "cuda"
+DEVICE = "cpu" if backend.interpreted() else "cuda:0"
 NAN = float("nan")
 pytestmark = pytest.mark.usefixtures("poison")
 

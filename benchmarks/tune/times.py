@@ -1,0 +1,51 @@
+"""A file of choices by time: a line for each as it is made, with the seconds of all candidates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.codegen.cases import Entry, Key
+from vstar_kernels.attention.triton import configs
+from vstar_kernels.attention.triton.configs import TileConfig
+
+# Of tiles, those first whose speed is known least and that models call the most.
+ORDER = (32, 64, 128, 16)
+
+
+def in_order_of_value(keys: list[Key], widths: tuple[int, ...]) -> list[Key]:
+    """Returns the keys by frames, and by widths as these are named."""
+
+    def rank(key: Key) -> tuple[int, int]:
+        of_frames = ORDER.index(key.frames) if key.frames in ORDER else len(ORDER)
+        return of_frames, widths.index(key.width)
+
+    return sorted(keys, key=rank)
+
+
+def append(path: Path, key: Key, chosen: Entry | None, seconds: Mapping[Entry, float]) -> None:
+    """Adds a choice."""
+    line = {
+        "key": asdict(key),
+        "chosen": chosen and asdict(chosen.config),
+        "seconds": [[asdict(entry.config), time] for entry, time in seconds.items()],
+    }
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read(path: Path) -> dict[Key, Entry | None]:
+    """Returns the choices; a line that an interruption left incomplete does not count."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return dict(_choice(json.loads(line)) for line in lines)
+
+
+def _choice(line: dict[str, Any]) -> tuple[Key, Entry | None]:
+    key, config = Key(**line["key"]), line["chosen"]
+    if config is None:
+        return key, None
+    make = configs.stream_config if key.family == "stream" else TileConfig
+    return key, Entry(**line["key"], config=make(**config))
