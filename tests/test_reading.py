@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import time
 
 import pytest
 
 import vstar_kernels as vk
 from vstar_kernels.methods.vstar.writer import SynopsisError
-from vstar_kernels.reading import FormatError, clean, decode, shorten
+from vstar_kernels.reading import FormatError, clean, decode, decode_yaml, shorten
 
 DEEP = 200_000
 GOOD = {"prompt": "A pond.", "stages": ["Water.", "Ice."]}
@@ -143,6 +144,39 @@ def test_what_json_should_not_hold_is_named_by_its_path(document, message):
     with pytest.raises(FormatError) as caught:
         decode(document)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ("seeds: 2\noptions: {}\nseeds: 3\n", "line 3: seeds is there twice, first in line 1"),
+        ("a:\n  - {b: 1, c: 2, b: 3}\n", "line 2: b is there twice, first in line 2"),
+        ("a: &x {b: 1,\n  b: 2}\nc: *x\n", "line 2: b is there twice, first in line 1"),
+        ("1: a\n0x1: b\n", "line 2: 0x1 is there twice, first in line 1"),
+        ("1: a\n'1': b\n", "1: it is there twice"),
+        ("a: {<<: {b: 1}, <<: {c: 2}}", "line 1: << is there twice, first in line 1"),
+        ("[" * 3000, "it is nested too deeply"),
+        ("? [a, b]\n: 1", "it is not YAML of texts, numbers, lists and objects"),
+        ("a: .nan", "a: NaN is not a number in JSON"),
+        ("&a [*a]", "Circular reference"),
+    ],
+)
+def test_what_yaml_should_not_hold(document, message):
+    pytest.importorskip("yaml")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        decode_yaml(document)
+
+
+def test_yaml():
+    pytest.importorskip("yaml")
+    merged = "outer: {base: &b {<<: &a {x: 1, y: 1}, x: 2}}\nc: {<<: *b, y: 3}\nagain: *a\n"
+    assert decode_yaml(merged) == {
+        "outer": {"base": {"x": 2, "y": 1}},
+        "c": {"x": 2, "y": 3},
+        "again": {"x": 1, "y": 1},
+    }
+    assert decode_yaml("") is None
+    assert decode_yaml("[{a: 1}, {a: 2}]") == [{"a": 1}, {"a": 2}]
 
 
 LARGE = 2**20

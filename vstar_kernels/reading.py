@@ -159,6 +159,63 @@ def decode(text: str, clean: Clean = clean) -> Any:
     return decoded
 
 
+def decode_yaml(text: str) -> Any:
+    """Decodes YAML of what JSON has too, as strictly as :func:`decode`.
+
+    Raises:
+        ImportError: PyYAML is not installed.
+        FormatError: See :func:`decode`; of a key that is there twice, the message has the lines.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError(f"YAML needs PyYAML ({error}); JSON needs nothing") from error
+    loader: Any = None
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_keys(loader, node)
+        return decode(json.dumps(loader.construct_document(node)))
+    except RecursionError:
+        raise FormatError("it is nested too deeply") from None
+    except (yaml.YAMLError, TypeError) as error:  # dates, for one, are not of JSON
+        raise FormatError(f"it is not YAML of texts, numbers, lists and objects: {error}") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _check_keys(loader: Any, root: Any) -> None:
+    """Raises FormatError where an object has a key twice, of which PyYAML takes the last."""
+    import yaml
+
+    waiting, seen = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:  # by an anchor, also within itself
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += reversed(node.value)
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        waiting += reversed([value for _, value in node.value])
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # no name of an object in JSON: refused later
+            is_merge = key.tag == "tag:yaml.org,2002:merge"  # of another object, <<
+            name = key.value if is_merge else loader.construct_object(key)
+            line = key.start_mark.line + 1
+            if name in lines:
+                raise FormatError(
+                    f"line {line}: {shorten(key.value)} is there twice, first in line {lines[name]}"
+                )
+            lines[name] = line
+
+
 def _first_problem(decoded: Any) -> str:
     """Returns the first problem that is found in decoded JSON, behind its path."""
     waiting: list[tuple[Any, Any]] = [((), decoded)]  # a path is a pair: the path above, a step

@@ -20,7 +20,14 @@ from vstar_kernels.methods.starvid.trajectory import Trajectory
 from vstar_kernels.methods.vstar.synopsis import Synopsis, synopses_of
 from vstar_kernels.methods.vstar.vstar import PAPER
 from vstar_kernels.models.config import TARConfig
-from vstar_kernels.reading import FormatError, decode, read_text, require_pydantic, validate
+from vstar_kernels.reading import (
+    FormatError,
+    decode,
+    decode_yaml,
+    read_text,
+    require_pydantic,
+    validate,
+)
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -263,18 +270,7 @@ def _load(path: Path) -> Any:
     if kind == ".jsonl":
         return [_decode_line(number, line) for number, line in lines_of(text)]
     if kind in (".yaml", ".yml"):
-        try:
-            import yaml
-        except ImportError as error:
-            raise ImportError(f"YAML needs PyYAML ({error}); JSON needs nothing") from error
-        try:
-            return decode(json.dumps(yaml.safe_load(text)))
-        except RecursionError:
-            raise FormatError("it is nested too deeply") from None
-        except (yaml.YAMLError, TypeError) as error:  # dates, for one, are not of JSON
-            raise FormatError(
-                f"it is not YAML of texts, numbers, lists and objects: {error}"
-            ) from None
+        return decode_yaml(text)
     if kind == ".csv":
         try:
             return list(_column(text))
