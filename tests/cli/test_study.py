@@ -32,6 +32,7 @@ from vstar_kernels.cli.options import CommandError
 from vstar_kernels.cli.study import scores as scores_module
 from vstar_kernels.cli.study.figures import labels_of, plot_sweep
 from vstar_kernels.cli.study.plan import Prompt, Variant, Video, read_study
+from vstar_kernels.cli.study.report import write_report
 from vstar_kernels.cli.study.scores import Scored, named, score_video
 from vstar_kernels.cli.study.table import Row
 
@@ -275,6 +276,26 @@ def test_a_line_of_a_plot_is_of_one_variant(tmp_path):
         "guidance_scale = 3, without stages, strength = 3": [4, 5],
         "guidance_scale = 3, without stages, strength = 4": [6, 7],
     }
+
+
+def test_only_figures_that_a_study_wrote_go(tmp_path):
+    def report(swept):
+        variants = [Variant(f"{x}", {}, swept={swept: x}) for x in (1, 2)]
+        rows = [Row(i, "", "a", x, 0, {"score": 1.0}, {}, {}) for i, x in enumerate(variants)]
+        write_report(tmp_path, "t", [], rows, [], [])
+        return {path.name for path in tmp_path.glob("*.png")}
+
+    mine = {"over-mine.png", "similarities.png"}
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    assert report("sigma") == {"over-variants.png", "over-sigma.png", *mine}
+    assert report("strength") == {"over-variants.png", "over-strength.png", *mine}
+    (tmp_path / "outside.png").write_text("mine")
+    for record in ('["../outside.png", "/outside.png", ".", 3]', "[", "{}"):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out/figures.json").write_text(record)
+        write_report(tmp_path / "out", "t", [], [], [], [])
+    assert {(tmp_path / name).read_text() for name in (*mine, "outside.png")} == {"mine"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -28,12 +30,14 @@ from vstar_kernels.cli.study.table import (
     videos_csv,
 )
 from vstar_kernels.files import write_atomically
+from vstar_kernels.reading import FormatError, decode, read_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE, VIDEOS_TABLE, VARIANTS_TABLE = "study.html", "scores.csv", "variants.csv"
-OTHER_FIGURES = ("similarities", "histograms")
+FIGURES = "figures.json"  # the names of the figures that were written
+_FIGURE = re.compile(r"[\w-]+\.png")
 DPI = 120
 MOST_PANELS = 6  # variants beside each other
 
@@ -63,12 +67,9 @@ def write_report(
     columns = columns_of(rows)
     write_atomically(output / VIDEOS_TABLE, videos_csv(rows))
     write_atomically(output / VARIANTS_TABLE, variants_csv(means))
-    for earlier in (*output.glob("over-*.png"), *(output / f"{x}.png" for x in OTHER_FIGURES)):
-        earlier.unlink(missing_ok=True)  # what this study has not must not look like a part of it
-    shown = []
-    for name, heading, figure, caption in _figures(rows, columns):
-        figure.savefig(output / f"{name}.png", dpi=DPI)
-        shown.append((heading, figure_uri(figure), caption))
+    figures = _figures(rows, columns)
+    _replace_figures(output, {f"{name}.png": figure for name, _, figure, _ in figures})
+    shown = [(heading, figure_uri(figure), caption) for _, heading, figure, caption in figures]
     table = [
         [name, *(str(some[column]) if column in some else "" for column in columns)]
         for name, some in means.items()
@@ -84,6 +85,23 @@ def write_report(
         groups=_groups(videos, {row.number: row for row in rows}),
     )
     write_atomically(output / PAGE, page)
+
+
+def _replace_figures(output: Path, figures: Mapping[str, Figure]) -> None:
+    """Writes the figures by the names of their files, in the place of an earlier run's.
+
+    Those that this study has not must not look like a part of it. The folder may hold pictures of
+    others under any name: only those go that are in the record of what was written.
+    """
+    record = output / FIGURES
+    with suppress(OSError, FormatError):  # there is none, or it is not ours
+        written = decode(read_text(record))
+        for name in written if isinstance(written, list) else []:
+            if isinstance(name, str) and _FIGURE.fullmatch(name) and name not in figures:
+                (output / name).unlink(missing_ok=True)
+    write_atomically(record, json.dumps([*figures], indent=1) + "\n")
+    for name, figure in figures.items():
+        figure.savefig(output / name, dpi=DPI)
 
 
 def _figures(rows: Sequence[Row], columns: Sequence[str]) -> list[tuple[str, str, Figure, str]]:
