@@ -5,7 +5,9 @@ They are run by ``make test-ray`` alone, but for those without Ray.
 
 import json
 import os
+import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -195,7 +197,10 @@ def test_an_interruption_says_how_far_it_came(tmp_path, monkeypatch):
     assert len((tmp_path / INDEX).read_text().splitlines()) == 1
 
 
-def test_an_address_that_is_none(tmp_path, monkeypatch):
+@pytest.fixture
+def connect(tmp_path, monkeypatch):
+    """Run a job on a cluster at an address, by a Ray that connects to nothing."""
+
     def init(**_):
         raise ValueError("Invalid address format")  # Ray's own, as is many another kind
 
@@ -204,9 +209,28 @@ def test_an_address_that_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(cluster_module, "_import_ray", lambda: ray)
     monkeypatch.setattr(cluster_module, "_quiet", lambda ray: None)
     folder = JobFolder(tmp_path, jobs("a"), NAMES)
-    more = {"address": "nonsense", "workers": None, "retries": 0, "gpus": False}
-    with pytest.raises(CommandError, match="--ray 'nonsense': cannot connect: Invalid address"):
-        run_on_ray(folder, Maker, Silent(), **more)
+    more = {"workers": None, "retries": 0, "gpus": False}
+    return lambda address: run_on_ray(folder, Maker, Silent(), address=address, **more)
+
+
+def test_an_address_that_is_none(connect):
+    for address in ("nonsense", "auto", "anyscale://a:1"):
+        with pytest.raises(CommandError, match=f"--ray '{address}': cannot connect: Invalid addr"):
+            connect(address)
+
+
+@pytest.mark.parametrize("kind", ["{}", "ray://{}"])
+def test_an_address_where_nothing_answers(connect, kind):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        address = kind.format(f"127.0.0.1:{port}")
+        with pytest.raises(CommandError, match="cannot connect: Invalid address"):
+            connect(address)
+    for dead in (address, kind.format("127.0.0.1:99999"), kind.format("[::1]:1"), "a..b:1"):
+        start = time.monotonic()
+        with pytest.raises(CommandError, match=f"--ray '{re.escape(dead)}': nothing answers there"):
+            connect(dead)
+        assert time.monotonic() - start < 60  # Ray waits for two minutes
 
 
 def test_without_ray(tmp_path, monkeypatch):

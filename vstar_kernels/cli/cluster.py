@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from vstar_kernels.cli.jobs import JobFolder, Make, Outcome, Place, Report, fail
 from vstar_kernels.cli.options import CommandError
 from vstar_kernels.reading import shorten
 
+ANSWER_SECONDS = 5  # in which a cluster's head takes a connection
 TRIES = ".tries"  # a file for each job that is being made, longer by a byte for each try
 
 
@@ -183,6 +185,7 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    _check_answers(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # of an address that is none, too many kinds
@@ -192,6 +195,17 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raises CommandError where nothing answers at a host and port: Ray asks for two minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or "://" in host or not port.isdecimal():
+        return  # auto, local, or a name that Ray looks up
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as error:  # of no port, of no host's name
+        raise CommandError(f"--ray {address!r}: nothing answers there: {error}") from error
 
 
 def _reason(error: Exception) -> str:
