@@ -262,6 +262,20 @@ def test_steps_of_a_model_by_itself(unet):
     assert {m.step for m in capture.maps} == {5}
 
 
+def test_steps_that_never_came(unet):
+    with vk.capture_maps(unet, steps=[99, 7]) as capture:
+        assert capture.maps == []  # it was not called yet
+        for capture.step in (3, 4):
+            call(unet)
+        with pytest.warns(UserWarning, match=r"steps names 7, 99, and .* was called at 3, 4$"):
+            assert capture.maps == []
+        capture.clear()
+        assert capture.maps == []
+        for capture.step in (7, 8):
+            call(unet)
+        assert {m.step for m in capture.maps} == {7}
+
+
 def test_steps_that_can_be_none(unet):
     for steps in ("x", 3, ["a"], [1.0], [True]):
         with pytest.raises(TypeError, match="steps must be indices of denoising steps or None"):
@@ -336,6 +350,8 @@ def test_free_noise_raises():
 def test_wrong_arguments_are_refused(unet):
     with pytest.raises(ValueError, match="max_rows must be at least 1, got 0"):
         vk.capture_maps(unet, max_rows=0)
+    with pytest.raises(TypeError, match="max_rows must be an integer, got float"):
+        vk.capture_maps(unet, max_rows=1.5)
     with pytest.raises(ValueError, match="a compiled UNet3DConditionModel"):
         vk.capture_maps(torch.compile(unet, backend="eager"))
     with pytest.raises(TypeError, match="got dict"):

@@ -24,7 +24,7 @@ from vstar_kernels.analysis.maps import (
     find_maps,
     mean_map,
 )
-from vstar_kernels.attention.frames.layout import Layout
+from vstar_kernels.attention.frames.layout import Layout, check_count
 from vstar_kernels.models.conditional import in_conditional_passes
 from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
 from vstar_kernels.models.front_end import (
@@ -123,15 +123,14 @@ def capture_maps(
         A handle: a context manager, with ``remove()``, which keeps its maps afterwards.
 
     Raises:
-        TypeError: ``pipe_or_model`` is of the wrong kind.
+        TypeError: ``pipe_or_model`` or another argument is of the wrong kind.
         ValueError: It has no temporal attention or is compiled, ``layers`` chooses none or names
             what there is not, or ``max_rows`` is less than 1. At a forward pass: the step
             cannot be known, or the tokens are not those of the layout.
         RuntimeError: At a forward pass: a layer was not called, or its projections were not
             (``fuse_qkv_projections``), or it was called several times (FreeNoise).
     """
-    if max_rows < 1:
-        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+    check_count(max_rows, "max_rows", 1)
     wanted = as_indices("steps", steps, "indices of denoising steps or None")
     full3d = find_full3d(pipe_or_model, unknown=layout is not None)
     grids = {} if full3d else find_grids(pipe_or_model)
@@ -233,7 +232,12 @@ class MapCapture(SteppedHandle):
 
     @property
     def maps(self) -> list[AttentionMap]:
-        """The maps captured so far, in the order of the layers' first calls."""
+        """The maps captured so far, in the order of the layers' first calls.
+
+        Warns where there are none because the model was called at no step that ``steps`` names.
+        """
+        if not self._maps:
+            self.steps.warn_without_maps()
         return list(self._maps.values())
 
     def mean(
@@ -255,13 +259,16 @@ class MapCapture(SteppedHandle):
         Raises:
             ValueError: There is none.
         """
-        maps = find_maps(self.maps, level=level, place=place, step=step, model=model, branch=branch)
+        maps = find_maps(
+            self._maps.values(), level=level, place=place, step=step, model=model, branch=branch
+        )
         return torch.stack([item.map for item in maps]).mean(dim=0)
 
     def clear(self) -> None:
         """Forgets the maps captured so far; the next call is the first of its step."""
         with self._lock:
             self._maps = {}
+            self.steps.forget()
         for watch_ in self._watches:
             watch_.passes.turns.forget()
 

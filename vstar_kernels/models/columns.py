@@ -236,7 +236,12 @@ class ColumnCapture(SteppedHandle):
 
     @property
     def maps(self) -> list[ColumnMap]:
-        """The maps captured so far, in the order of the layers' first calls."""
+        """The maps captured so far, in the order of the layers' first calls.
+
+        Warns where there are none because the model was called at no step that ``steps`` names.
+        """
+        if not self._maps:
+            self._steps.warn_without_maps()
         return list(self._maps.values())
 
     def mean(
@@ -260,7 +265,7 @@ class ColumnCapture(SteppedHandle):
         Raises:
             ValueError: There is none.
         """
-        maps = find_maps(self.maps, step=step, level=level, place=place)
+        maps = find_maps(self._maps.values(), step=step, level=level, place=place)
         height, width = self.size(maps[0].grid, size)
         return torch.stack([resize_maps(m.map, height, width) for m in maps]).mean(0)
 
@@ -275,6 +280,7 @@ class ColumnCapture(SteppedHandle):
         """Forgets the maps captured so far."""
         with self._lock:
             self._maps = {}
+            self._steps.forget()
 
     def remove(self) -> None:
         """Puts the layers' attention back and keeps the maps; nothing happens the second time."""

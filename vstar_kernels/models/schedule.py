@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vstar_kernels.models.hooks import Handle
+from vstar_kernels.reading import shorten
 
 Steps = int | float | Callable[[int, float], bool] | None
 
@@ -190,6 +192,7 @@ class ChosenSteps:
         self.find_scheduler = find_scheduler
         self.announced = AnnouncedStep()
         self._steps = steps
+        self._others: set[int] = set()
 
     def find(self, model: nn.Module, timestep: Any, told: int | None = None) -> int | None:
         """Returns the step of a forward pass that begins in this thread, None if it is not known.
@@ -213,8 +216,29 @@ class ChosenSteps:
         return look_up_step(timestep, scheduler, "steps")
 
     def wants(self, step: int | None) -> bool:
-        """Returns whether a step is one of those."""
-        return self._steps is None or step in self._steps
+        """Returns whether a step is one of those; takes note of it otherwise."""
+        if self._steps is None or step in self._steps:
+            return True
+        if step is not None:
+            self._others.add(step)
+        return False
+
+    def forget(self) -> None:
+        """Forgets at which other steps the model was called."""
+        self._others = set()
+
+    def warn_without_maps(self) -> None:
+        """Warns whoever reads no maps, if the model was called, but at other steps alone."""
+        others = self._others
+        if not self._steps or not others:
+            return
+        asked = ", ".join(map(str, sorted(self._steps)))
+        called = ", ".join(map(str, sorted(others)))
+        warnings.warn(
+            f"there are no maps: steps names {shorten(asked, 60)}, and the model was called at "
+            f"{shorten(called, 60)}",
+            stacklevel=3,
+        )
 
 
 T = TypeVar("T")
