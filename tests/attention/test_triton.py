@@ -522,8 +522,14 @@ def test_ties_and_large_logits():
 
 
 def test_empty_batch():
-    q, k, v = inputs(0, 16, 2, 8)
-    assert tar(q, k, v, vk.GaussianBias(1.0)).shape == (0, 16, 2, 8)
+    bias = vk.GaussianBias(1.0)
+    for shape in ((0, 16, 2, 8), (2, 0, 16, 2, 8), (2, 4, 16, 0, 8)):
+        q, k, v = inputs(*shape)
+        assert tar(q, k, v, bias).shape == shape
+        for options in ({"return_map": True}, {"return_map": True, "map_block": 3}):
+            _, found = tar(q, k, v, bias, **options)
+            _, expected = vk.tar_attention(q, k, v, bias, backend="reference", **options)
+            torch.testing.assert_close(found.cpu(), expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("frames", [16, 130])

@@ -95,7 +95,8 @@ def forward(call: Call, *, save: bool = False) -> Forward:
     out = call.output()
     if not out.numel():
         blocks = call.map_shape if call.options.map_block else None
-        return Forward(out, None if blocks is None else plan.new(out, *blocks).zero_())
+        # The mean over no sequences.
+        return Forward(out, None if blocks is None else plan.new(out, *blocks).fill_(math.nan))
     call = _with_delta_here(call)
     key = plan.forward_key(call, out, save=save)
     with on(call.device):
