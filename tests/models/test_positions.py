@@ -71,23 +71,37 @@ def test_all_positions_are_the_models_own():
     assert torch.equal(call(copied, "UNetMotionModel"), stock)
 
 
+class Pipeline:
+    def __init__(self, **components):
+        self.components = components
+        self.__dict__.update(components)
+
+
 @torch.no_grad()
 def test_beside_tar_and_in_several_models():
-    class Pipeline:
-        def __init__(self, **components):
-            self.components = components
-            self.__dict__.update(components)
-
-    models = {"unet": make("UNetMotionModel"), "controlnet": make("SparseControlNetModel")}
+    """Which have the same positions in the same call, and others in the next one."""
+    models = {name: make(name) for name in NAMES[:2]}
     config = vk.TARConfig(1.0, steps=None)
-    for name, model in zip(NAMES, models.values(), strict=False):
-        oracle = with_rows(make(name), drawn())
-        with vk.apply_tar(oracle, config):
-            expected = call(oracle, name)
-        numbers = generator()
-        pipe = Pipeline(**models)
-        with vk.randomize_positions(pipe, LONGEST, generator=numbers), vk.apply_tar(pipe, config):
-            assert torch.equal(call(model, name), expected)
+    numbers = generator()
+    in_turn = [torch.randperm(LONGEST, generator=numbers)[:FRAMES].sort().values for _ in range(4)]
+    expected = {name: [] for name in models}
+    for name in models:
+        for rows in in_turn:
+            oracle = with_rows(make(name), rows)
+            with vk.apply_tar(oracle, config):
+                expected[name].append(call(oracle, name))
+    pipe = Pipeline(unet=models["UNetMotionModel"], controlnet=models["SparseControlNetModel"])
+    # The controlnet at 10 is not of the UNet's second call, which was at 20.
+    calls = [(1, 10, 0), (0, 10, 0), (0, 20, 1), (1, 10, 2), (0, 10, 2), (1, 10, 3)]
+    with (
+        vk.randomize_positions(pipe, LONGEST, generator=generator()),
+        vk.apply_tar(pipe, config),
+    ):
+        for which, timestep, draw in calls:
+            name = NAMES[which]
+            out = call(models[name], name, timestep=timestep)
+            if timestep == 10:  # of the oracle
+                assert torch.equal(out, expected[name][draw])
 
 
 def test_layers_that_are_computed_again_have_the_same_positions():
@@ -133,8 +147,9 @@ def test_what_cannot_be_is_refused():
         vk.randomize_positions(motion, 8.0)
     with pytest.raises(TypeError, match=r"generator must be a torch.Gen.* got int"):
         vk.randomize_positions(motion, LONGEST, generator=5)
-    with pytest.raises(ValueError, match="longest must be at least 1 frame, got 0"):
-        vk.randomize_positions(motion, 0)
+    for longest in (0, 2**40, 10**5000):
+        with pytest.raises(ValueError, match="longest must be from 1 to 65536 positions, got "):
+            vk.randomize_positions(motion, longest)
 
 
 def test_learned_positions_are_not_drawn():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from vstar_kernels.attention.bias import shown
 from vstar_kernels.models.classes import ClassChange
 from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
 from vstar_kernels.models.front_end import (
@@ -26,6 +28,7 @@ from vstar_kernels.models.hooks import (
 )
 from vstar_kernels.models.layers import TemporalLayer
 
+MOST_POSITIONS = 2**16  # to draw from: a table of 1,280 channels has 320 MiB
 FRAMES_DIM = 2  # of the samples of the models that have such embeddings
 _TABLES, _PART = "_vstar_kernels_tables", "_vstar_kernels_part"
 Tables = dict[int, Tensor]  # by the number of channels
@@ -117,21 +120,12 @@ class Positions:
         """Whether the model has any that end."""
         return bool(self._embeddings)
 
-    def draw(
-        self, sample: Tensor, longest: int, generator: torch.Generator | None = None
-    ) -> Tables:
-        """Returns positions that are drawn for a sample, see :func:`randomize_positions`.
+    def at(self, drawn: Tensor, longest: int) -> Tables:
+        """Returns the positions of frames that have places of their own, of ``longest`` places.
 
         Raises:
-            ValueError: There are more frames than ``longest``, or the positions are not sinusoidal.
+            ValueError: The positions are not sinusoidal.
         """
-        frames = sample.shape[FRAMES_DIM]
-        if frames > longest:
-            raise ValueError(
-                f"longest must be at least the {frames} frames of a call, got {longest}"
-            )
-        device = None if generator is None else generator.device
-        drawn = torch.randperm(longest, generator=generator, device=device)[:frames].sort().values
         buffers: list[Any] = [x.owner._buffers[x.buffer] for x in self._embeddings.values()]
         tables: Tables = {}
         for buffer in buffers:
@@ -305,7 +299,8 @@ def randomize_positions(
     longer videos than their clips. How they are drawn is Ruoss et al.'s (arXiv 2305.16843): as many
     of 0 … ``longest`` − 1 as there are frames, none twice, in ascending order, anew each time. That
     the whole batch and all layers have the same, and that the tables are the model's own sinusoids,
-    is our choice.
+    is our choice. So have a pipeline's models that are called one after another, each once, with as
+    many frames at the same timesteps: a UNet and its SparseCtrl.
 
     >>> with vk.randomize_positions(unet, longest=64):
     ...     predicted = unet(noisy, timestep, text).sample  # of 16 frames
@@ -318,7 +313,8 @@ def randomize_positions(
     Args:
         pipe_or_model: A pipeline, whose every model with such positions is treated, or one model,
             not compiled.
-        longest: How many positions there are to draw from, at least the frames of each call.
+        longest: How many positions there are to draw from, at least the frames of each call, at
+            most 65,536.
         generator: Of the draws; None is torch's own.
 
     Returns:
@@ -327,22 +323,25 @@ def randomize_positions(
 
     Raises:
         TypeError: ``pipe_or_model``, ``longest`` or ``generator`` is of the wrong kind.
-        ValueError: There are no such positions, the model is compiled, or another handle changes
-            its positions. At a forward pass: it has more frames, or the positions are not
-            sinusoidal.
+        ValueError: ``longest`` is out of its range, there are no such positions, the model is
+            compiled, or another handle changes its positions. At a forward pass: it has more
+            frames, or the positions are not sinusoidal.
     """
     if isinstance(longest, bool) or not isinstance(longest, int):
         raise TypeError(f"longest must be an integer, got {type(longest).__name__}")
-    if longest < 1:
-        raise ValueError(f"longest must be at least 1 frame, got {longest}")
+    if not 1 <= longest <= MOST_POSITIONS:
+        raise ValueError(
+            f"longest must be from 1 to {MOST_POSITIONS} positions, got {shown(longest)}"
+        )
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
             f"generator must be a torch.Generator or None, got {type(generator).__name__}"
         )
     models = models_with_temporal_attention(pipe_or_model)
+    draws = _Draws(longest, generator)
     found = []
     for name, model in models.items():
-        drawn = _DrawnPositions(model, longest, generator)
+        drawn = _DrawnPositions(model, draws)
         if drawn.positions.are_there:
             if is_compiled(pipe_or_model, name, model):
                 raise ValueError(f"positions of a compiled {type(model).__name__} cannot be drawn")
@@ -376,15 +375,51 @@ class _DrawnPass(ForwardPass):
         self.tables = tables
 
 
+class _Draws:
+    """Draws the positions of frames, by thread: the same for each model of one call of them all."""
+
+    def __init__(self, longest: int, generator: torch.Generator | None) -> None:
+        self.longest = longest
+        self._generator = generator
+        self._thread = threading.local()
+
+    def take(self, model: nn.Module, frames: int, timestep: Any) -> Tensor:
+        """Returns the positions of a forward pass, in ascending order.
+
+        What was drawn last is what a model has, too, that has not had it yet, with as many frames
+        at the same timesteps.
+
+        Raises:
+            ValueError: There are more frames than positions.
+        """
+        if frames > self.longest:
+            raise ValueError(
+                f"longest must be at least the {frames} frames of a call, got {self.longest}"
+            )
+        models: set[int]
+        drawn, of, models = getattr(self._thread, "last", (torch.empty(0), None, set()))
+        if id(model) in models or len(drawn) != frames or _values(of) != _values(timestep):
+            device = None if self._generator is None else self._generator.device
+            every = torch.randperm(self.longest, generator=self._generator, device=device)
+            drawn, models = every[:frames].sort().values, set()
+        models.add(id(model))
+        self._thread.last = drawn, timestep, models
+        return drawn
+
+
+def _values(timestep: Any) -> set[float]:
+    """Returns the timesteps of a call, however often it has each."""
+    return {float(x) for x in torch.as_tensor([] if timestep is None else timestep).flatten()}
+
+
 class _DrawnPositions:
     """One model whose positions are drawn; itself the hook that runs before each forward pass."""
 
-    def __init__(self, model: nn.Module, longest: int, generator: torch.Generator | None) -> None:
+    def __init__(self, model: nn.Module, draws: _Draws) -> None:
         self.positions = Positions(model, extend=False, tables=lambda: None)
         self.positions.find(temporal_layers(model))
         self._model = model
-        self._longest = longest
-        self._generator = generator
+        self._draws = draws
         self._front_end = find_front_end(model)
         self._hooks = Hooks()
         self._passes: ForwardPasses[_DrawnPass] = ForwardPasses(
@@ -415,9 +450,9 @@ class _DrawnPositions:
         """Draws the positions of a forward pass."""
         if kwargs is None:  # another thread has just taken the hook off
             return
-        sample = self._front_end.read_call(model, args, kwargs).sample
-        tables = self.positions.draw(sample, self._longest, self._generator)
-        self._passes.begin(_DrawnPass(tables))
+        call = self._front_end.read_call(model, args, kwargs)
+        drawn = self._draws.take(model, call.sample.shape[FRAMES_DIM], call.timestep)
+        self._passes.begin(_DrawnPass(self.positions.at(drawn, self._draws.longest)))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Becomes a hook that refuses to run in a copy of the model."""
