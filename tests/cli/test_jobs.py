@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,9 +184,17 @@ def test_two_processes_share_the_jobs_and_one_may_die(tmp_path):
     dies = start(tmp_path, 600)
     try:
         assert dies.stdout.readline() == "a\n"
+        # What no living process has begun goes; what is not a job's stays.
+        (part,) = tmp_path.glob(".part-*")
+        abandoned, mine = tmp_path / ".part-0123456789abcdef", tmp_path / ".part-mine"
+        for folder in (abandoned, mine):
+            folder.mkdir()
+            (folder / "text.txt").touch()
         # Nor does another job come into the folder that it is to have.
         other = JobFolder(tmp_path, jobs("a", steps=2), NAMES)
         assert other.make(other.places[0], Maker(), print, wait=False) is None
+        assert set(tmp_path.glob(".part-*")) == {part, mine}
+        shutil.rmtree(mine)
         lives = start(tmp_path, 0)
         others = [lives.stdout.readline().strip() for _ in range(3)]
         assert others == ["b", "c", "d"]  # not what the other one is at

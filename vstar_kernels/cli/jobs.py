@@ -32,6 +32,8 @@ from vstar_kernels.reading import FormatError, decode, read_text, shorten
 RECORD = "generation.json"
 INDEX = "index.jsonl"
 LOCK = ".lock"
+PART, PART_DIGITS = ".part-", 16  # of a job that is being made: before how much of its hash
+LOCK_DIGITS = 15  # of its hash, a byte's place in the file
 LONGEST_SLUG = 48  # characters of a folder's name
 SHOWN = 500  # characters of an error
 SHOWN_KEPT = 4000  # of one that says in the end where results are kept
@@ -187,6 +189,7 @@ class JobFolder:
             name = _free(f"{number:0{digits}}-{slug(job.name)}", taken)
             taken.add(name)
             self.places.append(Place(number, job, digest, name, self._hash_in(name)))
+        self._clear_abandoned()
 
     def find(self, place: Place) -> Outcome | None:
         """Returns the outcome of a job whose folder is complete, None if it is not."""
@@ -249,8 +252,21 @@ class JobFolder:
         """Deletes what a process that has died has left of a job; it must not be running."""
         shutil.rmtree(self._scratch(place), ignore_errors=True)
 
+    def _clear_abandoned(self) -> None:
+        """Deletes what processes that have died have left of any jobs; those that live hold locks.
+
+        A job's own is deleted when it is made again, but perhaps nobody wants it any more.
+        """
+        for scratch in self.path.glob(f"{PART}*"):
+            start = scratch.name.removeprefix(PART)  # of its hash, which is enough for its lock
+            if re.fullmatch(rf"[0-9a-f]{{{PART_DIGITS}}}", start) is None:
+                continue
+            with self._locks.hold(start, wait=False) as held:
+                if held and self._locks.work:
+                    shutil.rmtree(scratch, ignore_errors=True)
+
     def _scratch(self, place: Place) -> Path:
-        return self.path / f".part-{place.hash[:16]}"
+        return self.path / f"{PART}{place.hash[:PART_DIGITS]}"
 
     def _hash_in(self, folder: str) -> str | None:
         """Returns the hash of the job in a folder, empty if it is not complete; None without it."""
@@ -337,9 +353,13 @@ class Locks:
     """Locks of jobs, each one byte of a file, which end with the process at the latest.
 
     Byte locks (POSIX) hold over NFS, too, and between processes only, not between threads.
+
+    Attributes:
+        work: Whether the system has not refused to lock: otherwise nobody is kept out.
     """
 
     def __init__(self, path: Path) -> None:
+        self.work = True
         self._path = path
         self._file: Any = None
 
@@ -353,11 +373,12 @@ class Locks:
         try:
             import fcntl
         except ImportError:  # Windows, where the folders' being renamed must do
+            self.work = False
             yield True
             return
         if self._file is None:
             self._file = self._path.open("ab")
-        place = int(digest[:15], 16)
+        place = int(digest[:LOCK_DIGITS], 16)
         how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
         try:
             fcntl.lockf(self._file, how, 1, place)
@@ -365,6 +386,7 @@ class Locks:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 yield False
                 return
+            self.work = False
             warnings.warn(
                 f"{self._path} cannot be locked ({error}): let one process at a time work there",
                 stacklevel=2,
