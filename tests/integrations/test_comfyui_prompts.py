@@ -63,6 +63,21 @@ def test_texts_of_different_lengths_are_attended_to_as_they_were(run):
         torch.testing.assert_close(attend(query, row[None], row[None]), attend(query, alone, alone))
 
 
+def test_texts_that_would_be_too_long_together(run):
+    class Long(CLIP):
+        def encode_from_tokens_scheduled(self, text):
+            return [[torch.zeros(1, 77 * int(text), 4), {}]]
+
+    def encode(*lengths):
+        stages = "\n".join(map(str, lengths))
+        (((rows, _),), _) = run("VSTARSynopsis", clip=Long(), prompt="p", stages=stages, frames=16)
+        return rows.shape[1]
+
+    assert encode(*range(1, 7)) == 77 * 60
+    with pytest.raises(ValueError, match=r"have 385, 539, 693 tokens: .* 24255, more than 4620"):
+        encode(5, 7, 9)
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [

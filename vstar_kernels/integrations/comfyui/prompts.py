@@ -18,6 +18,7 @@ from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.methods.vstar.writer import MOST_STAGES, SynopsisWriter
 from vstar_kernels.reading import shorten
 
+MOST_TOKENS = 60 * 77  # of a frame: CLIP's texts of any lengths up to six times its own
 _ANCHORED = re.compile(r"(?P<frame>[0-9]{1,9})\s*:\s*(?P<text>.+)")
 
 
@@ -88,7 +89,14 @@ class MakeSynopsis(io.ComfyNode):
         """Returns the conditioning, with a row for each frame, and the synopsis as JSON."""
         synopsis = read_stages(prompt, stages)
         encoded = [_encode(clip, stage) for stage in synopsis.stages]
-        length = math.lcm(*(text.shape[1] for text, _ in encoded))
+        lengths = [text.shape[1] for text, _ in encoded]
+        length = math.lcm(*lengths)
+        if length > MOST_TOKENS:
+            have = ", ".join(map(str, sorted(set(lengths))))
+            raise ValueError(
+                f"the stages have {have} tokens: repeated until all are equally long they would "
+                f"have {length}, more than {MOST_TOKENS}; make the longest stages shorter"
+            )
         # Repeating all tokens of a text equally leaves attention to it as it is.
         texts = torch.cat([text.repeat(1, length // text.shape[1], 1) for text, _ in encoded])
         found = interpolate_embeddings(texts, frames, synopsis.anchors, mode)
