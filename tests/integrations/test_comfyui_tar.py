@@ -97,6 +97,12 @@ def test_strength_0_is_plain(run, unet):
     torch.testing.assert_close(off.sample(latents(), [1, 0]), model.sample(latents(), [1, 0]))
 
 
+def ancestral_middle(start, end, eta):
+    """Where an ancestral solver of second order calls the model again (DPM2, DPM++ 2S)."""
+    added = min(end, eta * (end**2 * (start**2 - end**2) / start**2) ** 0.5)
+    return (start * (end**2 - added**2) ** 0.5) ** 0.5
+
+
 @pytest.mark.parametrize(
     ("sigma", "step"),
     [
@@ -105,12 +111,15 @@ def test_strength_0_is_plain(run, unet):
         (SIGMAS[13] * 1.0001, 13),
         (SIGMAS[13] * 0.9999, 13),
         ((SIGMAS[3] * SIGMAS[4]) ** 0.5, 3),  # where solvers of second order call the model again
+        (SIGMAS[3] ** (1 / 3) * SIGMAS[4] ** (2 / 3), 3),  # of third order
+        (ancestral_middle(SIGMAS[3], SIGMAS[4], eta=0.7), 3),
+        (ancestral_middle(SIGMAS[3], SIGMAS[4], eta=1.0), 4),  # which is at the next step's sigma
         (SIGMAS[7] * 1.03, 7),  # with noise added before the step
         (1000.0, 0),
         (1e-9, 24),
     ],
 )
-def test_the_step_is_the_nearest_sigmas(unet, sigma, step):
+def test_the_step_is_the_one_that_has_begun(unet, sigma, step):
     options = {"sample_sigmas": torch.tensor(SIGMAS), "sigmas": torch.tensor([sigma])}
     found = Sampling.of_call(unet, (None,) * 5 + (options,), {})
     assert found.step == step

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,9 +38,9 @@ from vstar_kernels.models.schedule import StepGate
 LOGGER = logging.getLogger(__name__)
 _SVD_LAYER = re.compile(r"(?:.*\.)?time_stack\.\d+\.attn1")  # attn2 attends to the image
 _MOTION_ATTENTION = "VersatileAttention"  # of AnimateDiff-Evolved
-# A sigma halfway between two steps, in logarithms, is of a solver of second order that evaluates
-# the first of them; this is more than rounding moves it.
-_TIE = 1e-3
+# A sigma between two steps is of the first of them, but in the last quarter of the way, in
+# logarithms, of the second: some samplers add noise before a step, and others round its sigma.
+_BEFORE = 0.25
 
 
 class ComfyTARForward(TARForward):
@@ -275,17 +276,18 @@ class Sampling:
     def step(self) -> int | None:
         """The index of the step among those that the sampler runs; None where it is not known.
 
-        It is the nearest one in the logarithm of sigma, and never counted: samplers call the model
-        several times in a step, and at sigmas in between. Halfway between two is the earlier one,
-        of which solvers of second order make such calls.
+        It is never counted: samplers call the model several times in a step. At a sigma between
+        two, where solvers of second and third order do so, the step is the one that has begun;
+        shortly before a step's own sigma it is that step. A solver's second call that is at the
+        next step's sigma, as Heun's and those of ancestral ones at eta 1, is taken for the next.
         """
         if not self.sigmas or self.sigma is None:
             return None
-        places = [math.log(max(x, 1e-12)) for x in (*self.sigmas, self.sigma)]
-        here = places.pop()
-        return min(
-            range(len(places)), key=lambda i: abs(places[i] - here) + _TIE * (i / len(places))
-        )
+        here, *places = (math.log(max(x, 1e-12)) for x in (self.sigma, *self.sigmas))
+        for step, (this, following) in enumerate(pairwise(places)):
+            if here > following + _BEFORE * (this - following):
+                return step
+        return len(places) - 1
 
 
 class ComfyGate:
