@@ -50,6 +50,20 @@ def test_other_commands_name_the_extra_that_they_need(capsys, monkeypatch):
     assert "pip install 'vstar_kernels[generate]'" in error
 
 
+def test_an_interrupt_while_packages_are_imported_is_a_line(capsys, monkeypatch):
+    class Interrupts:
+        def find_spec(self, name, path=None, target=None):
+            if name == "tyro":
+                raise KeyboardInterrupt
+
+    for name in list(sys.modules):
+        if name.split(".")[0] == "tyro" or name.startswith("vstar_kernels.cli."):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Interrupts(), *sys.meta_path])
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "vstar-kernels: interrupted\n"
+
+
 def test_nothing_slow_is_imported_to_show_help():
     slow = ("diffusers", "transformers", "matplotlib", "jinja2", "openai", "triton")
     code = f"""

@@ -11,8 +11,15 @@ from vstar_kernels.cli.info import Info
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    """Runs one command; returns its exit status, 130 where Ctrl-C ends it."""
+    try:
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:  # while a command's packages were imported, which takes seconds
+        print("vstar-kernels: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names and prompts are of all scripts, which a log in another encoding must not end.
         sys.stdout.reconfigure(errors="backslashreplace")
