@@ -9,11 +9,10 @@ Markdown table.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,8 @@ from torch import Tensor
 import vstar_kernels as vk
 from benchmarks.clock import CpuClock, TimedCall, WarmCall, time_in_turn
 from benchmarks.column_adapters import PEERS, ColumnAttention, columns_of_words
-from benchmarks.machine import Watch, environment
+from benchmarks.machine import Watch
+from benchmarks.record import write_record
 from benchmarks.report.tables import Table
 
 OURS = "vstar_kernels"
@@ -152,15 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure(*level, dtype, options) for dtype in options.dtypes for level in options.levels
     ]
     print(table(results).markdown())
-    if options.json is not None:
-        settings = asdict(options)
-        del settings["json"]
-        record = {
-            "settings": settings,
-            "environment": environment("cpu", torch.get_num_threads()),
-            "results": results,
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(options, results)
 
 
 if __name__ == "__main__":

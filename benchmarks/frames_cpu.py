@@ -9,11 +9,10 @@ as torch's matrix product is not the fastest on every processor. Prints a Markdo
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,8 @@ import tyro
 
 import vstar_kernels as vk
 from benchmarks.clock import CpuClock, TimedCall, time_in_turn
-from benchmarks.machine import Watch, environment, peak_bytes
+from benchmarks.machine import Watch, peak_bytes
+from benchmarks.record import write_record
 from benchmarks.report.tables import Table
 
 MATRIX = 2048  # of the product that is timed
@@ -156,15 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for dtype in options.dtypes
     ]
     print(table(results).markdown())
-    if options.json is not None:
-        settings = asdict(options)
-        del settings["json"]
-        record = {
-            "settings": settings,
-            "environment": environment("cpu", torch.get_num_threads()),
-            "results": results,
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(options, results)
 
 
 if __name__ == "__main__":

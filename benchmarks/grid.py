@@ -11,10 +11,9 @@ unless ``--full`` says otherwise. Prints Markdown tables.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,8 @@ from torch import Tensor
 
 import vstar_kernels as vk
 from benchmarks.clock import TimedCall, clock_for, time_in_turn
-from benchmarks.machine import Watch, environment, peak_bytes
+from benchmarks.machine import Watch, peak_bytes
+from benchmarks.record import write_record
 from benchmarks.report.tables import Table
 from vstar_kernels.analysis import attention_cost, grid_layout, grid_shape
 
@@ -201,16 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(settings_table(results).markdown())
     if swept:
         print(sweep_table(swept).markdown())
-    if options.json is not None:
-        settings = asdict(options)
-        del settings["json"]
-        record = {
-            "settings": settings,
-            "environment": environment(options.device, torch.get_num_threads()),
-            "results": results,
-            "sweep": swept,
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(options, results, sweep=swept)
 
 
 if __name__ == "__main__":

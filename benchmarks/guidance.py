@@ -10,10 +10,9 @@ figures, with the updates of ``GuidanceConfig()`` in 50 steps.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +22,8 @@ from torch import Tensor
 
 import vstar_kernels as vk
 from benchmarks.clock import TimedCall, clock_for, time_in_turn
-from benchmarks.machine import environment, peak_bytes
+from benchmarks.machine import peak_bytes
+from benchmarks.record import write_record
 from benchmarks.report.tables import Table
 from benchmarks.unet import TEXT_TOKENS, unet3d
 from vstar_kernels.cli.options import parsed, size
@@ -166,15 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.guidance", args=arguments)
     results = measure(options)
     print(table(results, options).markdown())
-    if options.json is not None:
-        settings = asdict(options)
-        del settings["json"]
-        record = {
-            "settings": settings,
-            "environment": environment(options.device, torch.get_num_threads()),
-            "results": results,
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(options, results)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
@@ -29,37 +28,19 @@ from torch import Tensor, nn
 import vstar_kernels as vk
 from benchmarks.clock import TimedCall, clock_for, time_in_turn
 from benchmarks.report.tables import Table
-from benchmarks.unet import TEXT_TOKENS, motion, unet3d
-from vstar_kernels.cli.options import parsed, size
+from benchmarks.unet import PIXELS_PER_LATENT, TEXT_TOKENS, UNetOptions, motion, unet3d
 from vstar_kernels.models.hooks import Argument
 
-PIXELS_PER_LATENT = 8
 TRANSFORMERS = ("TransformerTemporalModel", "AnimateDiffTransformer3D")
 MODELS: dict[str, Callable[[int], Any]] = {"unet3d": unet3d, "motion": motion}
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(UNetOptions):
     """Measure what the permute copies around temporal attention cost."""
 
     models: tuple[Literal["unet3d", "motion"], ...] = ("unet3d", "motion")
-    width: int = 320
-    """Channels of the finest level."""
-    frames: int = 16
-    size: Annotated[tuple[int, int], parsed(size(64), "HEIGHTxWIDTH")] = (320, 512)
-    """In pixels."""
-    batch: int = 2
-    """2 is one video under classifier-free guidance."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = "cpu"
     rounds: int = 5
-    json: Path | None = None
-    """A file for the figures."""
-
-    @property
-    def tensors(self) -> dict[str, Any]:
-        """Returns where tensors are made, and in what type."""
-        return {"device": self.device, "dtype": getattr(torch, self.dtype)}
 
 
 class Shape(NamedTuple):

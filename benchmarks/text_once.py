@@ -15,8 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 from unittest import mock
 
 import torch
@@ -25,35 +24,16 @@ import tyro
 import vstar_kernels as vk
 from benchmarks.clock import TimedCall, clock_for, time_in_turn
 from benchmarks.report.tables import Table
-from benchmarks.unet import TEXT_TOKENS, unet3d
-from vstar_kernels.cli.options import parsed, size
+from benchmarks.unet import PIXELS_PER_LATENT, TEXT_TOKENS, UNetOptions, unet3d
 from vstar_kernels.models import text as sharing
 from vstar_kernels.models.front_end import cross_layers
 
-PIXELS_PER_LATENT = 8
-
 
 @dataclass(frozen=True)
-class Options:
+class Options(UNetOptions):
     """Measure what projecting a text once for all frames saves."""
 
-    width: int = 320
-    """Channels of the finest level."""
-    frames: int = 16
-    size: Annotated[tuple[int, int], parsed(size(64), "HEIGHTxWIDTH")] = (320, 512)
-    """In pixels."""
-    batch: int = 2
-    """2 is one video under classifier-free guidance."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = "cpu"
     rounds: int = 7
-    json: Path | None = None
-    """A file for the figures."""
-
-    @property
-    def tensors(self) -> dict[str, Any]:
-        """Returns where tensors are made, and in what type."""
-        return {"device": self.device, "dtype": getattr(torch, self.dtype)}
 
 
 @torch.no_grad()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,14 +14,38 @@ from benchmarks.adapters import BIAS
 from benchmarks.cases import Case
 from benchmarks.clock import Tensors, TimedCall
 from benchmarks.peers import Peer
+from vstar_kernels.cli.options import parsed, size
 from vstar_kernels.models.attention_processor import TARAttnProcessor
 from vstar_kernels.models.front_end import temporal_layers
 
+PIXELS_PER_LATENT = 8
 SAMPLES = 2  # of classifier-free guidance
 TEXT_TOKENS = 77
 TIMESTEP = 500
 # Of the type's eps: how far from the reference's the latents may be, over their norm.
 TOLERANCE = 64
+
+
+@dataclass(frozen=True)
+class UNetOptions:
+    """A forward pass of a video UNet, and where its figures go."""
+
+    width: int = 320
+    """Channels of the finest level."""
+    frames: int = 16
+    size: Annotated[tuple[int, int], parsed(size(64), "HEIGHTxWIDTH")] = (320, 512)
+    """In pixels."""
+    batch: int = 2
+    """2 is one video under classifier-free guidance."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "cpu"
+    json: Path | None = None
+    """A file for the figures."""
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """Returns where tensors are made, and in what type."""
+        return {"device": self.device, "dtype": getattr(torch, self.dtype)}
 
 
 def unet3d(width: int) -> Any:
