@@ -16,7 +16,7 @@ STAMP := build/setup$(subst /,-,$(abspath $(PYTHON)))
 NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp cmake/*)
 
 .PHONY: help demo test test-sharded test-install test-ray native native-neon sanitize fuzz setup packages \
-	kernels lint audit format bench bench-pytest gpu-wheels codegen tune wheel clean transformations \
+	kernels lint audit format bench bench-pytest gpu-wheels codegen codegen-oldest tune wheel clean transformations \
 	diffusers-tests
 
 help:
@@ -36,7 +36,8 @@ help:
 	@echo "make bench      every peer on every model's shapes (ARGS=--quick for 3 minutes)"
 	@echo "make bench-pytest  some of it under pytest-benchmark, for developers"
 	@echo "make gpu-wheels  build/wheels, for benchmarks/gpu_check.sh where no registry can be reached"
-	@echo "make codegen    compile every GPU configuration and check the code; needs no GPU"
+	@echo "make codegen    compile every GPU configuration and check the code; needs no GPU;"
+	@echo "                codegen-oldest: some of them, with the oldest Triton"
 	@echo "make tune       choose those configurations: on a GPU by time, without by the code"
 	@echo "make wheel      dist/*.whl, one for every Python and torch, and checks it"
 	@echo "make lint       ruff, mypy, the layers' import contracts, bandit; make format rewrites"
@@ -61,7 +62,7 @@ OR_NO_TEST = $(if $(ARGS),|| [ $$? -eq 5 ])
 
 test: native $(STAMP)
 	$(PYTEST) $(ARGS) $(OR_NO_TEST)
-	TRITON_INTERPRET=1 $(PYTEST) tests/attention/test_triton.py \
+	TRITON_INTERPRET=1 $(PYTEST) tests/attention/test_triton.py tests/attention/test_large_logits.py \
 		tests/attention/frames/test_triton.py tests/attention/columns/test_triton.py \
 		$(ARGS) $(OR_NO_TEST)
 
@@ -93,6 +94,13 @@ bench-pytest: $(STAMP)
 codegen: $(STAMP)
 	$(PYTHON) -c "import triton" 2>/dev/null || $(PIP) -c constraints.txt triton
 	$(PYTHON) -m benchmarks.codegen --jobs 2 --json benchmark-output/codegen.json $(ARGS)
+
+# With the Triton of the oldest torch: those kernels that `make test` compiles with the newest.
+OLDEST_TRITON = 3.6.0
+codegen-oldest: $(STAMP)
+	$(PIP) --no-deps --target build/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PYTHON) -m benchmarks.codegen --subset \
+		--other-triton --jobs 2 $(ARGS)
 
 # What benchmarks/gpu_check.sh needs and a machine with torch for GPUs may lack, for one that reaches no
 # registry. Of diffusers not what it needs, which machines for models have.

@@ -68,11 +68,12 @@ class OnGpu(torch.Tensor):
 
 
 class StubGpu(TorchDispatchMode):
-    """Where tensors are on the GPU that is none, and its launches are noted by their names."""
+    """Where tensors are on the GPU that is none, whose launches and compilations are noted."""
 
     def __init__(self):
         super().__init__()
         self.launched = []
+        self.compiled = []  # what Triton would have compiled, in its order
         self.copies = True  # between the CPU and the GPU, which a first call may make
         self._functions = set()
 
@@ -128,9 +129,10 @@ class StubGpu(TorchDispatchMode):
         properties = {"max_shared_mem": 166912, "multiprocessor_count": 108}
         return types.SimpleNamespace(get_device_properties=lambda index: properties)
 
-    def _compiled(self, function, *args, **kwargs):
+    def _compiled(self, function):
         """Stands for what Triton compiles: launched, it notes the function's name."""
         self._functions.add(function)
+        self.compiled.append(function.__name__)
 
         def run(*arguments):
             for x in tree_flatten(arguments)[0]:
@@ -150,8 +152,10 @@ class StubGpu(TorchDispatchMode):
         from vstar_kernels.attention import autograd, triton
         from vstar_kernels.attention.triton import plan
 
-        def compiled(function, *args, **kwargs):
-            return self._compiled(function)
+        def compiled(function, key, *args, **kwargs):
+            kernels, *_ = function.device_caches[0]
+            kernels[key] = self._compiled(function)
+            return kernels[key]
 
         stream = types.SimpleNamespace(cuda_stream=3)
         caches = [

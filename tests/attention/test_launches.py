@@ -19,6 +19,7 @@ from vstar_kernels.attention.frames.call import check_call as check_frames
 
 pytest.importorskip("triton")
 from tests.attention.stub_gpu import OnGpu, StubGpu, WaitedError
+from vstar_kernels.attention.triton import plan
 
 pytestmark = [
     pytest.mark.skipif(
@@ -123,14 +124,50 @@ def test_the_public_functions_wait_for_nothing(gpu):
     assert len(first) >= 3
 
 
-def test_a_table_on_the_cpu_is_copied_at_every_call(gpu):
-    """So a graph cannot be captured with it; docs/operation.md says to put it on the GPU."""
+def test_a_table_on_the_cpu_stays_on_the_gpu_between_calls(gpu):
+    """It is found by what it holds, of whatever tensor, so that a graph can be captured with it."""
     query, key, value = (on_gpu(2, 16, 3, 40) for _ in range(3))
-    bias = vk.ToeplitzBias(torch.rand(16))
-    vk.tar_attention(query, key, value, bias)
+    table = torch.rand(3, 16)
+
+    def gradients(table):
+        call = check_call(query, key, value, vk.ToeplitzBias(table))
+        out, *_ = dispatch.TAR_ATTENTION.run("triton", call)
+        dispatch.TAR_ATTENTION.run_backward(
+            "triton", call, out, (), out, None, Wanted(False, False)
+        )
+        return out
+
+    gradients(table)
     gpu.copies = False
+    gradients(table)
+    gradients(table.T.contiguous().T)
+    gpu.launched.clear()
     with pytest.raises(WaitedError, match="copies between"):
-        vk.tar_attention(query, key, value, bias)
+        gradients(table + 1)
+    assert gpu.launched == []
+
+
+def test_numbers_that_change_in_place_are_copied_again(gpu):
+    query, key, value = (on_gpu(2, 16, 3, 40) for _ in range(3))
+    table = torch.zeros(16)
+    for number in range(3):
+        table.numpy()[:] = number  # which torch does not see
+        found = plan.on_device(table, query.device)
+        assert torch.equal(found.held, table)
+    vk.tar_attention(query, key, value, vk.ToeplitzBias(table))
+
+
+def test_a_large_table_is_copied_at_every_call(gpu, monkeypatch):
+    """docs/operation.md says to put it on the GPU."""
+    query, key, value = (on_gpu(2, 16, 3, 40) for _ in range(3))
+    monkeypatch.setattr(plan, "KEPT_BYTES", 4 * 16 * 16)
+    kept, copied = torch.rand(16, 16), torch.rand(3, 16, 16)
+    for delta in (kept, copied):
+        vk.tar_attention(query, key, value, vk.DenseBias(delta))
+    gpu.copies = False
+    vk.tar_attention(query, key, value, vk.DenseBias(kept))
+    with pytest.raises(WaitedError, match="copies between"):
+        vk.tar_attention(query, key, value, vk.DenseBias(copied))
 
 
 WAITING = {

@@ -621,6 +621,46 @@ def test_offsets_are_64_bits_where_the_tensors_need_them():
 
 
 @pytest.mark.parametrize(
+    ("form", "delta_shape"),
+    [
+        ("dense", (46341, 46341)),  # frames, as wide: one square root of 2³¹
+        ("dense", (8, 16384, 16384)),
+        ("symmetric", (2**17, 16384)),
+        ("signed", (2**16 + 3, 2 * 16384 - 1)),
+    ],
+)
+def test_offsets_are_64_bits_where_delta_needs_them(form, delta_shape):
+    options = plan_key((1, 1, 1, 16)).options._replace(form=form)
+    per_head = len(delta_shape) == 1 + (1 if form != "dense" else 2)
+    frames = delta_shape[-1] // 2 + 1 if form == "signed" else delta_shape[-1]
+    shape = (1, frames, delta_shape[0] if per_head else 1, 16)
+    strides = torch.empty(delta_shape, device="meta").stride()
+    closer = (*(stride - 1 for stride in strides[:-1]), 1)
+    for delta, expected in ((strides, "int64"), (closer, "int32")):
+        changes = {"options": options, "delta": delta, "delta_shape": delta_shape}
+        key = plan_key(shape, strides=(1, 1, 1, 1), **changes)
+        assert str(plan.head(key, block=16).OFFSET) == expected
+
+
+@pytest.mark.parametrize("form", ["matrix", "matrices", "tables"])
+@pytest.mark.skipif(DEVICE != "cpu", reason="its memory is a file with holes")
+def test_delta_is_read_beyond_32_bits(frames, form, tmp_path):
+    sizes = {"matrix": (frames, frames), "matrices": (2, frames, frames), "tables": (2, frames)}
+    strides = {"matrix": (2**28 + 4, 1), "matrices": (2**31, frames, 1), "tables": (2**31 + 1, 1)}
+    path = tmp_path / "delta"
+    with path.open("wb") as file:
+        file.truncate(2**35)
+    memory = torch.from_file(str(path), shared=True, size=2**33, dtype=torch.float32)
+    delta = memory.as_strided(sizes[form], strides[form], 2**31)  # zeros are where 32 bits reach
+    delta.copy_(torch.rand(sizes[form]))
+    bias = vk.ToeplitzBias if form == "tables" else vk.DenseBias
+    query, key, value = inputs(1, frames, 2, 16)
+    found = vk.tar_attention(query, key, value, bias(delta), backend="triton")
+    expected = vk.tar_attention(query, key, value, bias(delta.clone()), backend="reference")
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
     ("shape", "dtype", "unit"),
     [
         ((2, 16, 5, 64), torch.bfloat16, 8),

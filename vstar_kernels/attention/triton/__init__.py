@@ -153,10 +153,13 @@ def _backward_plan(key: PlanKey) -> TileBackwardPlan | StreamBackwardPlan:
 
 
 def _with_delta_here(call: Call) -> Call:
-    """Returns the call with Δ's entries on its device."""
-    if call.delta is None or call.delta.device == call.device:
+    """Returns the call with Δ's entries on its device, those of a row side by side."""
+    if call.delta is None:
         return call
-    return dataclasses.replace(call, delta=call.delta.to(call.device))
+    delta = plan.on_device(call.delta, call.device)
+    if delta.stride(-1) != 1 and delta.shape[-1] > 1:
+        delta = delta.contiguous()
+    return call if delta is call.delta else dataclasses.replace(call, delta=delta)
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[None]:

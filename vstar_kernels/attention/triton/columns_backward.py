@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vstar_kernels.attention.triton import plan
-from vstar_kernels.attention.triton.columns_forward import LN2, load_column, products
+from vstar_kernels.attention.triton.columns_forward import load_column, products
 from vstar_kernels.attention.triton.columns_plan import ColumnsKey
 from vstar_kernels.attention.triton.configs import ColumnsConfig
 from vstar_kernels.attention.triton.plan import Launch
@@ -36,6 +36,7 @@ from vstar_kernels.attention.triton.primitives import (
     store_heads,
     times,
     weighted_sums,
+    weights,
     zero_heads,
 )
 
@@ -132,7 +133,7 @@ def grad_query_tile_kernel(
             if KEYS_REST:
                 b_v_rest = load_heads(p_v + o_head * v_head, o_v_rest, m_rest, HEAD)
         o_row = (i_batch.to(tl.int64) * heads + i_head) * queries + i
-        b_lse = tl.load(t.lse + o_row, mask=m_i, other=0.0) / LN2
+        b_lse = tl.load(t.lse + o_row, mask=m_i, other=0.0)
 
         b_p = probabilities(products(b_q, b_k, HEAD), b_lse, exp2_scale)  # (ROWS, KEYS)
         if not KEYS_REST and not HEAD.EVEN:
@@ -208,7 +209,7 @@ def grad_query_kernel(
     p_k = t.k + (i_batch * k_batch + i_head * k_head) * HEAD.UNIT
     b_q = load_heads(t.q, o_q, m_i, HEAD)  # (ROWS, D)
     o_row = i_sequence.to(tl.int64) * queries + i
-    b_lse = tl.load(t.lse + o_row, mask=m_i, other=0.0) / LN2
+    b_lse = tl.load(t.lse + o_row, mask=m_i, other=0.0)
     p_v = p_k
     b_do = b_q
     p_columns = p_k
@@ -298,11 +299,11 @@ def grad_key_kernel(
         b_q = load_heads(p_q, i.to(HEAD.OFFSET) * q_row * HEAD.UNIT, m_i, HEAD)  # (ROWS, D)
         if GRAD_OUT:
             b_do = load_heads(p_do, i.to(HEAD.OFFSET) * do_row * HEAD.UNIT, m_i, HEAD)
-        b_lse = tl.load(p_lse + i, mask=m_i, other=0.0) / LN2
+        b_lse = tl.load(p_lse + i, mask=m_i, other=0.0)
         b_dot = tl.load(p_dot + i, mask=m_i, other=0.0)
         b_s = products(b_k, b_q, HEAD)  # (KEYS, ROWS)
         # A query past the last has weights of 1, and gradients of 0.
-        b_p = tl.exp2(b_s * exp2_scale - tl.expand_dims(b_lse, 0))  # (KEYS, ROWS)
+        b_p = weights((b_s - tl.expand_dims(b_lse, 0)) * exp2_scale)  # (KEYS, ROWS)
         b_dp = tl.zeros((KEYS, ROWS), tl.float32) - tl.expand_dims(b_dot, 0)
         if GRAD_OUT:
             b_dv = add_weighted_sums(b_dv, b_p.to(b_do[0].dtype), b_do, HEAD)  # (KEYS, D)

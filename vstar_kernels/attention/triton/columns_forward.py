@@ -34,6 +34,7 @@ from vstar_kernels.attention.triton.primitives import (
     exponentials,
     inner_products,
     load_heads,
+    log_sum,
     probabilities,
     store_heads,
     subtrahend,
@@ -45,8 +46,6 @@ from vstar_kernels.attention.triton.primitives import (
 if TYPE_CHECKING:
     from vstar_kernels.attention.columns.call import ColumnCall
 
-LN2 = tl.constexpr(0.6931471805599453)
-
 
 class Tensors(NamedTuple):
     """What the kernels read and write, and of each whether one does."""
@@ -57,7 +56,7 @@ class Tensors(NamedTuple):
     out: Any
     columns: Any  # (batch, keys, columns)
     maps: Any  # (parts, batch, queries, columns)
-    lse: Any  # (batch, heads, queries): the natural logarithm of the sum of exponentials
+    lse: Any  # (batch, heads, queries): the rows' :func:`log_sum`
 
 
 INTEGERS = ["tiles", "shares", "share_heads", "queries", "keys", "heads", "columns"]
@@ -141,7 +140,7 @@ def tile_kernel(
                 b_sum_rest += b_p_rest * b_inverse
         if SAVE:
             o_row = (i_batch.to(tl.int64) * heads + i_head) * queries + i
-            tl.store(t.lse + o_row, (b_max * exp2_scale + tl.log2(b_total)) * LN2, mask=m_i)
+            tl.store(t.lse + o_row, log_sum(b_max, b_total, exp2_scale), mask=m_i)
         if OUT:
             b_o = weighted_sums(b_p.to(b_v[0].dtype), b_v, HEAD)  # (ROWS, D)
             if KEYS_REST:
@@ -222,7 +221,7 @@ def stream_kernel(
         b_max = b_new_max
     if SAVE:
         o_row = i_sequence.to(tl.int64) * queries + i
-        tl.store(t.lse + o_row, (b_max * exp2_scale + tl.log2(b_total)) * LN2, mask=m_i)
+        tl.store(t.lse + o_row, log_sum(b_max, b_total, exp2_scale), mask=m_i)
     if OUT:
         o_out = i_batch * out_batch + i_head * out_head + i.to(HEAD.OFFSET) * out_row
         b_out = times(b_o, tl.expand_dims(1.0 / b_total, 1))
@@ -269,7 +268,7 @@ def maps_kernel(
             o_head = i_head.to(HEAD.OFFSET) * HEAD.UNIT
             b_q = load_heads(p_q + o_head * q_head, o_q, m_i, HEAD)  # (ROWS, D)
             b_k = load_heads(p_k + o_head * k_head, o_k, m_j, HEAD)  # (KEYS, D)
-            b_lse = tl.load(p_lse + i_head.to(tl.int64) * queries, mask=m_i, other=0.0) / LN2
+            b_lse = tl.load(p_lse + i_head.to(tl.int64) * queries, mask=m_i, other=0.0)
             b_p = probabilities(products(b_q, b_k, HEAD), b_lse, exp2_scale)  # (ROWS, KEYS)
             b_sum += tl.where(m_j, b_p, 0.0)
     else:

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,6 +23,9 @@ VECTOR_BYTES = 16  # the widest load of one thread
 INT32_MAX = 2**31 - 1
 # Of grids whose programs go through many sequences; more than are resident at a time.
 PROGRAMS_PER_PROCESSOR = 8
+# Of the CPU's tensors that stay on a device: the most there are, and how large each may be.
+KEPT_TENSORS = 64
+KEPT_BYTES = 2**20
 
 Strides = tuple[int, ...]
 
@@ -247,6 +251,7 @@ class Bias(NamedTuple):
     FORM: str
     PER_HEAD: bool
     CLAMP: bool
+    UNIT: int  # of a matrix's strides, in elements
 
 
 class Numbers(NamedTuple):
@@ -303,7 +308,7 @@ def block_constants(
 
 def bias(key: PlanKey) -> Bias:
     """Returns the constants of Δ."""
-    return Bias(key.options.form, key.per_head, key.options.clamp_negative)
+    return Bias(key.options.form, key.per_head, key.options.clamp_negative, _delta_unit(key))
 
 
 def numbers(key: PlanKey) -> Numbers:
@@ -321,35 +326,44 @@ def numbers(key: PlanKey) -> Numbers:
 
 
 def row_strides(key: PlanKey, strides: Strides) -> Strides:
-    """Returns a tensor's strides of (batch, space, frames, heads), in units."""
-    return tuple(stride // _unit(key) for stride in _strides_4d(strides, key))
+    """Returns strides of (batch, space, frames, heads) as kernels take them, in units."""
+    return hidden(stride // _unit(key) for stride in _strides_4d(strides, key))
 
 
 def stat_strides(key: PlanKey, strides: Strides) -> Strides:
-    """Returns a statistic's strides of (batch, space, frames, heads), in elements."""
-    return _strides_4d(strides, key)
+    """Returns a statistic's strides of (batch, space, frames, heads) as kernels take them."""
+    return hidden(_strides_4d(strides, key))
 
 
 def delta_strides(key: PlanKey) -> Strides:
     """Returns Δ's strides as :func:`primitives.delta_block` takes them.
 
-    They are those of heads, query frames and key frames; a table has the place of its distance 0
-    instead of the second.
+    They are those of heads and query frames, in units; a table has the place of its distance 0
+    instead of the second. Key frames, and distances, lie side by side.
     """
     if not key.reads_delta:
-        return (0, 0, 0)
-    of_heads = key.delta[0] if key.per_head else 0
+        return hidden((0, 0))
+    unit = _delta_unit(key)
+    of_heads = key.delta[0] // unit if key.per_head else 0
     if key.options.form == "dense":
-        return (of_heads, *key.delta[-2:])
-    zero = key.delta_shape[-1] // 2 if key.options.form == "signed" else 0
-    return (of_heads, zero, key.delta[-1])
+        return hidden((of_heads, key.delta[-2] // unit))
+    return hidden((of_heads, key.delta_shape[-1] // 2 if key.options.form == "signed" else 0))
 
 
 def map_strides(key: PlanKey) -> Strides:
-    """Returns the strides of the contiguous mean map: of batch, heads, query and key blocks."""
+    """Returns the mean map's strides of (batch, heads, query blocks) as kernels take them."""
     blocks = -(-key.frames // max(key.options.map_block, 1))
     size = blocks * blocks
-    return (key.map_heads * size, size if key.map_heads > 1 else 0, blocks, 1)
+    return hidden((key.map_heads * size, size if key.map_heads > 1 else 0, blocks))
+
+
+def hidden(strides: Iterable[int]) -> Strides:
+    """Returns strides as numbers that Triton compiles nothing for; primitives.stride shows them.
+
+    Whatever a kernel asks for, Triton compiles it anew for tuples that have a 1 or a multiple of 16
+    at other places, such as strides of other numbers of heads. No negative odd number is either.
+    """
+    return tuple(-1 - 2 * stride for stride in strides)
 
 
 def window(key: PlanKey) -> int:
@@ -366,16 +380,26 @@ def _unit(key: PlanKey) -> int:
     return math.gcd(longest, *(s for x in _tensors(key) for s in _strides_4d(x, key)))
 
 
+def _delta_unit(key: PlanKey) -> int:
+    """Returns the largest number of a vector's elements that divides every stride of a matrix Δ."""
+    if key.options.form != "dense":
+        return 1
+    return math.gcd(VECTOR_BYTES // torch.float32.itemsize, *key.delta[:-1])
+
+
 def _largest_offset(key: PlanKey) -> int:
-    """Returns the offset of the last head of the tensor that reaches furthest, and one beyond."""
-    sizes = key.shape_5d
-    reaches = (
-        sum(
-            (size - 1) * stride for size, stride in zip(sizes[:4], _strides_4d(x, key), strict=True)
-        )
-        for x in (*_tensors(key), key.stat, key.grad_stat)
+    """Returns the offset of the last element of the tensor that reaches furthest, and beyond."""
+    rows = ((key.shape_5d[:4], _strides_4d(x, key)) for x in _tensors(key))
+    stats = ((key.shape_5d[:4], _strides_4d(x, key)) for x in (key.stat, key.grad_stat))
+    return max(
+        *(_reach(*x) + key.head_dim for x in (*rows, *stats)),
+        _reach(key.delta_shape, key.delta) + 1,
     )
-    return max(reaches) + sizes[-1]
+
+
+def _reach(sizes: Iterable[int], strides: Strides) -> int:
+    """Returns the offset of the element that lies last."""
+    return sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
 
 
 def _tensors(key: PlanKey) -> tuple[Strides, ...]:
@@ -463,6 +487,26 @@ class DeviceTables:
 
 
 CAPTURED = set[DeviceTables]()  # by graphs, which do not say when they are gone
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a tensor on a device; one of the CPU's that is small stays there for later calls.
+
+    It is found again by its contents: copying it would make the CPU wait, and fail while a graph is
+    captured.
+    """
+    if tensor.device == device:
+        return tensor
+    if tensor.device.type != "cpu" or tensor.numel() * tensor.element_size() > KEPT_BYTES:
+        return tensor.to(device)
+    contents = Contents.of(tensor.contiguous())
+    assert contents is not None  # as there is a tensor
+    return _kept_on(device, contents).in_use()["kept"]
+
+
+@functools.lru_cache(maxsize=KEPT_TENSORS)
+def _kept_on(device: torch.device, contents: Contents) -> DeviceTables:
+    return DeviceTables({"kept": contents.tensor()}).to(device)
 
 
 def map_weight(call: Call) -> float:

@@ -11,7 +11,8 @@ is a dimension for them before these.
 
 - A block of heads is a pair, ``HEAD.MAIN`` and ``HEAD.REST`` wide, powers of two: 72 as 64 + 16,
   not as 128. Where there is no rest, the pair holds the main part twice, and one is not used.
-- Strides come in units of ``HEAD.UNIT`` elements, which tells the compiler how frames are aligned.
+- Strides come in units of ``HEAD.UNIT`` elements, which tells the compiler how frames are aligned,
+  and hidden, so that it is told nothing else of them: see :func:`plan.hidden`.
 - Logits and row statistics stay in units of the product qᵀk; |scale| · log₂e is applied with the
   exponential.
 """
@@ -52,12 +53,18 @@ def locate(i_sequence, sizes):
 
 
 @triton.jit
+def stride(strides, DIMENSION: tl.constexpr):
+    """Returns one of the strides that :func:`plan.hidden` hid."""
+    return (-1 - strides[DIMENSION]) >> 1
+
+
+@triton.jit
 def units_to_sequence(strides, place, HEAD: tl.constexpr):
     """Returns where a sequence begins, in what strides of (batch, space, frames, heads) are in."""
     return (
-        place.batch.to(HEAD.OFFSET) * strides[0]
-        + place.space.to(HEAD.OFFSET) * strides[1]
-        + place.head.to(HEAD.OFFSET) * strides[3]
+        place.batch.to(HEAD.OFFSET) * stride(strides, 0)
+        + place.space.to(HEAD.OFFSET) * stride(strides, 1)
+        + place.head.to(HEAD.OFFSET) * stride(strides, 3)
     )
 
 
@@ -70,7 +77,7 @@ def sequence_offset(strides, place, HEAD: tl.constexpr):
 @triton.jit
 def frame_offsets(strides, i, HEAD: tl.constexpr):
     """Returns the offsets of frames from their sequence's first one."""
-    return i.to(HEAD.OFFSET) * strides[2] * HEAD.UNIT
+    return i.to(HEAD.OFFSET) * stride(strides, 2) * HEAD.UNIT
 
 
 @triton.jit
@@ -82,7 +89,7 @@ def offsets(strides, place, i, HEAD: tl.constexpr):
 @triton.jit
 def statistic_offsets(strides, place, i, HEAD: tl.constexpr):
     """Returns the offsets of frames in a tensor without head_dim, whose strides are in elements."""
-    return units_to_sequence(strides, place, HEAD) + i.to(HEAD.OFFSET) * strides[2]
+    return units_to_sequence(strides, place, HEAD) + i.to(HEAD.OFFSET) * stride(strides, 2)
 
 
 @triton.jit
@@ -217,15 +224,15 @@ def delta_block(
         b_delta = tl.exp2(-(x * x))
     else:
         if BIAS.FORM == "dense":
-            o_delta = i * strides[1] + j * strides[2]
+            o_delta = i.to(HEAD.OFFSET) * stride(strides, 1) * BIAS.UNIT + j
         elif BIAS.FORM == "signed":
-            o_delta = (j - i + strides[1]) * strides[2]
+            o_delta = j - i + stride(strides, 1)
         else:
-            o_delta = tl.abs(j - i) * strides[2]
-        i_matrix = 0
+            o_delta = tl.abs(j - i)
+        p = p_delta + o_delta
         if BIAS.PER_HEAD:
             i_matrix = tl.expand_dims(i_head, -1) if len(i_head.shape) == 2 else i_head
-        p = p_delta + i_matrix * strides[0] + o_delta
+            p += i_matrix.to(HEAD.OFFSET) * stride(strides, 0) * BIAS.UNIT
         if HEAD.EVEN:
             b_delta = tl.load(p).to(tl.float32)
         else:
@@ -268,20 +275,43 @@ def subtrahend(b_max):
 
 @triton.jit
 def exponentials(b_s, b_max, exp2_scale):
-    """Returns exp(φ − its row maximum): one multiply-add and one exponential for each logit."""
-    return tl.exp2(b_s * exp2_scale - tl.expand_dims(b_max * exp2_scale, -1))
+    """Returns exp(φ − its row maximum): 1 where it is largest, however large.
+
+    Scaled first, they would be rounded differently by a multiply-add: from |φ| ≈ 2²⁹ on, what that
+    leaves has an exponential beyond float16's numbers, and from 2³¹ on beyond float32's.
+    """
+    return tl.exp2((b_s - tl.expand_dims(b_max, -1)) * exp2_scale)
+
+
+@triton.jit
+def log_sum(b_max, b_total, exp2_scale):
+    """Returns the logarithms of rows' sums of exponentials, as what :func:`exponentials` subtract.
+
+    That is never less than the maximum.
+    """
+    return b_max + tl.log2(b_total) / exp2_scale
 
 
 @triton.jit
 def probabilities(b_s, b_lse, exp2_scale):
-    """Returns A′ ``(I, J)`` of logits and the binary logarithms of their rows' sums."""
-    return tl.exp2(b_s * exp2_scale - tl.expand_dims(b_lse, 1))
+    """Returns A′ ``(I, J)`` of logits and the :func:`log_sum` of their rows."""
+    return weights((b_s - tl.expand_dims(b_lse, 1)) * exp2_scale)
+
+
+@triton.jit
+def weights(b_log2):
+    """Returns the numbers of these binary logarithms, none beyond 1, which exact ones would not be.
+
+    Of huge logits a rounding is many powers of two: those here that were computed again, in blocks
+    of another shape, may be larger than what their rows' sums are of.
+    """
+    return tl.exp2(tl.minimum(b_log2, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
 def map_gradient(p_grad_map, strides, i_batch, i_head, i, j, frames, map_block):
     """Returns the mean map's gradient ``(I, J)``; one of its numbers is for a block of frames."""
     i = tl.expand_dims(i, -1)
-    o_map = i_batch.to(tl.int64) * strides[0] + i_head.to(tl.int64) * strides[1]
-    o_map = o_map + (i // map_block) * strides[2] + (j // map_block) * strides[3]
+    o_map = i_batch.to(tl.int64) * stride(strides, 0) + i_head.to(tl.int64) * stride(strides, 1)
+    o_map = o_map + (i // map_block).to(tl.int64) * stride(strides, 2) + j // map_block
     return tl.load(p_grad_map + o_map, mask=(i < frames) & (j < frames), other=0.0)

@@ -37,6 +37,7 @@ from vstar_kernels.attention.triton.primitives import (
     largest,
     load_heads,
     locate,
+    log_sum,
     logits,
     offsets,
     regularized,
@@ -84,8 +85,8 @@ def stream_kernel(
     """``QUERIES`` queries of one sequence against all keys, ``KEYS`` at a time.
 
     Δᵢⱼ counts as zero for |j − i| > ``window``. With ``STAT`` "map_max", ``stat`` holds the maxima
-    that :func:`map_max_kernel` left. ``SAVE`` writes for each row the binary logarithm of the sum
-    of its exponentials, and Δ's factor before it is clamped.
+    that :func:`map_max_kernel` left. ``SAVE`` writes for each row the :func:`log_sum` of its
+    exponentials, and Δ's factor before it is clamped.
     """
     sizes = Sizes(space, heads, frames)
     query_blocks = tl.cdiv(frames, QUERIES)
@@ -149,7 +150,7 @@ def stream_kernel(
 
     if SAVE:
         o_row = i_sequence.to(tl.int64) * frames + i
-        tl.store(t.lse + o_row, b_max * numbers.exp2_scale + tl.log2(b_total), mask=m_i)
+        tl.store(t.lse + o_row, log_sum(b_max, b_total, numbers.exp2_scale), mask=m_i)
         if BIAS.FORM != "none":
             tl.store(t.row_stat + o_row, tl.zeros((QUERIES,), tl.float32) + b_stat, mask=m_i)
     b_inverse = tl.expand_dims(1.0 / b_total, 1)  # (QUERIES, 1)

@@ -38,6 +38,7 @@ from vstar_kernels.attention.triton.primitives import (
     inner_products,
     load_heads,
     locate,
+    log_sum,
     logits,
     map_gradient,
     offsets,
@@ -154,7 +155,7 @@ def statistics_kernel(
                 )
                 b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
                 b_max, b_total = add_exponentials(b_max, b_total, b_s, numbers)
-        b_lse = b_max * numbers.exp2_scale + tl.log2(b_total)  # (QUERIES,)
+        b_lse = log_sum(b_max, b_total, numbers.exp2_scale)  # (QUERIES,)
         tl.store(t.lse + o_row, b_lse, mask=m_i)
 
     b_o = load_heads(t.out, offsets(strides.out, place, i, HEAD), m_i, HEAD)  # (QUERIES, D)
