@@ -7,6 +7,7 @@ alignment allows, or has no matrix instruction.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ class Options(cases.Selection):
     """Write the data here, and the tables beside it, as .md."""
     update: tyro.conf.FlagCreatePairsOff[bool] = False
     """Keep what that file has of other kernels, if their configurations are shipped still."""
+    other_triton: tyro.conf.FlagCreatePairsOff[bool] = False
+    """This Triton is another than the configurations were chosen with. It may spill a few bytes
+    more, and take more shared memory than they say, within what the target has."""
     jobs: int = 1
     """Processes."""
 
@@ -57,7 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
         of_columns = column_cases.subset(of_columns)
     every = [*todo, *of_frames, *of_columns]
     todo = [case for case in every if options.has(case.entry)]
-    results = in_processes(report.examine, todo, options.jobs, unit="kernel")
+    examine = functools.partial(report.examine, other=options.other_triton)
+    results = in_processes(examine, todo, options.jobs, unit="kernel")
     if options.update and options.json:
         results = report.merged(report.read(options.json), results, every)
     text = report.tables(results)

@@ -27,6 +27,12 @@ T = TypeVar("T")
 
 def compile_case(case: Case) -> Any:
     """Compiles a kernel whose tensors are aligned to 16 bytes, as torch allocates them."""
+    made, options = source(case)
+    return triton.compile(made, target=TARGETS[case.entry.architecture].triton, options=options)
+
+
+def source(case: Case) -> tuple[ASTSource, dict[str, Any]]:
+    """Returns what Triton compiles of such a kernel, with its options."""
     target, launch = TARGETS[case.entry.architecture].triton, case.launch
     kernel, backend = launch.kernel, make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -36,8 +42,7 @@ def compile_case(case: Case) -> Any:
     options, signature, constants, attributes = kernel._pack_args(
         backend, options, bound, specialization, options
     )
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=options.__dict__)
+    return ASTSource(kernel, signature, constants, attributes), options.__dict__
 
 
 def inspect(case: Case) -> Binary:

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 from benchmarks.codegen import __main__ as codegen
-from benchmarks.codegen import binary, cases, column_cases, frame_cases, report
+from benchmarks.codegen import binary, cases, column_cases, compile, frame_cases, report
 from benchmarks.codegen.cases import Entry
 from benchmarks.codegen.targets import TARGETS
 from benchmarks.tune import choose
@@ -156,6 +156,22 @@ def test_an_unfit_amd_kernel(broken, fault):
     assert faults(gcn(**broken), "gfx942") == [fault]
 
 
+def test_another_triton_may_spill_a_little_and_take_other_shared_memory(monkeypatch):
+    entry = replace(a_case("sm_90").entry, config=TileConfig(64, 1, 4, shared=1000))
+    (case,) = cases.cases(entry, cases.GAUSSIAN)
+
+    def faults_of_both(**changes):
+        found = replace(sass(), **changes)
+        monkeypatch.setattr(report, "inspect", lambda case: found)
+        return [report.examine(case, other=other)["faults"] for other in (False, True)]
+
+    assert faults_of_both(spilled=64) == [["spills 64 bytes"], []]
+    assert faults_of_both(spilled=65) == [["spills 65 bytes"]] * 2
+    assert faults_of_both(shared=1001) == [["takes 1001 bytes of shared memory, 1000 stated"], []]
+    limit = "takes 1048576 bytes of shared memory, sm_90 has 232448"
+    assert faults_of_both(shared=2**20)[1] == [limit]
+
+
 def test_scalar_registers_in_lanes_of_vector_ones_are_no_spill():
     found = gcn(sgpr=3)
     assert (found.in_lanes, found.spilled) == (3, 0)
@@ -266,6 +282,20 @@ def test_only_gradients_have_configurations_of_single_kernels():
         if own_configs(entry):
             assert entry.backward, entry
             assert entry.config.overrides.keys() < kernels, entry
+
+
+@pytest.mark.parametrize("variant", [cases.GAUSSIAN, cases.DENSE, cases.MAP_GRADIENT])
+def test_a_case_is_of_any_number_of_heads(variant, monkeypatch):
+    """What is compiled for one is what a launch with another looks for."""
+    backward = variant is cases.MAP_GRADIENT
+    every = (x for x in cases.entries() if (x.kind, x.width) == ("16-bit", 64))
+    chosen = [x for x in every if x.backward == backward]
+    for entry in {(x.architecture, x.family): x for x in chosen}.values():
+        sources = set()
+        for heads in (cases.HEADS, 5, 10, 20):
+            monkeypatch.setattr(cases, "HEADS", heads)
+            sources |= {compile.source(case)[0].hash() for case in cases.cases(entry, variant)[:1]}
+        assert len(sources) == 1, entry
 
 
 def test_configurations_are_of_sizes_that_the_kernels_take():
@@ -600,6 +630,8 @@ def test_an_updated_report_keeps_what_is_shipped_still(tmp_path):
 
 
 def test_the_command_exits_with_the_offenders(monkeypatch):
-    monkeypatch.setattr(report, "examine", lambda case: {"name": case.name, "faults": ["spills"]})
+    monkeypatch.setattr(
+        report, "examine", lambda case, other: {"name": case.name, "faults": ["spills"]}
+    )
     with pytest.raises(SystemExit, match=r"Not fit to ship:\nsm_80 tile 16-bit N=16 .*: spills"):
         codegen.main(["--target", "sm_80", "--kind", "16-bit", "--width", "48"])
