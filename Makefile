@@ -108,7 +108,7 @@ PYTHON_VERSION ?= 3.12
 WHEELS = $(PYTHON) -m pip download --quiet --dest build/wheels -c constraints.txt --only-binary=:all: \
 	--implementation cp --python-version $(PYTHON_VERSION) \
 	$(foreach libc,2_28 2_17,--platform manylinux_$(libc)_x86_64) --platform manylinux2014_x86_64
-gpu-wheels: $(STAMP)
+gpu-wheels: | $(PYTHON)
 	$(WHEELS) pydantic tyro
 	$(WHEELS) --no-deps diffusers importlib-metadata xformers
 

@@ -68,6 +68,5 @@ def test_graphs_replay_what_was_captured_and_others_are_launched():
         for n in (2, 0, 1):
             assert clock.seconds(warm, n) > 1e-6
             torch.cuda.synchronize()
-            last = (n * warm.calls + warm.calls - 1) % 3 if warm.calls < 3 else None
             assert (out == out[0]).all()
-            assert last is None or out[0] == last
+            assert out[0] == n or warm.calls > 1  # a chain ends with another
