@@ -28,9 +28,11 @@ from benchmarks.results import ResultsError, Run
 KEPT = ROOT / "benchmarks/results"
 RESULTS = KEPT / "cpu-amd-epyc-zen5-2-cores"
 SECOND = KEPT / "cpu-amd-epyc-zen3-2-cores"
+MACHINES = {"Zen 5": RESULTS, "Zen 3": SECOND}
 GPUS = "gpu-"  # how the names of GPUs' folders begin
 NOTHING_MEASURED = "Nothing yet."
-RUNS = ("float32", "16-bit", "avx2", "avx2-bfloat16", "frames", "cross")
+RUNS = ("float32", "long", "16-bit", "avx2", "avx2-bfloat16", "frames", "cross")
+BOTH = ("float32", "long", "16-bit")  # of them, those that are compared between machines
 CODEGEN = KEPT / "codegen/report.json"
 MARGIN_FRAMES = (16, 32, 64, 128)
 PREDICTED_HEAD_DIMS = (40, 48, 64, 80, 160)
@@ -46,25 +48,64 @@ PLOTTED = {
 
 def margins() -> str:
     """Returns the README's table: who takes how many times as long for a model's step."""
-    run = _read("float32")
-    steps = figures.steps(run)
-    ratios = steps.pivot(index="model", columns=["frames", "peer"], values="ratio")
+    found = [figures.steps(_read("float32", place)) for place in MACHINES.values()]
+    ratios = pd.concat(found).groupby(["model", "frames", "peer"], sort=False).ratio
+    ranges = pd.DataFrame({"low": ratios.min(), "high": ratios.max()})
+
+    def cell(model: str, frames: int) -> str:
+        pairs = (ranges.loc[model, frames, peer] for peer in (EAGER, SDPA))
+        return " / ".join(f"{pair.low:.1f}–{pair.high:.1f}×" for pair in pairs)
+
     rows = [
-        (model, *(f"{row[n, EAGER]:.1f}× / {row[n, SDPA]:.1f}×" for n in MARGIN_FRAMES))
-        for model, row in ratios.loc[steps.model.unique()].iterrows()
+        (model, *(cell(model, frames) for frames in MARGIN_FRAMES))
+        for model in found[0].model.unique()
     ]
     table = Table("", ("model", *(f"N = {frames}" for frames in MARGIN_FRAMES)), rows)
-    overhead = figures.kernel_rows(run, "overhead").set_index("peer").time[VSTAR_KERNELS]
-    return f"{table.markdown()}\nOne call on a tiny input costs {overhead * 1e6:.0f} µs."
+    calls = []
+    for machine, place in MACHINES.items():
+        overhead = figures.kernel_rows(_read("float32", place), "overhead").set_index("peer").time
+        calls.append(f"{overhead[VSTAR_KERNELS] * 1e6:.0f} µs on {machine}")
+    return f"{table.markdown()}\nOne call on a tiny input costs {', '.join(calls)}."
+
+
+def machines() -> str:
+    """Returns the docs' table of every size of head on both machines, side by side."""
+    found = [_kernels(place).set_index("key") for place in MACHINES.values()]
+    both = found[0][found[0].index.isin(found[1].index) & found[0].share.notna()]
+    sizes = ["suite", "dtype", "frames", "head_dim"]
+    rows = []
+    for key, case in both.drop_duplicates(sizes).sort_values(sizes).iterrows():
+        cells = []
+        for frame in found:
+            here = frame.loc[key]
+            cells += [f"{here.time * 1e3:.1f} ms", f"{here.share:.0%}"]
+            cells += [f"{here[peer]:.2f}×" if here[peer] > 0 else "–" for peer in (EAGER, SDPA)]
+        rows.append(
+            (f"{case.suite}, {case['dtype']}", f"{case.frames:,}", f"{case.head_dim}", *cells)
+        )
+    header = ["suite", "N", "D"]
+    for name in MACHINES:
+        header += [f"{name}: time", "of the floor", "eager", "SDPA"]
+    return Table("", header, rows).markdown()
+
+
+def _kernels(place: Path) -> pd.DataFrame:
+    """Returns the kernels' rows of a machine's runs, with the peers' ratios."""
+    rows = pd.concat(figures.kernel_rows(_read(name, place)) for name in BOTH if _has(name, place))
+    ratios = rows.pivot_table(index="key", columns="peer", values="ratio")
+    return rows[rows.peer == VSTAR_KERNELS].join(ratios[[EAGER, SDPA]], on="key")
 
 
 def everything() -> str:
     """Returns the docs' tables: every one of every kept run."""
     parts = []
-    for name in RUNS:
-        run = _read(name)
-        parts.append(f"## {name}\n\n{describe(run)}\n")
-        parts += [table.markdown("### ") for table in all_tables(run)]
+    for machine, place in MACHINES.items():
+        for name in RUNS:
+            if not _has(name, place):
+                continue
+            run = _read(name, place)
+            parts.append(f"## {name}, {machine}\n\n{describe(run)}\n")
+            parts += [table.markdown("### ") for table in all_tables(run)]
     return "\n".join(parts)
 
 
@@ -182,6 +223,11 @@ def _read(name: str, folder: Path = RESULTS) -> Run:
     return results.load(folder / f"{name}.jsonl")
 
 
+def _has(name: str, place: Path) -> bool:
+    """Returns whether a machine has such a run: "long" is within another's "float32"."""
+    return (place / f"{name}.jsonl").exists()
+
+
 @dataclass(frozen=True)
 class Options:
     """Write the kept results' tables into the README and the docs."""
@@ -199,6 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
     replace(ROOT / "docs/performance/cpu.md", "plots", pictures())
     replace(ROOT / "docs/performance/cpu.md", "cpu", everything())
     replace(ROOT / "docs/performance/cpu.md", "pages", of_pages())
+    replace(ROOT / "docs/performance/cpu.md", "machines", machines())
     draw()
     replace(ROOT / "docs/performance/gpu.md", "predictions", predictions())
     replace(ROOT / "docs/performance/gpu.md", "measured", measured())

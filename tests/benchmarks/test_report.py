@@ -114,6 +114,8 @@ def test_failures_are_in_the_report(run):
     ("page", "name", "make"),
     [
         ("README.md", "cpu", publish.margins),
+        ("docs/performance/cpu.md", "pages", publish.of_pages),
+        ("docs/performance/cpu.md", "machines", publish.machines),
         ("docs/performance/cpu.md", "plots", publish.pictures),
         ("docs/performance/cpu.md", "cpu", publish.everything),
         ("docs/performance/gpu.md", "predictions", publish.predictions),
