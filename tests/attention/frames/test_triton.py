@@ -242,6 +242,24 @@ def test_gradients(case):
     assert_gradients(found, compute, vanishing=1e-2 if call.dtype == torch.float16 else 1e-4)
 
 
+@pytest.mark.parametrize("head_dim", [40, 72])
+def test_tf32_gradients_of_heads_whose_rest_is_filled_up(head_dim, monkeypatch):
+    monkeypatch.setattr(plan, "ieee_products", lambda: False)
+    layout, rule = vk.Layout(vk.Text(4), vk.Frames(2, 8)), vk.FrameRule.tar(1.0)
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 1, 20, 1, head_dim).unbind()
+    found, expected = (
+        gradients(
+            lambda x, name=name: vk.frame_attention(x, x, x, layout, rule, backend=name),
+            {"x": x.to(device)},
+            [weight.to(device)],
+        )["x"]
+        for name, device in (("triton", DEVICE), ("reference", "cpu"))
+    )
+    tolerance = 1e-4 if backend.interpreted() else 2e-2  # TF32 keeps ten bits of its operands
+    torch.testing.assert_close(found.cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
 # ---- what rows see ----
 
 
@@ -288,6 +306,23 @@ def test_slots_are_frames_of_equal_weights():
     far = dict(found[1])  # of frame 0
     assert far[5] == [(96, 160)]  # neighbours are one range
     assert len(far) == 7
+
+
+def test_nvidias_tf32_gradients_have_no_rest_of_16():
+    key = plan_key(None, vk.Layout(vk.Frames(2, 16)), torch.float32)
+    key = key._replace(ieee=False, grad_out=key.out)
+    parts = {40: (64, 0), 64: (64, 0), 72: (64, 32), 80: (64, 32), 144: (128, 32), 160: (128, 32)}
+    for head_dim, expected in parts.items():
+        of_size, usual = key._replace(head_dim=head_dim), configs.split(head_dim)
+        for changes, wanted in (
+            ({}, expected),
+            ({"ieee": True}, usual),
+            ({"dtype": torch.float16}, usual),
+            ({"grad_out": ()}, usual),
+            ({"device": plan.Device("gfx942", 2**16, 1)}, usual),
+        ):
+            head = of_size._replace(**changes).head()
+            assert wanted == (head.MAIN, head.REST), (head_dim, changes)
 
 
 def made_plan(rule, layout, dtype=torch.bfloat16):
