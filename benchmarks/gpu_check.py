@@ -161,7 +161,10 @@ class Check:
                     continue
                 print(f"{stage.name}: {stage.title}", flush=True)
                 limit = stage.limit if self.options.device == "cuda" else math.inf
-                state = self._stage(stage, file, min(limit, self.left()))
+                try:
+                    state = self._stage(stage, file, min(limit, self.left()))
+                except (OSError, ValueError, ResultsError) as error:  # of a file that is not ours
+                    self.bad, state = True, f"{type(error).__name__}: {error}"
                 self.states[stage.name] = (state, time.monotonic() - began)
                 print(f"{stage.name}: {state}", flush=True)
         finally:
@@ -183,7 +186,8 @@ class Check:
             command += ["--output", str(file), "--device", self.options.device]
             command += ["--suites", *stage.suites, *stage.options]
             command += QUICK if self.options.quick else ()
-        ended = self._python(command, seconds)
+        finished = file.exists() and not results.load(file).missing
+        ended = 0 if finished else self._python(command, seconds)
         if not file.exists():
             self.bad = True
             return f"ended with status {ended}, without results"
@@ -194,7 +198,7 @@ class Check:
         notes = [f"{done} of {len(run.plan.tasks)} cases"]
         notes += [f"{failed} failed"] if failed else []
         notes += [f"{wrong} wrong results"] if wrong else []
-        notes += [f"status {ended}"] if ended else []
+        notes += [f"status {ended}: log.txt says why"] if ended else []
         return ", ".join(notes)
 
     def _tests(self, file: Path, seconds: float) -> str:

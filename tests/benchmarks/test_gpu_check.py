@@ -139,6 +139,19 @@ def test_a_stage_goes_on_with_earlier_results(tmp_path, in_this_process):
     assert "--resume" in in_this_process[-1]
     assert earlier.read_text().splitlines(keepends=True)[:-1] == lines[:-1]
     assert not results.load(earlier).missing
+    in_this_process.clear()
+    assert check(tmp_path, "columns").run() == 0
+    assert in_this_process == []  # nothing is begun for what is finished
+
+
+def test_a_stage_whose_file_is_no_run_does_not_keep_the_next_from_running(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/columns.jsonl").write_text("mine\n")
+    assert check(tmp_path, "columns", "tune").run() == 1
+    summary = (tmp_path / "out/summary.md").read_text()
+    assert "| columns | ResultsError: " in summary
+    assert "| tune | times nothing without a GPU |" in summary
+    assert (tmp_path / "out/columns.jsonl").read_text() == "mine\n"
 
 
 def test_what_is_stopped_leaves_nothing_behind_and_a_summary(tmp_path, monkeypatch):
