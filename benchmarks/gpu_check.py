@@ -8,7 +8,6 @@ stages leaves few files: one of JSON lines for each stage, ``log.txt`` and ``sum
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -25,7 +24,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from benchmarks import pytest_lines, results
+from benchmarks import json_lines, pytest_lines, results
 from benchmarks.machine import ROOT, end_with_parent
 from benchmarks.results import ResultsError
 from vstar_kernels.cli.options import several
@@ -145,14 +144,16 @@ class Check:
 
     def run(self) -> int:
         """Runs the stages; returns the exit status, 1 where something is wrong."""
-        output = self.options.output
+        output, resume = self.options.output, self.options.resume
+        if resume and not resume.is_dir():
+            raise SystemExit(f"resume must be a folder with results, {resume} is none")
         output.mkdir(parents=True, exist_ok=True)
         todo = list(dict.fromkeys(x for stages in self.options.stages for x in stages))
         try:
             for stage in todo:
                 file = output / f"{stage.name}.jsonl"
-                if self.options.resume and not file.exists():
-                    earlier = self.options.resume / file.name
+                if resume and not file.exists():
+                    earlier = resume / file.name
                     if earlier.exists():
                         shutil.copyfile(earlier, file)
                 began = time.monotonic()
@@ -194,7 +195,7 @@ class Check:
         run = results.load(file)
         done, failed = len(run.records), sum(bool(x.failure) for x in run.records)
         wrong = sum(x.status == results.WRONG for r in run.records for x in r.peers.values())
-        self.bad |= bool(ended or failed)
+        self.bad |= bool(ended or failed or wrong)
         notes = [f"{done} of {len(run.plan.tasks)} cases"]
         notes += [f"{failed} failed"] if failed else []
         notes += [f"{wrong} wrong results"] if wrong else []
@@ -241,8 +242,10 @@ class Check:
         calls = ["-m", "benchmarks.kernel_calls", "--device", self.options.device]
         program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         if not os.access(program, os.X_OK):
-            self._python(calls, seconds)
-            return "compute-sanitizer is not installed: the calls ran without it"
+            ended = self._python(calls, seconds)
+            self.bad |= ended != 0
+            how = {0: "ran", None: "were stopped at their limit"}.get(ended, f"ended with {ended}")
+            return f"compute-sanitizer is not installed: the calls {how} without it"
         deadline = time.monotonic() + seconds
         self._python(calls, seconds / 3)  # which compiles them
         # PyTorch's caching allocator would hide accesses past the end of a tensor.
@@ -264,8 +267,7 @@ class Check:
             ended = self._command([*command, sys.executable, *calls], share, environment)
             outcome = {0: "passed", None: "stopped at its limit"}.get(ended, f"status {ended}")
             line = {"test": tool, "outcome": outcome, "seconds": time.monotonic() - began}
-            with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(line) + "\n")
+            json_lines.append(file, line)
         found = {name: x["outcome"] for name, x in pytest_lines.read(file).items()}
         self.bad |= any("status" in outcome for outcome in found.values())
         return ", ".join(f"{name} {outcome}" for name, outcome in found.items())
@@ -298,14 +300,22 @@ class Check:
             file = self.options.output / f"{stage.name}.jsonl"
             if stage.suites and file.exists():
                 parts += [f"# {stage.name}: {stage.title}\n", tables(file)]
-            elif file.exists():
-                failed = [x for x in pytest_lines.read(file).values() if x["outcome"] == "failed"]
-                parts += [f"- {x['test']}:\n\n```\n{x.get('why', '')}\n```\n" for x in failed]
+            elif stage.name != "tune" and file.exists():
+                parts += _failures(file)
         (self.options.output / "summary.md").write_text("\n".join(parts), encoding="utf-8")
 
     def _told(self, stage: Stage) -> str:
         state, seconds = self.states.get(stage.name, ("stopped", 0.0))
         return f"{state} | {seconds:.0f}"
+
+
+def _failures(file: Path) -> list[str]:
+    """Returns why tests failed, or why that is not known."""
+    try:
+        failed = [x for x in pytest_lines.read(file).values() if x["outcome"] == "failed"]
+    except (OSError, ValueError) as error:
+        return [f"No outcomes: {error}\n"]
+    return [f"- {x['test']}:\n\n```\n{x.get('why', '')}\n```\n" for x in failed]
 
 
 def tables(file: Path) -> str:

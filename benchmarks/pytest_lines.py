@@ -8,7 +8,6 @@ process, as one does after which the GPU answers no more; pytest-xdist then star
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -17,13 +16,25 @@ from typing import Any
 
 import pytest
 
+from benchmarks import json_lines
+
 ENDED = ("passed", "skipped")
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns the lines of a file by their tests, the last of each; a torn line does not count."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return {found["test"]: found for found in map(json.loads, lines)}
+    """Returns the lines of a file by their tests, the last of each; a torn line does not count.
+
+    Raises:
+        ValueError: A line is none of a test; the message names file and line.
+    """
+    return dict(json_lines.read(path, _of_test))
+
+
+def _of_test(line: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    for name in ("test", "outcome"):
+        if not isinstance(line[name], str):
+            raise ValueError(f"{name} must be a text, got {line[name]!r}")
+    return line["test"], line
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -77,8 +88,7 @@ class Lines:
         }
         if not report.passed:
             found["why"] = report.longreprtext[-2000:] if report.failed else str(report.longrepr)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(found) + "\n")
+        json_lines.append(self._path, found)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -6,7 +6,6 @@ Every line is written when its case ends, so an interrupted run keeps what it ha
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,8 +206,3 @@ def _read_line(adapter: TypeAdapter[Any], line: bytes, number: int) -> Any:
         raise FormatError(f"line {number}: {error}") from None
     except ValidationError as error:
         raise FormatError(f"line {number}: {format_error(error)}") from None
-
-
-def drop_torn_line(path: Path) -> None:
-    """Cuts off what an interruption left of a line, so that the next begins a new one."""
-    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks import json_lines, results
 from benchmarks.machine import ROOT, differences, environment
 from benchmarks.progress import RESTART, Progress, Trouble
 from benchmarks.results import Plan, Record, ResultsError, Run
@@ -55,7 +55,7 @@ def resume(path: Path) -> Run:
         different.append(f"commit: {run.environment['commit']} and {now['commit']}")
     if different:
         raise ResultsError(f"{path} was begun in another environment: {'; '.join(different)}")
-    results.drop_torn_line(path)
+    json_lines.drop_torn_line(path)
     return run
 
 
@@ -73,7 +73,7 @@ def measure(path: Path, seconds: float = math.inf, patience: float = PATIENCE) -
             ended, why = _work(path, allocator, left, patience), ""
         except StuckError as stuck:
             ended, why = -signal.SIGKILL, str(stuck)
-        results.drop_torn_line(path)
+        json_lines.drop_torn_line(path)
         if ended < 0:
             _blame(path, allocator, why or f"ended by {signal.Signals(-ended).name}")
         elif ended not in (0, RESTART):

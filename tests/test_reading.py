@@ -158,12 +158,16 @@ def test_what_json_should_not_hold_is_named_by_its_path(document, message):
         ("[" * 3000, "it is nested too deeply"),
         ("? [a, b]\n: 1", "it is not YAML of texts, numbers, lists and objects"),
         ("a: .nan", "a: NaN is not a number in JSON"),
-        ("&a [*a]", "Circular reference"),
+        ("&a [*a]", "lists and objects: Circular reference"),
+        ("a: 2024-13-45", "lists and objects: month must be in 1..12"),
+        ("!!bool maybe", "it is not YAML of texts, numbers, lists and objects"),
+        ("!!timestamp abc", "it is not YAML of texts, numbers, lists and objects"),
+        ('!!int ""', "it is not YAML of texts, numbers, lists and objects"),
     ],
 )
 def test_what_yaml_should_not_hold(document, message):
     pytest.importorskip("yaml")
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(FormatError, match=re.escape(message)):
         decode_yaml(document)
 
 

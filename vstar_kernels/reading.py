@@ -180,7 +180,10 @@ def decode_yaml(text: str) -> Any:
         return decode(json.dumps(loader.construct_document(node)))
     except RecursionError:
         raise FormatError("it is nested too deeply") from None
-    except (yaml.YAMLError, TypeError) as error:  # dates, for one, are not of JSON
+    except FormatError:
+        raise
+    # PyYAML raises whatever comes of a text that is not what its tag says; dates are not of JSON.
+    except (yaml.YAMLError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise FormatError(f"it is not YAML of texts, numbers, lists and objects: {error}") from None
     finally:
         if loader is not None:

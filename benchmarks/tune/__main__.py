@@ -77,7 +77,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Rewrites the files of configurations, after each architecture."""
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.tune")
     if options.take is not None:
-        choose.write(times.read(options.take))
+        chosen = times.read(options.take)
+        if not chosen:
+            raise SystemExit(f"{options.take} is not there, or has no choices")
+        choose.write(chosen)
         return
     function, jobs = choose.predicted, options.jobs
     if not options.predict:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks import json_lines
 from benchmarks.codegen.cases import Entry, Key
 from vstar_kernels.attention.triton import configs
 from vstar_kernels.attention.triton.configs import TileConfig
@@ -33,14 +33,16 @@ def append(path: Path, key: Key, chosen: Entry | None, seconds: Mapping[Entry, f
         "chosen": chosen and asdict(chosen.config),
         "seconds": [[asdict(entry.config), time] for entry, time in seconds.items()],
     }
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    json_lines.append(path, line)
 
 
 def read(path: Path) -> dict[Key, Entry | None]:
-    """Returns the choices; a line that an interruption left incomplete does not count."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return dict(_choice(json.loads(line)) for line in lines)
+    """Returns the choices; a line that an interruption left incomplete does not count.
+
+    Raises:
+        ValueError: A line is no choice; the message names file and line.
+    """
+    return dict(json_lines.read(path, _choice))
 
 
 def _choice(line: dict[str, Any]) -> tuple[Key, Entry | None]:

@@ -77,14 +77,14 @@ INTERLEAVED = torch.randn(2, 6, 2, 3, 8)  # two tensors, frame by frame: one is 
         (lambda: attend(torch.empty_like(Q).half()), "out must have the output's type.*float16"),
         (lambda: attend(torch.empty_like(Q, device="meta")), "out must be on query's device cpu"),
         (lambda: attend(Q.to_sparse()), "out must be an ordinary .*sparse_coo"),
-        (lambda: attend(Q), "out must not lie between .* of query"),
-        (lambda: attend(K), "out must not lie between .* of key"),
-        (lambda: attend(V), "out must not lie between .* of value"),
+        (lambda: attend(Q), "out's memory, .* must not meet that of query"),
+        (lambda: attend(K), "out's memory, .* must not meet that of key"),
+        (lambda: attend(V), "out's memory, .* must not meet that of value"),
         (
             lambda: attend(INTERLEAVED[:, :, 0], INTERLEAVED[:, :, 1]),
-            "out must not lie between .* of query",
+            "out's memory, .* must not meet that of query",
         ),
-        (lambda: attend(V, backend="reference"), "out must not lie between .* of value"),
+        (lambda: attend(V, backend="reference"), "out's memory, .* must not meet that of value"),
         (lambda: attend(torch.empty(1, 6, 3, 8).expand(2, 6, 3, 8)), "a place of its own"),
         (
             lambda: attend(torch.empty(999).as_strided(Q.shape, (144, 23, 8, 1))),
@@ -101,6 +101,24 @@ def test_bad_values(call, message):
         call()
 
 
+def test_a_call_that_is_refused_has_not_changed_out():
+    """Autograd would otherwise take what it had kept of the tensor for written over."""
+    out = LAYOUTS["heads contiguous"](Q)
+    before = out._version
+    with pytest.raises(ValueError, match="takes contiguous head_dim"):
+        attend(out, backend="cpu")
+    assert out._version == before
+
+
+@pytest.mark.parametrize("backend", [None, "cpu", "reference"])
+def test_out_may_be_of_negated_numbers(expected, backend):
+    """A view whose elements are stored with the other sign, as that of an imaginary part may be."""
+    stored = torch.full_like(Q, float("nan"))
+    out = torch._neg_view(stored)
+    assert attend(out, backend=backend) is out
+    torch.testing.assert_close(stored, -expected)
+
+
 def test_a_wrong_kind():
     with pytest.raises(TypeError, match=r"out must be a torch\.Tensor or None, got bool"):
         attend(True)
@@ -109,9 +127,9 @@ def test_a_wrong_kind():
 def test_a_statistic_and_a_table_are_not_written_over():
     whole = torch.zeros(2, 6, 3, 9)
     out, stat = whole[..., :8], whole[..., 8]
-    with pytest.raises(ValueError, match="first and the last element of stat"):
+    with pytest.raises(ValueError, match="must not meet that of stat"):
         vk.tar_attention(Q, K, V, vk.GaussianBias(1.0, stat=stat), out=out)
-    with pytest.raises(ValueError, match="first and the last element of delta"):
+    with pytest.raises(ValueError, match="must not meet that of delta"):
         vk.tar_attention(Q, K, V, vk.ToeplitzBias(whole.flatten()[:6]), out=out)
 
 

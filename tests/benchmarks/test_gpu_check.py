@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from benchmarks import gpu_check, precompile, publish, pytest_lines, results
+from benchmarks import gpu_check, json_lines, precompile, publish, pytest_lines, results
 from benchmarks.__main__ import main
 from benchmarks.gpu_check import BY_NAME, STAGES, Check, Options
 from benchmarks.results import FAILED, MEASURED, Outcome, Record, ResultsError
@@ -152,6 +152,33 @@ def test_a_stage_whose_file_is_no_run_does_not_keep_the_next_from_running(tmp_pa
     assert "| columns | ResultsError: " in summary
     assert "| tune | times nothing without a GPU |" in summary
     assert (tmp_path / "out/columns.jsonl").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("line", ["mine", "[]", '{"test": "a"}', '{"test": [], "outcome": "x"}'])
+def test_a_file_that_is_none_of_tests_costs_its_stage_alone(line, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/sanitizer.jsonl").write_text(f"{line}\n")
+    assert check(tmp_path, "sanitizer", "tune").run() == 1
+    summary = (tmp_path / "out/summary.md").read_text()
+    assert "sanitizer.jsonl, line 1: " in summary
+    assert "| tune | times nothing without a GPU |" in summary
+
+
+def test_a_torn_line_is_cut_off_before_the_next(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    json_lines.append(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"a": 2')
+    assert json_lines.read(path, dict) == [{"a": 1}]
+    json_lines.append(path, {"a": 3})
+    assert json_lines.read(path, dict) == [{"a": 1}, {"a": 3}]
+
+
+def test_resuming_from_what_is_no_folder_is_refused(tmp_path):
+    with pytest.raises(
+        SystemExit, match=r"resume must be a folder with results, .*nowhere is none"
+    ):
+        check(tmp_path, "tune", resume=tmp_path / "nowhere").run()
 
 
 def test_what_is_stopped_leaves_nothing_behind_and_a_summary(tmp_path, monkeypatch):

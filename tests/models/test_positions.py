@@ -7,6 +7,7 @@ import torch
 
 import vstar_kernels as vk
 from tests.models.models import KINDS, call, flat, make, noise
+from vstar_kernels.models import positions
 
 pytest.importorskip("diffusers")
 from diffusers.models.embeddings import (
@@ -102,6 +103,14 @@ def test_beside_tar_and_in_several_models():
             out = call(models[name], name, timestep=timestep)
             if timestep == 10:  # of the oracle
                 assert torch.equal(out, expected[name][draw])
+
+
+def test_a_timestep_that_is_changed_in_place_is_another():
+    """As that of a training loop may be, which keeps one tensor for all steps."""
+    draws, timestep = positions._Draws(LONGEST, generator()), torch.tensor([5])
+    first = draws.take(torch.nn.Identity(), FRAMES, timestep)
+    timestep.fill_(7)
+    assert not torch.equal(draws.take(torch.nn.Flatten(), FRAMES, timestep), first)
 
 
 def test_layers_that_are_computed_again_have_the_same_positions():

@@ -72,7 +72,9 @@ def check_memory(call: Call, out: Tensor) -> None:
     for name, tensor in tensors.items():
         other_first, other_end = _extent(tensor)
         if first < other_end and other_first < end and tensor.device == out.device:
-            raise ValueError(f"out must not lie between the first and the last element of {name}")
+            raise ValueError(
+                "out's memory, from its first to its last element, must not meet that of " + name
+            )
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

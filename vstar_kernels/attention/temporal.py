@@ -104,11 +104,12 @@ def tar_attention(
     if out is None:
         return _attend(call, backend)
     output.check(call, out)
-    if autograd.needed(call) or type(out) not in autograd.PLAIN:
+    if autograd.needed(call) or type(out) not in autograd.PLAIN or out.is_neg():
         return output.filled(out, _attend(call, backend))
     output.check_memory(call, out)
+    found = _attend(dataclasses.replace(call, out=out), backend)
     torch.autograd.graph.increment_version(out)  # or autograd would not notice what it has kept
-    return _attend(dataclasses.replace(call, out=out), backend)
+    return found
 
 
 def _attend(call: Call, backend: str | None) -> Tensor | tuple[Tensor, Tensor]:

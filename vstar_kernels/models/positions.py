@@ -397,19 +397,21 @@ class _Draws:
                 f"longest must be at least the {frames} frames of a call, got {self.longest}"
             )
         models: set[int]
+        values = _values(timestep)
         drawn, of, models = getattr(self._thread, "last", (torch.empty(0), None, set()))
-        if id(model) in models or len(drawn) != frames or _values(of) != _values(timestep):
+        if id(model) in models or len(drawn) != frames or of != values:
             device = None if self._generator is None else self._generator.device
             every = torch.randperm(self.longest, generator=self._generator, device=device)
             drawn, models = every[:frames].sort().values, set()
         models.add(id(model))
-        self._thread.last = drawn, timestep, models
+        self._thread.last = drawn, values, models
         return drawn
 
 
 def _values(timestep: Any) -> set[float]:
     """Returns the timesteps of a call, however often it has each."""
-    return {float(x) for x in torch.as_tensor([] if timestep is None else timestep).flatten()}
+    values = torch.as_tensor([] if timestep is None else timestep).flatten()
+    return set(values.tolist())  # a GPU is waited for once
 
 
 class _DrawnPositions:
