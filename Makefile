@@ -63,6 +63,7 @@ OR_NO_TEST = $(if $(ARGS),|| [ $$? -eq 5 ])
 test: native $(STAMP)
 	$(PYTEST) $(ARGS) $(OR_NO_TEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/attention/test_triton.py tests/attention/test_large_logits.py \
+		tests/attention/test_descriptors.py \
 		tests/attention/frames/test_triton.py tests/attention/columns/test_triton.py \
 		$(ARGS) $(OR_NO_TEST)
 

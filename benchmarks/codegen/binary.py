@@ -3,7 +3,8 @@
 NVIDIA's binaries are read with the ``cuobjdump`` and ``nvdisasm`` that come with Triton, AMD's from
 the assembly that Triton keeps. Both name the source line of each instruction, by which the loads of
 queries, keys and values, all in ``primitives.load_heads``, are told from those of tables and
-statistics. Loops are told by their branches, back to labels above.
+statistics. Descriptors are of keys and values alone. Loops are told by their branches, back to
+labels above.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class Binary:
     other_loads: Counts
     stores: Counts
     matrix: Counts  # name → instructions
-    asynchronous: int = 0  # of the loads, those that go to shared memory while others compute
+    # Loads of queries, keys and values to shared memory while others compute: those of ``loads``
+    # that are such, and those of whole blocks by descriptors.
+    asynchronous: int = 0
     load_groups: int = 0  # the most that a pass over a block waits for, one after the other
     in_lanes: int = 0  # scalar registers that AMD's compiler moved into lanes of vector ones
 
@@ -80,7 +83,7 @@ class Assembly:
             "instructions": len(code),
             "loads": _count(width for width, in_load in loads if in_load),
             "other_loads": _count(width for width, in_load in loads if not in_load),
-            "asynchronous": sum(in_load and name.startswith("LDGSTS") for name, in_load in code),
+            "asynchronous": sum(_runs_ahead(name, in_load) for name, in_load in code),
             "load_groups": self.load_groups(text),
             "stores": _count(self.width(name) for name, _ in code if self.store.match(name)),
             "matrix": _count(name.split(".")[0] for name, _ in code if self.matrix.match(name)),
@@ -106,8 +109,10 @@ class Assembly:
                 done.append("matrix")
             elif name and self.shared_store.match(name):
                 done.append("store")
+            elif _runs_ahead(name, in_load):
+                done.append("asynchronous")
             elif name and in_load and self.load.match(name):
-                done.append("asynchronous" if name.startswith("LDGSTS") else "load")
+                done.append("load")
             elif branch := self.branch.search(line):
                 start = labels.get(branch[1], -1)
                 if start >= last and "matrix" in done[start:]:
@@ -187,6 +192,11 @@ def from_amdgcn(assembly: str, shared: int) -> Binary:
         in_lanes=numbers["sgpr_spill_count"],
         **GCN.count(assembly),
     )
+
+
+def _runs_ahead(name: str, in_load: bool) -> bool:
+    """Tells whether an instruction loads to shared memory while others compute."""
+    return name.startswith("UTMALDG") or (in_load and name.startswith("LDGSTS"))
 
 
 def _groups(loop: list[str]) -> int:

@@ -193,7 +193,8 @@ def launches(entry: Entry, variant: Variant, head_dim: int) -> dict[str, Launch]
     if entry.family == "tile":
         found = {"tile_backward" if entry.backward else "tile": made and made.launch}
     elif not entry.backward:
-        found = {"stream": made.attention, "map_max": made.map_max}
+        by_pointers = getattr(made.attention, "pointers", None)  # of tensors that are not aligned
+        found = {"stream": made.attention, "pointers": by_pointers, "map_max": made.map_max}
     else:
         found = {"grad_delta": made.grad_delta and made.grad_delta.launch}
         found |= {name: getattr(made, name) for name in SWEEPS}

@@ -37,7 +37,7 @@ def source(case: Case) -> tuple[ASTSource, dict[str, Any]]:
     kernel, backend = launch.kernel, make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     tensors = [dtype and MockTensor(dtype) for dtype in case.tensor_types]
-    arguments = (launch.needed._make(tensors), *launch.arguments)
+    arguments = launch.call_arguments(launch.needed._make(tensors))
     bound, specialization, options = bind(*arguments, **launch.constants)
     options, signature, constants, attributes = kernel._pack_args(
         backend, options, bound, specialization, options

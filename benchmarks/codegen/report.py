@@ -158,8 +158,7 @@ def faults(case: Case, binary: Binary, target: Target, *, spill: int = 0) -> lis
         found.append("no load of queries, keys or values was recognised")
     elif min(binary.loads) < aligned:
         found.append(f"loads {min(binary.loads)} bytes at a time where {aligned} are aligned")
-    in_blocks = case.entry.family in ("frames", "columns")
-    staged = in_blocks and case.config.stages > 1
+    staged = case.entry.family != "tile" and case.config.stages > 1
     if staged and target.triton.backend == "cuda" and not binary.asynchronous:
         # Each block of keys and values would wait for its own loads.
         found.append(f"has {case.config.stages} stages, but no load runs ahead of its use")

@@ -70,10 +70,12 @@ class OnGpu(torch.Tensor):
 class StubGpu(TorchDispatchMode):
     """Where tensors are on the GPU that is none, whose launches and compilations are noted."""
 
-    def __init__(self):
+    def __init__(self, capability=(8, 0)):
         super().__init__()
+        self.capability = capability
         self.launched = []
         self.compiled = []  # what Triton would have compiled, in its order
+        self.described = 0  # descriptors that the latest launch was given
         self.copies = True  # between the CPU and the GPU, which a first call may make
         self._functions = set()
 
@@ -122,7 +124,8 @@ class StubGpu(TorchDispatchMode):
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 80, 32)
+        major, minor = self.capability
+        return GPUTarget("cuda", 10 * major + minor, 32)
 
     @property
     def utils(self):
@@ -131,6 +134,8 @@ class StubGpu(TorchDispatchMode):
 
     def _compiled(self, function):
         """Stands for what Triton compiles: launched, it notes the function's name."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
         self._functions.add(function)
         self.compiled.append(function.__name__)
 
@@ -138,6 +143,7 @@ class StubGpu(TorchDispatchMode):
             for x in tree_flatten(arguments)[0]:
                 if isinstance(x, torch.Tensor) and not isinstance(x, OnGpu):
                     raise AssertionError(f"{function.__name__} got a tensor on {x.device}")
+            self.described = sum(isinstance(x, TensorDescriptor) for x in arguments)
             self.launched.append(function.__name__)
 
         return types.SimpleNamespace(
@@ -172,7 +178,7 @@ class StubGpu(TorchDispatchMode):
             mock.patch.object(torch.cuda, "current_device", return_value=0),
             mock.patch.object(torch.cuda, "current_stream", return_value=stream),
             mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
-            mock.patch.object(torch.cuda, "get_device_capability", return_value=(8, 0)),
+            mock.patch.object(torch.cuda, "get_device_capability", return_value=self.capability),
             mock.patch.object(plan, "CAPTURED", set()),
             mock.patch.object(triton, "interpreted", return_value=False),
             mock.patch.object(triton, "unavailable", list),

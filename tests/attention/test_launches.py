@@ -107,6 +107,19 @@ def test_a_call_and_its_gradients_wait_for_nothing(name, gpu):
     assert len(first) >= 2
 
 
+@pytest.mark.parametrize(("offset", "described"), [(0, 4), (1, 0)])
+def test_a_call_with_descriptors_waits_for_nothing(offset, described):
+    """Of keys and values, two parts each; by pointers where they are not aligned to 16 bytes."""
+    held = (torch.randn(offset + 72000).bfloat16()[offset:] for _ in range(3))
+    tensors = [OnGpu(x.view(2, 300, 3, 40)) for x in held]
+    with StubGpu((9, 0)).installed() as gpu:
+        vk.tar_attention(*tensors, GAUSSIAN)
+        gpu.copies = False
+        vk.tar_attention(*tensors, GAUSSIAN)
+        assert gpu.launched == ["stream_kernel"] * 2
+        assert gpu.described == described
+
+
 def test_the_public_functions_wait_for_nothing(gpu):
     query, key, value = (on_gpu(2, LAYOUT.tokens, 3, 40) for _ in range(3))
     weights = OnGpu(torch.rand(2, LAYOUT.tokens, 4))

@@ -219,6 +219,7 @@ def test_matrix_instructions_of_every_generation_are_known():
         (("LDG.E.128", "STS.128", "HGMMA", "LDG.E.128"), 1),  # the last and the first together
         (("HGMMA", "LDGSTS.E.128", "STSM.16.M88", "LDGSTS.E.128"), 1),  # waits for neither
         (("LDGSTS.E.128", "HGMMA", "LDG.E.128", "STS.128"), 2),
+        (("UTMALDG.5D", "HGMMA", "STS.128", "UTMALDG.5D"), 1),
         (("LDG.E.128", "STSM.16.M88", "LDG.E.128", "STS.128", "UTCHMMA"), 2),
         (("LDG.E.128", "STS.128", "FFMA", "LDG.E.128", "STS.128"), 0),  # multiplies nothing
     ],
@@ -276,12 +277,14 @@ def own_configs(entry):
     return entry.config.overrides.values() if isinstance(entry.config, StreamConfig) else ()
 
 
-def test_only_gradients_have_configurations_of_single_kernels():
-    kernels = {field.name for field in fields(stream_backward.StreamBackwardPlan)} | {"maps"}
+def test_which_kernels_have_configurations_of_their_own():
+    gradients = {field.name for field in fields(stream_backward.StreamBackwardPlan)} | {"maps"}
     for entry in cases.entries():
         if own_configs(entry):
-            assert entry.backward, entry
+            kernels = {"stream", "pointers"} if not entry.backward else gradients
             assert entry.config.overrides.keys() < kernels, entry
+        if not entry.backward:
+            assert {x.queries for x in own_configs(entry)} <= {entry.config.queries}, entry
 
 
 @pytest.mark.parametrize("variant", [cases.GAUSSIAN, cases.DENSE, cases.MAP_GRADIENT])
@@ -381,8 +384,10 @@ def test_the_map_and_the_gradients_have_kernels_of_their_own():
 
     config = StreamConfig(64, 64, 4, 1, shared=0)
     stream = Entry("sm_90", "16-bit", None, 64, config=config)
-    assert names(stream, cases.GAUSSIAN) == {"stream"}
-    assert names(stream, cases.MAP) == {"stream"}
+    for variant in (cases.GAUSSIAN, cases.MAP):
+        assert names(stream, variant) == {"stream", "pointers"}
+        assert names(replace(stream, kind="tf32"), variant) == {"stream"}
+        assert names(replace(stream, architecture="sm_80"), variant) == {"stream"}
     stream = replace(stream, backward=True)
     assert names(stream, cases.GRADIENTS) == {"statistics", "grad_query", "grad_key"}
     assert names(stream, cases.VALUES) >= {"grad_delta", "map_max", "grad_key", "maps"}
@@ -511,6 +516,18 @@ def test_stages_without_loads_that_run_ahead_are_a_fault():
     assert report.faults(case, ahead, TARGETS["sm_90"]) == []
     fault = "has 2 stages, but no load runs ahead of its use"
     assert report.faults(case, sass(), TARGETS["sm_90"]) == [fault]
+
+
+def test_blocks_that_descriptors_load_run_ahead():
+    (case, *_) = cases.cases(
+        Entry("sm_90", "16-bit", None, 64, config=StreamConfig(128, 64, 8, 3, 2**17)),
+        cases.GAUSSIAN,
+    )
+    fault = "has 3 stages, but no load runs ahead of its use"
+    assert report.faults(case, sass(), TARGETS["sm_90"]) == [fault]
+    described = sass(matrix="UTMALDG.5D")
+    assert (described.asynchronous, described.loads) == (1, {16: 1})
+    assert report.faults(case, replace(described, matrix={"HGMMA": 1}), TARGETS["sm_90"]) == []
 
 
 def test_halves_of_frames_wait_once_for_keys_and_values():

@@ -38,9 +38,9 @@ class TileConfig:
 class StreamConfig:
     """How :mod:`stream` covers a problem; ``shared`` is the memory it takes, in bytes.
 
-    Some of the gradients' kernels may have configurations of their own in ``overrides``, where no
-    single one fits the registers of all. Their names are those of
-    ``stream_backward.StreamBackwardPlan``, and "maps" for the mean map's.
+    Some kernels may have configurations of their own in ``overrides``, where no single one fits the
+    registers of all: of the gradients', by the names of ``stream_backward.StreamBackwardPlan`` and
+    "maps" for the mean map's, and "pointers", forward without descriptors.
     """
 
     queries: int

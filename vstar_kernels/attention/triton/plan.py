@@ -445,7 +445,11 @@ class Launch:
                 fault = "needs" if needed else "leaves alone"
                 given = "none is" if needed else "it is"
                 raise ValueError(f"{self.kernel.__name__} {fault} {name}, {given} given")
-        self.kernel[(self.programs,)](tensors, *self.arguments, **self.constants)
+        self.kernel[(self.programs,)](*self.call_arguments(tensors), **self.constants)
+
+    def call_arguments(self, tensors: Any) -> tuple[Any, ...]:
+        """Returns all arguments but constants of a launch on these tensors."""
+        return (tensors, *self.arguments)
 
     def on(self, **tensors: Tensor | None) -> None:
         """Launches the kernel on those of the named tensors that it needs.

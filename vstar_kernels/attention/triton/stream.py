@@ -2,9 +2,12 @@
 
 Where Δ vanishes outside a window, exact at nearly flash attention's cost for a window ≪ N::
 
-    keys outside the window   online softmax of φ, which also finds their row maximum
     keys in the window        row maximum only: no exponentials, no values
+    keys outside the window   online softmax of φ, which also finds their row maximum
     keys in the window again  the row maximum is final now: online softmax with the bias
+
+The last two are one loop, whose loads run ahead without a break. The first is a loop of its own:
+one for all three would fetch values, and multiply with them, where only maxima are wanted.
 
 The extra work is QKᵀ over the window. A Δ without a window makes that two passes over all keys; a
 statistic that is known beforehand needs one. Operations: 4·B·S·H·N²·D, and 2·B·S·H·N·W·D for a
@@ -21,8 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vstar_kernels.attention.call import Call, Forward
-from vstar_kernels.attention.triton import configs, maps, plan
+from vstar_kernels.attention.triton import configs, descriptors, maps, plan
 from vstar_kernels.attention.triton.configs import StreamConfig
+from vstar_kernels.attention.triton.descriptors import Frames, load_block
 from vstar_kernels.attention.triton.maps import MapSums
 from vstar_kernels.attention.triton.plan import Launch, PlanKey, Strides
 from vstar_kernels.attention.triton.primitives import (
@@ -78,15 +82,16 @@ class TensorStrides(NamedTuple):
     do_not_specialize=["heads", "frames", "window"], do_not_specialize_on_alignment=["space"]
 )
 def stream_kernel(
-    t, strides, space, heads, frames, numbers, window,
+    t, k_main, k_rest, v_main, v_rest, strides, space, heads, frames, numbers, window,
     HEAD: tl.constexpr, BIAS: tl.constexpr, STAT: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """``QUERIES`` queries of one sequence against all keys, ``KEYS`` at a time.
 
-    Δᵢⱼ counts as zero for |j − i| > ``window``. With ``STAT`` "map_max", ``stat`` holds the maxima
-    that :func:`map_max_kernel` left. ``SAVE`` writes for each row the :func:`log_sum` of its
-    exponentials, and Δ's factor before it is clamped.
+    Δᵢⱼ counts as zero for |j − i| > ``window``. ``k_main`` … are descriptors of the tensors' parts,
+    or None. With ``STAT`` "map_max", ``stat`` holds the maxima that :func:`map_max_kernel` left.
+    ``SAVE`` writes for each row the :func:`log_sum` of its exponentials, and Δ's factor before it
+    is clamped.
     """
     sizes = Sizes(space, heads, frames)
     query_blocks = tl.cdiv(frames, QUERIES)
@@ -96,35 +101,21 @@ def stream_kernel(
     i = start + tl.arange(0, QUERIES)
     m_i = i < frames
     b_q = load_heads(t.q, offsets(strides.q, place, i, HEAD), m_i, HEAD)  # (QUERIES, D)
-    p_k = t.k + sequence_offset(strides.k, place, HEAD)
-    p_v = t.v + sequence_offset(strides.v, place, HEAD)
+    keys = Frames(t.k + sequence_offset(strides.k, place, HEAD), strides.k, k_main, k_rest)
+    values = Frames(t.v + sequence_offset(strides.v, place, HEAD), strides.v, v_main, v_rest)
 
-    # Blocks near … far − 1 of keys meet the window.
+    # Blocks near … far − 1 of keys meet the window, which is all keys unless Δ is a Gaussian.
     key_blocks = tl.cdiv(frames, KEYS)
-    near = 0
-    far = 0
-    if BIAS.FORM != "none":
-        near, far = blocks_in_window(start, QUERIES, KEYS, window, frames)
-
-    b_max = tl.full((QUERIES,), float("-inf"), tl.float32)
-    b_total = tl.zeros((QUERIES,), tl.float32)
-    b_o = zero_heads(QUERIES, HEAD)
-    for n in tl.range(0, key_blocks - (far - near), num_stages=STAGES):
-        j = tl.where(n < near, n, n + (far - near)) * KEYS + tl.arange(0, KEYS)
-        b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)  # (KEYS, D)
-        b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
-        o_v = frame_offsets(strides.v, j, HEAD)
-        b_max, b_total, b_o = accumulate(
-            b_max, b_total, b_o, b_s, p_v, o_v, j < frames, numbers, HEAD
-        )
+    near, far = blocks_in_window(start, QUERIES, KEYS, window, frames)
+    others = key_blocks - (far - near)
 
     if BIAS.FORM != "none":
         b_stat = LOG2E / numbers.exp2_scale
         if STAT == "row_max":
-            b_stat = b_max
+            b_stat = tl.full((QUERIES,), float("-inf"), tl.float32)
             for n in tl.range(near, far, num_stages=STAGES):
                 j = n * KEYS + tl.arange(0, KEYS)
-                b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)
+                b_k = load_block(keys, place, n, frames, HEAD, KEYS)  # (KEYS, D)
                 b_stat = tl.maximum(b_stat, tl.max(logits(b_q, b_k, j, frames, HEAD), 1))
         elif STAT == "map_max":
             b_stat = float("-inf")
@@ -135,18 +126,38 @@ def stream_kernel(
             o_stat = statistic_offsets(strides.stat, place, i, HEAD)
             b_stat = tl.load(t.stat + o_stat, mask=m_i, other=0.0) * (LOG2E / numbers.exp2_scale)
 
-        for n in tl.range(near, far, num_stages=STAGES):
-            j = n * KEYS + tl.arange(0, KEYS)
-            b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)  # (KEYS, D)
-            b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
-            b_delta = delta_block(
-                t.delta, strides.delta, place.head, i, j, frames, numbers.falloff, HEAD, BIAS
+    b_max = tl.full((QUERIES,), float("-inf"), tl.float32)
+    b_total = tl.zeros((QUERIES,), tl.float32)
+    b_o = zero_heads(QUERIES, HEAD)
+    for n in tl.range(0, key_blocks, num_stages=STAGES):
+        block = n
+        if BIAS.FORM == "gaussian":  # the window comes last
+            block = tl.where(n < others, tl.where(n < near, n, n + far - near), n - others + near)
+        j = block * KEYS + tl.arange(0, KEYS)
+        b_k = load_block(keys, place, block, frames, HEAD, KEYS)  # (KEYS, D)
+        b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
+        if BIAS.FORM == "gaussian":
+            if n >= others:
+                if STAT == "row_max":  # b_max is that of the others until the window begins
+                    b_stat = tl.where(n == others, tl.maximum(b_stat, b_max), b_stat)
+                b_s = with_bias(
+                    b_s, b_stat, t.delta, strides.delta, place, i, j, frames, numbers, HEAD, BIAS
+                )
+        elif BIAS.FORM != "none":
+            b_s = with_bias(
+                b_s, b_stat, t.delta, strides.delta, place, i, j, frames, numbers, HEAD, BIAS
             )
-            b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
-            o_v = frame_offsets(strides.v, j, HEAD)
-            b_max, b_total, b_o = accumulate(
-                b_max, b_total, b_o, b_s, p_v, o_v, j < frames, numbers, HEAD
-            )
+
+        # The online softmax (Milakov and Gimelshein, 2018).
+        b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+        b_shift = subtrahend(b_new_max)
+        b_shrink = tl.exp2((b_max - b_shift) * numbers.exp2_scale)
+        b_p = exponentials(b_s, b_shift, numbers.exp2_scale)  # (QUERIES, KEYS)
+        b_total = b_total * b_shrink + tl.sum(b_p, 1)
+        b_max = b_new_max
+        b_v = load_block(values, place, block, frames, HEAD, KEYS)  # (KEYS, D)
+        b_o = times(b_o, tl.expand_dims(b_shrink, 1))
+        b_o = add_weighted_sums(b_o, b_p.to(b_v[0].dtype), b_v, HEAD)
 
     if SAVE:
         o_row = i_sequence.to(tl.int64) * frames + i
@@ -160,20 +171,13 @@ def stream_kernel(
 
 
 @triton.jit
-def accumulate(b_max, b_total, b_o, b_s, p_v, o_v, m_j, numbers, HEAD: tl.constexpr):
-    """Adds a block of keys to the online softmax (Milakov and Gimelshein, 2018).
-
-    Returns the new row maxima and sums of exponentials, ``(QUERIES,)``, and sums of values,
-    ``(QUERIES, D)``.
-    """
-    b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
-    b_shift = subtrahend(b_new_max)
-    b_shrink = tl.exp2((b_max - b_shift) * numbers.exp2_scale)
-    b_p = exponentials(b_s, b_shift, numbers.exp2_scale)  # (QUERIES, KEYS)
-    b_total = b_total * b_shrink + tl.sum(b_p, 1)
-    b_v = load_heads(p_v, o_v, m_j, HEAD)  # (KEYS, D)
-    b_o = times(b_o, tl.expand_dims(b_shrink, 1))
-    return b_new_max, b_total, add_weighted_sums(b_o, b_p.to(b_v[0].dtype), b_v, HEAD)
+def with_bias(
+    b_s, b_stat, p_delta, strides, place, i, j, frames, numbers,
+    HEAD: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Returns logits with strength · stat · Δ added to them, ``(QUERIES, KEYS)``."""
+    b_delta = delta_block(p_delta, strides, place.head, i, j, frames, numbers.falloff, HEAD, BIAS)
+    return regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
 
 
 class MapMaxTensors(NamedTuple):
@@ -201,11 +205,11 @@ def map_max_kernel(
     place = locate(tl.program_id(0) // query_blocks, Sizes(space, heads, frames))
     i = tl.program_id(0) % query_blocks * QUERIES + tl.arange(0, QUERIES)
     b_q = load_heads(t.q, offsets(strides.q, place, i, HEAD), i < frames, HEAD)  # (QUERIES, D)
-    p_k = t.k + sequence_offset(strides.k, place, HEAD)
+    keys = Frames(t.k + sequence_offset(strides.k, place, HEAD), strides.k, None, None)
     b_max = tl.full((QUERIES,), float("-inf"), tl.float32)
     for n in tl.range(0, tl.cdiv(frames, KEYS), num_stages=STAGES):
         j = n * KEYS + tl.arange(0, KEYS)
-        b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)  # (KEYS, D)
+        b_k = load_block(keys, place, n, frames, HEAD, KEYS)  # (KEYS, D)
         b_max = larger(b_max, largest(logits(b_q, b_k, j, frames, HEAD)))
     b_max = tl.where(i < frames, b_max, float("-inf"))
     tl.store(t.maxima + tl.program_id(0).to(tl.int64), largest(b_max))
@@ -253,8 +257,28 @@ def make_plan(key: PlanKey) -> StreamPlan:
 
 def plan_stream(key: PlanKey, config: StreamConfig) -> StreamPlan:
     """Returns the plan with a configuration, which need not be the one in the table."""
+    by_pointers = config.of_kernel("pointers")
+    if by_pointers.queries != config.queries:
+        raise ValueError(
+            f"the kernel by pointers takes {config.queries} queries, as the map's maximum does,"
+            f" its configuration has {by_pointers.queries}"
+        )
+    attention = plan_attention(key, by_pointers)
+    if descriptors.possible(key):
+        launch = plan_attention(key, config)
+        attention = descriptors.described(attention, launch, key, k=key.key, v=key.value)
+    return StreamPlan(
+        attention,
+        plan_map_max(key, config) if key.options.stat == "map_max" else None,
+        maps.plan_mean_map(key) if key.has_map else (),
+        key.save,
+    )
+
+
+def plan_attention(key: PlanKey, config: StreamConfig) -> Launch:
+    """Returns the launch that takes keys and values by pointers."""
     save = key.save or key.has_map
-    attention = Launch(
+    return Launch(
         stream_kernel,
         key.sequences * -(-key.frames // config.queries),
         Tensors(
@@ -268,6 +292,7 @@ def plan_stream(key: PlanKey, config: StreamConfig) -> StreamPlan:
             row_stat=save and key.has_bias,
         ),
         (
+            *(None,) * 4,
             TensorStrides(
                 q=plan.row_strides(key, key.query),
                 k=plan.row_strides(key, key.key),
@@ -289,12 +314,6 @@ def plan_stream(key: PlanKey, config: StreamConfig) -> StreamPlan:
             "STAGES": config.stages,
             "SAVE": save,
         },
-    )
-    return StreamPlan(
-        attention,
-        plan_map_max(key, config) if key.options.stat == "map_max" else None,
-        maps.plan_mean_map(key) if key.has_map else (),
-        key.save,
     )
 
 
