@@ -44,6 +44,7 @@ class Binary:
     # that are such, and those of whole blocks by descriptors.
     asynchronous: int = 0
     load_groups: int = 0  # the most that a pass over a block waits for, one after the other
+    in_pass: int = 0  # instructions of the longest loop of matrix instructions, or of all code
     in_lanes: int = 0  # scalar registers that AMD's compiler moved into lanes of vector ones
 
 
@@ -85,6 +86,7 @@ class Assembly:
             "other_loads": _count(width for width, in_load in loads if not in_load),
             "asynchronous": sum(_runs_ahead(name, in_load) for name, in_load in code),
             "load_groups": self.load_groups(text),
+            "in_pass": self.in_pass(text),
             "stores": _count(self.width(name) for name, _ in code if self.store.match(name)),
             "matrix": _count(name.split(".")[0] for name, _ in code if self.matrix.match(name)),
         }
@@ -98,27 +100,41 @@ class Assembly:
         """
         return max(map(_groups, self._matrix_loops(text)), default=0)
 
+    def in_pass(self, text: str) -> int:
+        """Returns how many instructions one pass of the longest of these loops has.
+
+        Where there is none, all of the code is one pass.
+        """
+        return max(map(len, self._matrix_loops(text)), default=sum(1 for _ in self.read(text)))
+
     def _matrix_loops(self, text: str) -> list[list[str]]:
-        """Returns what the innermost loops with matrix instructions do, of what groups tell."""
+        """Returns what the innermost loops with matrix instructions do, an event an instruction.
+
+        The events of instructions that tell nothing of groups of loads are empty.
+        """
         labels, done, found = dict[str, int](), list[str](), list[list[str]]()
         last = 0  # where the last of them ends
         for line, name, in_load in self._lines(text):
             if label := self.label.match(line):
                 labels[label[1]] = len(done)
-            elif name and self.matrix.match(name):
-                done.append("matrix")
-            elif name and self.shared_store.match(name):
-                done.append("store")
-            elif _runs_ahead(name, in_load):
-                done.append("asynchronous")
-            elif name and in_load and self.load.match(name):
-                done.append("load")
-            elif branch := self.branch.search(line):
-                start = labels.get(branch[1], -1)
-                if start >= last and "matrix" in done[start:]:
-                    found.append(done[start:])
-                    last = len(done)
+            elif name:
+                done.append(self._event(name, in_load))
+                if branch := self.branch.search(line):
+                    start = labels.get(branch[1], -1)
+                    if start >= last and "matrix" in done[start:]:
+                        found.append(done[start:])
+                        last = len(done)
         return found
+
+    def _event(self, name: str, in_load: bool) -> str:
+        """Returns what an instruction does, of what tells groups of loads."""
+        if self.matrix.match(name):
+            return "matrix"
+        if self.shared_store.match(name):
+            return "store"
+        if _runs_ahead(name, in_load):
+            return "asynchronous"
+        return "load" if in_load and self.load.match(name) else ""
 
     def width(self, name: str) -> int:
         """Returns how many bytes a thread loads or stores with one instruction."""

@@ -172,7 +172,7 @@ def entries() -> list[Entry]:
     found = []
     for file, backward in ((configs.FILE, False), (configs.BACKWARD_FILE, True)):
         tables = json.loads(file.read_text())
-        for family, config in (("tile", TileConfig), ("stream", configs.stream_config)):
+        for family, config in (("tile", configs.tile_config), ("stream", configs.stream_config)):
             for line in tables[family]:
                 key = [line.pop(name, None) for name in ("architecture", "kind", "frames", "width")]
                 found.append(Entry(*key, backward, config=config(**line)))

@@ -1,16 +1,18 @@
 """What was found in each compiled case: whether it may ship, and what it is predicted to reach.
 
 Nothing is measured. A processor has its part, 1 / processors, of the memory's bandwidth and of
-the matrix instructions' rate. Of one program of the tile kernel, whose instructions all run once:
+the matrix instructions' rate. Of one tile, a pass of the tile kernel's loop:
 
 - *traffic*, bytes: queries, keys and values read, outputs written, without padding;
 - *memory time* = traffic / the processor's bandwidth: the floor;
 - *issue time* = instructions · warps / (instructions issued in a cycle) / clock;
 - *matrix time* = operations, padding included / the processor's matrix rate (half of it for TF32;
   IEEE float32 on NVIDIA is in the issue time, and a sixteenth on AMD);
-- *turn* = latency of one load + instructions · ``CYCLES`` / clock: how long a program takes by
-  itself, during which its traffic passes once. ``resident`` programs take turns side by side, so a
-  processor needs turn / resident for each of them: Little's law.
+- *turn*: how long a program takes by itself, during which its traffic passes once. That is its
+  instructions · ``CYCLES`` / clock, and before these the latency of each group of loads, which wait
+  for one another; or the longer of the two times, where all loads run a tile ahead. ``resident``
+  programs take turns side by side, so a processor needs turn / resident for each of them: Little's
+  law.
 
 The *headroom* is memory time / the longest of the others; the kernel is predicted to reach that
 fraction of the memory's bandwidth, and at most all of it.
@@ -158,16 +160,17 @@ def faults(case: Case, binary: Binary, target: Target, *, spill: int = 0) -> lis
         found.append("no load of queries, keys or values was recognised")
     elif min(binary.loads) < aligned:
         found.append(f"loads {min(binary.loads)} bytes at a time where {aligned} are aligned")
-    staged = case.entry.family != "tile" and case.config.stages > 1
-    if staged and target.triton.backend == "cuda" and not binary.asynchronous:
-        # Each block of keys and values would wait for its own loads.
+    if case.config.stages > 1 and target.triton.backend == "cuda" and not binary.asynchronous:
+        # Each block would wait for its own loads.
         found.append(f"has {case.config.stages} stages, but no load runs ahead of its use")
     one_group = case.entry.family == "frames" and not case.entry.backward
+    if case.kernel == "tile" and target.triton.backend == "cuda":
+        one_group = _two_tiles_fit(case, target)
     if of_columns and "KEYS_REST" in constants:
         # What AMD's loads in stages wait for is the pass before.
         one_group = target.triton.backend == "cuda" or case.config.stages == 1
     if one_group and case.entry.kind == "16-bit" and binary.load_groups > 1:
-        found.append(f"waits {binary.load_groups} times for loads in one pass over its keys")
+        found.append(f"waits {binary.load_groups} times for loads in one pass")
     multiplies = case.launch.needed.k  # unlike statistics that the forward pass saved
     without_matrix = case.entry.kind == "ieee" and target.triton.backend == "cuda"
     if multiplies and not binary.matrix and not without_matrix:
@@ -179,12 +182,20 @@ def may_load_less(entry: Key) -> bool:
     """Tells whether a thread may have less than a vector to load of a block.
 
     It takes many warps to hold the small blocks of gradients, and over frames those of float32 and
-    of all rules together; columns have blocks of 16 keys. Neighbours' loads join into whole rows.
+    of all rules together; columns have blocks of 16 keys, and tiles a narrower part of a head.
+    Neighbours' loads join into whole rows.
     """
     many_warps = isinstance(entry, FrameEntry) and (
         entry.kind != "16-bit" or entry.table.endswith("_full")
     )
-    return entry.backward or entry.family == "columns" or many_warps
+    return entry.backward or entry.family in ("columns", "tile") or many_warps
+
+
+def _two_tiles_fit(case: Case, target: Target) -> bool:
+    """Tells whether the queries, keys and values of two tiles fit a program's shared memory."""
+    config, head_dim = case.entry.config, sum(configs.split(case.head_dim))
+    rows = 3 * case.entry.frames * config.sequences
+    return 2 * rows * head_dim * case.dtype.itemsize <= target.shared_program
 
 
 def _bytes_of_a_thread(case: Case, target: Target) -> int:
@@ -219,10 +230,12 @@ def predict(case: Case, binary: Binary, target: Target) -> Prediction:
     programs = max(resident(binary, config.warps, target), 1)
     matrix_rate = target.matrix * MATRIX_RATES[case.entry.kind] / target.processors
     memory = config.sequences * sequence_bytes / (target.bandwidth / target.processors)
+    own, waits = binary.in_pass * CYCLES / target.clock, target.latency * max(binary.load_groups, 1)
+    ahead = binary.asynchronous and binary.load_groups == 1
     times = {
-        "issue": binary.instructions * config.warps / target.issue / target.clock,
+        "issue": binary.in_pass * config.warps / target.issue / target.clock,
         "matrix": padded_operations / matrix_rate if binary.matrix else 0.0,
-        "latency": (target.latency + binary.instructions * CYCLES / target.clock) / programs,
+        "latency": (max(own, waits) if ahead else own + waits) / programs,
     }
     limit = max(times, key=lambda name: times[name])
     headroom = memory / times[limit]

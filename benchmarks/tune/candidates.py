@@ -1,8 +1,10 @@
 """The launch configurations that ``benchmarks.tune`` tries, in order of preference.
 
-``candidates.json`` lists them: tiles as (queries, sequences, warps) by kind of products and frames,
-streams as (queries, keys, warps, stages) by architecture and kind. What speaks for an order: a
-head's narrower part is 16 wide, and a thread of a program should still have 16 bytes of it to load;
+``candidates.json`` lists them: tiles as (queries, sequences, warps, stages) by kind of products and
+frames, streams as (queries, keys, warps, stages) by architecture and kind. What speaks for an
+order: with two stages a tile's loads are under way while the one before is computed; a head's
+narrower part is 16 wide, and a thread of a program should still have 16 bytes of it to load, or of
+a tile 8;
 NVIDIA's larger matrix instructions take 64 rows of four warps (128 on sm_100); on sm_90, TF32
 products would load values 4 bytes at a time, to transpose them, if they came in stages. IEEE
 float32 products keep whole rows of their operands in registers, so their blocks are small, and
@@ -37,7 +39,8 @@ OUTPUT_REGISTERS_WITHOUT_MATRIX = 40
 def candidates(key: Key) -> list[Entry]:
     """Returns the entries to try, best first; the ``shared`` of their ``config`` is not known."""
     found = tiles(key) if key.frames else streams(key)
-    least = LEAST_BYTES if key.backward else VECTOR_BYTES
+    least = VECTOR_BYTES // 2 if key.frames else VECTOR_BYTES
+    least = LEAST_BYTES if key.backward else least
     return [Entry(**vars(key), config=x) for x in found if bytes_to_load(key, x) >= least]
 
 
@@ -50,7 +53,7 @@ def tiles(key: Key) -> list[TileConfig]:
         return []
     else:
         sizes = SIZES["tile"][kind]
-    return [TileConfig(*size, shared=0) for size in sizes]
+    return [TileConfig(*size) for size in sizes]
 
 
 def too_large(key: Key) -> bool:

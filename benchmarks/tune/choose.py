@@ -35,6 +35,7 @@ ENOUGH = 1.0  # headroom: then the memory is what limits a tile
 # and 12.x too.
 LEAST_SHARED = {name: x.shared_program for name, x in TARGETS.items()} | {"sm_80": 99 * 1024}
 UNFIT = sys.maxsize  # bytes of shared memory
+UNFIT_SETS = ((), ("map",), ("map", "delta"))
 # Of what is measured:
 TRAFFIC = 512 * 2**20  # bytes of one call
 ROUNDS = 15
@@ -52,7 +53,7 @@ def keys(architecture: str) -> list[Key]:
 def predicted(key: Key) -> Entry | None:
     """Returns the best of a key's candidates by their compiled code."""
     large = []
-    for entry in filter(None, map(fit, ranked(candidates(key)))):
+    for entry in filter(None, itertools.starmap(fit, ranked(candidates(key)))):
         if small(entry):
             return entry
         large.append(entry)
@@ -66,9 +67,12 @@ def measured(key: Key) -> tuple[Entry | None, dict[Entry, float]]:
     """
     if key.backward:
         return predicted(key), {}
-    found = list(filter(None, map(fit, candidates(key))))
-    times = {entry: seconds(entry) for entry in list(filter(small, found)) or found}
-    return min(times, key=lambda entry: times[entry], default=None), times
+    for unfit in unfit_sets(key):
+        found = list(filter(None, (fit(entry, unfit) for entry in candidates(key))))
+        if found:
+            times = {entry: seconds(entry) for entry in list(filter(small, found)) or found}
+            return min(times, key=lambda entry: times[entry]), times
+    return None, {}
 
 
 def compiled(key: Key) -> None:
@@ -121,15 +125,29 @@ def check(out: Tensor, inputs: tuple[Tensor, ...], kind: str) -> None:
         raise SystemExit(f"wrong result for {tuple(out.shape)}, {kind}: {error}") from None
 
 
-def ranked(entries: list[Entry]) -> Iterator[Entry]:
-    """Yields those with enough headroom in their order, then the others, the most roomy first."""
-    others = []
+def unfit_sets(key: Key) -> tuple[tuple[str, ...], ...]:
+    """Returns what an entry may leave to the stream kernels, by preference: nothing first."""
+    return UNFIT_SETS if key.family == "tile" and not key.backward else ((),)
+
+
+def ranked(entries: list[Entry]) -> Iterator[tuple[Entry, tuple[str, ...]]]:
+    """Yields entries, each with what it may leave to the stream kernels.
+
+    Those with enough headroom come in their order, first to do all calls, then to do fewer; then
+    the others, the most roomy first.
+    """
+    enough, others = list[Entry](), list[tuple[float, Entry]]()
     for entry in entries:
-        if headroom(entry) >= ENOUGH:
-            yield entry
-        else:
-            others.append(entry)
-    yield from sorted(others, key=headroom, reverse=True)
+        room = headroom(entry)
+        if room >= ENOUGH:
+            enough.append(entry)
+            yield entry, ()
+        elif room > 0:
+            others.append((room, entry))
+    fewer = unfit_sets(entries[0])[1:] if entries else ()
+    yield from itertools.product(enough, fewer)
+    for _, entry in sorted(others, key=lambda pair: -pair[0]):
+        yield from ((entry, unfit) for unfit in ((), *fewer))
 
 
 def headroom(entry: Entry) -> float:
@@ -144,10 +162,15 @@ def headroom(entry: Entry) -> float:
     return report.predict(case, binary, TARGETS[entry.architecture]).headroom if binary else 0.0
 
 
-def fit(entry: Entry) -> Entry | None:
-    """Returns the entry with the shared memory that it needs, if none of its cases has a fault."""
+def fit(entry: Entry, unfit: tuple[str, ...] = ()) -> Entry | None:
+    """Returns the entry with what it needs, if none of its cases has a fault.
+
+    ``unfit`` is what it leaves to the stream kernels.
+    """
+    if isinstance(entry.config, TileConfig):
+        entry = replace(entry, config=replace(entry.config, unfit=unfit))
     fits = all(map(inspect_fit, cases.shipped(entry)))
-    return with_shared(entry, needs(entry)) if fits else None
+    return with_needs(entry, needs(entry)) if fits else None
 
 
 def needs(entry: Entry) -> dict[str, int]:
@@ -175,7 +198,7 @@ def combined(key: Key) -> Entry | None:
         if n is None:
             return None
         overrides[kernel], needed[kernel] = entries[n].config, fits[n][kernel]
-    return with_shared(replace(best, config=replace(best.config, overrides=overrides)), needed)
+    return with_needs(replace(best, config=replace(best.config, overrides=overrides)), needed)
 
 
 @functools.cache
@@ -189,11 +212,20 @@ def inspect_fit(case: Case) -> Binary | None:
     return None if report.faults(case, binary, TARGETS[case.entry.architecture]) else binary
 
 
-def with_shared(entry: Entry, needed: Mapping[str, int]) -> Entry:
-    """Returns the entry with the shared memory that each of its kernels takes."""
+def with_needs(entry: Entry, needed: Mapping[str, int]) -> Entry:
+    """Returns the entry with the shared memory that each of its kernels takes.
+
+    Of a tile, forward, it also says how many programs a processor holds in the commonest variant.
+    Where it holds fewer of another variant, the rest of them start when those have ended.
+    """
     config = entry.config
     if isinstance(config, TileConfig):
-        return replace(entry, config=replace(config, shared=max(needed.values())))
+        config = replace(config, shared=max(needed.values()))
+        if not entry.backward:
+            first = inspect(cases.shipped(entry)[0])
+            programs = report.resident(first, config.warps, TARGETS[entry.architecture])
+            config = replace(config, programs=programs)
+        return replace(entry, config=config)
     own = {name: replace(x, shared=needed[name]) for name, x in config.overrides.items()}
     most = max(shared for kernel, shared in needed.items() if kernel not in own)
     return replace(entry, config=replace(config, shared=most, overrides=own))
@@ -202,7 +234,9 @@ def with_shared(entry: Entry, needed: Mapping[str, int]) -> Entry:
 def broken(key: Key) -> bool:
     """Tells whether a key's shipped entry is not fit, or is missing though it has candidates."""
     entry = next((entry for entry in cases.entries() if entry.key == key), None)
-    return bool(candidates(key)) if entry is None else fit(entry) != entry
+    if entry is None:
+        return bool(candidates(key))
+    return fit(entry, getattr(entry.config, "unfit", ())) != entry
 
 
 def write(chosen: Mapping[Key, Entry | None]) -> None:
@@ -219,7 +253,9 @@ def write(chosen: Mapping[Key, Entry | None]) -> None:
 
 def line(entry: Entry) -> str:
     """Returns an entry's line in its file, without what does not apply."""
-    fields = asdict(entry, dict_factory=lambda x: {k: v for k, v in x if v not in (None, {})})
+    fields = asdict(entry, dict_factory=lambda x: {k: v for k, v in x if v not in (None, {}, ())})
     config = fields.pop("config")
     del fields["backward"]
+    if isinstance(entry.config, TileConfig):
+        config = {k: v for k, v in config.items() if k not in ("stages", "programs") or v > 1}
     return json.dumps(fields | config)

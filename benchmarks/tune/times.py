@@ -10,7 +10,6 @@ from typing import Any
 from benchmarks import json_lines
 from benchmarks.codegen.cases import Entry, Key
 from vstar_kernels.attention.triton import configs
-from vstar_kernels.attention.triton.configs import TileConfig
 
 # Of tiles, those first whose speed is known least and that models call the most.
 ORDER = (32, 64, 128, 16)
@@ -49,5 +48,5 @@ def _choice(line: dict[str, Any]) -> tuple[Key, Entry | None]:
     key, config = Key(**line["key"]), line["chosen"]
     if config is None:
         return key, None
-    make = configs.stream_config if key.family == "stream" else TileConfig
+    make = configs.stream_config if key.family == "stream" else configs.tile_config
     return key, Entry(**line["key"], config=make(**config))

@@ -140,11 +140,11 @@ def cut(case):
 
 
 TILES = [
-    TileConfig(queries=16, sequences=1, warps=1, shared=0),
-    TileConfig(queries=16, sequences=4, warps=4, shared=0),
-    TileConfig(queries=32, sequences=1, warps=2, shared=0),
-    TileConfig(queries=32, sequences=2, warps=2, shared=0),
-    TileConfig(queries=64, sequences=1, warps=4, shared=0),
+    TileConfig(queries=16, sequences=1, warps=1, stages=2),
+    TileConfig(queries=16, sequences=4, warps=4, stages=2),
+    TileConfig(queries=32, sequences=1, warps=2, programs=2),
+    TileConfig(queries=32, sequences=2, warps=2, stages=2, programs=3),
+    TileConfig(queries=64, sequences=1, warps=4, stages=2),
 ]
 STREAMS = [
     StreamConfig(queries=16, keys=32, warps=1, stages=1, shared=0),
@@ -158,7 +158,7 @@ CUTS = {"form": ["gaussian", "toeplitz", "dense by head"], "stat": ["row_max", "
 
 @pytest.mark.parametrize("case", pairwise(CUTS | {"config": TILES}), ids=cut)
 def test_tiles(case, monkeypatch):
-    """Blocks of rows, several sequences at a time and their remainder, a persistent grid."""
+    """Blocks of rows, several sequences at a time and their remainder, programs with many tiles."""
     config = case["config"]
     monkeypatch.setattr(configs, "tile", lambda *args: config)
     frames = config.queries if config.sequences > 1 else 64
@@ -167,6 +167,42 @@ def test_tiles(case, monkeypatch):
     for n in (frames, frames - 5):
         q, k, v = inputs(batch, n, heads, 40)
         check(q, k, v, BIASES[case["form"]](n, heads, stat=case["stat"]))
+
+
+@pytest.mark.parametrize(
+    ("programs", "form", "map_heads"),
+    [
+        (1, "gaussian", None),
+        (7, "dense by head", None),
+        (7, "gaussian", False),
+        (7, "dense by head", False),  # a map's programs have each one head's sequences
+        (7, "gaussian", True),
+        (1000, "dense by head", True),
+    ],
+)
+def test_programs_share_out_the_tiles(programs, form, map_heads, monkeypatch):
+    """Every sequence is some program's, whatever the heads, of the map or of Δ, are shared by."""
+    config = TileConfig(queries=16, sequences=2, warps=1, stages=2, programs=programs)
+    monkeypatch.setattr(configs, "tile", lambda *args: config)
+    tensors = inputs(2, 2, 13, 3, 16)
+    bias = BIASES[form](13, 3)
+    if map_heads is None:
+        check(*tensors, bias)
+        return
+    options = {"return_map": True, "map_heads": map_heads}
+    expected = vk.reference.tar_attention(*(x.double() for x in tensors), bias, **options)
+    for made, exact in zip(tar(*tensors, bias, **options), expected, strict=True):
+        assert largest_error(made.cpu(), exact) <= 1e-5
+
+
+def test_what_a_tile_is_unfit_for_is_streamed(monkeypatch):
+    monkeypatch.setattr(configs, "tile", lambda *args: TileConfig(16, 1, 1, unfit=("map", "delta")))
+    monkeypatch.setattr(configs, "stream", lambda *args: SMALL)
+    for form in ("none", "gaussian", "dense"):
+        for map_block in (0, 1):
+            key = plan_key((1, 16, 1, 16), bias=BIASES[form](16, 1), map_block=map_block)
+            tiled = isinstance(backend._forward_plan(key), tile.TilePlan)
+            assert tiled == (form != "dense" and not map_block), (form, map_block)
 
 
 @pytest.mark.parametrize("case", pairwise(CUTS | {"config": STREAMS}), ids=cut)
@@ -459,25 +495,29 @@ def test_every_line_of_the_kernels_runs(monkeypatch):
         (13, "signed", "map_max"),
         (13, "dense by head", "tensor"),
         (16, "toeplitz", "none"),
+        (20, "gaussian", "row_max"),
         (33, "gaussian", "row_max"),
         (17, "toeplitz", "map_max"),
         (17, "dense by head", "tensor"),
         (17, "toeplitz", "none"),
     ]
-    packed = TileConfig(queries=16, sequences=2, warps=1, shared=0)
+    packed = TileConfig(queries=16, sequences=2, warps=1)
+    by_rows = TileConfig(queries=16, sequences=1, warps=1)
+    tiles = dict.fromkeys((13, 16), packed) | {20: by_rows}
     blocks = StreamConfig(queries=16, keys=16, warps=1, stages=1, shared=0)
+    monkeypatch.setattr(configs, "tile", lambda *args: tiles.get(args[2]))
+    monkeypatch.setattr(configs, "tile_backward", lambda *a: packed if a[2] <= 16 else None)
     for direction in ("", "_backward"):
-        monkeypatch.setattr(configs, f"tile{direction}", lambda *a: packed if a[2] <= 16 else None)
         monkeypatch.setattr(configs, f"stream{direction}", lambda *args: blocks)
     with watched(maps, primitives, stream, stream_backward, tile, tile_backward) as not_run:
         for frames, form, stat in cases:
             tensors = inputs(1, frames, 1, 40)
             values = torch.randn(1, frames, 1) if stat == "tensor" else stat
             bias = BIASES[form](frames, 1, stat=values, clamp_negative=True)
-            if frames <= 16:
+            if frames in tiles:
                 tar(*tensors, bias, scale=-0.1)
             gradients(tar, tensors, bias, [torch.ones(())] * 2, scale=-0.1, return_map=True)
-            if frames > 16:
+            if frames not in tiles:
                 with monkeypatch.context() as patch:
                     forget_saved(patch)
                     gradients(tar, tensors, bias, [torch.ones(())] * 2, scale=-0.1)
@@ -595,9 +635,9 @@ def test_a_launch_without_a_tensor_that_it_writes_is_an_error():
 # ---- plans ----
 
 
-def plan_key(shape, dtype=torch.bfloat16, strides=None, **changes):
+def plan_key(shape, dtype=torch.bfloat16, strides=None, bias=None, map_block=0, **changes):
     tensor = torch.empty(shape, dtype=dtype, device="meta")
-    call = make_call(tensor, tensor, tensor, None, 1.0, 0)
+    call = make_call(tensor, tensor, tensor, bias, 1.0, map_block)
     on_device = plan.device_of(torch.device(DEVICE))
     with mock.patch.object(plan, "device_of", return_value=on_device):
         made = plan.forward_key(call, tensor)
@@ -680,11 +720,26 @@ def test_strides_of_single_elements_do_not_spoil_the_alignment():
     assert head_constants(plan_key((1, 16, 3, 64), strides=strides)).UNIT == 8
 
 
-def test_as_many_programs_as_there_are_sequences(monkeypatch):
-    """The one grid dimension has no 65,535 limit."""
-    one = TileConfig(queries=16, sequences=1, warps=1, shared=0)
-    monkeypatch.setattr(configs, "tile", lambda *args: one)
-    assert backend._forward_plan(plan_key((65537, 16, 2, 64))).launch.programs == 131074
+@pytest.mark.parametrize(
+    ("shape", "form", "with_map", "programs"),
+    [
+        ((65537, 16, 2, 64), "gaussian", False, 40),  # all that are resident
+        ((3, 16, 5, 64), "gaussian", False, 8),  # two sequences each, and one
+        ((65537, 16, 6, 64), "dense by head", False, 36),  # heads share out evenly
+        ((2, 16, 64, 64), "dense by head", False, 64),  # one each at least
+        ((4, 16, 30, 64), "gaussian", True, 40),  # a batch element's
+        ((90, 16, 2, 64), "gaussian", True, 90),
+    ],
+)
+def test_as_many_programs_as_the_gpu_holds_share_a_call(
+    shape, form, with_map, programs, monkeypatch
+):
+    config = TileConfig(queries=16, sequences=2, warps=1, programs=4)
+    monkeypatch.setattr(configs, "tile", lambda *args: config)
+    gpu = plan.Device("sm_90", shared=2**18, processors=10)
+    bias = BIASES[form](16, shape[2])
+    key = plan_key(shape, bias=bias, map_block=int(with_map), device=gpu)
+    assert backend._forward_plan(key).launch.programs == programs
 
 
 def test_a_tile_too_large_for_the_gpu_is_streamed(monkeypatch):

@@ -38,23 +38,39 @@ def test_the_tuner_writes_what_it_read(tmp_path, monkeypatch):
 
 def test_the_tuner_prefers_headroom_and_skips_what_is_unfit(monkeypatch):
     key = Key("sm_90", "16-bit", 64, 64)
-    sizes = [(64, 1, 4), (64, 1, 2), (32, 1, 4), (32, 1, 2)]
+    sizes = [(64, 1, 4, 1), (64, 1, 2, 1), (32, 1, 4, 1), (32, 1, 2, 1)]
     monkeypatch.setitem(candidates.SIZES["tile"], "16-bit 64", sizes)
     rooms = dict(zip(sizes, (0.0, 0.5, 0.9, 1.1), strict=True))
 
     def size(entry):
-        return entry.config.queries, entry.config.sequences, entry.config.warps
+        config = entry.config
+        return config.queries, config.sequences, config.warps, config.stages
 
-    unfit = set()
+    spilling = set[tuple[object, ...]]()  # sizes, and with what they may leave to others
+
+    def fit(entry, unfit=()):
+        if {size(entry), (size(entry), unfit)} & spilling:
+            return None
+        return replace(entry, config=replace(entry.config, unfit=unfit))
+
     monkeypatch.setattr(choose, "headroom", lambda entry: rooms[size(entry)])
-    monkeypatch.setattr(choose, "fit", lambda entry: None if size(entry) in unfit else entry)
-    assert size(choose.predicted(key)) == (32, 1, 2)
-    unfit.add((32, 1, 2))
-    assert size(choose.predicted(key)) == (32, 1, 4)
-    rooms[64, 1, 2] = 2.0
-    assert size(choose.predicted(key)) == (64, 1, 2)
-    unfit.update(sizes)
-    assert choose.predicted(key) is None
+    monkeypatch.setattr(choose, "fit", fit)
+
+    def chosen():
+        found = choose.predicted(key)
+        return found and (size(found), found.config.unfit)
+
+    assert chosen() == ((32, 1, 2, 1), ())
+    spilling.add(((32, 1, 2, 1), ()))
+    assert chosen() == ((32, 1, 2, 1), ("map",))
+    spilling.add((32, 1, 2, 1))
+    assert chosen() == ((32, 1, 4, 1), ())
+    spilling.update(((32, 1, 4, 1), unfit) for unfit in ((), ("map",)))
+    assert chosen() == ((32, 1, 4, 1), ("map", "delta"))
+    rooms[64, 1, 2, 1] = 2.0
+    assert chosen() == ((64, 1, 2, 1), ())
+    spilling.update(sizes)
+    assert chosen() is None
 
 
 def test_the_tuner_gives_a_kernel_that_no_fit_candidate_serves_its_own(monkeypatch):
@@ -110,7 +126,7 @@ def test_no_candidate_is_taken_for_a_tile_that_is_too_large():
 def test_times_are_kept_as_they_are_made_and_taken_over(tmp_path, monkeypatch):
     """In order of value; what the file has is not measured again."""
     monkeypatch.setattr(choose, "compiled", lambda key: None)
-    monkeypatch.setattr(choose, "fit", lambda entry: entry)
+    monkeypatch.setattr(choose, "fit", lambda entry, unfit=(): entry)
     monkeypatch.setattr(choose, "seconds", lambda entry: 1.0 / entry.config.warps)
     path = tmp_path / "times.jsonl"
     options = tune_main.Options(width=(80, 64), stop_after=60.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,29 @@ WIDTHS = (16, 32, 48, 64, 80, 96, 128, 160, 256)
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How :mod:`tile` covers a problem; ``shared`` is the memory it takes, in bytes."""
+    """How :mod:`tile` covers a problem, with so many ``programs`` on a processor.
+
+    With ``stages`` of 2 the next tile is loaded while one is computed. ``shared`` is the memory it
+    takes, in bytes. ``unfit`` names what it has no registers for beside a Gaussian: "map", the mean
+    map, and "delta", a Δ that is read.
+    """
 
     queries: int
     sequences: int
     warps: int
-    shared: int
+    stages: int = 1
+    programs: int = 1
+    shared: int = 0
+    unfit: tuple[str, ...] = ()
+
+    def chunks(self, processors: int, ranges: int, sequences: int) -> int:
+        """Returns among how many programs each of the ``ranges`` of ``sequences`` is shared out.
+
+        They are as many as are resident at a time, but one for each range at least, and at most one
+        for each tile.
+        """
+        resident = processors * self.programs // ranges
+        return max(1, min(resident, -(-sequences // self.sequences)))
 
 
 @dataclass(frozen=True)
@@ -100,6 +117,11 @@ def stream_config(
     return StreamConfig(**sizes, overrides=made)
 
 
+def tile_config(unfit: Iterable[str] = (), **sizes: int) -> TileConfig:
+    """Returns the configuration that a line of the file describes."""
+    return TileConfig(**sizes, unfit=tuple(unfit))
+
+
 def split(head_dim: int) -> tuple[int, int]:
     """Returns a head's two parts, powers of two of at least 16, as matrix instructions take, or 0.
 
@@ -121,7 +143,7 @@ def padded_frames(frames: int) -> int:
 def tile(architecture: str, kind: str, frames: int, head_dim: int) -> TileConfig | None:
     """Returns the configuration for so many frames; None where no tile holds them."""
     key = (architecture, kind, padded_frames(frames), width(head_dim))
-    return _table(FILE, "tile", TileConfig).get(key)
+    return _table(FILE, "tile", tile_config).get(key)
 
 
 def stream(architecture: str, kind: str, head_dim: int) -> StreamConfig:
@@ -132,7 +154,7 @@ def stream(architecture: str, kind: str, head_dim: int) -> StreamConfig:
 def tile_backward(architecture: str, kind: str, frames: int, head_dim: int) -> TileConfig | None:
     """Returns the gradients' configuration for so many frames; None where no tile holds them."""
     key = (architecture, kind, padded_frames(frames), width(head_dim))
-    return _table(BACKWARD_FILE, "tile", TileConfig).get(key)
+    return _table(BACKWARD_FILE, "tile", tile_config).get(key)
 
 
 def stream_backward(architecture: str, kind: str, head_dim: int) -> StreamConfig:

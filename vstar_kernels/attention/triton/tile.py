@@ -16,7 +16,7 @@ from torch import Tensor
 from vstar_kernels.attention.call import Call, Forward, block_sums
 from vstar_kernels.attention.triton import configs, plan
 from vstar_kernels.attention.triton.configs import TileConfig
-from vstar_kernels.attention.triton.plan import PROGRAMS_PER_PROCESSOR, Launch, PlanKey, Strides
+from vstar_kernels.attention.triton.plan import Launch, PlanKey, Strides
 from vstar_kernels.attention.triton.primitives import (
     LOG2E,
     Sizes,
@@ -64,56 +64,52 @@ class TensorStrides(NamedTuple):
 
 
 @triton.jit(
-    do_not_specialize=["sequences", "heads", "frames", "map_heads", "chunks"],
+    do_not_specialize=["length", "step", "chunks", "heads", "frames"],
     do_not_specialize_on_alignment=["space"],
 )
 def tile_kernel(
-    t, strides, sequences, space, heads, frames, map_heads, chunks, numbers,
+    t, strides, length, step, chunks, space, heads, frames, numbers,
     HEAD: tl.constexpr, BIAS: tl.constexpr, STAT: tl.constexpr,
     FRAMES: tl.constexpr, QUERIES: tl.constexpr, SEQUENCES: tl.constexpr,
-    PERSISTENT: tl.constexpr, MAP: tl.constexpr,
+    STAGES: tl.constexpr, MAP: tl.constexpr,
 ):  # fmt: skip
     """``SEQUENCES`` sequences at a time, each padded to ``FRAMES``, ``QUERIES`` queries at a time.
 
-    A ``PERSISTENT`` program goes on to further tiles and keeps Δ for them, which then must be the
-    same for all heads. With ``MAP``, ``chunks`` programs share a mean map, of which a batch element
-    has ``map_heads``, 1 or one for each head, and each leaves the sum of its sequences' A′ in
-    ``map_sums``; QUERIES is FRAMES.
+    Every ``length`` sequences are ``step`` ranges, which take turns, and each range is shared out
+    among ``chunks`` programs. A program goes through its tiles with ``STAGES`` of them under way:
+    with two, the next one's queries, keys and values are loaded while this one is computed. Where
+    QUERIES is FRAMES, Δ stays on chip meanwhile; it must be the same for all of a range. With
+    ``MAP`` each program leaves the sum of its sequences' A′ in ``map_sums``; QUERIES is FRAMES.
     """
-    sizes = Sizes(space, heads, frames)
+    i_range = tl.program_id(0) // chunks
+    i_head = i_range % step  # if step is heads
+    i_begin = i_range // step * length + i_head
+    i_end = (i_range // step + 1) * length
+    b_delta = None
+    if BIAS.FORM != "none" and QUERIES == FRAMES:
+        j = tl.arange(0, FRAMES)
+        b_delta = delta_block(
+            t.delta, strides.delta, i_head, j, j, frames, numbers.falloff, HEAD, BIAS
+        )
     if MAP:
-        per_batch = space * heads
-        i_map = tl.program_id(0) // chunks
-        i_end = (i_map // map_heads + 1) * per_batch
-        i_first = i_end - per_batch + i_map % map_heads
         b_sum = tl.zeros((FRAMES, FRAMES), tl.float32)
         if SEQUENCES > 1:
             b_sum = tl.zeros((SEQUENCES, FRAMES, FRAMES), tl.float32)
-        tiles = tl.cdiv(per_batch // map_heads, SEQUENCES)
-        for i_tile in tl.range(tl.program_id(0) % chunks, tiles, chunks, num_stages=1):
-            b_sum += attend(
-                i_first + i_tile * SEQUENCES * map_heads, i_end, map_heads, None,
-                t, strides, sizes, numbers, HEAD, BIAS, STAT, FRAMES, QUERIES, SEQUENCES,
-            )  # fmt: skip
+    tiles = tl.cdiv(length // step, SEQUENCES)
+    for i_tile in tl.range(tl.program_id(0) % chunks, tiles, chunks, num_stages=STAGES):
+        b_a = attend(
+            i_begin + i_tile * SEQUENCES * step, i_end, step, b_delta,
+            t, strides, Sizes(space, heads, frames), numbers,
+            HEAD, BIAS, STAT, FRAMES, QUERIES, SEQUENCES,
+        )  # fmt: skip
+        if MAP:
+            b_sum += b_a
+    if MAP:
         if SEQUENCES > 1:
             b_sum = tl.sum(b_sum, 0)
         i = tl.expand_dims(tl.arange(0, FRAMES), 1)
         o_sum = tl.program_id(0).to(tl.int64) * FRAMES * FRAMES
         tl.store(t.map_sums + o_sum + i * FRAMES + tl.arange(0, FRAMES), b_sum)
-    elif PERSISTENT:
-        j = tl.arange(0, FRAMES)
-        b_delta = delta_block(t.delta, strides.delta, 0, j, j, frames, numbers.falloff, HEAD, BIAS)
-        tiles = tl.cdiv(sequences, SEQUENCES)
-        for i_tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1):
-            attend(
-                i_tile * SEQUENCES, sequences, 1, b_delta, t, strides, sizes, numbers,
-                HEAD, BIAS, STAT, FRAMES, QUERIES, SEQUENCES,
-            )  # fmt: skip
-    else:
-        attend(
-            tl.program_id(0) * SEQUENCES, sequences, 1, None, t, strides, sizes, numbers,
-            HEAD, BIAS, STAT, FRAMES, QUERIES, SEQUENCES,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -125,7 +121,7 @@ def attend(
     """Stores the outputs of every ``step``-th sequence from ``i_first`` on, and returns A′.
 
     There are ``SEQUENCES`` of them, but none from ``i_end`` on. ``b_delta`` is Δ,
-    ``(FRAMES, FRAMES)``, or None where it is not known yet. All blocks have a dimension for the
+    ``(FRAMES, FRAMES)``, or None where it is not at hand. All blocks have a dimension for the
     sequences first if there are several.
     """
     i_sequence = i_first
@@ -219,25 +215,25 @@ def make_plan(key: PlanKey) -> TilePlan | None:
 def plan_tile(key: PlanKey, config: TileConfig) -> TilePlan | None:
     """Returns the plan with a configuration, which need not be the one in the table.
 
-    None if it has no registers for the mean map that is wanted.
+    None if it has no registers for the mean map that is wanted, or for a Δ that is read.
     """
     padded = configs.padded_frames(key.frames)
     if key.has_map and not config.queries == padded <= LARGEST_MAP_TILE:
         return None
-    programs, chunks, persistent = -(-key.sequences // config.sequences), 1, False
+    if (key.has_map and "map" in config.unfit) or (key.reads_delta and "delta" in config.unfit):
+        return None
+    # Of one Δ, and of one map where maps are wanted, are the sequences of one head, or all of them.
+    length = key.space * key.heads if key.has_map else key.sequences
+    step = key.heads if key.per_head or key.map_heads > 1 else 1
+    ranges = key.sequences // length * step
+    chunks = config.chunks(key.device.processors, ranges, length // step)
     map_sums: tuple[int, ...] = ()
     if key.has_map:
-        count, tiles = key.shape[0] * key.map_heads, -(-key.map_sequences // config.sequences)
-        chunks = min(tiles, -(-key.device.processors * PROGRAMS_PER_PROCESSOR // count))
-        programs, map_sums = count * chunks, (count, chunks, padded, padded)
-    elif key.reads_delta and not key.per_head and config.queries == padded <= 64:
-        # A table that all heads share stays in registers where it is small; a Gaussian is computed
-        # anew in less time than it would take from the others.
-        persistent = True
-        programs = min(programs, key.device.processors * PROGRAMS_PER_PROCESSOR)
+        maps = key.shape[0] * key.map_heads
+        map_sums = (maps, ranges * chunks // maps, padded, padded)
     launch = Launch(
         tile_kernel,
-        programs,
+        ranges * chunks,
         Tensors(
             q=True,
             k=True,
@@ -256,12 +252,12 @@ def plan_tile(key: PlanKey, config: TileConfig) -> TilePlan | None:
                 delta=plan.delta_strides(key),
                 stat=plan.stat_strides(key, key.stat),
             ),
-            key.sequences,
+            length,
+            step,
+            chunks,
             key.space,
             key.heads,
             key.frames,
-            key.map_heads,
-            chunks,
             plan.numbers(key),
         ),
         {
@@ -271,7 +267,7 @@ def plan_tile(key: PlanKey, config: TileConfig) -> TilePlan | None:
             "FRAMES": padded,
             "QUERIES": config.queries,
             "SEQUENCES": config.sequences,
-            "PERSISTENT": persistent,
+            "STAGES": config.stages,
             "MAP": key.has_map,
             "num_warps": config.warps,
         },
