@@ -13,7 +13,7 @@ from torch import Tensor
 import vstar_kernels as vk
 from tests.fuzz.call import Call, assert_results
 from tests.fuzz.guarded import Guarded
-from vstar_kernels.attention import cpu, native
+from vstar_kernels.attention import call, cpu, native
 from vstar_kernels.attention.bias import gaussian_table
 from vstar_kernels.attention.call import empty_like
 from vstar_kernels.testing import assert_exact
@@ -188,12 +188,13 @@ class Runner:
             grad_out = self._strided("grad_out", case.shape, case.grad_out, dtype, 1.0, generator)
             grads = [grad_out, *self._grad_map(case, generator)]
         with (
-            mock.patch.object(cpu, "empty_like", guarded_output),
+            mock.patch.object(call, "empty_like", guarded_output),  # of outputs
+            mock.patch.object(cpu, "empty_like", guarded_output),  # of gradients
             mock.patch.object(cpu, "gaussian_table", guarded_gaussian),
         ):
             torch.set_num_threads(case.threads)
-            call = Call(bias, case.scale, case.map_block, case.map_heads, grads)
-            out, mean_map, gradients = call(*inputs, backend="cpu")
+            attend = Call(bias, case.scale, case.map_block, case.map_heads, grads)
+            out, mean_map, gradients = attend(*inputs, backend="cpu")
             torch.set_num_threads(1)  # the oracle is small
         for name, x in zip(RESULTS, (out, *gradients.values()), strict=False):
             assert self._guarded[name].holds(x), f"{name} is not where the guard pages are"
@@ -204,7 +205,7 @@ class Runner:
         equal_terms = case.equal_logits
         assert_exact(out, *copies, bias, scale=case.scale, equal_terms=equal_terms)
         bounds = {"exact": case.is_mild, "equal_terms": equal_terms}
-        assert_results(call, copies, mean_map, gradients, **bounds)
+        assert_results(attend, copies, mean_map, gradients, **bounds)
 
     def _strided(self, name, shape, layout, dtype, magnitude, generator) -> Tensor:
         """Random numbers in the layout; ``shape``'s last dimension is the row."""
