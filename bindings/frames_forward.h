@@ -205,9 +205,11 @@ class FrameBlock {
   }
   int64_t units() const { return a_.head_dim / UnitSource<T, Unit>::kElements; }
 
-  // Returns how many of so many keys of a frame the next chunk takes: long frames are cut evenly.
+  // Returns how many of so many keys of a frame the next chunk takes: long frames are cut evenly,
+  // in whole tiles of logits where a chunk has room for them.
   static int64_t chunk_keys(int64_t keys) {
-    return min64(keys, round_up(divide_up(keys, divide_up(keys, kKeyBlock)), kLogitsKeys));
+    const int64_t even = divide_up(keys, divide_up(keys, kKeyBlock));
+    return min64(keys, min64(kKeyBlock, round_up(even, kLogitsKeys)));
   }
 
   const T* row(const void* tensor, const Strides& s, int64_t head, int64_t token) const {

@@ -88,6 +88,14 @@ def test_many_frames():
         assert_frames(attend(q, k, v, layout, rule, **options), q, k, v, layout, rule, **options)
 
 
+@pytest.mark.parametrize("tokens", [128, 256, 384])
+def test_frames_that_fill_chunks_of_keys(tokens, isa):
+    """Half of 256 is no whole number of tiles on AVX2, of six keys, and no chunk has room for more."""
+    layout = vk.Layout(vk.Frames(1, tokens))
+    tensors = inputs(layout, batch=1)
+    assert_frames(attend(*tensors, layout), *tensors, layout)
+
+
 def test_without_a_rule_is_sdpa():
     layout = vk.Layout(vk.Frames(4, 99))
     q, k, v = inputs(layout, head_dim=64)
