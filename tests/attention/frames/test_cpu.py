@@ -90,7 +90,7 @@ def test_many_frames():
 
 @pytest.mark.parametrize("tokens", [128, 256, 384])
 def test_frames_that_fill_chunks_of_keys(tokens, isa):
-    """Half of 256 is no whole number of AVX2's tiles of six keys, and no chunk has room for more."""
+    """Half of 256 is no whole number of AVX2's tiles of six, and no chunk has room for more."""
     layout = vk.Layout(vk.Frames(1, tokens))
     tensors = inputs(layout, batch=1)
     assert_frames(attend(*tensors, layout), *tensors, layout)
