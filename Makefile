@@ -11,6 +11,9 @@ BIN = $(abspath $(dir $(PYTHON)))
 CTEST = $(BIN)/ctest --output-on-failure --test-dir
 # Python compiles what it imports; of all that is installed that is a small part.
 PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-compile
+# Where the environment says that Python keeps none of that, each of the tests' many processes would
+# compile torch, transformers and diffusers anew, for 12 seconds.
+unexport PYTHONDONTWRITEBYTECODE
 # One stamp for each environment, so that VENV= can be changed.
 STAMP := build/setup$(subst /,-,$(abspath $(PYTHON)))
 NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp cmake/*)

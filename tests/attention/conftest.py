@@ -1,5 +1,12 @@
+import os
+
 import pytest
 import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.attention import interpreter
+
+    interpreter.leave_out_the_needless()
 
 
 @pytest.fixture
