@@ -293,14 +293,19 @@ def effort(case: Case) -> tuple[bool, float]:
 
 
 def shows(case: Case) -> set[tuple[object, ...]]:
-    """Returns what compiling a case shows to work: pairs of target, kernel and type, and so on."""
+    """Returns what compiling a case shows to work: pairs of a kernel and a type, and so on.
+
+    Each kernel is shown for one architecture of each vendor; each other one has each family.
+    """
     entry, always = case.entry, ALWAYS[case.entry.family, case.entry.backward]
+    vendor = entry.architecture[:2]
     return {
-        (entry.architecture, case.kernel),
-        (entry.architecture, entry.kind, entry.family, entry.backward),
+        (vendor, case.kernel),
+        (entry.architecture, entry.family, entry.backward),
         (entry.kind, case.kernel),
-        (entry.architecture, entry.frames, entry.backward),
+        (vendor, entry.kind, entry.family, entry.backward),
+        (entry.frames, entry.backward),
         (case.kernel, entry.width),
         ("variant", case.variant),
-        *((entry.architecture, x) for x in always if x == case.variant),
+        *((vendor, x) for x in always if x == case.variant),
     }

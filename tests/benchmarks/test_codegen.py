@@ -454,7 +454,13 @@ def every_case():
 def test_the_subset_has_every_kernel_kind_and_variant():
     shipped = every_case()
     chosen = cases.subset(shipped)
-    assert len(chosen) <= 90
+    assert len(chosen) <= 55
+    for shown in (
+        lambda x: (x.entry.architecture[:2], x.kernel),  # of each vendor
+        lambda x: (x.entry.architecture, x.entry.family, x.entry.backward),
+        lambda x: (x.entry.architecture[:2], x.entry.kind, x.entry.family, x.entry.backward),
+    ):
+        assert set(map(shown, chosen)) == set(map(shown, shipped))
     kinds = {(x.entry.kind, x.kernel) for x in shipped if x.entry.width in (48, 64)}
     assert {(x.entry.kind, x.kernel) for x in chosen} == kinds
     every = itertools.chain(*cases.ALWAYS.values(), cases.PAIRS, cases.BACKWARD_PAIRS)
@@ -519,9 +525,10 @@ def test_small_blocks_of_frames_in_many_warps_may_load_less_than_a_vector():
 def test_the_subset_of_frames_has_every_table():
     chosen = frame_cases.subset(every_frame_case())
     assert {x.entry.table for x in chosen} == set(frame_cases.VARIANTS)
-    common = {x.entry.architecture for x in chosen if x.entry.table == "forward"}
-    assert common == set(configs.ARCHITECTURES)
-    assert len(chosen) <= 12
+    assert {x.entry.width for x in chosen} == {64, 128}
+    forward = {x.entry.architecture for x in chosen if x.kernel == "frames, forward"}
+    assert forward == set(configs.ARCHITECTURES)
+    assert len(chosen) <= 10
 
 
 def test_a_variant_of_frames_is_for_the_table_that_it_is_listed_in():
@@ -653,13 +660,9 @@ def test_a_representative_subset_compiles_without_fault(architecture, tmp_path):
     path = tmp_path / "report.json"
     codegen.main(["--subset", "--target", architecture, "--json", str(path)])
     kernels = json.loads(path.read_text())["kernels"]
-    names = {"tile", "stream", "map_max", "maps"}
-    names |= {"tile_backward", "statistics", "grad_query", "grad_key", "grad_delta"}
     of_frames = {x["kernel"] for x in kernels if x["kernel"].startswith("frames")}
     assert "frames, forward" in of_frames <= {f"frames, {x}" for x in FRAME_KERNELS}
     assert any(x["kernel"].startswith("columns, ") for x in kernels)
-    assert {x["kernel"] for x in kernels} >= names
-    assert {x["kind"] for x in kernels} == set(configs.KINDS)
     every = [*cases.subset(every_case()), *frame_cases.subset(every_frame_case())]
     every += column_cases.subset(every_column_case())
     chosen = (x for x in every if x.entry.architecture == architecture)
