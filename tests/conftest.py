@@ -16,6 +16,11 @@ settings.register_profile("fuzz", **usual, max_examples=2000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
+def pytest_collection_modifyitems(items):
+    """Long tests come first: one that is left in the end keeps a single processor busy."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def pytest_collection_finish():
     """What is imported and collected is not garbage, and takes long to look through."""
     gc.freeze()

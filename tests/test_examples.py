@@ -182,6 +182,7 @@ def test_training_on_maps(run, capsys):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.long
 def test_training_on_a_grid(run, tmp_path, capsys):
     """Stopped and run again it does what it does in one go, and the page shows all of it."""
     for steps in (1, 2):

@@ -1,6 +1,7 @@
 """The compiled kernels, for GPUs that need not be there, and what reads them."""
 
 import collections
+import functools
 import inspect
 import itertools
 import json
@@ -447,6 +448,7 @@ def test_offenders_are_named():
     assert report.offenders([good, bad]) == ["b: spills 8 bytes; has no matrix instruction"]
 
 
+@functools.cache
 def every_case():
     return list(itertools.chain.from_iterable(map(cases.shipped, cases.entries())))
 
@@ -655,6 +657,7 @@ def test_the_subset_of_columns_has_every_table():
     assert len(chosen) <= 10
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
 def test_a_representative_subset_compiles_without_fault(architecture, tmp_path):
     path = tmp_path / "report.json"

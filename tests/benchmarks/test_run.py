@@ -130,6 +130,7 @@ def test_no_case_begins_after_the_time(tmp_path):
     assert len(run.measure(path, seconds=0).missing) == 4
 
 
+@pytest.mark.long
 def test_the_command_measures_and_reports(tmp_path):
     """By workers, one for each allocator."""
     path = tmp_path / "run.jsonl"

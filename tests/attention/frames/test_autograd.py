@@ -244,6 +244,7 @@ def test_compiled_in_one_graph(rule, backend, kernel):
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_inductor_sees_another_rule(kernel):
     torch._dynamo.reset()
     layer = Layer(R.tar(1.0))

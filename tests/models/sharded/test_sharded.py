@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 PROCESSES = os.environ.get("SHARDED_PROCESSES", "2")
 
 
+@pytest.mark.long
 def test_processes(tmp_path):
     from tests.models.sharded.checks import CHECKS
 
