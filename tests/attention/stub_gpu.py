@@ -74,6 +74,9 @@ class StubGpu(TorchDispatchMode):
         super().__init__()
         self.capability = capability
         self.launched = []
+        self.index = 0  # the current device
+        self.searched = 0  # how often Triton has looked for a compiled kernel by all arguments
+        self.kernels = []  # those that were launched, by their place in ``compiled``
         self.compiled = []  # what Triton would have compiled, in its order
         self.described = 0  # descriptors that the latest launch was given
         self.copies = True  # between the CPU and the GPU, which a first call may make
@@ -116,7 +119,7 @@ class StubGpu(TorchDispatchMode):
     # ---- Triton's driver ----
 
     def get_current_device(self):
-        return 0
+        return self.index
 
     def get_current_stream(self, device):
         return 0
@@ -133,22 +136,29 @@ class StubGpu(TorchDispatchMode):
         return types.SimpleNamespace(get_device_properties=lambda index: properties)
 
     def _compiled(self, function):
-        """Stands for what Triton compiles: launched, it notes the function's name."""
+        """Returns a compiled kernel without a binary: launched, it notes the function's name."""
+        from triton.compiler import CompiledKernel
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         self._functions.add(function)
+        place = len(self.compiled)
         self.compiled.append(function.__name__)
 
-        def run(*arguments):
+        def run(x, y, z, stream, handle, packed, metadata, enter, leave, *arguments):
+            enter(metadata)
             for x in tree_flatten(arguments)[0]:
                 if isinstance(x, torch.Tensor) and not isinstance(x, OnGpu):
                     raise AssertionError(f"{function.__name__} got a tensor on {x.device}")
             self.described = sum(isinstance(x, TensorDescriptor) for x in arguments)
+            if len(arguments) != len(function.signature.parameters):
+                raise AssertionError(f"{function.__name__} got {len(arguments)} arguments")
             self.launched.append(function.__name__)
+            self.kernels.append(place)
 
-        return types.SimpleNamespace(
-            run=run, function=None, packed_metadata=None, launch_metadata=lambda *args: None
-        )
+        kernel = object.__new__(CompiledKernel)
+        kernel.name, kernel.src, kernel._run = function.__name__, None, run
+        kernel.module = kernel.function = kernel.packed_metadata = 0  # is loaded
+        return kernel
 
     @contextlib.contextmanager
     def installed(self):
@@ -158,10 +168,16 @@ class StubGpu(TorchDispatchMode):
         from vstar_kernels.attention import autograd, triton
         from vstar_kernels.attention.triton import plan
 
-        def compiled(function, key, *args, **kwargs):
-            kernels, *_ = function.device_caches[0]
+        def compiled(function, key, signature, device, *args, **kwargs):
+            kernels, *_ = function.device_caches[device]
             kernels[key] = self._compiled(function)
             return kernels[key]
+
+        search = jit.JITFunction.run
+
+        def run(function, *args, **kwargs):
+            self.searched += 1
+            return search(function, *args, **kwargs)
 
         stream = types.SimpleNamespace(cuda_stream=3)
         caches = [
@@ -174,6 +190,7 @@ class StubGpu(TorchDispatchMode):
         with (
             mock.patch.object(driver, "_active", self),
             mock.patch.object(jit.JITFunction, "_do_compile", compiled),
+            mock.patch.object(jit.JITFunction, "run", run),
             mock.patch.object(torch.cuda, "_lazy_init", return_value=None),
             mock.patch.object(torch.cuda, "current_device", return_value=0),
             mock.patch.object(torch.cuda, "current_stream", return_value=stream),

@@ -5,6 +5,7 @@ graphs.
 """
 
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -201,3 +202,92 @@ def test_what_waits_is_noticed(name, gpu):
     gpu.copies = False
     with pytest.raises(WaitedError):
         WAITING[name](tensor)
+
+
+# ---- compiled kernels that are kept ----
+
+
+def a_launch(offset=0):
+    """Launches a tile's kernel, on queries that begin so many elements past 16 bytes."""
+    query = OnGpu(torch.randn(offset + 3840).bfloat16()[offset:].view(2, 16, 3, 40))
+    key = value = OnGpu(torch.randn(2, 16, 3, 40).bfloat16())
+    vk.tar_attention(query, key, value, GAUSSIAN)
+
+
+def test_a_compiled_kernel_is_found_again_by_alignment(gpu):
+    for offset in (0, 0, 1, 0, 2, 8):
+        a_launch(offset)
+    assert gpu.kernels == [0, 0, 1, 0, 1, 0]
+    assert gpu.searched == 2
+
+
+def test_a_compiled_kernel_is_found_again_on_its_device(gpu):
+    for gpu.index in (0, 1, 0, 1):
+        a_launch()
+    assert gpu.kernels == [0, 1, 0, 1]
+    assert gpu.searched == 2
+
+
+def test_a_table_of_another_type_is_another_kernels(gpu):
+    query, key, value = (on_gpu(2, 16, 3, 40) for _ in range(3))
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        vk.tar_attention(query, key, value, vk.ToeplitzBias(OnGpu(torch.rand(16).to(dtype))))
+    assert gpu.kernels == [0, 1, 0]
+
+
+SETTINGS = {
+    "debug": ("runtime", "debug", True),
+    "instrumentation": ("compilation", "instrumentation_mode", "default"),
+    "passes": ("runtime", "add_stages_inspection_hook", lambda *args: ("key", "hash")),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_kernel_that_is_compiled_otherwise_is_another(name, gpu):
+    """As where a profiler begins to instrument kernels that have been launched before."""
+    import triton
+
+    knobs, setting, value = SETTINGS[name]
+    a_launch()
+    with mock.patch.object(getattr(triton.knobs, knobs), setting, value):
+        a_launch()
+        assert gpu.searched == 2
+    a_launch()
+    assert gpu.kernels[0] == gpu.kernels[2] == 0
+    assert gpu.searched == 2
+
+
+def test_hooks_see_every_launch(gpu):
+    import triton
+
+    from vstar_kernels.attention.triton.tile import tile_kernel
+
+    a_launch()
+    seen = []
+    chain = triton.knobs.runtime.launch_enter_hook
+
+    def enter(metadata):
+        seen.append(metadata.get()["name"])
+
+    def before(*args, **kwargs):
+        seen.append("before")
+
+    chain.add(enter)
+    try:
+        a_launch()
+        tile_kernel.add_pre_run_hook(before)
+        a_launch()
+    finally:
+        chain.remove(enter)
+        tile_kernel.pre_run_hooks.remove(before)
+    a_launch()
+    assert seen == ["tile_kernel", "before", "tile_kernel"]
+    assert gpu.launched == ["tile_kernel"] * 4
+
+
+def test_where_triton_goes_by_more_it_is_asked_at_every_launch(gpu, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for _ in range(3):
+        a_launch()
+    assert gpu.searched == 3
+    assert gpu.kernels == [0, 0, 0]

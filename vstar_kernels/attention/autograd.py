@@ -56,7 +56,7 @@ class AnyCall(Protocol):
 
 def needed(call: AnyCall) -> bool:
     """Returns whether a call has to go through its operation's :class:`Operator`."""
-    return traced(call) or (torch.is_grad_enabled() and call.requires_grad) or _func_is_active()
+    return (torch.is_grad_enabled() and call.requires_grad) or traced(call) or _func_is_active()
 
 
 def traced(call: AnyCall) -> bool:

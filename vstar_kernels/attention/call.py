@@ -26,6 +26,7 @@ from vstar_kernels.attention.bias import (
 
 LAYOUTS = "(batch, frames, heads, head_dim) or (batch, space, frames, heads, head_dim)"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+BIASES = (GaussianBias, ToeplitzBias, DenseBias)
 CONSTRUCTORS = {  # of each form of Δ, for messages
     "none": "none (strength 0)",
     "gaussian": "GaussianBias",
@@ -230,7 +231,7 @@ def check_call(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         check_strided(tensor, name)
-    if has_autocast(query.device) and torch.is_autocast_enabled(query.device.type):
+    if autocasts(query):
         query, key, value = autocast(query), autocast(key), autocast(value)
     shape, dtype, device = query.shape, query.dtype, query.device
     if len(shape) not in (4, 5):
@@ -254,7 +255,7 @@ def check_call(
     if scale is not None:
         check_finite(scale, "scale")
     if bias is not None:
-        if not isinstance(bias, GaussianBias | ToeplitzBias | DenseBias):
+        if not isinstance(bias, BIASES):
             raise TypeError(
                 "bias must be a GaussianBias, a ToeplitzBias, a DenseBias or None, "
                 f"got {type(bias).__name__}"
@@ -280,6 +281,13 @@ def autocast(tensor: Tensor) -> Tensor:
     if tensor.is_floating_point() and tensor.dtype != torch.float64:
         return tensor.to(torch.get_autocast_dtype(tensor.device.type))
     return tensor
+
+
+def autocasts(query: Tensor) -> bool:
+    """Returns whether autocast is on for a tensor's device."""
+    if query.is_cuda:  # which is faster than to make the string that is a device's type
+        return torch.is_autocast_enabled("cuda")
+    return has_autocast(query.device) and torch.is_autocast_enabled(query.device.type)
 
 
 def has_autocast(device: torch.device) -> bool:
@@ -339,12 +347,17 @@ def laid_like(tensor: Tensor, values: Tensor) -> Tensor:
     return empty_like(tensor).copy_(values)
 
 
+def follows_tangents() -> bool:
+    """Returns whether there is forward-mode differentiation here, without which nothing is dual."""
+    return bool(forward_ad._current_level >= 0)
+
+
 def carry_tangents(tensors: Iterable[Tensor]) -> bool:
     """Returns whether one of the tensors is dual: forward-mode differentiation follows it.
 
     Of torch.func's tensors, which may hide duals, all are where it computes tangents.
     """
-    if forward_ad._current_level < 0:
+    if not follows_tangents():
         return False
     for transform in torch._C._functorch.get_interpreter_stack() or ():
         if transform.key() == torch._C._functorch.TransformType.Jvp:

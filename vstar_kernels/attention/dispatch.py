@@ -25,6 +25,7 @@ from vstar_kernels.attention.call import (
     Wanted,
     carry_tangents,
     check_call,
+    follows_tangents,
 )
 from vstar_kernels.attention.columns import cpu as columns_cpu
 from vstar_kernels.attention.columns import reference as columns_reference
@@ -159,19 +160,18 @@ class Operation(Generic[C, W_contra, G_co]):
     def _reasons(self, call: C, name: str) -> list[str]:
         """Returns a backend's reasons, and that kernels have no forward-mode derivative."""
         reasons = self.backends[name].why_not(call)
-        if name != "reference" and carry_tangents(call.tensors().values()):
+        if name != "reference" and follows_tangents() and carry_tangents(call.tensors().values()):
             reasons = [*reasons, "has no forward-mode derivative, and a tensor carries a tangent"]
         return reasons
 
     def check_name(self, name: str | None) -> None:
         """Raises TypeError or ValueError unless a backend has this name, or it is None."""
-        if name is None:
+        if name is None or (isinstance(name, str) and name in self.backends):
             return
         allowed = ", ".join(map(repr, self.backends))
         if not isinstance(name, str):
             raise TypeError(f"backend must be one of {allowed} or None, got {type(name).__name__}")
-        if name not in self.backends:
-            raise ValueError(f"backend must be one of {allowed} or None, got {name!r}")
+        raise ValueError(f"backend must be one of {allowed} or None, got {name!r}")
 
     def _check_choice(self, call: C, name: str) -> str:
         reasons = self._reasons(call, name)

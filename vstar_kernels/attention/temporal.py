@@ -113,13 +113,15 @@ def tar_attention(
 
 
 def _attend(call: Call, backend: str | None) -> Tensor | tuple[Tensor, Tensor]:
-    # Of meta tensors there is nothing to compute: the operator knows the results' shapes.
-    is_meta = call.query.is_meta and backend is None
-    is_traced = torch.compiler.is_compiling() and backend != "reference"
-    if is_meta or is_traced or autograd.spread(call):
-        return autograd.attention(call, backend)
-    chosen = dispatch.TAR_ATTENTION.choose(call, backend)
-    if chosen != "reference" and autograd.needed(call):
+    operation, needed = dispatch.TAR_ATTENTION, autograd.needed(call)
+    if needed:
+        # Of meta tensors there is nothing to compute: the operator knows the results' shapes.
+        is_meta = call.query.is_meta and backend is None
+        is_traced = torch.compiler.is_compiling() and backend != "reference"
+        if is_meta or is_traced or autograd.spread(call):
+            return autograd.attention(call, backend)
+    chosen = operation.choose(call, backend)
+    if needed and chosen != "reference":
         return autograd.attention(call, chosen)
-    out, mean_map, _ = dispatch.TAR_ATTENTION.run(chosen, call)
+    out, mean_map, _ = operation.run(chosen, call)
     return out if mean_map is None else (out, mean_map)

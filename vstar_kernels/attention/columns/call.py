@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vstar_kernels.attention.bias import check_finite, check_strided
-from vstar_kernels.attention.call import DTYPES, autocast, has_autocast
+from vstar_kernels.attention.call import DTYPES, autocast, autocasts
 
 
 class ColumnOptions(NamedTuple):
@@ -143,7 +143,7 @@ def check_call(
         if not isinstance(value, Tensor):
             raise TypeError(f"value must be a torch.Tensor or None, got {type(value).__name__}")
         check_strided(value, "value")
-    if has_autocast(query.device) and torch.is_autocast_enabled(query.device.type):
+    if autocasts(query):
         query, key = autocast(query), autocast(key)
         value = None if value is None else autocast(value)
     _check_shapes(query, key, value)

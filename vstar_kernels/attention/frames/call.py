@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vstar_kernels.attention.bias import check_finite, check_flag, check_strided
-from vstar_kernels.attention.call import autocast, has_autocast
+from vstar_kernels.attention.call import autocast, autocasts
 from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.attention.frames.tables import Tables
@@ -208,7 +208,7 @@ def check_call(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         check_strided(tensor, name)
-    if has_autocast(query.device) and torch.is_autocast_enabled(query.device.type):
+    if autocasts(query):
         query, key, value = autocast(query), autocast(key), autocast(value)
     _check_shapes(query, key, value)
     if scale is not None:

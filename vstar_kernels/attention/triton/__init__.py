@@ -54,12 +54,12 @@ def why_not_tensors(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor | None = None
 ) -> list[str]:
     """Returns why no kernel can take these tensors, ``(…, head_dim)``."""
-    place = "cpu" if interpreted() else "cuda"
-    if query.device.type != place:
+    if not (query.is_cpu if interpreted() else query.is_cuda):
+        place = "cpu" if interpreted() else "cuda"
         return [f"takes {place} tensors, query is on {query.device}", *unavailable()]
     if unavailable():
         return list(unavailable())
-    reasons = _too_old(query.device)
+    reasons = [*_too_old(query.device)]
     if query.dtype not in DTYPES:
         allowed = ", ".join(str(dtype) for dtype in DTYPES)
         reasons.append(f"takes {allowed}, query is {query.dtype}")
@@ -67,8 +67,8 @@ def why_not_tensors(
     if head_dim > MAX_HEAD_DIM:
         reasons.append(f"takes head_dim up to {MAX_HEAD_DIM}, query has {head_dim}")
     for name, tensor in (("query", query), ("key", key), ("value", value), ("out", out)):
-        stride = 1 if tensor is None else tensor.stride(-1)
-        if stride != 1 and head_dim > 1:
+        if tensor is not None and tensor.stride()[-1] != 1 and head_dim > 1:
+            stride = tensor.stride(-1)
             reasons.append(f"takes contiguous head_dim, {name} has stride {stride} in it")
     return reasons
 
@@ -76,7 +76,7 @@ def why_not_tensors(
 def why_not(call: Call) -> list[str]:
     """Returns why the kernels cannot take this call."""
     reasons = why_not_tensors(call.query, call.key, call.value, call.out)
-    rows = math.prod(call.shape[:-1])
+    rows = call.query.numel() // call.head_dim
     if rows > MAX_ROWS:
         reasons.append(f"takes up to {MAX_ROWS} rows of head_dim, query has {rows}")
     if call.options.map_block == 1 and call.frames > MAX_MAP_FRAMES:
@@ -99,7 +99,7 @@ def forward(call: Call, *, save: bool = False) -> Forward:
         return Forward(out, None if blocks is None else plan.new(out, *blocks).fill_(math.nan))
     call = _with_delta_here(call)
     key = plan.forward_key(call, out, save=save)
-    with on(call.device):
+    with on(out.device):
         return _forward_plan(key).run(call, out)
 
 
@@ -164,11 +164,12 @@ def _with_delta_here(call: Call) -> Call:
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Returns a context in which Triton launches on the device."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
+    if device.index is None or device.index == torch.cuda.current_device():  # None: the CPU's
         return contextlib.nullcontext()
     return torch.cuda.device(device)
 
 
+@functools.cache
 def _too_old(device: torch.device) -> list[str]:
     if device.type == "cpu" or torch.version.hip:
         return []

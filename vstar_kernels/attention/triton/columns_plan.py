@@ -143,7 +143,7 @@ def forward_key(
     return ColumnsKey(
         device=plan.device_of(call.device),
         dtype=call.dtype,
-        ieee=plan.ieee_products(),
+        ieee=call.dtype == torch.float32 and plan.ieee_products(),
         batch=call.batch,
         queries=call.queries,
         keys=call.keys,
@@ -180,7 +180,4 @@ def backward_key(
 
 def strides(tensor: Tensor | None) -> Strides:
     """Returns strides of the first three dimensions; 0 for sizes of 1, where any would do."""
-    if tensor is None:
-        return ()
-    pairs = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
-    return tuple(stride if size > 1 else 0 for size, stride in pairs)
+    return () if tensor is None else plan.strides_3d(tensor)

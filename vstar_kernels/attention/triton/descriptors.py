@@ -7,7 +7,7 @@ part, arrives as zeros. Triton has descriptors as arguments of their own only, n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +51,7 @@ def load_block(x, place, n, frames, HEAD: tl.constexpr, SIZE: tl.constexpr):
     return main, rest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DescribedLaunch(Launch):
     """A launch whose kernel takes descriptors in place of the first of its other arguments."""
 
@@ -66,14 +66,13 @@ class DescribedLaunch(Launch):
         else:
             super().__call__(tensors)
 
-    def call_arguments(self, tensors: Any) -> tuple[Any, ...]:
-        """Returns all arguments but constants of a launch on these tensors."""
+    def _of_tensors(self, tensors: Any) -> tuple[Any, ...]:
         made = [
             part and _descriptor(getattr(tensors, name), part)
             for name, parts in self.parts.items()
             for part in parts
         ]
-        return (tensors, *made, *self.arguments[len(made) :])
+        return (tensors, *made)
 
 
 def possible(key: PlanKey) -> bool:
@@ -106,7 +105,8 @@ def described(pointers: Launch, launch: Launch, key: PlanKey, **tensors: Strides
         )
         for name, strides in tensors.items()
     }
-    return DescribedLaunch(**vars(launch), parts=parts, pointers=pointers)
+    same = {x.name: getattr(launch, x.name) for x in fields(launch) if x.init}
+    return DescribedLaunch(**same, parts=parts, pointers=pointers)
 
 
 def _part(key: PlanKey, strides: Strides, frames: int, width: int) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def frames_key(call: FrameCall, out: Tensor, *, save: bool = False) -> FramesKey
     return FramesKey(
         device=plan.device_of(call.device),
         dtype=call.dtype,
-        ieee=plan.ieee_products(),
+        ieee=call.dtype == torch.float32 and plan.ieee_products(),
         batch=call.batch,
         tokens=call.tokens,
         keys=call.keys,
@@ -195,11 +195,11 @@ def frames_key(call: FrameCall, out: Tensor, *, save: bool = False) -> FramesKey
         options=call.options,
         tables=Tables._make(Contents.of(getattr(call, name)) for name in Tables._fields),
         lengths=call.key_lengths is not None,
-        query=_strides(call.query),
-        key=_strides(call.key),
-        value=_strides(call.value),
-        out=_strides(out),
-        stat=() if call.stat is None else _strides(call.stat),
+        query=plan.strides_3d(call.query),
+        key=plan.strides_3d(call.key),
+        value=plan.strides_3d(call.value),
+        out=plan.strides_3d(out),
+        stat=() if call.stat is None else plan.strides_3d(call.stat),
         save=save,
     )
 
@@ -213,10 +213,10 @@ def backward_key(
 ) -> FramesKey:
     """Returns the key of a backward pass, which fills these ``gradients``."""
     return frames_key(call, out)._replace(
-        grad_out=_strides(grad_out),
-        grad_query=_strides(gradients.query),
-        grad_key=_strides(gradients.key),
-        grad_value=_strides(gradients.value),
+        grad_out=plan.strides_3d(grad_out),
+        grad_query=plan.strides_3d(gradients.query),
+        grad_key=plan.strides_3d(gradients.key),
+        grad_value=plan.strides_3d(gradients.value),
         grad_map=grad_map is not None,
     )
 
@@ -295,9 +295,3 @@ def rule_tables(tables: Tables, *, frames: int, key_frames: int, dtype: torch.dt
             factor = factor.unsqueeze(1) if factor.ndim == 3 else factor
             factor = factor.expand(2, *shape).contiguous()
     return RuleTables(frames, key_frames, bool(sizes), delta, offset, factor, span, band)
-
-
-def _strides(tensor: Tensor) -> Strides:
-    """Returns strides of (batch, tokens, heads); 0 for sizes of 1, where any would do."""
-    pairs = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
-    return tuple(stride if size > 1 else 0 for size, stride in pairs)

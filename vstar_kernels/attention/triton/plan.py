@@ -6,7 +6,7 @@ import ctypes
 import functools
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -192,20 +192,22 @@ def product_kind(dtype: torch.dtype, *, ieee: bool) -> str:
 
 def forward_key(call: Call, out: Tensor, *, save: bool = False) -> PlanKey:
     """Returns the key of a forward pass."""
-    return PlanKey(
-        device=device_of(call.device),
-        dtype=call.dtype,
-        ieee=ieee_products(),
-        shape=tuple(call.shape),
-        options=call.options,
-        query=call.query.stride(),
-        key=call.key.stride(),
-        value=call.value.stride(),
-        out=out.stride(),
-        delta=() if call.delta is None else call.delta.stride(),
-        delta_shape=() if call.delta is None else tuple(call.delta.shape),
-        stat=() if call.stat is None else call.stat.stride(),
-        save=save,
+    query, delta, stat = call.query, call.delta, call.stat
+    dtype = query.dtype
+    return PlanKey(  # by place, which is faster
+        device_of(query.device),
+        dtype,
+        dtype == torch.float32 and ieee_products(),
+        query.shape,
+        call.options,
+        query.stride(),
+        call.key.stride(),
+        call.value.stride(),
+        out.stride(),
+        () if delta is None else delta.stride(),
+        () if delta is None else delta.shape,
+        () if stat is None else stat.stride(),
+        save,
     )
 
 
@@ -426,6 +428,10 @@ class Launch:
 
     ``needed`` is a tuple of the kernel's tensors, which says of each whether the kernel touches it.
     The others have to be None: then a kernel that touches one of them after all does not compile.
+
+    What Triton has compiled is kept by all that it goes by and that may be another at the next
+    launch: it then need not look through every argument again, which takes it longer than a small
+    kernel runs.
     """
 
     kernel: Any
@@ -433,6 +439,9 @@ class Launch:
     needed: Any
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
+    _compiled: dict[Any, tuple[Callable[..., None], tuple[Any, ...]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __call__(self, tensors: Any) -> None:
         """Launches the kernel on a tuple of tensors of the type of ``needed``.
@@ -440,16 +449,47 @@ class Launch:
         Raises:
             ValueError: A tensor that the kernel needs is None, or one that it leaves alone is not.
         """
+        key = _specialization(tensors) if self._keeps else None
+        kept = self._compiled.get(key)
+        if kept is None or self.kernel.pre_run_hooks:  # which Triton calls where it compiles
+            self._by_triton(key, tensors)
+        else:
+            launch, rest = kept
+            launch(*self._of_tensors(tensors), *rest)
+
+    @functools.cached_property
+    def _keeps(self) -> bool:
+        """Whether the kernel is compiled, and for nothing else than :func:`_specialization` says.
+
+        On AMD Triton goes by the size of each tensor's memory too.
+        """
+        return isinstance(self.kernel, _triton().JITFunction) and not torch.version.hip
+
+    def _by_triton(self, key: Any, tensors: Any) -> None:
+        """Launches the kernel as Triton finds or compiles it, and keeps what is compiled."""
         for name, tensor, needed in zip(self.needed._fields, tensors, self.needed, strict=True):
             if (tensor is None) == needed:
                 fault = "needs" if needed else "leaves alone"
                 given = "none is" if needed else "it is"
                 raise ValueError(f"{self.kernel.__name__} {fault} {name}, {given} given")
-        self.kernel[(self.programs,)](*self.call_arguments(tensors), **self.constants)
+        arguments = self.call_arguments(tensors)
+        compiled = self.kernel[(self.programs,)](*arguments, **self.constants)
+        if self._keeps and isinstance(compiled, _triton().CompiledKernel):
+            signature = self.kernel.signature
+            named = {x: y for x, y in self.constants.items() if x in signature.parameters}
+            bound = signature.bind(*arguments, **named)
+            bound.apply_defaults()
+            rest = tuple(bound.arguments.values())[len(self._of_tensors(tensors)) :]
+            self._compiled[key] = compiled[(self.programs, 1, 1)], rest
 
     def call_arguments(self, tensors: Any) -> tuple[Any, ...]:
         """Returns all arguments but constants of a launch on these tensors."""
-        return (tensors, *self.arguments)
+        made = self._of_tensors(tensors)
+        return (*made, *self.arguments[len(made) - 1 :])
+
+    def _of_tensors(self, tensors: Any) -> tuple[Any, ...]:
+        """Returns the first arguments, those that are others at the next launch."""
+        return (tensors,)
 
     def on(self, **tensors: Tensor | None) -> None:
         """Launches the kernel on those of the named tensors that it needs.
@@ -457,8 +497,47 @@ class Launch:
         Raises:
             ValueError: One of them is not there.
         """
-        pairs = self.needed._asdict().items()
-        self(type(self.needed)(*(tensors.get(name) if needed else None for name, needed in pairs)))
+        self(type(self.needed)._make([tensors.get(name) for name in self._needed_names]))
+
+    @functools.cached_property
+    def _needed_names(self) -> list[str]:
+        """The name of each tensor; "" in the place of one that the kernel leaves alone."""
+        return [name if needed else "" for name, needed in self.needed._asdict().items()]
+
+
+def _specialization(tensors: Any) -> tuple[Any, ...]:
+    """Returns what Triton compiles a kernel anew for, of what changes between launches of a plan.
+
+    Of a tensor that is its type and whether it is aligned to 16 bytes; a plan's numbers and the
+    grid stay. Then the current device, and settings of Triton's, as what its profiler instruments.
+    """
+    triton = _triton()
+    return (
+        triton.driver.active.get_current_device(),
+        triton.runtime.debug,
+        triton.runtime.add_stages_inspection_hook,
+        triton.compilation.instrumentation_mode,
+        *[x if x is None else (x.dtype, x.data_ptr() % VECTOR_BYTES == 0) for x in tensors],
+    )
+
+
+class _Triton(NamedTuple):
+    """What a launch asks of Triton, which nothing imports before it is used."""
+
+    driver: Any
+    runtime: Any  # settings
+    compilation: Any
+    JITFunction: Any
+    CompiledKernel: Any
+
+
+@functools.cache
+def _triton() -> _Triton:
+    from triton import knobs
+    from triton.compiler import CompiledKernel
+    from triton.runtime import JITFunction, driver
+
+    return _Triton(driver, knobs.runtime, knobs.compilation, JITFunction, CompiledKernel)
 
 
 @dataclass(frozen=True, eq=False)
@@ -511,6 +590,14 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=KEPT_TENSORS)
 def _kept_on(device: torch.device, contents: Contents) -> DeviceTables:
     return DeviceTables({"kept": contents.tensor()}).to(device)
+
+
+def strides_3d(tensor: Tensor) -> Strides:
+    """Returns strides of the first three dimensions; 0 for sizes of 1, where any would do."""
+    sizes, strides = tensor.shape[:3], tensor.stride()[:3]
+    if min(sizes) > 1:
+        return strides
+    return tuple(stride if size > 1 else 0 for size, stride in zip(sizes, strides, strict=True))
 
 
 def map_weight(call: Call) -> float:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vstar_kernels.attention.call import has_autocast
+from vstar_kernels.attention.call import autocasts
 from vstar_kernels.models.forwards import ForwardPasses
 from vstar_kernels.models.front_end import temporal_layers
 from vstar_kernels.models.hooks import Argument, Hooks, put_back
@@ -446,8 +446,7 @@ def _group_norm(x: Tensor, module: nn.GroupNorm, forward: SpreadPass) -> Tensor:
     if module.weight is not None:
         factor, shift = factor * module.weight, shift * module.weight + module.bias
     out = torch.addcmul(shift[..., None, None, None], wide, factor[..., None, None, None])
-    is_autocast = has_autocast(x.device) and torch.is_autocast_enabled(x.device.type)
-    return out if is_autocast else out.to(x.dtype)
+    return out if autocasts(x) else out.to(x.dtype)
 
 
 def _mapped(out: Any, change: Callable[[Tensor], Tensor]) -> Any:

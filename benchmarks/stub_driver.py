@@ -1,0 +1,135 @@
+"""A CUDA driver that does nothing, above which all of Triton's own launch runs as on a GPU.
+
+It is a ``libcuda.so.1`` of a few lines of C, for machines that have neither a GPU nor its driver:
+kernels are compiled, loaded and launched, and nothing computes. Tensors are the CPU's, whose
+addresses Triton takes for a GPU's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import subprocess  # nosec B404
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+from triton import knobs
+from triton.backends.nvidia import driver as nvidia
+from triton.runtime import driver
+
+from vstar_kernels.attention import triton as backend
+from vstar_kernels.attention.triton import plan
+
+CAPABILITY = (9, 0)
+GPU = plan.Device("sm_90", shared=232448, processors=132)
+HEADERS = Path(nvidia.__file__).parent / "include"
+SOURCE = r"""
+#include <cuda.h>
+#include <string.h>
+
+CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, void **params, void **extra) {
+  return CUDA_SUCCESS;
+}
+CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
+  *(CUdeviceptr *)data = pointer;
+  return CUDA_SUCCESS;
+}
+CUresult cuDeviceGetAttribute(int *found, CUdevice_attribute attribute, CUdevice device) {
+  *found = attribute == CU_DEVICE_ATTRIBUTE_WARP_SIZE ? 32
+           : attribute == CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT ? 132 : 232448;
+  return CUDA_SUCCESS;
+}
+CUresult cuFuncGetAttribute(int *found, CUfunction_attribute attribute, CUfunction f) {
+  *found = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
+  return CUDA_SUCCESS;
+}
+CUresult cuModuleLoadData(CUmodule *module, const void *image) {
+  static long loaded;
+  *module = (CUmodule)++loaded;
+  return CUDA_SUCCESS;
+}
+CUresult cuModuleGetFunction(CUfunction *f, CUmodule module, const char *name) {
+  *f = (CUfunction)module;
+  return CUDA_SUCCESS;
+}
+CUresult cuCtxGetCurrent(CUcontext *context) {
+  *context = (CUcontext)1;
+  return CUDA_SUCCESS;
+}
+CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
+  *context = (CUcontext)1;
+  return CUDA_SUCCESS;
+}
+CUresult cuGetErrorString(CUresult error, const char **text) {
+  *text = "an error of the stub";
+  return CUDA_SUCCESS;
+}
+CUresult cuDriverGetVersion(int *version) {
+  *version = 13020;
+  return CUDA_SUCCESS;
+}
+CUresult cuTensorMapEncodeTiled(
+    CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
+    const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
+    const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+    CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  memset(map, 0, sizeof *map);
+  return CUDA_SUCCESS;
+}
+CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
+CUresult cuCtxGetLimit(size_t *size, CUlimit limit) { *size = 0; return CUDA_SUCCESS; }
+CUresult cuCtxSetLimit(CUlimit limit, size_t size) { return CUDA_SUCCESS; }
+CUresult cuDeviceGet(CUdevice *device, int number) { *device = number; return CUDA_SUCCESS; }
+CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute attribute, int given) {
+  return CUDA_SUCCESS;
+}
+CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache config) { return CUDA_SUCCESS; }
+CUresult cuOccupancyMaxActiveClusters(int *found, CUfunction f, const CUlaunchConfig *config) {
+  *found = 1;
+  return CUDA_SUCCESS;
+}
+"""
+
+
+def _takes_cpu_tensors() -> bool:
+    return True
+
+
+def _device_of(device: torch.device) -> plan.Device:
+    return GPU
+
+
+@contextlib.contextmanager
+def installed(folder: Path) -> Iterator[None]:
+    """A context in which Triton launches by such a driver, built in ``folder`` with the kernels.
+
+    The process keeps the library: no other driver can be loaded after it.
+
+    Raises:
+        RuntimeError: There is no C compiler, or it fails.
+    """
+    source, library = folder / "driver.c", folder / "libcuda.so.1"
+    source.write_text(SOURCE)
+    options = ["-shared", "-fPIC", f"-I{HEADERS}", "-Wl,-soname,libcuda.so.1"]
+    try:  # what Triton compiles its launchers with, by default
+        subprocess.run(  # nosec B603 B607
+            ["cc", *options, str(source), "-o", str(library)], check=True, capture_output=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(f"the stub of a driver needs a C compiler: {error}") from error
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    with knobs.nvidia.scope(), knobs.cache.scope():
+        knobs.nvidia.libcuda_path, knobs.cache.dir = str(folder), str(folder / "cache")
+        stub = nvidia.CudaDriver()
+        stub.get_current_device = lambda: 0
+        stub.get_current_stream = lambda device: 0
+        stub.get_device_capability = lambda device=None: CAPABILITY
+        with (
+            mock.patch.object(driver, "_active", stub),
+            mock.patch.object(backend, "interpreted", _takes_cpu_tensors),
+            mock.patch.object(backend, "unavailable", list),
+            mock.patch.object(plan, "device_of", _device_of),
+        ):
+            yield

@@ -1,0 +1,65 @@
+"""benchmarks.call_time: calls by Triton's own launcher, above a driver that does nothing."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("tyro")
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter launches nothing"
+    ),
+    pytest.mark.skipif(
+        sys.platform != "linux" or not shutil.which("cc"), reason="there is no C compiler"
+    ),
+]
+
+
+def run(program, *arguments):
+    """In a process of its own, which keeps the stub of the driver."""
+    return subprocess.run(
+        [sys.executable, *program, *arguments], capture_output=True, text=True, timeout=500
+    )
+
+
+def test_the_command_times_every_call():
+    found = run(["-m", "benchmarks.call_time"], "--rounds", "1", "--calls", "3")
+    assert found.returncode == 0, found.stderr
+    rows = re.findall(r"^\| (\w+_attention, .*?) \| ([^|]+) \|.*\|$", found.stdout, re.MULTILINE)
+    assert len(rows) == 5
+    assert all(float(time) > 0 for _, time in rows)
+
+
+def test_without_a_compiler_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = run(["-m", "benchmarks.call_time"])
+    assert found.returncode == 1
+    assert "needs a C compiler" in found.stderr
+
+
+BROKEN = """
+import sys, tempfile
+from pathlib import Path
+from benchmarks import call_time, stub_driver
+from vstar_kernels.attention.triton.plan import Launch
+
+keep = Launch._by_triton
+def wrong(self, key, tensors):
+    keep(self, key, tensors)
+    launch, rest = self._compiled[key]
+    self._compiled[key] = launch, (rest[0], rest[1] + 1, *rest[2:])
+Launch._by_triton = wrong
+with tempfile.TemporaryDirectory() as folder, stub_driver.installed(Path(folder)):
+    list(call_time.measure(call_time.Options(1, 1)))
+"""
+
+
+def test_a_later_call_that_launches_something_else_is_noticed():
+    found = run(["-c", BROKEN])
+    assert found.returncode == 1
+    assert "a later call launches something else" in found.stderr
