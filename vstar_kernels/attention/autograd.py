@@ -61,10 +61,14 @@ def needed(call: AnyCall) -> bool:
 
 def traced(call: AnyCall) -> bool:
     """Returns whether a call is traced or watched, not only run, or its tensors have no numbers."""
-    if torch.compiler.is_compiling():
-        return True
     query = call.query
-    return type(query) not in PLAIN or query.is_meta or _watched() or spread(call)
+    return (
+        torch.compiler.is_compiling()
+        or type(query) not in PLAIN
+        or query.is_meta
+        or _watched()
+        or (type(call.key) not in PLAIN and spread(call))
+    )
 
 
 def _watched() -> bool:

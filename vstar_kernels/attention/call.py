@@ -260,9 +260,11 @@ def check_call(
                 "bias must be a GaussianBias, a ToeplitzBias, a DenseBias or None, "
                 f"got {type(bias).__name__}"
             )
-        bias.check(shape[-3], shape[-2])
-        _check_delta(bias, query)
-        _check_stat(bias, query)
+        if bias.entries is not None:
+            bias.check(shape[-3], shape[-2])
+            _check_delta(bias.entries, query)
+        if isinstance(bias.stat, Tensor):
+            check_stat(bias.stat, query)
     check_flag(return_map, "return_map")
     check_flag(map_heads, "map_heads")
     if map_heads and not return_map:
@@ -295,9 +297,8 @@ def has_autocast(device: torch.device) -> bool:
     return device.type != "meta"
 
 
-def _check_delta(bias: Bias, query: Tensor) -> None:
-    entries = bias.entries
-    if entries is None or entries.device == query.device:
+def _check_delta(entries: Tensor, query: Tensor) -> None:
+    if entries.device == query.device:
         return
     if entries.device.type == "meta":
         raise ValueError(
@@ -309,17 +310,16 @@ def _check_delta(bias: Bias, query: Tensor) -> None:
         )
 
 
-def _check_stat(bias: Bias, query: Tensor) -> None:
-    if not isinstance(bias.stat, Tensor):
-        return
-    if bias.stat.shape != query.shape[:-1]:
+def check_stat(stat: Tensor, query: Tensor) -> None:
+    """Raises ValueError unless a statistic's shape and device are those of the query's rows."""
+    if stat.shape != query.shape[:-1]:
         raise ValueError(
             "a stat tensor must have query's shape without head_dim, "
-            f"{tuple(query.shape[:-1])}, got {tuple(bias.stat.shape)}"
+            f"{tuple(query.shape[:-1])}, got {tuple(stat.shape)}"
         )
-    if bias.stat.device != query.device:
+    if stat.device != query.device:
         raise ValueError(
-            f"a stat tensor must be on query's device {query.device}, got {bias.stat.device}"
+            f"a stat tensor must be on query's device {query.device}, got {stat.device}"
         )
 
 

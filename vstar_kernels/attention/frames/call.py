@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vstar_kernels.attention.bias import check_finite, check_flag, check_strided
-from vstar_kernels.attention.call import autocast, autocasts
+from vstar_kernels.attention.call import autocast, autocasts, check_stat
 from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.attention.frames.tables import Tables
@@ -240,7 +240,7 @@ def check_call(
         stat_name = "none"
     elif isinstance(stat_name, Tensor):
         stat, stat_name = stat_name, "tensor"
-        _check_stat(stat, query)
+        check_stat(stat, query)
     options = FrameOptions(
         stat_name if isinstance(stat_name, str) else "tensor",
         rule.clamp_negative and stat_name != "none",
@@ -359,18 +359,6 @@ def _check_lengths(key_lengths: Any, query: Tensor) -> None:
     if key_lengths.device != query.device:
         raise ValueError(
             f"key_lengths must be on query's device {query.device}, got {key_lengths.device}"
-        )
-
-
-def _check_stat(stat: Tensor, query: Tensor) -> None:
-    if stat.shape != query.shape[:-1]:
-        raise ValueError(
-            "a stat tensor must have query's shape without head_dim, "
-            f"{tuple(query.shape[:-1])}, got {tuple(stat.shape)}"
-        )
-    if stat.device != query.device:
-        raise ValueError(
-            f"a stat tensor must be on query's device {query.device}, got {stat.device}"
         )
 
 
