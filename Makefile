@@ -105,6 +105,7 @@ codegen-oldest: $(STAMP)
 	$(PIP) --no-deps --target build/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PYTHON) -m benchmarks.codegen --subset \
 		--other-triton --jobs 2 $(ARGS)
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PYTHON) -m benchmarks.call_time --rounds 1
 
 # What benchmarks/gpu_check.sh needs and a machine with torch for GPUs may lack, for one that reaches no
 # registry. Of diffusers not what it needs, which machines for models have.
