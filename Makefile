@@ -59,7 +59,7 @@ demo: $(STAMP)
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 ONE_THREAD = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 # Of damaged documents, fewer than make fuzz-inputs draws.
-PYTEST = $(ONE_THREAD) HYPOTHESIS_PROFILE=ci DOCUMENTS=200 $(PYTHON) -m pytest --numprocesses $(JOBS) \
+PYTEST = $(ONE_THREAD) HYPOTHESIS_PROFILE=ci DOCUMENTS=100 $(PYTHON) -m pytest --numprocesses $(JOBS) \
 	--dist worksteal
 OR_NO_TEST = $(if $(ARGS),|| [ $$? -eq 5 ])
 
