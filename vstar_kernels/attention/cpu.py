@@ -25,11 +25,11 @@ def unavailable() -> list[str]:
 
 def why_not(call: Call) -> list[str]:
     """Returns why the kernels cannot take this call."""
-    if call.device.type != "cpu":
+    if not call.query.is_cpu:
         return [f"takes CPU tensors, query is on {call.device}", *unavailable()]
     reasons = list(unavailable())
     for name, tensor in (("delta", call.delta), ("stat", call.stat)):
-        if tensor is not None and tensor.device.type != "cpu":
+        if tensor is not None and not tensor.is_cpu:
             reasons.append(f"takes CPU tensors, {name} is on {tensor.device}")
     reasons += native.refusals(call.query, call.key, call.value, call.out)
     return reasons

@@ -19,7 +19,7 @@ def unavailable() -> list[str]:
 
 def why_not(call: ColumnCall) -> list[str]:
     """Returns why the kernels cannot take this call."""
-    if call.device.type != "cpu":
+    if not call.query.is_cpu:
         return [f"takes CPU tensors, query is on {call.device}", *unavailable()]
     value = call.key if call.value is None else call.value
     reasons = [*unavailable(), *native.refusals(call.query, call.key, value)]

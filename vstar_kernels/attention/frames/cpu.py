@@ -19,7 +19,7 @@ def unavailable() -> list[str]:
 
 def why_not(call: FrameCall) -> list[str]:
     """Returns why the kernels cannot take this call."""
-    if call.device.type != "cpu":
+    if not call.query.is_cpu:
         return [f"takes CPU tensors, query is on {call.device}", *unavailable()]
     reasons = list(unavailable())
     reasons += native.refusals(call.query, call.key, call.value)

@@ -230,18 +230,11 @@ class StreamPlan:
         if self.map_max is not None:
             stat = plan.new(out, self.map_max.programs)
             self.map_max.on(q=call.query, k=call.key, maxima=stat)
-        needed, shape = self.attention.needed, plan.row_shape(call)
-        lse = plan.new(out, *shape) if needed.lse else None
-        row_stat = plan.new(out, *shape) if needed.row_stat else None
-        self.attention.on(
-            q=call.query,
-            k=call.key,
-            v=call.value,
-            out=out,
-            delta=call.delta,
-            stat=stat,
-            lse=lse,
-            row_stat=row_stat,
+        needed = self.attention.needed
+        lse = plan.new(out, *plan.row_shape(call)) if needed.lse else None
+        row_stat = plan.new(out, *plan.row_shape(call)) if needed.row_stat else None
+        self.attention(
+            Tensors(call.query, call.key, call.value, out, call.delta, stat, lse, row_stat)
         )
         if lse is not None and self.maps:
             mean_map = maps.mean_map(self.maps, call, lse, row_stat)
