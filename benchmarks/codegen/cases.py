@@ -116,7 +116,7 @@ def read_variants() -> list[list[Variant]]:
 ALWAYS = {
     ("tile", False): (GAUSSIAN, DENSE, MAP),
     ("stream", False): (GAUSSIAN, MAP),
-    ("tile", True): (MAP_GRADIENT, VALUES, GRADIENTS),
+    ("tile", True): (GRADIENTS, MAP_GRADIENT, VALUES),
     ("stream", True): (VALUES, GRADIENTS),
 }
 PAIRED_ARCHITECTURES = ("sm_90", "gfx942")  # one of each vendor

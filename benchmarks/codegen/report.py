@@ -164,8 +164,10 @@ def faults(case: Case, binary: Binary, target: Target, *, spill: int = 0) -> lis
         # Each block would wait for its own loads.
         found.append(f"has {case.config.stages} stages, but no load runs ahead of its use")
     one_group = case.entry.family == "frames" and not case.entry.backward
-    if case.kernel == "tile" and target.triton.backend == "cuda":
-        one_group = _two_tiles_fit(case, target)
+    if case.entry.family == "tile" and target.triton.backend == "cuda":
+        # Gradients of some sizes have no registers for addresses of a tile ahead.
+        in_turn = case.entry.backward and case.config.stages == 1
+        one_group = not in_turn and _two_tiles_fit(case, target)
     if of_columns and "KEYS_REST" in constants:
         # What AMD's loads in stages wait for is the pass before.
         one_group = target.triton.backend == "cuda" or case.config.stages == 1
@@ -192,9 +194,10 @@ def may_load_less(entry: Key) -> bool:
 
 
 def _two_tiles_fit(case: Case, target: Target) -> bool:
-    """Tells whether the queries, keys and values of two tiles fit a program's shared memory."""
-    config, head_dim = case.entry.config, sum(configs.split(case.head_dim))
-    rows = 3 * case.entry.frames * config.sequences
+    """Tells whether all that is loaded of two tiles fits a program's shared memory."""
+    constants, head_dim = case.launch.constants, sum(configs.split(case.head_dim))
+    tensors = 4 if case.entry.backward else 3  # of gradients, those of the outputs too
+    rows = tensors * constants["FRAMES"] * constants["SEQUENCES"]
     return 2 * rows * head_dim * case.dtype.itemsize <= target.shared_program
 
 

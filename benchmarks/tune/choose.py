@@ -35,7 +35,7 @@ ENOUGH = 1.0  # headroom: then the memory is what limits a tile
 # and 12.x too.
 LEAST_SHARED = {name: x.shared_program for name, x in TARGETS.items()} | {"sm_80": 99 * 1024}
 UNFIT = sys.maxsize  # bytes of shared memory
-UNFIT_SETS = ((), ("map",), ("map", "delta"))
+UNFIT_SETS = {False: ((), ("map",), ("map", "delta")), True: ((), ("map", "delta"))}  # by backward
 # Of what is measured:
 TRAFFIC = 512 * 2**20  # bytes of one call
 ROUNDS = 15
@@ -127,15 +127,20 @@ def check(out: Tensor, inputs: tuple[Tensor, ...], kind: str) -> None:
 
 def unfit_sets(key: Key) -> tuple[tuple[str, ...], ...]:
     """Returns what an entry may leave to the stream kernels, by preference: nothing first."""
-    return UNFIT_SETS if key.family == "tile" and not key.backward else ((),)
+    return UNFIT_SETS[key.backward] if key.family == "tile" else ((),)
 
 
 def ranked(entries: list[Entry]) -> Iterator[tuple[Entry, tuple[str, ...]]]:
     """Yields entries, each with what it may leave to the stream kernels.
 
     Those with enough headroom come in their order, first to do all calls, then to do fewer; then
-    the others, the most roomy first.
+    the others, the most roomy first. Tiles of gradients that load the next one ahead come before
+    all others, whatever they leave.
     """
+    if entries and entries[0].family == "tile" and entries[0].backward:
+        for _, alike in itertools.groupby(entries, lambda entry: entry.config.stages):
+            yield from ((y, x) for x, y in itertools.product(unfit_sets(entries[0]), list(alike)))
+        return
     enough, others = list[Entry](), list[tuple[float, Entry]]()
     for entry in entries:
         room = headroom(entry)
@@ -215,17 +220,15 @@ def inspect_fit(case: Case) -> Binary | None:
 def with_needs(entry: Entry, needed: Mapping[str, int]) -> Entry:
     """Returns the entry with the shared memory that each of its kernels takes.
 
-    Of a tile, forward, it also says how many programs a processor holds in the commonest variant.
+    Of a tile it also says how many programs a processor holds in the commonest variant.
     Where it holds fewer of another variant, the rest of them start when those have ended.
     """
     config = entry.config
     if isinstance(config, TileConfig):
         config = replace(config, shared=max(needed.values()))
-        if not entry.backward:
-            first = inspect(cases.shipped(entry)[0])
-            programs = report.resident(first, config.warps, TARGETS[entry.architecture])
-            config = replace(config, programs=programs)
-        return replace(entry, config=config)
+        first = inspect(cases.shipped(entry)[0])
+        programs = report.resident(first, config.warps, TARGETS[entry.architecture])
+        return replace(entry, config=replace(config, programs=programs))
     own = {name: replace(x, shared=needed[name]) for name, x in config.overrides.items()}
     most = max(shared for kernel, shared in needed.items() if kernel not in own)
     return replace(entry, config=replace(config, shared=most, overrides=own))

@@ -195,6 +195,29 @@ def test_programs_share_out_the_tiles(programs, form, map_heads, monkeypatch):
         assert largest_error(made.cpu(), exact) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("programs", "form", "options"),
+    [
+        (1, "gaussian", {}),
+        (7, "dense by head", {}),  # Δ's gradient: a program has one head's sequences, one at a time
+        (7, "gaussian", {"return_map": True}),
+        (1000, "dense by head", {"return_map": True, "map_heads": True}),
+    ],
+)
+def test_programs_share_out_the_gradients(programs, form, options, monkeypatch):
+    config = TileConfig(queries=16, sequences=2, warps=1, stages=2, programs=programs)
+    monkeypatch.setattr(configs, "tile_backward", lambda *args: config)
+    tensors, bias = inputs(2, 2, 13, 3, 16), BIASES[form](13, 3)
+    shapes = [(2, 2, 13, 3, 16), (2, *((3,) if options.get("map_heads") else ()), 13, 13)]
+    weights = [torch.randn(shape, dtype=torch.double) for shape in shapes]
+    _, found = gradients(tar, tensors, bias, weights, **options)
+    exact = [x.detach().double() for x in tensors]
+    _, expected = gradients(vk.reference.tar_attention, exact, bias, weights, **options)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert largest_error(gradient.cpu(), expected[name]) <= 1e-4, name
+
+
 def test_what_a_tile_is_unfit_for_is_streamed(monkeypatch):
     monkeypatch.setattr(configs, "tile", lambda *args: TileConfig(16, 1, 1, unfit=("map", "delta")))
     monkeypatch.setattr(configs, "stream", lambda *args: SMALL)
@@ -203,6 +226,8 @@ def test_what_a_tile_is_unfit_for_is_streamed(monkeypatch):
             key = plan_key((1, 16, 1, 16), bias=BIASES[form](16, 1), map_block=map_block)
             tiled = isinstance(backend._forward_plan(key), tile.TilePlan)
             assert tiled == (form != "dense" and not map_block), (form, map_block)
+            backward = tile_backward.plan_tile(key, configs.tile())
+            assert (backward is not None) == tiled, (form, map_block)
 
 
 @pytest.mark.parametrize("case", pairwise(CUTS | {"config": STREAMS}), ids=cut)

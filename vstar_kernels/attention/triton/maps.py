@@ -18,7 +18,7 @@ from torch import Tensor
 from vstar_kernels.attention.call import Call, block_sums
 from vstar_kernels.attention.triton import configs, plan
 from vstar_kernels.attention.triton.configs import StreamConfig
-from vstar_kernels.attention.triton.plan import PROGRAMS_PER_PROCESSOR, Launch, PlanKey, Strides
+from vstar_kernels.attention.triton.plan import Launch, PlanKey, Strides
 from vstar_kernels.attention.triton.primitives import (
     LOG2E,
     Sizes,
@@ -34,6 +34,7 @@ from vstar_kernels.attention.triton.primitives import (
     regularized,
 )
 
+PROGRAMS_PER_PROCESSOR = 8  # that share out the sequences; more than are resident at a time
 STRIP = 512  # query frames of the mean map that are summed at a time, where it is summed by blocks
 
 
@@ -124,7 +125,15 @@ def maps_kernel(
             b_dp = inner_products(b_do, b_v, HEAD)  # (QUERIES, KEYS)
             if GRAD_MAP:
                 b_dp += numbers.map_weight * map_gradient(
-                    t.grad_map, strides.grad_map, place.batch, place.head, i, j, frames, map_block
+                    t.grad_map,
+                    strides.grad_map,
+                    place.batch,
+                    place.head,
+                    i,
+                    j,
+                    m_i,
+                    frames,
+                    map_block,
                 )
             b_dot = tl.load(t.row_dot + o_row, mask=m_i, other=0.0)  # (QUERIES,)
             if BIAS.CLAMP:

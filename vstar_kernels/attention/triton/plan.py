@@ -21,8 +21,6 @@ LOG2E = math.log2(math.e)
 NEGLIGIBLE = 2.0**-26  # of a statistic, in units of itself: below float32's resolution
 VECTOR_BYTES = 16  # the widest load of one thread
 INT32_MAX = 2**31 - 1
-# Of grids whose programs go through many sequences; more than are resident at a time.
-PROGRAMS_PER_PROCESSOR = 8
 # Of the CPU's tensors that stay on a device: the most there are, and how large each may be.
 KEPT_TENSORS = 64
 KEPT_BYTES = 2**20

@@ -53,6 +53,17 @@ def locate(i_sequence, sizes):
 
 
 @triton.jit
+def sequences_of_range(i_range, length, step):
+    """Returns the head of a range, if ``step`` is the heads, its first sequence and its end.
+
+    Every ``length`` sequences are ``step`` ranges, which take turns.
+    """
+    i_head = i_range % step
+    i_span = i_range // step
+    return i_head, i_span * length + i_head, (i_span + 1) * length
+
+
+@triton.jit
 def stride(strides, DIMENSION: tl.constexpr):
     """Returns one of the strides that :func:`plan.hidden` hid."""
     return (-1 - strides[DIMENSION]) >> 1
@@ -309,9 +320,10 @@ def weights(b_log2):
 
 
 @triton.jit
-def map_gradient(p_grad_map, strides, i_batch, i_head, i, j, frames, map_block):
+def map_gradient(p_grad_map, strides, i_batch, i_head, i, j, m_i, frames, map_block):
     """Returns the mean map's gradient ``(I, J)``; one of its numbers is for a block of frames."""
     i = tl.expand_dims(i, -1)
     o_map = i_batch.to(tl.int64) * stride(strides, 0) + i_head.to(tl.int64) * stride(strides, 1)
     o_map = o_map + (i // map_block).to(tl.int64) * stride(strides, 2) + j // map_block
-    return tl.load(p_grad_map + o_map, mask=(i < frames) & (j < frames), other=0.0)
+    m_map = tl.expand_dims(m_i, -1) & (j < frames)
+    return tl.load(p_grad_map + o_map, mask=m_map, other=0.0)

@@ -175,7 +175,7 @@ def statistics_kernel(
                 b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
             b_p = probabilities(b_s, b_lse, numbers.exp2_scale)  # (QUERIES, KEYS)
             b_map = map_gradient(
-                t.grad_map, strides.grad_map, place.batch, place.head, i, j, frames, map_block
+                t.grad_map, strides.grad_map, place.batch, place.head, i, j, m_i, frames, map_block
             )
             b_dot += numbers.map_weight * tl.sum(b_p * b_map, 1)
     tl.store(t.row_dot + o_row, b_dot, mask=m_i)
@@ -251,7 +251,7 @@ def grad_query_kernel(
         b_dp = inner_products(b_do, b_v, HEAD)  # (QUERIES, KEYS)
         if GRAD_MAP:
             b_dp += numbers.map_weight * map_gradient(
-                t.grad_map, strides.grad_map, place.batch, place.head, i, j, frames, map_block
+                t.grad_map, strides.grad_map, place.batch, place.head, i, j, m_i, frames, map_block
             )
         b_ds = b_p * (b_dp - tl.expand_dims(b_dot, 1))  # (QUERIES, KEYS)
         if BIAS.FORM != "none":
@@ -341,7 +341,7 @@ def grad_key_kernel(
         b_dp = inner_products(b_do, b_v, HEAD)  # (QUERIES, KEYS)
         if GRAD_MAP:
             b_dp += numbers.map_weight * map_gradient(
-                t.grad_map, strides.grad_map, place.batch, place.head, i, j, frames, map_block
+                t.grad_map, strides.grad_map, place.batch, place.head, i, j, m_i, frames, map_block
             )
         b_ds = b_p * (b_dp - tl.expand_dims(b_dot, 1))  # (QUERIES, KEYS)
         if BIAS.FORM != "none" and (STAT == "row_max" or STAT == "map_max") and not DETACH:

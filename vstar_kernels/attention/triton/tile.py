@@ -31,6 +31,7 @@ from vstar_kernels.attention.triton.primitives import (
     offsets,
     regularized,
     sequence_offset,
+    sequences_of_range,
     statistic_offsets,
     store_heads,
     times,
@@ -81,10 +82,7 @@ def tile_kernel(
     QUERIES is FRAMES, Δ stays on chip meanwhile; it must be the same for all of a range. With
     ``MAP`` each program leaves the sum of its sequences' A′ in ``map_sums``; QUERIES is FRAMES.
     """
-    i_range = tl.program_id(0) // chunks
-    i_head = i_range % step  # if step is heads
-    i_begin = i_range // step * length + i_head
-    i_end = (i_range // step + 1) * length
+    i_head, i_begin, i_end = sequences_of_range(tl.program_id(0) // chunks, length, step)
     b_delta = None
     if BIAS.FORM != "none" and QUERIES == FRAMES:
         j = tl.arange(0, FRAMES)
@@ -212,7 +210,7 @@ def plan_tile(key: PlanKey, config: TileConfig) -> TilePlan | None:
     padded = configs.padded_frames(key.frames)
     if key.has_map and not config.queries == padded <= LARGEST_MAP_TILE:
         return None
-    if (key.has_map and "map" in config.unfit) or (key.reads_delta and "delta" in config.unfit):
+    if config.leaves(maps=key.has_map, read_delta=key.reads_delta):
         return None
     # Of one Δ, and of one map where maps are wanted, are the sequences of one head, or all of them.
     length = key.space * key.heads if key.has_map else key.sequences

@@ -8,7 +8,7 @@ leaves time. The formulas are those of ``attention/reference.py``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import triton
@@ -18,7 +18,7 @@ from torch import Tensor
 from vstar_kernels.attention.call import Call, Gradients
 from vstar_kernels.attention.triton import configs, plan
 from vstar_kernels.attention.triton.configs import TileConfig
-from vstar_kernels.attention.triton.plan import PROGRAMS_PER_PROCESSOR, Launch, PlanKey, Strides
+from vstar_kernels.attention.triton.plan import Launch, PlanKey, Strides
 from vstar_kernels.attention.triton.primitives import (
     LOG2E,
     Sizes,
@@ -33,6 +33,7 @@ from vstar_kernels.attention.triton.primitives import (
     nan_or,
     offsets,
     regularized,
+    sequences_of_range,
     statistic_offsets,
     store_heads,
     times,
@@ -59,7 +60,7 @@ class Tensors(NamedTuple):
     stat: Any  # (batch, [space,] frames, heads)
     grad_stat: Any  # likewise
     grad_map: Any  # (batch, [heads,] blocks, blocks)
-    delta_sums: Any  # (programs, FRAMES, FRAMES)
+    delta_sums: Any  # (matrices, chunks, FRAMES, FRAMES)
 
 
 class TensorStrides(NamedTuple):
@@ -79,60 +80,63 @@ class TensorStrides(NamedTuple):
 
 
 @triton.jit(
-    do_not_specialize=["sequences", "heads", "frames", "matrices", "map_block"],
+    do_not_specialize=["length", "step", "chunks", "heads", "frames", "map_block"],
     do_not_specialize_on_alignment=["space"],
 )
 def tile_backward_kernel(
-    t, strides, sequences, space, heads, frames, matrices, map_block, numbers,
+    t, strides, length, step, chunks, space, heads, frames, map_block, numbers,
     HEAD: tl.constexpr, BIAS: tl.constexpr, STAT: tl.constexpr, DETACH: tl.constexpr,
-    FRAMES: tl.constexpr, SEQUENCES: tl.constexpr,
+    FRAMES: tl.constexpr, SEQUENCES: tl.constexpr, STAGES: tl.constexpr,
     GRAD_DELTA: tl.constexpr, GRAD_MAP: tl.constexpr,
 ):  # fmt: skip
-    """``SEQUENCES`` sequences at a time, each padded to ``FRAMES``.
+    """``SEQUENCES`` sequences at a time, each padded to ``FRAMES``, shared out as in :mod:`tile`.
 
-    With ``GRAD_DELTA``, the programs share out the sequences of each of the ``matrices`` Δ, one or
-    one for each head, take them one at a time, and leave the sums of dΔ over them in
-    ``delta_sums``.
+    With ``GRAD_DELTA`` there is one at a time, and each program leaves the sum of its sequences'
+    dΔ in ``delta_sums``.
     """
-    sizes = Sizes(space, heads, frames)
-    if GRAD_DELTA:
-        i_matrix = tl.program_id(0) % matrices
-        i_chunk = tl.program_id(0) // matrices
-        chunks = tl.num_programs(0) // matrices
-        b_sum = tl.zeros((FRAMES, FRAMES), tl.float32)
-        for n in tl.range(i_chunk, sequences // matrices, chunks, num_stages=1):
-            b_sum += gradients(
-                n * matrices + i_matrix, sequences, t, strides, sizes, map_block, numbers,
-                HEAD, BIAS, STAT, DETACH, FRAMES, 1, GRAD_MAP,
-            )  # fmt: skip
-        i = tl.expand_dims(tl.arange(0, FRAMES), 1)
+    i_head, i_begin, i_end = sequences_of_range(tl.program_id(0) // chunks, length, step)
+    b_delta = None
+    if BIAS.FORM != "none":
         j = tl.arange(0, FRAMES)
-        o_sum = tl.program_id(0).to(tl.int64) * FRAMES * FRAMES
-        tl.store(t.delta_sums + o_sum + i * FRAMES + j, b_sum)
-    else:
-        gradients(
-            tl.program_id(0) * SEQUENCES, sequences, t, strides, sizes, map_block, numbers,
+        b_delta = delta_block(
+            t.delta, strides.delta, i_head, j, j, frames, numbers.falloff, HEAD, BIAS
+        )
+    if GRAD_DELTA:
+        b_sum = tl.zeros((FRAMES, FRAMES), tl.float32)
+    tiles = tl.cdiv(length // step, SEQUENCES)
+    for i_tile in tl.range(tl.program_id(0) % chunks, tiles, chunks, num_stages=STAGES):
+        b_d_delta = gradients(
+            i_begin + i_tile * SEQUENCES * step, i_end, step, b_delta,
+            t, strides, Sizes(space, heads, frames), map_block, numbers,
             HEAD, BIAS, STAT, DETACH, FRAMES, SEQUENCES, GRAD_MAP,
         )  # fmt: skip
+        if GRAD_DELTA:
+            b_sum += b_d_delta
+    if GRAD_DELTA:
+        i = tl.expand_dims(tl.arange(0, FRAMES), 1)
+        o_sum = tl.program_id(0).to(tl.int64) * FRAMES * FRAMES
+        tl.store(t.delta_sums + o_sum + i * FRAMES + tl.arange(0, FRAMES), b_sum)
 
 
 @triton.jit
 def gradients(
-    i_first, sequences, t, strides, sizes, map_block, numbers,
+    i_first, i_end, step, b_delta, t, strides, sizes, map_block, numbers,
     HEAD: tl.constexpr, BIAS: tl.constexpr, STAT: tl.constexpr, DETACH: tl.constexpr,
     FRAMES: tl.constexpr, SEQUENCES: tl.constexpr, GRAD_MAP: tl.constexpr,
 ):  # fmt: skip
-    """Stores the gradients of sequences ``i_first`` … and returns dΔ of the one, if it is one.
+    """Stores the gradients of every ``step``-th sequence from ``i_first`` on, and returns their dΔ.
 
-    All blocks have a dimension for the sequences first if there are several.
+    There are ``SEQUENCES`` of them, but none from ``i_end`` on. ``b_delta`` is Δ,
+    ``(FRAMES, FRAMES)``. All blocks have a dimension for the sequences first if there are several.
     """
     i_sequence = i_first
     if SEQUENCES > 1:
-        i_sequence = tl.expand_dims(i_first + tl.arange(0, SEQUENCES), 1)  # (SEQUENCES, 1)
+        i_sequence = i_first + tl.arange(0, SEQUENCES) * step
+        i_sequence = tl.expand_dims(i_sequence, 1)  # (SEQUENCES, 1)
     place = locate(i_sequence, sizes)
     i = tl.arange(0, FRAMES)
     j = tl.arange(0, FRAMES)
-    m_i = (i_sequence < sequences) & (i < sizes.frames)  # (FRAMES,) or (SEQUENCES, FRAMES)
+    m_i = (i_sequence < i_end) & (i < sizes.frames)  # (FRAMES,) or (SEQUENCES, FRAMES)
     o_q = offsets(strides.q, place, i, HEAD)
     o_k = offsets(strides.k, place, i, HEAD)
     o_v = offsets(strides.v, place, i, HEAD)
@@ -154,11 +158,7 @@ def gradients(
     elif STAT == "tensor":
         o_stat = statistic_offsets(strides.stat, place, i, HEAD)
         b_stat = tl.load(t.stat + o_stat, mask=m_i, other=0.0) * (LOG2E / numbers.exp2_scale)
-    b_delta = b_s
     if BIAS.FORM != "none":
-        b_delta = delta_block(
-            t.delta, strides.delta, place.head, i, j, sizes.frames, numbers.falloff, HEAD, BIAS
-        )
         b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
     b_p = exponentials(b_s, tl.max(b_s, -1), numbers.exp2_scale)  # (FRAMES, FRAMES)
     b_p = b_p * tl.expand_dims(1.0 / tl.sum(b_p, -1), -1)
@@ -170,7 +170,7 @@ def gradients(
         i_batch = tl.expand_dims(place.batch, -1) if SEQUENCES > 1 else place.batch
         i_head = tl.expand_dims(place.head, -1) if SEQUENCES > 1 else place.head
         b_dp += numbers.map_weight * map_gradient(
-            t.grad_map, strides.grad_map, i_batch, i_head, i, j, sizes.frames, map_block
+            t.grad_map, strides.grad_map, i_batch, i_head, i, j, m_i, sizes.frames, map_block
         )
     o_dv = offsets(strides.grad_v, place, i, HEAD)
     b_dv = weighted_sums(transposed(b_p.to(b_q[0].dtype)), b_do, HEAD)  # (FRAMES, D)
@@ -238,7 +238,7 @@ class TileBackwardPlan:
             grad_map=grad_map,
             delta_sums=sums,
         )
-        return None if sums is None else sums.sum(0)[..., : call.frames, : call.frames]
+        return None if sums is None else sums.sum(1)[..., : call.frames, : call.frames]
 
 
 def make_plan(key: PlanKey) -> TileBackwardPlan | None:
@@ -252,23 +252,21 @@ def make_plan(key: PlanKey) -> TileBackwardPlan | None:
 def plan_tile(key: PlanKey, config: TileConfig) -> TileBackwardPlan | None:
     """Returns the plan with a configuration, which need not be the one in the table.
 
-    None if it has no registers for the sum of dΔ that is wanted.
+    None if it has no registers for the map's gradient, a Δ that is read, or the sum of dΔ.
     """
+    if config.leaves(maps=key.has_map, read_delta=key.reads_delta):
+        return None
     padded = configs.padded_frames(key.frames)
-    elements = padded * configs.width(key.head_dim)
-    sequences, matrices = config.sequences, key.matrices
-    programs = -(-key.sequences // sequences)
-    delta_sums: tuple[int, ...] = ()
     if key.wants_delta:
+        elements = padded * configs.width(key.head_dim)
         if padded > LARGEST_DELTA_TILE or elements > LARGEST_DELTA_TILE_ELEMENTS:
             return None
-        chunks = -(-key.device.processors * PROGRAMS_PER_PROCESSOR // matrices)
-        chunks = min(chunks, key.sequences // matrices)
-        sequences, programs = 1, chunks * matrices
-        delta_sums = (chunks, matrices, padded, padded)
+        config = replace(config, sequences=1)
+    step = key.matrices  # of one Δ are the sequences of one head, or all of them
+    chunks = config.chunks(key.device.processors, step, key.sequences // step)
     launch = Launch(
         tile_backward_kernel,
-        programs,
+        step * chunks,
         Tensors(
             q=True,
             k=True,
@@ -298,10 +296,11 @@ def plan_tile(key: PlanKey, config: TileConfig) -> TileBackwardPlan | None:
                 grad_map=plan.map_strides(key),
             ),
             key.sequences,
+            step,
+            chunks,
             key.space,
             key.heads,
             key.frames,
-            matrices,
             max(key.options.map_block, 1),
             plan.numbers(key),
         ),
@@ -311,10 +310,11 @@ def plan_tile(key: PlanKey, config: TileConfig) -> TileBackwardPlan | None:
             "STAT": key.options.stat,
             "DETACH": key.options.detach_stat,
             "FRAMES": padded,
-            "SEQUENCES": sequences,
+            "SEQUENCES": config.sequences,
+            "STAGES": config.stages,
             "GRAD_DELTA": key.wants_delta,
             "GRAD_MAP": key.has_map,
             "num_warps": config.warps,
         },
     )
-    return TileBackwardPlan(launch, delta_sums)
+    return TileBackwardPlan(launch, (step, chunks, padded, padded) if key.wants_delta else ())
