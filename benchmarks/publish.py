@@ -27,12 +27,13 @@ from benchmarks.results import ResultsError, Run
 
 KEPT = ROOT / "benchmarks/results"
 RESULTS = KEPT / "cpu-amd-epyc-zen5-2-cores"
-SECOND = KEPT / "cpu-amd-epyc-zen3-2-cores"
-MACHINES = {"Zen 5": RESULTS, "Zen 3": SECOND}
+ZEN_3 = KEPT / "cpu-amd-epyc-zen3-2-cores"
+EMERALD_RAPIDS = KEPT / "cpu-intel-xeon-emerald-rapids-2-cores"
+MACHINES = {"Zen 5": RESULTS, "Emerald Rapids": EMERALD_RAPIDS, "Zen 3": ZEN_3}
 GPUS = "gpu-"  # how the names of GPUs' folders begin
 NOTHING_MEASURED = "Nothing yet."
 RUNS = ("float32", "long", "16-bit", "avx2", "avx2-bfloat16", "frames", "cross")
-BOTH = ("float32", "long", "16-bit")  # of them, those that are compared between machines
+COMPARED = ("float32", "long", "16-bit")  # of them, those that are compared between machines
 CODEGEN = KEPT / "codegen/report.json"
 MARGIN_FRAMES = (16, 32, 64, 128)
 PREDICTED_HEAD_DIMS = (40, 48, 64, 80, 160)
@@ -69,12 +70,13 @@ def margins() -> str:
 
 
 def machines() -> str:
-    """Returns the docs' table of every size of head on both machines, side by side."""
+    """Returns the docs' table of every size of head on all machines, side by side."""
     found = [_kernels(place).set_index("key") for place in MACHINES.values()]
-    both = found[0][found[0].index.isin(found[1].index) & found[0].share.notna()]
+    common = set.intersection(*(set(frame.index) for frame in found))
+    shown = found[0][found[0].index.isin(common) & found[0].share.notna()]
     sizes = ["suite", "dtype", "frames", "head_dim"]
     rows = []
-    for key, case in both.drop_duplicates(sizes).sort_values(sizes).iterrows():
+    for key, case in shown.drop_duplicates(sizes).sort_values(sizes).iterrows():
         cells = []
         for frame in found:
             here = frame.loc[key]
@@ -91,7 +93,7 @@ def machines() -> str:
 
 def _kernels(place: Path) -> pd.DataFrame:
     """Returns the kernels' rows of a machine's runs, with the peers' ratios."""
-    rows = pd.concat(figures.kernel_rows(_read(name, place)) for name in BOTH if _has(name, place))
+    rows = pd.concat(figures.kernel_rows(_read(name, place)) for name in COMPARED if _has(name, place))
     ratios = rows.pivot_table(index="key", columns="peer", values="ratio")
     return rows[rows.peer == VSTAR_KERNELS].join(ratios[[EAGER, SDPA]], on="key")
 
@@ -111,7 +113,7 @@ def everything() -> str:
 
 def of_pages() -> str:
     """Returns what new pages cost, and what spares them."""
-    kept = json.loads((SECOND / "pages.json").read_text())
+    kept = json.loads((ZEN_3 / "pages.json").read_text())
     machine = f"AMD EPYC (Zen 3), {kept['environment']['threads']} threads"
     huge = kept["environment"]["transparent huge pages"]
     note = f"{machine}, PyTorch {kept['environment']['torch']}, transparent huge pages: `{huge}`."

@@ -244,7 +244,7 @@ class FrameBlock {
   }
   void fetch_row(const T* row) const {
     constexpr int64_t kLineElements = 64 / sizeof(T);
-    for (int64_t d = 0; d < a_.head_dim; d += kLineElements) prefetch(row + d);
+    for (int64_t d = 0; d < a_.head_dim; d += kLineElements) __builtin_prefetch(row + d);
   }
 
   // Packs a chunk's rows. Keys that follow each other are used where they lie if they can be: each

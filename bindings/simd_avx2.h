@@ -117,6 +117,4 @@ inline void transpose(Vec (&r)[kLanes]) {
   }
 }
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-
 }  // namespace vstar::VSTAR_ISA

@@ -148,6 +148,4 @@ inline Vec dot(Vec a, Vec b, Vec c) {
 }
 #endif
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-
 }  // namespace vstar::VSTAR_ISA

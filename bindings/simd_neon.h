@@ -105,6 +105,4 @@ inline void transpose(Vec (&r)[kLanes]) {
   r[3].v = vcombine_f32(vget_high_f32(ab.val[1]), vget_high_f32(cd.val[1]));
 }
 
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
-
 }  // namespace vstar::VSTAR_ISA

@@ -141,6 +141,4 @@ inline void transpose(Vec (&r)[kLanes]) {
   r[3].v = Float4{a[3], b[3], c[3], d[3]};
 }
 
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
-
 }  // namespace vstar::VSTAR_ISA
