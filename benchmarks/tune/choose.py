@@ -138,8 +138,10 @@ def ranked(entries: list[Entry]) -> Iterator[tuple[Entry, tuple[str, ...]]]:
     all others, whatever they leave.
     """
     if entries and entries[0].family == "tile" and entries[0].backward:
-        for _, alike in itertools.groupby(entries, lambda entry: entry.config.stages):
-            yield from ((y, x) for x, y in itertools.product(unfit_sets(entries[0]), list(alike)))
+        for stages in (2, 1):
+            alike = [entry for entry in entries if entry.config.stages == stages]
+            for unfit in unfit_sets(entries[0]):
+                yield from ((entry, unfit) for entry in alike)
         return
     enough, others = list[Entry](), list[tuple[float, Entry]]()
     for entry in entries:

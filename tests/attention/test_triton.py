@@ -184,8 +184,8 @@ def test_programs_share_out_the_tiles(programs, form, map_heads, monkeypatch):
     """Every sequence is some program's, whatever the heads, of the map or of Δ, are shared by."""
     config = TileConfig(queries=16, sequences=2, warps=1, stages=2, programs=programs)
     monkeypatch.setattr(configs, "tile", lambda *args: config)
-    tensors = inputs(2, 2, 13, 3, 16)
-    bias = BIASES[form](13, 3)
+    tensors = inputs(3, 3, 5, 3, 16)  # whose ranges fill no whole number of tiles
+    bias = BIASES[form](5, 3)
     if map_heads is None:
         check(*tensors, bias)
         return
@@ -207,8 +207,8 @@ def test_programs_share_out_the_tiles(programs, form, map_heads, monkeypatch):
 def test_programs_share_out_the_gradients(programs, form, options, monkeypatch):
     config = TileConfig(queries=16, sequences=2, warps=1, stages=2, programs=programs)
     monkeypatch.setattr(configs, "tile_backward", lambda *args: config)
-    tensors, bias = inputs(2, 2, 13, 3, 16), BIASES[form](13, 3)
-    shapes = [(2, 2, 13, 3, 16), (2, *((3,) if options.get("map_heads") else ()), 13, 13)]
+    tensors, bias = inputs(3, 3, 5, 3, 16), BIASES[form](5, 3)
+    shapes = [(3, 3, 5, 3, 16), (3, *((3,) if options.get("map_heads") else ()), 5, 5)]
     weights = [torch.randn(shape, dtype=torch.double) for shape in shapes]
     _, found = gradients(tar, tensors, bias, weights, **options)
     exact = [x.detach().double() for x in tensors]

@@ -73,6 +73,19 @@ def test_the_tuner_prefers_headroom_and_skips_what_is_unfit(monkeypatch):
     assert chosen() is None
 
 
+def test_of_gradients_a_tile_ahead_comes_before_all_that_a_tile_leaves(monkeypatch):
+    key = Key("sm_90", "16-bit", 64, 64, backward=True)
+    sizes = [[64, 1, 8, 1], [64, 1, 8, 2], [64, 1, 4, 2]]
+    monkeypatch.setitem(candidates.SIZES["tile_backward"], "16-bit 64", sizes)
+    order = [
+        (entry.config.warps, entry.config.stages, unfit)
+        for entry, unfit in choose.ranked(candidates.candidates(key))
+    ]
+    fewer = ("map", "delta")
+    ahead = [(8, 2, ()), (4, 2, ()), (8, 2, fewer), (4, 2, fewer)]
+    assert order == [*ahead, (8, 1, ()), (8, 1, fewer)]
+
+
 def test_the_tuner_gives_a_kernel_that_no_fit_candidate_serves_its_own(monkeypatch):
     key = Key("sm_80", "tf32", None, 256, backward=True)
     wide, small, other = (StreamConfig(*x, 1, 0) for x in ((32, 16, 8), (16, 16, 8), (16, 32, 8)))
