@@ -4,6 +4,7 @@ No GPU is needed: see :mod:`tests.attention.stub_gpu`. On one, ``test_triton_gpu
 graphs.
 """
 
+import itertools
 import os
 from unittest import mock
 
@@ -238,7 +239,6 @@ def test_a_table_of_another_type_is_another_kernels(gpu):
 SETTINGS = {
     "debug": ("runtime", "debug", True),
     "instrumentation": ("compilation", "instrumentation_mode", "default"),
-    "passes": ("runtime", "add_stages_inspection_hook", lambda *args: ("key", "hash")),
 }
 
 
@@ -285,9 +285,91 @@ def test_hooks_see_every_launch(gpu):
     assert gpu.launched == ["tile_kernel"] * 4
 
 
+def test_a_hook_that_names_the_compilers_passes_is_asked_at_every_launch(gpu):
+    """Its answers, of which Triton makes the kernel's key, may be others at each."""
+    import triton
+
+    class Hook:
+        __hash__ = None  # which nothing needs
+
+        def __init__(self, *answers):
+            self.answers = list(answers)
+
+        def __call__(self):
+            return "key", self.answers.pop(0)
+
+    hook = Hook("a", "b", "b")
+    with mock.patch.object(triton.knobs.runtime, "add_stages_inspection_hook", hook):
+        for _ in range(3):
+            a_launch()
+    assert gpu.searched == 3
+    if hook.answers:
+        pytest.skip(f"Triton {triton.__version__} asks no such hook")
+    assert gpu.kernels == [0, 1, 1]
+    a_launch()
+    a_launch()
+    assert gpu.kernels[3:] == [2, 2]
+    assert gpu.searched == 4
+
+
 def test_where_triton_goes_by_more_it_is_asked_at_every_launch(gpu, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     for _ in range(3):
         a_launch()
     assert gpu.searched == 3
     assert gpu.kernels == [0, 0, 0]
+
+
+@pytest.mark.parametrize("version", ["3.8.0", "4.3.6", "3.60.0"])
+def test_a_triton_that_nobody_has_read_is_asked_at_every_launch(version, gpu, monkeypatch):
+    found = plan._triton()._replace(version=version)
+    monkeypatch.setattr(plan, "_triton", lambda: found)
+    for _ in range(3):
+        a_launch()
+    assert gpu.searched == 3
+    assert gpu.kernels == [0, 0, 0]
+
+
+def tensors_otherwise():
+    """Yields tensors that differ in all that Triton may ask of one."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.int32)
+    for dtype, offset in itertools.product(dtypes, (0, 1, 2, 4, 8)):
+        for size in (2**10, 2**20, 2**31):  # bytes, of which none is touched
+            held = torch.empty(size // dtype.itemsize + offset, dtype=dtype)[offset:]
+            yield held[:24]
+            yield held[:24].view(2, 3, 4).mT
+
+
+def answers(launch, tensors, backend):
+    """Returns what a kernel is kept by and what Triton goes by, of each way one tensor may be."""
+    from triton.runtime.jit import create_function_from_signature
+
+    search = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    for name, given in tensors._asdict().items():
+        for other in tensors_otherwise() if given is not None else ():
+            changed = tensors._replace(**{name: other})
+            _, specialization, _ = search(*launch.call_arguments(changed), **launch.constants)
+            yield launch._specialization(changed), specialization
+
+
+@pytest.mark.parametrize("target", ["cuda", "hip"])
+def test_of_tensors_triton_goes_by_nothing_else(target, gpu):
+    """By Triton's own binder. On AMD it does, which is why nothing is kept there."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    taken = []
+    launch = plan.Launch.__call__
+    with mock.patch.object(plan.Launch, "__call__", autospec=True) as called:
+        called.side_effect = lambda *given: (taken.append(given), launch(*given))
+        a_launch()
+    ((launch, given),) = taken
+    tensors = given._make(x if x is None else torch.empty(24, dtype=x.dtype) for x in given)
+    backend = make_backend(
+        GPUTarget("cuda", 80, 32) if target == "cuda" else GPUTarget("hip", "gfx942", 64)
+    )
+    theirs = {}
+    for kept_by, specialization in answers(launch, tensors, backend):
+        theirs.setdefault(kept_by, set()).add(repr(specialization))
+    assert len(theirs) > 20
+    assert (max(map(len, theirs.values())) == 1) == (target == "cuda")

@@ -24,6 +24,9 @@ INT32_MAX = 2**31 - 1
 # Of the CPU's tensors that stay on a device: the most there are, and how large each may be.
 KEPT_TENSORS = 64
 KEPT_BYTES = 2**20
+# Versions of Triton whose choice of a kernel has been read: it is documented nowhere, and another
+# version may go by more than :class:`Launch` knows.
+READ_VERSIONS = ("3.6.", "3.7.")
 
 Strides = tuple[int, ...]
 
@@ -427,9 +430,10 @@ class Launch:
     ``needed`` is a tuple of the kernel's tensors, which says of each whether the kernel touches it.
     The others have to be None: then a kernel that touches one of them after all does not compile.
 
-    What Triton has compiled is kept by all that it goes by and that may be another at the next
-    launch: it then need not look through every argument again, which takes it longer than a small
-    kernel runs.
+    A kernel that Triton has compiled is kept, as Triton's search for it takes longer than a small
+    kernel runs. Triton chooses a kernel by types, alignment, device and settings; its other inputs
+    are the plan's. A launch does not see that Triton's own caches are emptied or sources change:
+    the plans' ``cache_clear`` forgets their kernels.
     """
 
     kernel: Any
@@ -437,7 +441,7 @@ class Launch:
     needed: Any
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
-    _compiled: dict[Any, tuple[Callable[..., None], tuple[Any, ...]]] = field(
+    _compiled: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[Any, ...]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -447,9 +451,9 @@ class Launch:
         Raises:
             ValueError: A tensor that the kernel needs is None, or one that it leaves alone is not.
         """
-        key = _specialization(tensors) if self._keeps else None
-        kept = self._compiled.get(key)
-        if kept is None or self.kernel.pre_run_hooks:  # which Triton calls where it compiles
+        key = self._specialization(tensors)
+        kept = None if key is None else self._compiled.get(key)
+        if kept is None:
             self._by_triton(key, tensors)
         else:
             launch, rest = kept
@@ -457,13 +461,36 @@ class Launch:
 
     @functools.cached_property
     def _keeps(self) -> bool:
-        """Whether the kernel is compiled, and for nothing else than :func:`_specialization` says.
+        """Whether the kernel is compiled, and for nothing else than :meth:`_specialization` says.
 
         On AMD Triton goes by the size of each tensor's memory too.
         """
-        return isinstance(self.kernel, _triton().JITFunction) and not torch.version.hip
+        triton = _triton()
+        was_read = triton.version.startswith(READ_VERSIONS)
+        return isinstance(self.kernel, triton.JITFunction) and was_read and not torch.version.hip
 
-    def _by_triton(self, key: Any, tensors: Any) -> None:
+    def _specialization(self, tensors: Any) -> tuple[Any, ...] | None:
+        """Returns what Triton compiles a kernel anew for, of what changes between launches.
+
+        Of a tensor that is its type and whether it is aligned to 16 bytes; a plan's numbers and the
+        grid stay. Then the current device, and settings of Triton's, as what its profiler
+        instruments. None where Triton is asked at every launch.
+        """
+        if not self._keeps:
+            return None
+        triton = _triton()
+        # Triton calls these as it searches: a kernel that is launched by itself calls neither, and
+        # only the second one's answer says which kernel it is.
+        if self.kernel.pre_run_hooks or triton.runtime.add_stages_inspection_hook is not None:
+            return None
+        return (
+            triton.driver.active.get_current_device(),
+            triton.runtime.debug,
+            triton.compilation.instrumentation_mode,
+            *[x if x is None else (x.dtype, x.data_ptr() % VECTOR_BYTES == 0) for x in tensors],
+        )
+
+    def _by_triton(self, key: tuple[Any, ...] | None, tensors: Any) -> None:
         """Launches the kernel as Triton finds or compiles it, and keeps what is compiled."""
         for name, tensor, needed in zip(self.needed._fields, tensors, self.needed, strict=True):
             if (tensor is None) == needed:
@@ -472,7 +499,7 @@ class Launch:
                 raise ValueError(f"{self.kernel.__name__} {fault} {name}, {given} given")
         arguments = self.call_arguments(tensors)
         compiled = self.kernel[(self.programs,)](*arguments, **self.constants)
-        if self._keeps and isinstance(compiled, _triton().CompiledKernel):
+        if key is not None and isinstance(compiled, _triton().CompiledKernel):
             signature = self.kernel.signature
             named = {x: y for x, y in self.constants.items() if x in signature.parameters}
             bound = signature.bind(*arguments, **named)
@@ -503,25 +530,10 @@ class Launch:
         return [name if needed else "" for name, needed in self.needed._asdict().items()]
 
 
-def _specialization(tensors: Any) -> tuple[Any, ...]:
-    """Returns what Triton compiles a kernel anew for, of what changes between launches of a plan.
-
-    Of a tensor that is its type and whether it is aligned to 16 bytes; a plan's numbers and the
-    grid stay. Then the current device, and settings of Triton's, as what its profiler instruments.
-    """
-    triton = _triton()
-    return (
-        triton.driver.active.get_current_device(),
-        triton.runtime.debug,
-        triton.runtime.add_stages_inspection_hook,
-        triton.compilation.instrumentation_mode,
-        *[x if x is None else (x.dtype, x.data_ptr() % VECTOR_BYTES == 0) for x in tensors],
-    )
-
-
 class _Triton(NamedTuple):
     """What a launch asks of Triton, which nothing imports before it is used."""
 
+    version: str
     driver: Any
     runtime: Any  # settings
     compilation: Any
@@ -531,11 +543,12 @@ class _Triton(NamedTuple):
 
 @functools.cache
 def _triton() -> _Triton:
-    from triton import knobs
+    from triton import __version__, knobs
     from triton.compiler import CompiledKernel
     from triton.runtime import JITFunction, driver
 
-    return _Triton(driver, knobs.runtime, knobs.compilation, JITFunction, CompiledKernel)
+    settings = knobs.runtime, knobs.compilation
+    return _Triton(__version__, driver, *settings, JITFunction, CompiledKernel)
 
 
 @dataclass(frozen=True, eq=False)
