@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,7 @@ from torch.autograd import forward_ad
 from vstar_kernels.attention import bias as bias_forms
 from vstar_kernels.attention.bias import (
     Bias,
-    DenseBias,
     GaussianBias,
-    ToeplitzBias,
     check_finite,
     check_flag,
     check_strided,
@@ -26,7 +24,7 @@ from vstar_kernels.attention.bias import (
 
 LAYOUTS = "(batch, frames, heads, head_dim) or (batch, space, frames, heads, head_dim)"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-BIASES = (GaussianBias, ToeplitzBias, DenseBias)
+BIASES = get_args(Bias)
 CONSTRUCTORS = {  # of each form of Δ, for messages
     "none": "none (strength 0)",
     "gaussian": "GaussianBias",

@@ -113,15 +113,15 @@ def tar_attention(
 
 
 def _attend(call: Call, backend: str | None) -> Tensor | tuple[Tensor, Tensor]:
-    operation, needed = dispatch.TAR_ATTENTION, autograd.needed(call)
-    if needed:
+    operation, has_autograd = dispatch.TAR_ATTENTION, autograd.needed(call)
+    if has_autograd:
         # Of meta tensors there is nothing to compute: the operator knows the results' shapes.
         is_meta = call.query.is_meta and backend is None
         is_traced = torch.compiler.is_compiling() and backend != "reference"
         if is_meta or is_traced or autograd.spread(call):
             return autograd.attention(call, backend)
     chosen = operation.choose(call, backend)
-    if needed and chosen != "reference":
+    if has_autograd and chosen != "reference":
         return autograd.attention(call, chosen)
     out, mean_map, _ = operation.run(chosen, call)
     return out if mean_map is None else (out, mean_map)

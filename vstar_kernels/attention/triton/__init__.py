@@ -67,8 +67,7 @@ def why_not_tensors(
     if head_dim > MAX_HEAD_DIM:
         reasons.append(f"takes head_dim up to {MAX_HEAD_DIM}, query has {head_dim}")
     for name, tensor in (("query", query), ("key", key), ("value", value), ("out", out)):
-        if tensor is not None and tensor.stride()[-1] != 1 and head_dim > 1:
-            stride = tensor.stride(-1)
+        if tensor is not None and (stride := tensor.stride()[-1]) != 1 and head_dim > 1:
             reasons.append(f"takes contiguous head_dim, {name} has stride {stride} in it")
     return reasons
 
