@@ -7,18 +7,22 @@ stream besides, and allocates from torch's own pool. Prints a Markdown table, in
 - *call*: the whole call;
 - *launch*: what of it Triton's launch of a compiled kernel takes;
 - *output*: allocating the output, by itself;
-- *rest*: what is left, this package's own.
+- *rest*: what is left, this package's own;
+- *searched*, with ``--search``: the whole call, where Triton searches for its kernel every time.
 
-Each is the least of several rounds. Needs a C compiler, as Triton does.
+Each time is the least of several rounds, in which what is timed alternates and Python's garbage
+collector is off (``timeit``). *launch* is the difference of two such times, and *rest* what is left
+of the call. Needs a C compiler, as Triton does.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import tempfile
 import timeit
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +39,10 @@ from benchmarks.report.tables import Table
 from benchmarks.stub_driver import installed
 from vstar_kernels.attention import triton as tar
 from vstar_kernels.attention.triton import columns, frames
+from vstar_kernels.attention.triton.plan import Launch
 
 HEADS, HEAD_DIM = 8, 64
+Variants = list[tuple[Callable[[], Any], Callable[[], AbstractContextManager[None]]]]
 HEAD = ["call", "call, µs", "launch", "output", "rest"]
 
 
@@ -47,6 +53,8 @@ class Options:
     rounds: int = 15
     calls: int = 2000
     """Of a round."""
+    search: bool = False
+    """Measure each call with Triton's search for its kernel, too."""
 
 
 def tensors(*tokens: int) -> list[torch.Tensor]:
@@ -54,8 +62,8 @@ def tensors(*tokens: int) -> list[torch.Tensor]:
     return [torch.zeros(2, n, HEADS, HEAD_DIM, dtype=torch.bfloat16) for n in tokens]
 
 
-def cases() -> Iterator[tuple[str, torch.Tensor, Callable[[], Any]]]:
-    """Yields the names of calls, the tensor that their output is like, and the calls."""
+def cases() -> Iterator[tuple[str, list[torch.Tensor], Callable[[], Any]]]:
+    """Yields the names of calls, their tensors, of which the output is like the first, and them."""
     bias, table = vk.GaussianBias(1.0), vk.ToeplitzBias(torch.rand(16))
     for name, length, given in (
         ("tar_attention, 16 frames", 16, bias),
@@ -67,32 +75,41 @@ def cases() -> Iterator[tuple[str, torch.Tensor, Callable[[], Any]]]:
         def attend(qkv: Any = qkv, given: Any = given) -> Any:
             return vk.tar_attention(*qkv, given, backend="triton")
 
-        yield name, qkv[0], attend
+        yield name, qkv, attend
     query, key, value = tensors(256, 77, 77)
     weights = torch.rand(77, 4)
     yield (
         "column_attention, 77 keys",
-        query,
+        [query, key, value, weights],
         lambda: vk.column_attention(query, key, value, weights, backend="triton"),
     )
     layout, rule = vk.Layout(vk.Frames(4, 64)), vk.FrameRule.window(1)
     video = tensors(256, 256, 256)
     yield (
         "frame_attention, a window",
-        video[0],
+        video,
         lambda: vk.frame_attention(*video, layout, rule, backend="triton"),
     )
 
 
-def check(call: Callable[[], Any]) -> None:
-    """Raises AssertionError unless a later call launches what the first one launched."""
+def check(call: Callable[[], Any], given: Iterable[torch.Tensor]) -> None:
+    """Raises AssertionError unless a later call launches what the first one launched.
+
+    Tensors are compared by their type, and those that are given to the call by their address;
+    the call makes the others anew. Nothing of a profiler's metadata need be the same.
+    """
     launches: list[Any] = []
     launch = CudaLauncher.__call__
+    addresses = {x.data_ptr() for x in given}
+
+    def shown(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            address = x.data_ptr()
+            return x.dtype, address if address in addresses else None
+        return x if x is None or isinstance(x, int | float) else type(x)
 
     def recorded(self: Any, *arguments: Any) -> None:
-        # Neither the outputs' addresses nor a profiler's metadata need be the same.
-        numbers = [x for x in _leaves(arguments) if isinstance(x, int | float)]
-        launches.append((self, numbers))
+        launches.append((self, [shown(x) for x in _leaves(arguments)]))
         launch(self, *arguments)
 
     forget()
@@ -120,35 +137,50 @@ def forget() -> None:
 
 
 @contextmanager
-def launching_nothing() -> Iterator[None]:
-    """A context in which what is compiled launches nothing."""
+def keeping_nothing_to_launch() -> Iterator[None]:
+    """A context in which plans keep kernels that launch nothing, after a first launch by Triton."""
 
     def nothing(*arguments: Any) -> None:
         pass
 
-    forget()
     with mock.patch.object(CompiledKernel, "__getitem__", return_value=nothing):
         yield
+
+
+@contextmanager
+def searching() -> Iterator[None]:
+    """A context in which plans keep no kernel, and Triton searches for it at every launch."""
+    with mock.patch.object(Launch, "_keeps", False):
+        yield
+
+
+def microseconds(variants: Variants, options: Options) -> list[float]:
+    """Returns the least time of each function in its context, divided by its calls."""
+    times: list[list[float]] = [[] for _ in variants]
+    for _ in range(options.rounds):
+        for (function, context), found in zip(variants, times, strict=True):
+            forget()
+            with context():
+                function()
+                found.append(timeit.timeit(function, number=options.calls))
     forget()
-
-
-def microseconds(function: Callable[[], Any], options: Options) -> float:
-    """Returns the least time of a round, divided by its calls."""
-    function()
-    times = timeit.repeat(function, number=options.calls, repeat=options.rounds)
-    return 1e6 * min(times) / options.calls
+    return [1e6 * min(x) / options.calls for x in times]
 
 
 @torch.no_grad()
 def measure(options: Options) -> Iterator[list[str]]:
     """Yields a row for each call."""
-    for name, like, call in cases():
-        check(call)
-        whole = microseconds(call, options)
-        with launching_nothing():
-            without = microseconds(call, options)
-        output = microseconds(lambda like=like: torch.empty_like(like), options)
-        figures = (whole, whole - without, output, without - output)
+    for name, given, call in cases():
+        check(call, given)
+        variants: Variants = [
+            (call, nullcontext),
+            (call, keeping_nothing_to_launch),
+            (functools.partial(torch.empty_like, given[0]), nullcontext),
+        ]
+        if options.search:
+            variants.append((call, searching))
+        whole, without, output, *searched = microseconds(variants, options)
+        figures = (whole, whole - without, output, without - output, *searched)
         yield [name, *(f"{x:.1f}" for x in figures)]
 
 
@@ -159,7 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             with installed(Path(folder)):
                 note = f"Triton {triton.__version__}, torch {torch.__version__}."
-                print(Table("", HEAD, list(measure(options)), note).markdown())
+                head = [*HEAD, "searched"] if options.search else HEAD
+                print(Table("", head, list(measure(options)), note).markdown())
         except RuntimeError as error:
             print(error, file=sys.stderr)
             return 1
