@@ -16,9 +16,24 @@ settings.register_profile("fuzz", **usual, max_examples=2000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
+@pytest.hookimpl(trylast=True)  # where -m and -k have left out what does not run
 def pytest_collection_modifyitems(items):
-    """Long tests come first: one that is left in the end keeps a single processor busy."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    """Long tests come first: one that is left in the end keeps a single processor busy.
+
+    With ``--dist worksteal`` every worker begins with as many tests in a row, and with its part of
+    the long ones among them.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    total = len(items)
+    long = [item for item in items if item.get_closest_marker("long")]
+    short = [item for item in items if not item.get_closest_marker("long")]
+    items.clear()
+    for worker in range(workers):
+        begin = long[worker::workers]
+        share = (total - len(items)) // (workers - worker)
+        others = max(0, share - len(begin))
+        items += [*begin, *short[:others]]
+        del short[:others]
 
 
 def pytest_collection_finish():
