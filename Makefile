@@ -150,7 +150,7 @@ sanitize: $(STAMP)
 # New cases each time: of whole calls between guard pages, and of every test that draws its cases.
 CALLS ?= 10000
 fuzz: $(STAMP)
-	OMP_WAIT_POLICY=passive $(PYTHON) -m tests.fuzz.fuzz_cpu --calls $(CALLS) $(ARGS)
+	$(PYTHON) -m tests.fuzz.fuzz_cpu --calls $(CALLS) $(ARGS)
 	$(ONE_THREAD) HYPOTHESIS_PROFILE=fuzz $(PYTHON) -m pytest --numprocesses $(JOBS) -m hypothesis
 
 # The same documents every time with HYPOTHESIS_PROFILE=ci, otherwise new ones.

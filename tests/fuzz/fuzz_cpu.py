@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -20,6 +21,9 @@ import time
 from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
+
+# Threads that spin between calls are a burden on a busy machine; OpenMP reads it as it is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from tests.fuzz.case import Case, Layout, Runner, cases
 from tests.fuzz.columns import ColumnCase, ColumnRunner, column_cases
