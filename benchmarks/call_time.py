@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from unittest import mock
 
 import torch
@@ -40,6 +40,7 @@ from benchmarks.stub_driver import installed
 from vstar_kernels.attention import triton as tar
 from vstar_kernels.attention.triton import columns, frames
 from vstar_kernels.attention.triton.plan import Launch
+from vstar_kernels.cli.options import integer, parsed
 
 HEADS, HEAD_DIM = 8, 64
 Variants = list[tuple[Callable[[], Any], Callable[[], AbstractContextManager[None]]]]
@@ -50,8 +51,8 @@ HEAD = ["call", "call, µs", "launch", "output", "rest"]
 class Options:
     """Measure the Python time of a call on the Triton backend."""
 
-    rounds: int = 15
-    calls: int = 2000
+    rounds: Annotated[int, parsed(integer(1), "N")] = 15
+    calls: Annotated[int, parsed(integer(1), "N")] = 2000
     """Of a round."""
     search: bool = False
     """Measure each call with Triton's search for its kernel, too."""
@@ -187,6 +188,9 @@ def measure(options: Options) -> Iterator[list[str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints the table; returns the exit status."""
     options = tyro.cli(Options, prog="python -m benchmarks.call_time", args=arguments)
+    if tar.interpreted():
+        print("interpreted kernels are not launched: unset TRITON_INTERPRET", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory() as folder:
         try:
             with installed(Path(folder)):

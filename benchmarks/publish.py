@@ -93,7 +93,9 @@ def machines() -> str:
 
 def _kernels(place: Path) -> pd.DataFrame:
     """Returns the kernels' rows of a machine's runs, with the peers' ratios."""
-    rows = pd.concat(figures.kernel_rows(_read(name, place)) for name in COMPARED if _has(name, place))
+    rows = pd.concat(
+        figures.kernel_rows(_read(name, place)) for name in COMPARED if _has(name, place)
+    )
     ratios = rows.pivot_table(index="key", columns="peer", values="ratio")
     return rows[rows.peer == VSTAR_KERNELS].join(ratios[[EAGER, SDPA]], on="key")
 

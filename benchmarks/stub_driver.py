@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import subprocess  # nosec B404
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,12 +114,18 @@ def installed(folder: Path) -> Iterator[None]:
     source, library = folder / "driver.c", folder / "libcuda.so.1"
     source.write_text(SOURCE)
     options = ["-shared", "-fPIC", f"-I{HEADERS}", "-Wl,-soname,libcuda.so.1"]
-    try:  # what Triton compiles its launchers with, by default
-        subprocess.run(  # nosec B603 B607
-            ["cc", *options, str(source), "-o", str(library)], check=True, capture_output=True
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise RuntimeError(f"the stub of a driver needs a C compiler: {error}") from error
+    compiler = os.environ.get("CC", "cc")
+    try:
+        subprocess.run(  # nosec B603
+            [compiler, *options, str(source), "-o", str(library)],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise RuntimeError(
+            f"the stub of a driver needs a C compiler, cc or what CC names: {error}"
+        ) from error
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(f"{compiler} cannot compile the stub: {error.stderr.strip()}") from error
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     with knobs.nvidia.scope(), knobs.cache.scope():
         knobs.nvidia.libcuda_path, knobs.cache.dir = str(folder), str(folder / "cache")

@@ -28,6 +28,7 @@ from benchmarks.tune.candidates import candidates
 from vstar_kernels.attention.call import Call
 from vstar_kernels.attention.triton import configs
 from vstar_kernels.attention.triton.configs import TileConfig
+from vstar_kernels.files import write_atomically
 from vstar_kernels.testing import largest_error, oracle
 
 ENOUGH = 1.0  # headroom: then the memory is what limits a tile
@@ -253,7 +254,7 @@ def write(chosen: Mapping[Key, Entry | None]) -> None:
         for family in ("tile", "stream"):
             lines = (line(x) for x in entries if (x.family, x.backward) == (family, backward))
             tables.append(f'  "{family}": [\n    ' + ",\n    ".join(lines) + "\n  ]")
-        file.write_text("{\n" + ",\n".join(tables) + "\n}\n")
+        write_atomically(file, "{\n" + ",\n".join(tables) + "\n}\n")
 
 
 def line(entry: Entry) -> str:

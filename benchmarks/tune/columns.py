@@ -22,6 +22,7 @@ from benchmarks.codegen.targets import TARGETS
 from benchmarks.tune.choose import LEAST_SHARED, inspect_fit
 from vstar_kernels.attention.triton import configs
 from vstar_kernels.attention.triton.configs import ColumnsConfig
+from vstar_kernels.files import write_atomically
 
 SIZES = json.loads(Path(__file__).with_name("column_candidates.json").read_text())
 
@@ -97,7 +98,7 @@ def write(chosen: dict[ColumnKey, ColumnEntry | None]) -> None:
             if (key := (architecture, kind, width, table)) in merged
         )
         tables.append(f'  "{table}": [\n    {lines}\n  ]')
-    configs.COLUMNS_FILE.write_text("{\n" + ",\n".join(tables) + "\n}\n")
+    write_atomically(configs.COLUMNS_FILE, "{\n" + ",\n".join(tables) + "\n}\n")
 
 
 def _key(entry: ColumnEntry) -> ColumnKey:

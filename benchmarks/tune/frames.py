@@ -31,6 +31,7 @@ from benchmarks.tune.candidates import LEAST_BYTES, itemsize
 from benchmarks.tune.choose import LEAST_SHARED, inspect_fit
 from vstar_kernels.attention.triton import configs
 from vstar_kernels.attention.triton.configs import FramesConfig
+from vstar_kernels.files import write_atomically
 
 SIZES = json.loads(Path(__file__).with_name("frame_candidates.json").read_text())
 
@@ -197,7 +198,7 @@ def write(
         for (architecture, kind), keys in below.items()
     )
     tables.append(f'  "revisit_below": [\n    {lines}\n  ]')
-    configs.FRAMES_FILE.write_text("{\n" + ",\n".join(tables) + "\n}\n")
+    write_atomically(configs.FRAMES_FILE, "{\n" + ",\n".join(tables) + "\n}\n")
 
 
 def _key(entry: FrameEntry) -> FrameKey:

@@ -10,6 +10,9 @@ import pytest
 
 pytest.importorskip("triton")
 pytest.importorskip("tyro")
+
+from benchmarks import call_time
+
 pytestmark = [
     pytest.mark.skipif(
         os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter launches nothing"
@@ -38,9 +41,34 @@ def test_the_command_times_every_call():
 
 def test_without_a_compiler_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
     found = run(["-m", "benchmarks.call_time"])
     assert found.returncode == 1
     assert "needs a C compiler" in found.stderr
+
+
+def test_it_says_what_the_compiler_says(tmp_path, monkeypatch):
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho no space left >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    found = run(["-m", "benchmarks.call_time"])
+    assert found.returncode == 1
+    assert found.stderr.strip().endswith("cannot compile the stub: no space left")
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--calls"])
+def test_no_rounds_and_no_calls_are_refused(option, capsys):
+    with pytest.raises(SystemExit) as refused:
+        call_time.main([option, "0"])
+    assert refused.value.code == 2
+    assert "must be an integer of at least 1, got '0'" in " ".join(capsys.readouterr().err.split())
+
+
+def test_interpreted_kernels_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(call_time.tar, "interpreted", lambda: True)
+    assert call_time.main([]) == 1
+    assert "unset TRITON_INTERPRET" in capsys.readouterr().err
 
 
 CHANGES = {
