@@ -5,6 +5,7 @@ This is the only module here that knows how the package builds their launches.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -109,15 +110,10 @@ class FrameCase:
     @property
     def launch(self) -> Launch:
         """The kernel with all of its arguments but tensors."""
-        key, config = plan_key(self.entry, self.variant, self.head_dim), self.config
-        if not self.entry.backward:
-            return frames_forward.plan_frames(key, config, self._way).launch
-        made = frames_backward.plan_frames(key, config, config)
-        by_rows = self.entry.table.startswith("grad_query")
-        return (made.grad_query if by_rows else made.grad_key).launch
+        return _launch(self)
 
     @property
-    def _way(self) -> str:
+    def way(self) -> str:
         """How a bias comes to the logits, as the forward kernel takes it."""
         if self.entry.table.startswith("revisit"):
             return "revisit"
@@ -138,6 +134,16 @@ class FrameCase:
         return (
             f"{entry.architecture} {self.kernel} {entry.kind} D={self.head_dim} {self.variant.name}"
         )
+
+
+@functools.lru_cache(maxsize=64)  # of the case at hand: its tables of frames take time
+def _launch(case: FrameCase) -> Launch:
+    key, config = plan_key(case.entry, case.variant, case.head_dim), case.config
+    if not case.entry.backward:
+        return frames_forward.plan_frames(key, config, case.way).launch
+    made = frames_backward.plan_frames(key, config, config)
+    by_rows = case.entry.table.startswith("grad_query")
+    return (made.grad_query if by_rows else made.grad_key).launch
 
 
 def entries() -> list[FrameEntry]:
