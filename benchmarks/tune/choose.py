@@ -9,8 +9,9 @@ import math
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -250,11 +251,19 @@ def write(chosen: Mapping[Key, Entry | None]) -> None:
     merged = {entry.key: entry for entry in cases.entries()} | chosen
     entries = [entry for name in TARGETS for key in keys(name) if (entry := merged.get(key))]
     for file, backward in ((configs.FILE, False), (configs.BACKWARD_FILE, True)):
-        tables = []
-        for family in ("tile", "stream"):
-            lines = (line(x) for x in entries if (x.family, x.backward) == (family, backward))
-            tables.append(f'  "{family}": [\n    ' + ",\n    ".join(lines) + "\n  ]")
-        write_atomically(file, "{\n" + ",\n".join(tables) + "\n}\n")
+        tables = {
+            family: [line(x) for x in entries if (x.family, x.backward) == (family, backward)]
+            for family in ("tile", "stream")
+        }
+        write_tables(file, tables)
+
+
+def write_tables(file: Path, tables: Mapping[str, Iterable[str]]) -> None:
+    """Replaces a file of configurations: tables by name, each of lines of JSON."""
+    texts = (
+        f'  "{name}": [\n    ' + ",\n    ".join(lines) + "\n  ]" for name, lines in tables.items()
+    )
+    write_atomically(file, "{\n" + ",\n".join(texts) + "\n}\n")
 
 
 def line(entry: Entry) -> str:

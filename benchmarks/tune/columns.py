@@ -19,10 +19,9 @@ from benchmarks.codegen import cases, column_cases
 from benchmarks.codegen.column_cases import TABLES, ColumnEntry
 from benchmarks.codegen.compile import in_processes
 from benchmarks.codegen.targets import TARGETS
-from benchmarks.tune.choose import LEAST_SHARED, inspect_fit
+from benchmarks.tune.choose import LEAST_SHARED, inspect_fit, write_tables
 from vstar_kernels.attention.triton import configs
 from vstar_kernels.attention.triton.configs import ColumnsConfig
-from vstar_kernels.files import write_atomically
 
 SIZES = json.loads(Path(__file__).with_name("column_candidates.json").read_text())
 
@@ -88,17 +87,17 @@ def write(chosen: dict[ColumnKey, ColumnEntry | None]) -> None:
             merged[key] = entry
         elif is_tile(key[-1]):
             merged.pop(key, None)
-    tables = []
-    for table in TABLES:
-        lines = ",\n    ".join(
+    tables = {
+        table: [
             _line(merged[key])
             for architecture in configs.ARCHITECTURES
             for kind in configs.KINDS
             for width in configs.WIDTHS
             if (key := (architecture, kind, width, table)) in merged
-        )
-        tables.append(f'  "{table}": [\n    {lines}\n  ]')
-    write_atomically(configs.COLUMNS_FILE, "{\n" + ",\n".join(tables) + "\n}\n")
+        ]
+        for table in TABLES
+    }
+    write_tables(configs.COLUMNS_FILE, tables)
 
 
 def _key(entry: ColumnEntry) -> ColumnKey:

@@ -28,10 +28,9 @@ from benchmarks.codegen.frame_cases import VARIANTS, FrameEntry
 from benchmarks.codegen.targets import TARGETS, VECTOR_BYTES
 from benchmarks.tune import frame_times
 from benchmarks.tune.candidates import LEAST_BYTES, itemsize
-from benchmarks.tune.choose import LEAST_SHARED, inspect_fit
+from benchmarks.tune.choose import LEAST_SHARED, inspect_fit, write_tables
 from vstar_kernels.attention.triton import configs
 from vstar_kernels.attention.triton.configs import FramesConfig
-from vstar_kernels.files import write_atomically
 
 SIZES = json.loads(Path(__file__).with_name("frame_candidates.json").read_text())
 
@@ -179,26 +178,25 @@ def write(
 ) -> None:
     """Replaces the entries of the chosen keys in the file, and ``revisit_below``; others stay."""
     merged = {_key(x): x for x in [*frame_cases.entries(), *chosen]}
-    tables = []
-    for table in VARIANTS:
-        lines = ",\n    ".join(
+    tables = {
+        table: [
             _line(merged[key])
             for architecture in configs.ARCHITECTURES
             for kind in configs.KINDS
             for width in configs.WIDTHS
             if (key := (architecture, kind, width, table)) in merged
-        )
-        tables.append(f'  "{table}": [\n    {lines}\n  ]')
+        ]
+        for table in VARIANTS
+    }
     below = {
         (x["architecture"], x["kind"]): x["keys"]
         for x in json.loads(configs.FRAMES_FILE.read_text())["revisit_below"]
     } | dict(revisits or {})
-    lines = ",\n    ".join(
+    tables["revisit_below"] = [
         json.dumps({"architecture": architecture, "kind": kind, "keys": keys})
         for (architecture, kind), keys in below.items()
-    )
-    tables.append(f'  "revisit_below": [\n    {lines}\n  ]')
-    write_atomically(configs.FRAMES_FILE, "{\n" + ",\n".join(tables) + "\n}\n")
+    ]
+    write_tables(configs.FRAMES_FILE, tables)
 
 
 def _key(entry: FrameEntry) -> FrameKey:
