@@ -137,6 +137,14 @@ def store_heads(p, o_frames, m_frames, b, HEAD: tl.constexpr):
 
 
 @triton.jit
+def store_sum(p_sums, b_sum, FRAMES: tl.constexpr):
+    """Stores a program's sum of maps, ``(FRAMES, FRAMES)``, behind those of the programs before."""
+    i = tl.expand_dims(tl.arange(0, FRAMES), 1)
+    o_sum = tl.program_id(0).to(tl.int64) * FRAMES * FRAMES
+    tl.store(p_sums + o_sum + i * FRAMES + tl.arange(0, FRAMES), b_sum)
+
+
+@triton.jit
 def zero_heads(FRAMES: tl.constexpr, HEAD: tl.constexpr):
     """Returns zeros for sums of heads, ``(FRAMES, D)`` in two parts."""
     MAIN: tl.constexpr = HEAD.MAIN

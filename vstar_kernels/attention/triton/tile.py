@@ -34,6 +34,7 @@ from vstar_kernels.attention.triton.primitives import (
     sequences_of_range,
     statistic_offsets,
     store_heads,
+    store_sum,
     times,
     weighted_sums,
 )
@@ -105,9 +106,7 @@ def tile_kernel(
     if MAP:
         if SEQUENCES > 1:
             b_sum = tl.sum(b_sum, 0)
-        i = tl.expand_dims(tl.arange(0, FRAMES), 1)
-        o_sum = tl.program_id(0).to(tl.int64) * FRAMES * FRAMES
-        tl.store(t.map_sums + o_sum + i * FRAMES + tl.arange(0, FRAMES), b_sum)
+        store_sum(t.map_sums, b_sum, FRAMES)
 
 
 @triton.jit

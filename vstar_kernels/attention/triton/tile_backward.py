@@ -36,6 +36,7 @@ from vstar_kernels.attention.triton.primitives import (
     sequences_of_range,
     statistic_offsets,
     store_heads,
+    store_sum,
     times,
     transposed,
     weighted_sums,
@@ -113,9 +114,7 @@ def tile_backward_kernel(
         if GRAD_DELTA:
             b_sum += b_d_delta
     if GRAD_DELTA:
-        i = tl.expand_dims(tl.arange(0, FRAMES), 1)
-        o_sum = tl.program_id(0).to(tl.int64) * FRAMES * FRAMES
-        tl.store(t.delta_sums + o_sum + i * FRAMES + tl.arange(0, FRAMES), b_sum)
+        store_sum(t.delta_sums, b_sum, FRAMES)
 
 
 @triton.jit
