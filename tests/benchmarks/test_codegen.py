@@ -485,7 +485,10 @@ def test_every_table_of_frames_has_every_size_once():
     for entry in frame_cases.entries():
         config = entry.config
         assert 0 < config.shared <= choose.LEAST_SHARED[entry.architecture], entry
-        assert min(config.rows, config.keys) >= 16, entry
+        # What multiplies without matrix instructions takes fewer rows, too.
+        least = 8 if entry.kind == "ieee" and entry.architecture != "gfx942" else 16
+        assert config.rows >= least, entry
+        assert config.keys >= 16, entry
         assert min(config.stages, config.programs) >= 1, entry
         most = TARGETS[entry.architecture].most_registers(config.warps)
         assert config.registers in (0, most), entry

@@ -142,15 +142,21 @@ class FramesKey(NamedTuple):
         )
 
     def _parts(self) -> tuple[int, int]:
-        """Returns a head's two parts; the TF32 gradients of NVIDIA fill a rest of 16 up with zeros.
+        """Returns a head's two parts; gradients on NVIDIA have others of some sizes.
 
-        So narrow a part has too few columns for the warps of a block, which then compute the same:
-        of a head of 48, more than twice the instructions and registers of one of 64.
+        In TF32 a rest of 16 is filled up with zeros: so narrow a part has too few columns for the
+        warps of a block, which then compute the same, of a head of 48 with more than twice the
+        instructions and registers of one of 64. In IEEE float32, without matrix instructions, a
+        thread holds whole rows of a part from one block of keys to the next; of 256 it has no
+        registers for, of halves it reads them again.
         """
         main, rest = configs.split(self.head_dim)
-        nvidia = self.device.architecture.startswith("sm_")
-        if self.grad_out and nvidia and self.kind == "tf32" and rest == 16:
+        if not (self.grad_out and self.device.architecture.startswith("sm_")):
+            return main, rest
+        if self.kind == "tf32" and rest == 16:
             return (64, 0) if main == 32 else (main, 32)
+        if self.kind == "ieee" and main == 256:
+            return 128, 128
         return main, rest
 
     def in_units(self, strides: Strides) -> Strides:
