@@ -23,7 +23,7 @@ from benchmarks.report.tables import Table
 
 SECONDS = 3.0
 REPORT = shlex.split("perf report --stdio --sort symbol --percent-limit 0.05 --field-separator ;")
-# The first that stands in a function's name; Python and PyTorch are left out.
+# By what stands in a function's name, the first that does; Python and PyTorch are left out.
 STAGES = {
     "pack queries": "::pack_queries",
     "pack K and V": "::pack_rows",
@@ -33,14 +33,32 @@ STAGES = {
     "values": "::product_tile",
     "the rest": "vstar::",
 }
+BACKWARD_STAGES = {
+    "pack queries and gradients": "::pack_queries",
+    "pack K and V": "::pack_rows",
+    "logits, gradient of the weights": "::logits_",
+    "bias and maximum": "::add_bias",
+    "exponential and sum": "::exponentiate",
+    "gradient of the logits": r"::(row_argmax|softmax_gradient|dot_delta)",
+    "gradients of Q, K and V": "::product_tile",
+    "the rest": "vstar::",
+}
 RUN = """
 import time, torch, vstar_kernels as vk
 torch.set_num_threads(1)
-query, key, value = torch.randn(3, {batch}, {frames}, 5, {head_dim}).to(torch.{dtype}).unbind()
+inputs = torch.randn(3, {batch}, {frames}, 5, {head_dim}).to(torch.{dtype}).unbind()
 bias = vk.GaussianBias(1.0)
+if {backward}:
+    for tensor in inputs:
+        tensor.requires_grad_()
+out = vk.tar_attention(*inputs, bias, backend="cpu")
+gradient = torch.randn_like(out)
 end = time.monotonic() + {seconds}
 while time.monotonic() < end:
-    vk.tar_attention(query, key, value, bias, backend="cpu")
+    if {backward}:
+        torch.autograd.grad(out, inputs, gradient, retain_graph=True)
+    else:
+        vk.tar_attention(*inputs, bias, backend="cpu")
 """
 
 
@@ -51,12 +69,23 @@ class Options:
     frames: tuple[int, ...] = (16, 32, 64, 128, 1024)
     head_dim: int = 64
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    backward: tyro.conf.FlagCreatePairsOff[bool] = False
+    """The backward pass, without the forward pass before it."""
+    batch: int = 0
+    """Sequences of each head; 0 as many as make 4,096 frames."""
 
 
-def stage_parts(frames: int, head_dim: int, dtype: str) -> dict[str, float]:
+def stage_parts(options: Options, frames: int) -> dict[str, float]:
     """Returns each stage's part of the kernel's samples in one case, of 1."""
-    batch = max(1, 4096 // frames)  # a few MB, as a level of a model hands over
-    code = RUN.format(batch=batch, frames=frames, head_dim=head_dim, dtype=dtype, seconds=SECONDS)
+    stages = BACKWARD_STAGES if options.backward else STAGES
+    code = RUN.format(
+        batch=options.batch or max(1, 4096 // frames),  # a few MB, as a level of a model hands over
+        frames=frames,
+        head_dim=options.head_dim,
+        dtype=options.dtype,
+        backward=options.backward,
+        seconds=SECONDS,
+    )
     with tempfile.TemporaryDirectory() as folder:
         data = str(Path(folder, "perf.data"))
         record = ["perf", "record", "--quiet", "--output", data, sys.executable, "-c", code]
@@ -66,9 +95,9 @@ def stage_parts(frames: int, head_dim: int, dtype: str) -> dict[str, float]:
         )
     found: Counter[str] = Counter()
     for percent, symbol in re.findall(r"^\s*([\d.]+)%\s*;(.*)$", report, re.MULTILINE):
-        for stage in [name for name, part in STAGES.items() if part in symbol][:1]:
+        for stage in [name for name, part in stages.items() if re.search(part, symbol)][:1]:
             found[stage] += float(percent)
-    return {stage: found[stage] / found.total() for stage in STAGES}
+    return {stage: found[stage] / found.total() for stage in stages}
 
 
 def main() -> None:
@@ -76,9 +105,10 @@ def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.breakdown")
     if shutil.which("perf") is None:
         raise SystemExit("perf was not found (Debian: linux-perf)")
-    columns = [stage_parts(n, options.head_dim, options.dtype) for n in options.frames]
-    head = (f"{options.dtype}, D = {options.head_dim}", *(f"N = {n}" for n in options.frames))
-    rows = [(stage, *(f"{column[stage]:.0%}" for column in columns)) for stage in STAGES]
+    columns = [stage_parts(options, n) for n in options.frames]
+    name = f"backward, {options.dtype}" if options.backward else options.dtype
+    head = (f"{name}, D = {options.head_dim}", *(f"N = {n}" for n in options.frames))
+    rows = [(stage, *(f"{column[stage]:.0%}" for column in columns)) for stage in columns[0]]
     print(Table("", head, rows).markdown())
 
 
