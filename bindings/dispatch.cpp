@@ -19,6 +19,11 @@ bool executes_avx512() {
 }
 
 bool executes_avx512_bf16() { return executes_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// Returns whether products of pairs of bfloat16 are faster than those of floats. In a cycle AMD's
+// processors do twice as many multiply-adds in pairs, Intel's half as many (benchmarks/breakdown.py
+// on Zen 5 and Emerald Rapids).
+bool multiplies_pairs_fast() { return executes_avx512_bf16() && __builtin_cpu_is("amd"); }
 #endif
 
 struct Executable {
@@ -28,8 +33,10 @@ struct Executable {
     int count = 0;
 #if defined(VSTAR_X86)
     __builtin_cpu_init();
-    if (executes_avx512_bf16()) list[count++] = &kernels_avx512_bf16;
+    const bool pairs_first = multiplies_pairs_fast();
+    if (pairs_first) list[count++] = &kernels_avx512_bf16;
     if (executes_avx512()) list[count++] = &kernels_avx512;
+    if (executes_avx512_bf16() && !pairs_first) list[count++] = &kernels_avx512_bf16;
     if (executes_avx2()) list[count++] = &kernels_avx2;
 #elif defined(VSTAR_ARM64)
     list[count++] = &kernels_neon;  // part of every 64-bit Arm processor
