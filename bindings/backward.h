@@ -64,7 +64,10 @@ class SequenceBackward {
                 args.head_dim, scratch + plan.values),
         grads_(scratch + plan.grads),
         argmax_(scratch + plan.argmax),
-        sums_(scratch + plan.sums) {}
+        sums_(scratch + plan.sums),
+        past_caches_(can_pass_caches<T>(args, args.grad_query, args.grad_query_strides) &&
+                     can_pass_caches<T>(args, args.grad_key, args.grad_key_strides) &&
+                     can_pass_caches<T>(args, args.grad_value, args.grad_value_strides)) {}
 
   // Fetches the rows of the sequence that comes next while this one is computed.
   void fetch_ahead(int64_t next_sequence) {
@@ -81,7 +84,7 @@ class SequenceBackward {
     const int64_t panels = divide_up(a_.frames, kPanelQueries);
     const int64_t steps = 2 * logits_steps(a_.frames) - panels +
                           (2 * panels + 1) * product_tiles(a_.frames, a_.head_dim);
-    prefetcher_ = Prefetcher(streams, a_.frames, row_bytes, steps);
+    prefetcher_ = Prefetcher(streams, a_.frames, row_bytes, steps, past_caches_ ? 4 : 7);
   }
 
   void compute() {
@@ -234,7 +237,7 @@ class SequenceBackward {
     add_over_queries(panel, panel.logits, grad_rows,
                      {index_.in(static_cast<T*>(a_.grad_value), a_.grad_value_strides),
                       a_.grad_value_strides.frame, value_sums_, plan_.padded_dim,
-                      &kOne, 0, a_.frames, is_first, is_last});
+                      &kOne, 0, past_caches_, a_.frames, is_first, is_last});
   }
 
   void add_keys_gradient(const Panel& panel, bool is_first, bool is_last) {
@@ -245,7 +248,7 @@ class SequenceBackward {
     add_over_queries(panel, grads_, rows,
                      {index_.in(static_cast<T*>(a_.grad_key), a_.grad_key_strides),
                       a_.grad_key_strides.frame, key_sums_, plan_.padded_dim,
-                      &a_.scale, 0, a_.frames, is_first, is_last});
+                      &a_.scale, 0, past_caches_, a_.frames, is_first, is_last});
   }
 
   void add_over_queries(const Panel& panel, const float* cells, const UnitRows<float>& x,
@@ -261,7 +264,8 @@ class SequenceBackward {
                                      scratch_ + plan_.partial,
                                      plan_.padded_dim,
                                      &a_.scale,
-                                     0};
+                                     0,
+                                     past_caches_};
     for (int64_t j = 0; j < a_.frames; j += kKeyBlock) {
       product_over_keys(panel, grads_, weights_.keys(), j, a_.frames, a_.head_dim, panel_out,
                         prefetcher_);
@@ -279,6 +283,7 @@ class SequenceBackward {
   float* grads_;   // dP, then dS
   float* argmax_;  // keys, as floats
   float* sums_;
+  bool past_caches_;
   float map_max_grad_ = 0.0f;
   Prefetcher prefetcher_;
 };
@@ -291,6 +296,7 @@ void backward_typed(const BackwardArgs& a, int64_t begin, int64_t end, float* sc
     if (a.parts == 1 && item + 1 < end) sequence.fetch_ahead(item + 1);
     sequence.compute();
   }
+  finish_stores();
 }
 
 template <typename T>

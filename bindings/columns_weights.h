@@ -123,8 +123,8 @@ class ColumnHead {
   void multiply_over_keys(const ColumnPanel& panel, const float* weights, const float* x,
                           int64_t x_stride, int64_t dim, Element* out, int64_t out_stride,
                           const float* scale, int64_t scale_stride, Prefetcher& prefetcher) const {
-    ProductOut<Element> to = {out,   out_stride,   partial(),  round_up(dim, kLanes),
-                              scale, scale_stride, panel.count};
+    ProductOut<Element> to = {out,   out_stride,   partial(), round_up(dim, kLanes),
+                              scale, scale_stride, false,     panel.count};
     for (int64_t j = 0; j < a_.keys; j += kKeyBlock) {
       const int64_t keys = min64(kKeyBlock, a_.keys - j);
       to.is_first_block = j == 0;

@@ -49,7 +49,8 @@ class SequenceForward {
         index_(args, sequence),
         weights_(args, plan, index_, scratch),
         values_(index_.in<T>(args.value, args.value_strides), args.value_strides.frame, args.frames,
-                args.head_dim, scratch + plan.values) {}
+                args.head_dim, scratch + plan.values),
+        past_caches_(can_pass_caches<T>(args, args.out, args.out_strides)) {}
 
   // Fetches the rows of the sequence that comes next while this one is computed.
   void fetch_ahead(int64_t next_sequence) {
@@ -60,7 +61,8 @@ class SequenceForward {
         next.stream<T>(a_.query, a_.query_strides), next.stream<T>(a_.key, a_.key_strides),
         next.stream<T>(a_.value, a_.value_strides), next.stream<T>(a_.out, a_.out_strides)};
     prefetcher_ = Prefetcher(streams, a_.frames, row_bytes,
-                             logits_steps(a_.frames) + product_tiles(a_.frames, a_.head_dim));
+                             logits_steps(a_.frames) + product_tiles(a_.frames, a_.head_dim),
+                             past_caches_ ? 3 : 4);
   }
 
   // Computes the outputs of queries [query_begin, query_end). Where `map_sums` is not null, their
@@ -107,7 +109,8 @@ class SequenceForward {
                                          partial_ + p * kPanelQueries * plan_.padded_dim,
                                          plan_.padded_dim,
                                          panel.inverse_sum,
-                                         1};
+                                         1,
+                                         past_caches_};
         product_over_keys(panel, panel.logits, values_, j, a_.frames, a_.head_dim, panel_out,
                           prefetcher_);
       }
@@ -120,6 +123,7 @@ class SequenceForward {
   SequenceIndex index_;
   AttentionWeights<T, Unit> weights_;
   UnitRows<float> values_;
+  bool past_caches_;
   Prefetcher prefetcher_;
 };
 
@@ -138,6 +142,7 @@ void forward_typed(Types<T, Unit>, const ForwardArgs& a, int64_t begin, int64_t 
     sequence.compute(item * a.queries_per_item,
                      min64((item + items) * a.queries_per_item, a.frames), nullptr);
   }
+  finish_stores();
 }
 
 // Writes a slice of the map of blocks of frames: the sums over each block's queries, divided by the
@@ -194,6 +199,7 @@ void forward_map_typed(Types<T, Unit>, const ForwardArgs& a, const MapSlice& sli
     if (next < a.batch * a.space * a.heads) sequence.fetch_ahead(next);
     sequence.compute(slice.query_begin, slice.query_end, sums);
   }
+  finish_stores();
   const auto write = a.map_block == 1 ? write_map : write_block_map;
   write(a, slice, sums, plan.map_queries);
 }

@@ -194,6 +194,18 @@ VSTAR_STAGE void add_to_block_sums(int64_t keys, int64_t block, const float* fac
   }
 }
 
+// Whether vectors of results of a type are lines, which alone are stored past the caches.
+template <typename T>
+constexpr bool kCanPassCaches = kStoresPastCaches && sizeof(T) == sizeof(float);
+
+// Returns whether a tensor's rows are to be stored past the caches, and every vector is a line.
+template <typename T>
+bool can_pass_caches(const Problem& p, const void* tensor, const Strides& s) {
+  const int64_t strides = s.batch | s.space | s.frame | s.head | p.head_dim;
+  return kCanPassCaches<T> && p.past_caches && strides % kLanes == 0 &&
+         reinterpret_cast<uintptr_t>(tensor) % (kLanes * sizeof(float)) == 0;
+}
+
 // Where a product's rows go. They are summed up in blocks: `partial` carries the sums of the blocks
 // so far, in whole tiles, and the last block writes `out`, row r times scale[r * scale_stride].
 template <typename T>
@@ -204,6 +216,7 @@ struct ProductOut {
   int64_t partial_stride;
   const float* scale;
   int64_t scale_stride;
+  bool past_caches;  // how `out` is stored, see can_pass_caches()
   int64_t rows = 0;
   bool is_first_block = true, is_last_block = true;
 
@@ -231,18 +244,26 @@ struct ProductOut {
       });
       return;
     }
-    unrolled<kProductRows>([&](auto r) VSTAR_INLINE {
-      if (r >= here.rows) return;
-      const Vec factor = broadcast(here.scale + r * here.scale_stride);
-      unrolled<COLUMNS>([&](auto c) VSTAR_INLINE {
-        T* to = here.out + r * here.stride + c * kLanes;
-        const Vec y = mul(sum[r][c], factor);
-        if (PARTIAL && c == COLUMNS - 1) {
-          store_partial(to, y, tail);
-        } else {
-          store(to, y);
-        }
+    const auto write = [&](const auto& store_vector) VSTAR_INLINE {
+      unrolled<kProductRows>([&](auto r) VSTAR_INLINE {
+        if (r >= here.rows) return;
+        const Vec factor = broadcast(here.scale + r * here.scale_stride);
+        unrolled<COLUMNS>([&](auto c) VSTAR_INLINE {
+          store_vector(c, here.out + r * here.stride + c * kLanes, mul(sum[r][c], factor));
+        });
       });
+    };
+    if constexpr (kCanPassCaches<T> && !PARTIAL) {
+      if (here.past_caches) {
+        return write([](auto, T* to, Vec y) VSTAR_INLINE { store_past_caches(to, y); });
+      }
+    }
+    write([&](auto c, T* to, Vec y) VSTAR_INLINE {
+      if (PARTIAL && c == COLUMNS - 1) {
+        store_partial(to, y, tail);
+      } else {
+        store(to, y);
+      }
     });
   }
 };

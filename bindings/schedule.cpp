@@ -38,6 +38,14 @@ double product_operations(const Problem& p) {
          static_cast<double>(p.head_dim);
 }
 
+// Returns whether so many results of query's shape have left the caches when the last one is there:
+// whether a thread writes more of them than its share of the caches holds, which is some 4 MiB on
+// the processors of today's servers. Shorter ones are read from there by what follows.
+bool leave_caches(const Problem& p, int64_t results, int64_t threads) {
+  const int64_t size = p.type == ScalarType::float32 ? 4 : 2;
+  return results * sequences(p) * p.frames * p.head_dim * size / threads > int64_t{4} << 20;
+}
+
 // Returns how many queries a thread takes at once. Sequences are shared out whole while there are
 // enough of them.
 int64_t queries_per_item(const Problem& p, int64_t threads) {
@@ -134,6 +142,7 @@ void run_forward(ForwardArgs& args, const UserDelta& delta, float* map, const Th
   const Kernels& kernels = selected_kernels();
   const Floats layout = allocate(layout_floats(delta, args.frames));
   lay_out(delta, layout.get(), args);
+  args.past_caches = leave_caches(args, 1, threads.count);
   const double operations = 2 * product_operations(args);  // of a sequence
   if (map) {
     const MapTasks tasks(args);
@@ -158,6 +167,7 @@ void run_backward(BackwardArgs& args, const UserDelta& delta, float* grad_delta,
   const Kernels& kernels = selected_kernels();
   const Floats layout = allocate(layout_floats(delta, args.frames));
   lay_out(delta, layout.get(), args);
+  args.past_caches = leave_caches(args, 3, threads.count);
   args.parts = parts_of_sequence(args);
   const int64_t items = sequences(args) * args.parts;
   const Floats part_sums = allocate(args.parts == 1 ? 0 : items * kernels.backward_sums(args));

@@ -46,6 +46,10 @@ inline void store_partial(float* p, Vec x, int n) {
   _mm256_maskstore_ps(p, first_lanes(n), x.v);
 }
 
+// A vector is a part of a line, whose other parts follow too late to be one store past the caches.
+constexpr bool kStoresPastCaches = false;
+inline void finish_stores() {}
+
 inline Vec widen(const bfloat16*, __m128i bits) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
 }

@@ -47,6 +47,12 @@ inline void store_partial(float* p, Vec x, int n) {
   _mm512_mask_storeu_ps(p, first_lanes(n), x.v);
 }
 
+// A vector is a whole line, which then is not read before it is written. It has to be aligned.
+constexpr bool kStoresPastCaches = true;
+inline void store_past_caches(float* p, Vec x) { _mm512_stream_ps(p, x.v); }
+// Puts all stores past the caches before any later store.
+inline void finish_stores() { _mm_sfence(); }
+
 inline Vec widen(const bfloat16*, __m256i bits) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }

@@ -48,6 +48,10 @@ inline void store_partial(float* p, Vec x, int n) {
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
+// A vector is a part of a line, whose other parts follow too late to be one store past the caches.
+constexpr bool kStoresPastCaches = false;
+inline void finish_stores() {}
+
 inline Vec widen(const bfloat16*, uint16x4_t bits) {
   return {vreinterpretq_f32_u32(vshll_n_u16(bits, 16))};
 }

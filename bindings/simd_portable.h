@@ -119,6 +119,10 @@ inline Vec load(const float* p) {
 }
 inline void store(float* p, Vec x) { __builtin_memcpy(p, &x.v, sizeof x.v); }
 
+// A vector is a part of a line, whose other parts follow too late to be one store past the caches.
+constexpr bool kStoresPastCaches = false;
+inline void finish_stores() {}
+
 // Rounds to the nearest integer, for |x| < 2^22: adding 1.5 * 2^23 leaves no bits for the fraction.
 inline Vec round(Vec x) {
   const Float4 magic = broadcast(12582912.0f).v;

@@ -51,6 +51,10 @@ struct Problem {
   // map_blocks. A batch element has map_heads maps: one, the mean of all heads, or one for each head.
   // All are 0 where there is no map, and backward, where it has no gradient.
   int64_t map_block, map_blocks, map_heads;
+
+  // Whether results are too many to be in the caches when they are read, so that they may be stored
+  // past them. It changes no bit.
+  bool past_caches;
 };
 
 struct ForwardArgs : Problem {

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.helpers import on_threads
 from vstar_kernels.attention import native
 
 # Cases that hypothesis draws: `make test` makes the same ones every time, so that what fails there
@@ -77,7 +78,5 @@ def one_thread():
 @pytest.fixture(scope="module")
 def several_threads():
     """For what threads may change, also where the environment gives a process only one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+    with on_threads(2):
+        yield

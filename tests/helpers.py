@@ -1,11 +1,15 @@
-"""How the tests run Python in processes of their own."""
+"""How the tests run Python in processes of their own, and PyTorch on other threads."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,3 +24,14 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
         text=True,
         timeout=120,
     )
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """A context in which PyTorch computes on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -31,6 +31,7 @@ struct Shape {
   // Of the backward.
   bool detach_stat = false, delta_gradient = true, map_gradient = false;
   int64_t grad_out_dim_stride = 1;  // 0: one number for each row
+  bool past_caches = false;
 
   int64_t map_blocks() const { return (frames + map_block - 1) / map_block; }
   int64_t map_heads() const { return map_by_head ? heads : 1; }
@@ -44,6 +45,7 @@ struct Shape {
            (heads_first ? " heads first" : "") + (per_head ? " per head" : "") +
            (clamp_negative ? " clamped" : "") + (detach_stat ? " detached" : "") +
            (map_gradient ? " map" : "") + (map_by_head ? " by head" : "") +
+           (past_caches ? " past caches" : "") +
            (map_block == 1 ? "" : " blocks of " + std::to_string(map_block)) +
            (grad_out_dim_stride == 1 ? "" : " grad_out " + std::to_string(grad_out_dim_stride));
   }
@@ -139,6 +141,7 @@ class Inputs {
     p.strength = 0.7f;
     p.stat = s.stat;
     p.clamp_negative = s.clamp_negative;
+    p.past_caches = s.past_caches;
     if (s.form != vstar::Form::none) {
       set_delta(allocate);
       const int64_t floats = vstar::layout_floats(delta_, s.frames);

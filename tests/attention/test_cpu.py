@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vstar_kernels as vk
+from tests.helpers import on_threads
 from vstar_kernels.testing import assert_exact, inputs, largest_error, oracle
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -250,19 +251,25 @@ def test_overflow_of_float16_is_infinite():
 
 
 def test_bits_do_not_depend_on_threads():
-    # Few long sequences are cut into runs of rows, many short ones shared out whole.
-    for shape in [(1, 700, 2, 40), (37, 33, 3, 40)]:
+    # Few long sequences are cut into runs of rows, many short ones shared out whole; one thread
+    # alone stores the last output past the caches.
+    for shape in [(1, 700, 2, 40), (37, 33, 3, 40), (210, 16, 5, 64)]:
         q, k, v = inputs(*shape)
         bias = vk.GaussianBias(2.0)
-        before = torch.get_num_threads()
-        try:
-            results = []
-            for threads in (1, 2, 5):
-                torch.set_num_threads(threads)
+        results = []
+        for threads in (1, 2, 5):
+            with on_threads(threads):
                 results.append(tar(q, k, v, bias))
-        finally:
-            torch.set_num_threads(before)
         assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+def test_an_output_that_is_stored_past_the_caches_begins_anywhere():
+    q, k, v = inputs(210, 16, 5, 64)  # 4.1 MiB
+    expected = tar(q, k, v)
+    for offset in (0, 1, 8):
+        out = torch.full((q.numel() + offset,), torch.nan)[offset:].view_as(q)
+        with on_threads(1):
+            assert torch.equal(tar(q, k, v, out=out), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import vstar_kernels as vk
 from tests.attention.frames import cases
 from tests.fuzz.guarded import Guarded
-from tests.helpers import run_python
+from tests.helpers import on_threads, run_python
 from tests.pairwise import pairwise, some
 from vstar_kernels.attention import native
 from vstar_kernels.attention.frames import cpu
@@ -177,14 +177,10 @@ def test_containment(value, stat):
 def test_bits_do_not_depend_on_threads(rule):
     layout = vk.Layout(vk.Frames(5, 67), vk.Text(9))
     q, k, v = inputs(layout, batch=1)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
+    results = []
+    for threads in (1, 2, 5):
+        with on_threads(threads):
             results.append(attend(q, k, v, layout, rule, return_map=True))
-    finally:
-        torch.set_num_threads(before)
     for out, mean_map in results[1:]:
         assert torch.equal(out, results[0][0])
         assert torch.equal(mean_map, results[0][1])

@@ -5,6 +5,7 @@ import torch
 
 import vstar_kernels as vk
 from tests.attention.frames import cases
+from tests.helpers import on_threads
 from tests.pairwise import pairwise
 from vstar_kernels.attention import native
 from vstar_kernels.attention.frames import cpu, reference
@@ -136,14 +137,10 @@ def test_autograd():
 def test_bits_do_not_depend_on_threads():
     layout = vk.Layout(vk.Frames(4, 100))
     call = Call((*inputs(layout), layout, R.tar(1.0)), {"return_map": True})
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
+    results = []
+    for threads in (1, 2, 5):
+        with on_threads(threads):
             results.append(call.gradients())
-    finally:
-        torch.set_num_threads(before)
     for name in NAMES:
         assert torch.equal(results[1][name], results[0][name])
         assert torch.equal(results[2][name], results[0][name])
