@@ -19,6 +19,9 @@
 
 namespace vstar::VSTAR_ISA {
 
+// K and V up to this size (bytes of one of them) are used where they lie, by the few panels there are.
+constexpr int64_t kUnpackedBytes = 48 << 10;
+
 // Which (batch, space, head) a sequence is.
 struct SequenceIndex {
   int64_t batch, space, head;
@@ -70,7 +73,7 @@ class AttentionWeights {
         scratch_(scratch),
         query_(index.in<T>(problem.query, problem.query_strides)),
         keys_(index.in<T>(problem.key, problem.key_strides), problem.key_strides.frame,
-              problem.frames, problem.head_dim, scratch + plan.keys) {}
+              problem.frames, problem.head_dim, scratch + plan.keys, kUnpackedBytes) {}
 
   // Lays out the next panels from `query_begin` on, as many as the scratch holds; returns how many.
   int lay_out(int64_t query_begin, int64_t query_end, Panel* panels) const {
