@@ -102,10 +102,8 @@ inline Vec round(Vec x) {
 }
 // Returns x * 2^n for integral n in [-127, 127]; n = -127 gives zero for x in [0.5, 2).
 inline Vec scale_by_power(Vec x, Vec n) {
-  const __m512i exponent = _mm512_slli_epi32(_mm512_cvtps_epi32(n.v), 23);
-  const __m512i scaled = _mm512_add_epi32(_mm512_castps_si512(x.v), exponent);
   const __mmask16 kept = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  return {_mm512_maskz_mov_ps(kept, _mm512_castsi512_ps(scaled))};
+  return {_mm512_maskz_scalef_ps(kept, x.v, n.v)};
 }
 
 inline void transpose(Vec (&r)[kLanes]) {
