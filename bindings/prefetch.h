@@ -36,7 +36,9 @@ class Prefetcher {
   // Whole rows: the arithmetic of a short sequence is no more than keeping count of lines would be.
   void step() {
     for (int64_t left = rows_per_step_; left > 0; --left) {
-      for (int64_t byte = 0; byte < row_bytes_; byte += kLineBytes) __builtin_prefetch(row_ + byte);
+      for (int64_t byte = 0; byte < row_bytes_; byte += kLineBytes) {
+        __builtin_prefetch(row_ + byte, 0, kFetchLocality);
+      }
       row_ += stride_;
       if (--rows_left_ == 0 && !next_stream()) return;
     }

@@ -46,6 +46,9 @@ inline void store_partial(float* p, Vec x, int n) {
   _mm256_maskstore_ps(p, first_lanes(n), x.v);
 }
 
+// Rows that are needed next are fetched into the first cache.
+constexpr int kFetchLocality = 3;
+
 // A vector is a part of a line, whose other parts follow too late to be one store past the caches.
 constexpr bool kStoresPastCaches = false;
 inline void finish_stores() {}

@@ -47,6 +47,14 @@ inline void store_partial(float* p, Vec x, int n) {
   _mm512_mask_storeu_ps(p, first_lanes(n), x.v);
 }
 
+// Rows that are needed next are fetched into the first cache, or only the second: on Intel's
+// processors, which these kernels without pairs are for, that makes room for more requests.
+#if defined(VSTAR_BFLOAT16_PAIRS)
+constexpr int kFetchLocality = 3;
+#else
+constexpr int kFetchLocality = 2;
+#endif
+
 // A vector is a whole line, which then is not read before it is written. It has to be aligned.
 constexpr bool kStoresPastCaches = true;
 inline void store_past_caches(float* p, Vec x) { _mm512_stream_ps(p, x.v); }

@@ -119,6 +119,9 @@ inline Vec load(const float* p) {
 }
 inline void store(float* p, Vec x) { __builtin_memcpy(p, &x.v, sizeof x.v); }
 
+// Rows that are needed next are fetched into the first cache.
+constexpr int kFetchLocality = 3;
+
 // A vector is a part of a line, whose other parts follow too late to be one store past the caches.
 constexpr bool kStoresPastCaches = false;
 inline void finish_stores() {}
