@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,14 @@ def test_the_environment_forces_an_instruction_set():
     code = "from vstar_kernels.attention import native; print(native.load().isa)"
     run = run_python(code, VSTAR_KERNELS_CPU_ISA=isa)
     assert run.stdout.strip() == isa, run.stderr
+
+
+def test_pairs_of_bfloat16_are_first_where_they_are_faster():
+    isas = native.load().isas
+    if "avx512_bf16" not in isas:
+        pytest.skip("this processor has no AVX512_BF16")
+    pairs, floats = isas.index("avx512_bf16"), isas.index("avx512")
+    assert (pairs < floats) == ("AuthenticAMD" in Path("/proc/cpuinfo").read_text())
 
 
 def test_unknown_instruction_set_is_an_error(isa):

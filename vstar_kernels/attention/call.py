@@ -285,7 +285,9 @@ def autocast(tensor: Tensor) -> Tensor:
 
 def autocasts(query: Tensor) -> bool:
     """Returns whether autocast is on for a tensor's device."""
-    if query.is_cuda:  # which is faster than to make the string that is a device's type
+    if query.is_cpu:  # which is faster than to make the string that is a device's type
+        return torch.is_autocast_enabled("cpu")
+    if query.is_cuda:
         return torch.is_autocast_enabled("cuda")
     return has_autocast(query.device) and torch.is_autocast_enabled(query.device.type)
 
