@@ -15,15 +15,16 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from benchmarks.report.tables import Table
+from vstar_kernels.cli.options import integer, parsed, several
 
 SECONDS = 3.0
 REPORT = shlex.split("perf report --stdio --sort symbol --percent-limit 0.05 --field-separator ;")
-# By what stands in a function's name, the first that does; Python and PyTorch are left out.
+# A function belongs to the first stage whose pattern its name has; Python and PyTorch have none.
 STAGES = {
     "pack queries": "::pack_queries",
     "pack K and V": "::pack_rows",
@@ -66,20 +67,18 @@ while time.monotonic() < end:
 class Options:
     """Show where a call of the CPU kernels spends its time."""
 
-    frames: tuple[int, ...] = (16, 32, 64, 128, 1024)
-    head_dim: int = 64
+    frames: Annotated[tuple[int, ...], several(integer(1), "N")] = (16, 32, 64, 128, 1024)
+    head_dim: Annotated[int, parsed(integer(1), "D")] = 64
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     backward: tyro.conf.FlagCreatePairsOff[bool] = False
     """The backward pass, without the forward pass before it."""
-    batch: int = 0
-    """Sequences of each head; 0 as many as make 4,096 frames."""
 
 
 def stage_parts(options: Options, frames: int) -> dict[str, float]:
     """Returns each stage's part of the kernel's samples in one case, of 1."""
     stages = BACKWARD_STAGES if options.backward else STAGES
     code = RUN.format(
-        batch=options.batch or max(1, 4096 // frames),  # a few MB, as a level of a model hands over
+        batch=max(1, 4096 // frames),  # a few MB, as a level of a model hands over
         frames=frames,
         head_dim=options.head_dim,
         dtype=options.dtype,
@@ -91,7 +90,7 @@ def stage_parts(options: Options, frames: int) -> dict[str, float]:
         record = ["perf", "record", "--quiet", "--output", data, sys.executable, "-c", code]
         subprocess.run(record, check=True)
         report = subprocess.check_output(
-            [*REPORT, "--input", data], text=True, stderr=subprocess.PIPE
+            [*REPORT, "--input", data], text=True, stderr=subprocess.DEVNULL
         )
     found: Counter[str] = Counter()
     for percent, symbol in re.findall(r"^\s*([\d.]+)%\s*;(.*)$", report, re.MULTILINE):
@@ -105,7 +104,10 @@ def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.breakdown")
     if shutil.which("perf") is None:
         raise SystemExit("perf was not found (Debian: linux-perf)")
-    columns = [stage_parts(options, n) for n in options.frames]
+    try:
+        columns = [stage_parts(options, n) for n in options.frames]
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"{error.cmd[0]} {error.cmd[1]} failed; what it said is above") from None
     name = f"backward, {options.dtype}" if options.backward else options.dtype
     head = (f"{name}, D = {options.head_dim}", *(f"N = {n}" for n in options.frames))
     rows = [(stage, *(f"{column[stage]:.0%}" for column in columns)) for stage in columns[0]]

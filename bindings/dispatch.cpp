@@ -20,9 +20,9 @@ bool executes_avx512() {
 
 bool executes_avx512_bf16() { return executes_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
-// Returns whether products of pairs of bfloat16 are faster than those of floats. In a cycle AMD's
-// processors do twice as many multiply-adds in pairs, Intel's half as many (benchmarks/breakdown.py
-// on Zen 5 and Emerald Rapids).
+// Returns whether products of pairs of bfloat16 are faster than those of floats. On Intel's Emerald
+// Rapids a multiply-add takes twice as long in pairs, on AMD's Zen 5 half as long: there logits take
+// half of the values' time (benchmarks/breakdown.py --dtype bfloat16).
 bool multiplies_pairs_fast() { return executes_avx512_bf16() && __builtin_cpu_is("amd"); }
 #endif
 

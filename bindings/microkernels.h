@@ -30,7 +30,7 @@ inline Vec exp2_nonpositive(Vec x) {
   p = fma(p, f, broadcast(2.40226477e-1f));
   p = fma(p, f, broadcast(6.93147182e-1f));
   p = fma(p, f, broadcast(1.0f));
-  return scale_by_power(p, whole);
+  return scale_by_power(p, whole, x);
 }
 
 // Returns a * b + c in the unit (packing.h) that the unused pointer's type tells.

@@ -142,8 +142,9 @@ VSTAR_STAGE void gather_rows(const T* rows, int64_t stride, int64_t dim_stride, 
   }
 }
 
-// Rows of head_dim in units: the tensor's own where those serve, else a dense copy in `scratch`. Where
-// they are read too seldom for a copy to pay, `unpacked_bytes` says up to which size they serve.
+// Rows of head_dim in units: the tensor's own where those serve, else a dense copy in `scratch`.
+// Where they are read too seldom for a copy to pay, `unpacked_bytes` says up to which size they
+// serve.
 template <typename Unit>
 struct UnitRows {
   const Unit* data;

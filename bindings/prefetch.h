@@ -23,11 +23,15 @@ class Prefetcher {
   // A prefetcher with nothing to fetch.
   Prefetcher() = default;
 
-  // Fetches `rows` rows of `row_bytes` of each of the first `count` streams, in about `steps` steps.
+  // Fetches `rows` rows of `row_bytes` of each of the first `count` streams, in about `steps`
+  // steps.
   template <int COUNT>
   Prefetcher(const RowStream (&streams)[COUNT], int64_t rows, int64_t row_bytes, int64_t steps,
              int count = COUNT)
-      : count_(count), rows_(rows), row_bytes_(row_bytes), rows_per_step_(count * rows / steps + 1) {
+      : count_(count),
+        rows_(rows),
+        row_bytes_(row_bytes),
+        rows_per_step_(count * rows / steps + 1) {
     static_assert(COUNT <= kMaxStreams, "too many tensors");
     for (int t = 0; t < count; ++t) streams_[t] = streams[t];
     start_stream();

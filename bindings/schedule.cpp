@@ -39,11 +39,13 @@ double product_operations(const Problem& p) {
 }
 
 // Returns whether so many results of query's shape have left the caches when the last one is there:
-// whether a thread writes more of them than its share of the caches holds, which is some 4 MiB on
-// the processors of today's servers. Shorter ones are read from there by what follows.
+// whether a thread writes more of them than 8 MiB. From there on, attention and a projection of its
+// output together take no longer for it, and soon less. What only multiplies an output by a number
+// takes longer up to some 20 MiB.
 bool leave_caches(const Problem& p, int64_t results, int64_t threads) {
-  const int64_t size = p.type == ScalarType::float32 ? 4 : 2;
-  return results * sequences(p) * p.frames * p.head_dim * size / threads > int64_t{4} << 20;
+  const int64_t numbers = results * sequences(p) * p.frames * p.head_dim;
+  constexpr int64_t kNumbers = 2 << 20;
+  return p.type == ScalarType::float32 && numbers / threads > kNumbers;
 }
 
 // Returns how many queries a thread takes at once. Sequences are shared out whole while there are

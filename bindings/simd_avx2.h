@@ -98,11 +98,12 @@ inline void store_partial(T* p, Vec x, int n) {
 inline Vec round(Vec x) {
   return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-// Returns x * 2^n for integral n in [-127, 127]; n = -127 gives zero for x in [0.5, 2).
-inline Vec scale_by_power(Vec x, Vec n) {
+// Returns p * 2^n for integral n in [-127, 127]; zero where x, of which it is the power, is below
+// -126: it would be subnormal.
+inline Vec scale_by_power(Vec p, Vec n, Vec x) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
-  const __m256i scaled = _mm256_add_epi32(_mm256_castps_si256(x.v), exponent);
-  const __m256 underflow = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
+  const __m256i scaled = _mm256_add_epi32(_mm256_castps_si256(p.v), exponent);
+  const __m256 underflow = _mm256_cmp_ps(x.v, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
   return {_mm256_andnot_ps(underflow, _mm256_castsi256_ps(scaled))};
 }
 

@@ -108,10 +108,11 @@ inline void store_partial(T* p, Vec x, int n) {
 inline Vec round(Vec x) {
   return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-// Returns x * 2^n for integral n in [-127, 127]; n = -127 gives zero for x in [0.5, 2).
-inline Vec scale_by_power(Vec x, Vec n) {
-  const __mmask16 kept = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  return {_mm512_maskz_scalef_ps(kept, x.v, n.v)};
+// Returns p * 2^n for integral n in [-127, 127]; zero where x, of which it is the power, is below
+// -126: it would be subnormal.
+inline Vec scale_by_power(Vec p, Vec n, Vec x) {
+  const __mmask16 kept = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(kept, p.v, n.v)};
 }
 
 inline void transpose(Vec (&r)[kLanes]) {

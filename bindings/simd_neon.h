@@ -96,11 +96,12 @@ inline void store_partial(T* p, Vec x, int n) {
 }
 
 inline Vec round(Vec x) { return {vrndnq_f32(x.v)}; }
-// Returns x * 2^n for integral n in [-127, 127]; n = -127 gives zero for x in [0.5, 2).
-inline Vec scale_by_power(Vec x, Vec n) {
+// Returns p * 2^n for integral n in [-127, 127]; zero where x, of which it is the power, is below
+// -126: it would be subnormal.
+inline Vec scale_by_power(Vec p, Vec n, Vec x) {
   const int32x4_t exponent = vshlq_n_s32(vcvtq_s32_f32(n.v), 23);
-  const int32x4_t scaled = vaddq_s32(vreinterpretq_s32_f32(x.v), exponent);
-  const uint32x4_t underflow = vcltq_f32(n.v, vdupq_n_f32(-126.0f));
+  const int32x4_t scaled = vaddq_s32(vreinterpretq_s32_f32(p.v), exponent);
+  const uint32x4_t underflow = vcltq_f32(x.v, vdupq_n_f32(-126.0f));
   return {vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_s32(scaled), underflow))};
 }
 

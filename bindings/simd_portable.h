@@ -131,13 +131,14 @@ inline Vec round(Vec x) {
   const Float4 magic = broadcast(12582912.0f).v;
   return {(x.v + magic) - magic};
 }
-// Returns x * 2^n for integral n in [-127, 127]; n = -127 gives zero for x in [0.5, 2).
-inline Vec scale_by_power(Vec x, Vec n) {
-  // A NaN in n is in x too; it must not reach the integer conversion.
+// Returns p * 2^n for integral n in [-127, 127]; zero where x, of which it is the power, is below
+// -126: it would be subnormal.
+inline Vec scale_by_power(Vec p, Vec n, Vec x) {
+  // A NaN in n is in p too; it must not reach the integer conversion.
   const Float4 finite = n.v == n.v ? n.v : zero().v;
   const Int4 exponent = __builtin_convertvector(finite, Int4) << 23;
-  const Int4 kept = ~(n.v < broadcast(-126.0f).v);
-  return {(Float4)(((Int4)x.v + exponent) & kept)};
+  const Int4 kept = ~(x.v < broadcast(-126.0f).v);
+  return {(Float4)(((Int4)p.v + exponent) & kept)};
 }
 
 inline void transpose(Vec (&r)[kLanes]) {

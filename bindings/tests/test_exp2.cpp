@@ -21,12 +21,11 @@ int main() {
     }
     CHECK(worst < 1.0, "%s is %.3f ulp off", kernels.name, worst);
 
-    const float edges[] = {0.0f, -0.0f, -126.5f, -127.0f, -1e4f, -1e30f, -kInfinity, NAN};
+    const float edges[] = {0.0f, -0.0f, -126.1f, -126.5f, -127.0f, -1e4f, -kInfinity, NAN};
     float results[8];
     kernels.exp2(edges, results, 8);
     CHECK(results[0] == 1.0f && results[1] == 1.0f, "2^0 is %g, %g", results[0], results[1]);
-    CHECK(results[2] < 1.2e-38f, "2^-126.5 is %g", results[2]);
-    for (int i = 3; i < 7; ++i) CHECK(results[i] == 0.0f, "2^%g is %g", edges[i], results[i]);
+    for (int i = 2; i < 7; ++i) CHECK(results[i] == 0.0f, "2^%g is %g", edges[i], results[i]);
     CHECK(std::isnan(results[7]), "2^NaN is %g", results[7]);
   });
   return finish();

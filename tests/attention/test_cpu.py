@@ -251,9 +251,9 @@ def test_overflow_of_float16_is_infinite():
 
 
 def test_bits_do_not_depend_on_threads():
-    # Few long sequences are cut into runs of rows, many short ones shared out whole; one thread
-    # alone stores the last output past the caches.
-    for shape in [(1, 700, 2, 40), (37, 33, 3, 40), (210, 16, 5, 64)]:
+    # Few long sequences are cut into runs of rows, many short ones shared out whole. The last
+    # output is stored past the caches by one thread, and by more of them not.
+    for shape in [(1, 700, 2, 40), (37, 33, 3, 40), (430, 16, 5, 64)]:
         q, k, v = inputs(*shape)
         bias = vk.GaussianBias(2.0)
         results = []
@@ -263,13 +263,16 @@ def test_bits_do_not_depend_on_threads():
         assert all(torch.equal(result, results[0]) for result in results[1:])
 
 
-def test_an_output_that_is_stored_past_the_caches_begins_anywhere():
-    q, k, v = inputs(210, 16, 5, 64)  # 4.1 MiB
+def test_an_output_that_is_stored_past_the_caches_lies_anywhere():
+    shape = (430, 16, 5, 64)  # 8.4 MiB
+    q, k, v = inputs(*shape)
     expected = tar(q, k, v)
-    for offset in (0, 1, 8):
-        out = torch.full((q.numel() + offset,), torch.nan)[offset:].view_as(q)
+    for offset, row in ((0, 64), (1, 64), (8, 64), (0, 65), (0, 80)):
+        memory = torch.full((q.numel() // 64 * row + offset,), torch.nan)
+        out = memory[offset:].view(*shape[:-1], row)[..., :64]
         with on_threads(1):
             assert torch.equal(tar(q, k, v, out=out), expected)
+        assert memory[offset:].view(-1, row)[:, 64:].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -76,6 +76,13 @@ def test_a_damaged_build_record_is_told(tmp_path, monkeypatch, damage):
     assert re.search(r"build.json (cannot be read|is damaged).*; .*install", problem), problem
 
 
+def test_a_library_that_was_built_and_is_gone(tmp_path, monkeypatch):
+    (tmp_path / "build.json").write_text(json.dumps({"built": True, "reason": "from source"}))
+    monkeypatch.setattr(native, "DIRECTORY", tmp_path)
+    (problem,) = native.load.__wrapped__().problems
+    assert re.search(r"it was built, and is gone; .*install", problem), problem
+
+
 def test_a_build_record_cannot_write_to_the_terminal(tmp_path, monkeypatch):
     (tmp_path / "build.json").write_text(json.dumps({"reason": "no\x1b[31m compiler\n"}))
     monkeypatch.setattr(native, "DIRECTORY", tmp_path)

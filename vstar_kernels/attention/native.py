@@ -132,7 +132,10 @@ def load() -> Native:
     suffix = ".dylib" if sys.platform == "darwin" else ".so"
     path = DIRECTORY / f"libvstar_kernels{suffix}"
     if not os.path.exists(path):
-        reason = build_record().get("reason") or f"{_what_was_not_built()}; {_cure()}"
+        record = build_record()
+        reason = record.get("reason") or f"{_what_was_not_built()}; {_cure()}"
+        if record.get("built"):
+            reason = f"it was built, and is gone; {_cure()}"
         return Native(path, problems=[f"no native library at {path}: {reason}"])
     try:
         torch.ops.load_library(path)

@@ -5,6 +5,7 @@ import torch
 
 import vstar_kernels as vk
 from tests.attention.columns import cases
+from tests.helpers import on_threads
 from tests.pairwise import pairwise, some
 from vstar_kernels.attention import native
 from vstar_kernels.attention.columns import cpu, reference
@@ -129,19 +130,15 @@ def test_weights_beyond_the_exponentials_range(size, isa):
 def test_bits_do_not_depend_on_threads(queries):
     tensors = inputs(queries, 77, 2, 40)
     tensors = [*(x[:1] for x in tensors[:3]), tensors[3]]
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 5):
+        with on_threads(threads):
             gradients = [
                 x
                 for wanted in (["query"], ["query", "key", "value"])
                 for x in cases.Gradients(tensors, {}, wanted).by(cpu).values()
             ]
             results.append([*attend(*tensors), *gradients])
-    finally:
-        torch.set_num_threads(before)
     for others in results[1:]:
         for x, y in zip(others, results[0], strict=True):
             assert torch.equal(x, y)

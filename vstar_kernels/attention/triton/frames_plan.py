@@ -142,13 +142,13 @@ class FramesKey(NamedTuple):
         )
 
     def _parts(self) -> tuple[int, int]:
-        """Returns a head's two parts; gradients on NVIDIA have others of some sizes.
+        """Returns a head's two parts, which NVIDIA's gradients split differently in two cases.
 
         In TF32 a rest of 16 is filled up with zeros: so narrow a part has too few columns for the
-        warps of a block, which then compute the same, of a head of 48 with more than twice the
-        instructions and registers of one of 64. In IEEE float32, without matrix instructions, a
-        thread holds whole rows of a part from one block of keys to the next; of 256 it has no
-        registers for, of halves it reads them again.
+        warps of a block, which then compute the same. A head of 48 took more than twice the
+        instructions and registers of one of 64. In IEEE float32 there are no matrix instructions:
+        a thread would hold rows of 256 in registers from one block of keys to the next, and has too
+        few. Rows of halves are read again for each block.
         """
         main, rest = configs.split(self.head_dim)
         if not (self.grad_out and self.device.architecture.startswith("sm_")):
