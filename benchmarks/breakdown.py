@@ -90,7 +90,7 @@ def stage_parts(options: Options, frames: int) -> dict[str, float]:
         record = ["perf", "record", "--quiet", "--output", data, sys.executable, "-c", code]
         subprocess.run(record, check=True)
         report = subprocess.check_output(
-            [*REPORT, "--input", data], text=True, stderr=subprocess.DEVNULL
+            [*REPORT, "--input", data], text=True, stderr=subprocess.PIPE
         )
     found: Counter[str] = Counter()
     for percent, symbol in re.findall(r"^\s*([\d.]+)%\s*;(.*)$", report, re.MULTILINE):
@@ -107,7 +107,8 @@ def main() -> None:
     try:
         columns = [stage_parts(options, n) for n in options.frames]
     except subprocess.CalledProcessError as error:
-        raise SystemExit(f"{error.cmd[0]} {error.cmd[1]} failed; what it said is above") from None
+        failed = f"{error.cmd[0]} {error.cmd[1]} failed"
+        raise SystemExit(f"{failed}: {error.stderr}" if error.stderr else failed) from None
     name = f"backward, {options.dtype}" if options.backward else options.dtype
     head = (f"{name}, D = {options.head_dim}", *(f"N = {n}" for n in options.frames))
     rows = [(stage, *(f"{column[stage]:.0%}" for column in columns)) for stage in columns[0]]
