@@ -2,7 +2,6 @@ import gc
 import os
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 from tests.helpers import on_threads
@@ -69,10 +68,8 @@ def isa_in_turn(request):
 @pytest.fixture(scope="module")
 def one_thread():
     """For sizes that gain nothing from more, and lose much where the processor is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with on_threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from filelock import FileLock
 from benchmarks import measure, run, suites
 from benchmarks.cases import Case, Use
 from benchmarks.results import Plan, Task
+from tests.helpers import on_threads
 
 USES = (Use("a-model", "0", full_batch=40, calls=10), Use("b-model", "1", full_batch=4, calls=2))
 PEERS = ("vstar_kernels", "eager", "sdpa-bias", "flex", "xformers-bias", "without-map",
@@ -54,11 +55,8 @@ def no_workers():
     """What workers do is done in this process, which has imported everything."""
 
     def work(path, allocator, seconds, patience):
-        threads = torch.get_num_threads()
-        try:
+        with on_threads(torch.get_num_threads()):  # whatever a worker sets
             return measure.main(path, allocator, seconds)
-        finally:
-            torch.set_num_threads(threads)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "_work", work)
