@@ -19,13 +19,6 @@
 
 namespace vstar::VSTAR_ISA {
 
-// Returns up to how many bytes K and V each are used where they lie: a copy pays where more panels
-// read them than these.
-inline int64_t unpacked_bytes(int64_t frames) {
-  constexpr int64_t kFewPanels = 4;
-  return divide_up(frames, kPanelQueries) <= kFewPanels ? 48 << 10 : 0;
-}
-
 // Which (batch, space, head) a sequence is.
 struct SequenceIndex {
   int64_t batch, space, head;
@@ -77,8 +70,7 @@ class AttentionWeights {
         scratch_(scratch),
         query_(index.in<T>(problem.query, problem.query_strides)),
         keys_(index.in<T>(problem.key, problem.key_strides), problem.key_strides.frame,
-              problem.frames, problem.head_dim, scratch + plan.keys,
-              unpacked_bytes(problem.frames)) {}
+              problem.frames, problem.head_dim, scratch + plan.keys, plan.unpacked_bytes) {}
 
   // Lays out the next panels from `query_begin` on, as many as the scratch holds; returns how many.
   int lay_out(int64_t query_begin, int64_t query_end, Panel* panels) const {

@@ -61,7 +61,7 @@ class SequenceBackward {
         value_sums_(key_sums_ + plan.sums_of_one),
         weights_(args, plan, index_, scratch),
         values_(index_.in<T>(args.value, args.value_strides), args.value_strides.frame, args.frames,
-                args.head_dim, scratch + plan.values, unpacked_bytes(args.frames)),
+                args.head_dim, scratch + plan.values, plan.unpacked_bytes),
         grads_(scratch + plan.grads),
         argmax_(scratch + plan.argmax),
         sums_(scratch + plan.sums),

@@ -49,7 +49,7 @@ class SequenceForward {
         index_(args, sequence),
         weights_(args, plan, index_, scratch),
         values_(index_.in<T>(args.value, args.value_strides), args.value_strides.frame, args.frames,
-                args.head_dim, scratch + plan.values, unpacked_bytes(args.frames)),
+                args.head_dim, scratch + plan.values, plan.unpacked_bytes),
         past_caches_(can_pass_caches<T>(args, args.out, args.out_strides)) {}
 
   // Fetches the rows of the sequence that comes next while this one is computed.

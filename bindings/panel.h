@@ -13,6 +13,7 @@ namespace vstar::VSTAR_ISA {
 constexpr int kMaxVectors = 2;
 constexpr int kPanelQueries = kMaxVectors * kLanes;
 constexpr int kMaxPanels = 4;  // that are in the scratch at once
+constexpr int kFewPanels = 4;  // where more read K and V, a copy of these pays
 
 struct Panel {
   int64_t query_begin;  // of the sequence
@@ -36,13 +37,15 @@ struct PanelPlan {
   int64_t panels;       // that are there at once, at most kMaxPanels
   int64_t padded_keys;  // rows of cells, in whole tiles of products over queries
   int64_t padded_dim;
+  int64_t unpacked_bytes;  // up to which K and V each are read where they lie
   int64_t queries, logits, keys, values, statistics;
   int64_t size = 0;
 
   PanelPlan(const Problem& p, int64_t panels_at_once)
       : panels(panels_at_once),
         padded_keys(round_up(p.frames, kProductRows)),
-        padded_dim(round_up(p.head_dim, kLanes)) {
+        padded_dim(round_up(p.head_dim, kLanes)),
+        unpacked_bytes(divide_up(p.frames, kPanelQueries) <= kFewPanels ? 48 << 10 : 0) {
     const int64_t lanes = panels * kPanelQueries;
     queries = take(lanes * p.head_dim);
     logits = take(lanes * padded_keys);

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "partial_lines.h"
 #include "types.h"
 
 namespace vstar::VSTAR_ISA {
@@ -45,13 +46,6 @@ inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x.v); }
 inline void store_partial(float* p, Vec x, int n) {
   _mm256_maskstore_ps(p, first_lanes(n), x.v);
 }
-
-// Rows that are needed next are fetched into the first cache.
-constexpr int kFetchLocality = 3;
-
-// A vector is a part of a line, whose other parts follow too late to be one store past the caches.
-constexpr bool kStoresPastCaches = false;
-inline void finish_stores() {}
 
 inline Vec widen(const bfloat16*, __m128i bits) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};

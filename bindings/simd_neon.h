@@ -3,6 +3,7 @@
 
 #include <arm_neon.h>
 
+#include "partial_lines.h"
 #include "types.h"
 
 namespace vstar::VSTAR_ISA {
@@ -47,13 +48,6 @@ inline void store_partial(float* p, Vec x, int n) {
   store(buffer, x);
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
 }
-
-// Rows that are needed next are fetched into the first cache.
-constexpr int kFetchLocality = 3;
-
-// A vector is a part of a line, whose other parts follow too late to be one store past the caches.
-constexpr bool kStoresPastCaches = false;
-inline void finish_stores() {}
 
 inline Vec widen(const bfloat16*, uint16x4_t bits) {
   return {vreinterpretq_f32_u32(vshll_n_u16(bits, 16))};

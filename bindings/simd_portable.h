@@ -2,6 +2,7 @@
 // to SSE2, NEON or whatever the target's baseline has.
 #pragma once
 
+#include "partial_lines.h"
 #include "types.h"
 
 namespace vstar::VSTAR_ISA {
@@ -118,13 +119,6 @@ inline Vec load(const float* p) {
   return x;
 }
 inline void store(float* p, Vec x) { __builtin_memcpy(p, &x.v, sizeof x.v); }
-
-// Rows that are needed next are fetched into the first cache.
-constexpr int kFetchLocality = 3;
-
-// A vector is a part of a line, whose other parts follow too late to be one store past the caches.
-constexpr bool kStoresPastCaches = false;
-inline void finish_stores() {}
 
 // Rounds to the nearest integer, for |x| < 2^22: adding 1.5 * 2^23 leaves no bits for the fraction.
 inline Vec round(Vec x) {
