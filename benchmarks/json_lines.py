@@ -40,4 +40,11 @@ def read(path: Path, understand: Callable[[Any], T]) -> list[T]:
 
 def drop_torn_line(path: Path) -> None:
     """Cuts off what an interruption left of a line, so that the next begins a new one."""
-    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    with path.open("rb+") as file:
+        if not file.seek(0, os.SEEK_END):
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read() == b"\n":  # as nearly always: there is no need to read the rest
+            return
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)

@@ -183,6 +183,18 @@ def test_yaml():
     assert decode_yaml("[{a: 1}, {a: 2}]") == [{"a": 1}, {"a": 2}]
 
 
+@pytest.mark.parametrize(
+    "more", ["[{}, {}]", "{{a: {}, b: {}}}", "{{<<: [{}, {}]}}", "{{? {} : {}}}"]
+)
+def test_anchors_that_repeat_each_other_without_end(more):
+    pytest.importorskip("yaml")
+    lines = ["- &a0 {x: 1}"]
+    for level in range(1, 40):
+        lines.append(f"- &a{level} " + more.format(f"*a{level - 1}", f"*a{level - 1}"))
+    with pytest.raises(FormatError, match=re.escape("its anchors repeat more than 1,000,000 ")):
+        decode_yaml("\n".join(lines))
+
+
 LARGE = 2**20
 SAME = json.dumps({"prompt": "p" * (LARGE // 2), "stages": ["a"]})
 FLOODS = {

@@ -22,6 +22,7 @@ SHOWN = 300  # characters of somebody else's text in a message
 SHOWN_ERRORS = 3  # of a document with many
 SHOWN_STEPS, SHOWN_STEP = 8, 40  # of a path, the last ones; characters of each
 LARGEST_FILE = 2**26  # bytes
+MOST_VALUES = 10**6  # that the anchors of a YAML document may repeat
 LONGEST_INTEGER = 309  # characters; those of the largest float
 KEY = "[key]"  # what pydantic adds to the path where a key, not its value, is wrong
 # What pydantic says in other words.
@@ -177,6 +178,7 @@ def decode_yaml(text: str) -> Any:
         if node is None:
             return None
         _check_keys(loader, node)
+        _check_anchors(node)
         return decode(json.dumps(loader.construct_document(node)))
     except RecursionError:
         raise FormatError("it is nested too deeply") from None
@@ -217,6 +219,31 @@ def _check_keys(loader: Any, root: Any) -> None:
                     f"line {line}: {shorten(key.value)} is there twice, first in line {lines[name]}"
                 )
             lines[name] = line
+
+
+def _check_anchors(root: Any) -> None:
+    """Raises FormatError where anchors of anchors make a huge document of a small text."""
+    sizes: dict[int, int] = {}  # how many values a node is, with all within it
+    waiting = [(root, False)]
+    while waiting:
+        node, is_counted_within = waiting.pop()
+        if is_counted_within:
+            sizes[id(node)] = 1 + sum(sizes[id(within)] for within in _within(node))
+        elif id(node) not in sizes:
+            sizes[id(node)] = 1  # until then; what is within itself is refused later
+            waiting.append((node, True))
+            waiting += [(within, False) for within in _within(node)]
+    if sizes[id(root)] > max(MOST_VALUES, len(sizes)):
+        raise FormatError(f"its anchors repeat more than {MOST_VALUES:,} values")
+
+
+def _within(node: Any) -> list[Any]:
+    """Returns the nodes of a list, and the keys and values of an object."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        return [item for pair in node.value for item in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
 def _first_problem(decoded: Any) -> str:
