@@ -27,7 +27,7 @@ from tyro.conf import Positional
 from benchmarks import json_lines, pytest_lines, results
 from benchmarks.machine import ROOT, end_with_parent
 from benchmarks.results import ResultsError
-from vstar_kernels.cli.options import several
+from vstar_kernels.cli.options import integer, number, parsed, several
 
 MOST_JOBS = 16
 PATIENCE = 90.0  # seconds for one peer of a case, or one test, kernels compiled by then
@@ -119,13 +119,13 @@ class Options:
     """A folder for the results."""
     resume: Path | None = None
     """A folder with results of these stages to go on with."""
-    limit: float = 570.0
+    limit: Annotated[float, parsed(number, "SECONDS")] = 570.0
     """Seconds for all."""
     device: Literal["cuda", "cpu"] = "cuda"
     """A CPU, for a dry run."""
     quick: tyro.conf.FlagCreatePairsOff[bool] = False
     """Do little of each stage."""
-    jobs: int = min(MOST_JOBS, os.cpu_count() or 1)
+    jobs: Annotated[int, parsed(integer(1), "N")] = min(MOST_JOBS, os.cpu_count() or 1)
     """Processes that compile and test."""
 
 
@@ -250,11 +250,11 @@ class Check:
         self._python(calls, seconds / 3)  # which compiles them
         # PyTorch's caching allocator would hide accesses past the end of a tensor.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        for number, tool in enumerate(SANITIZERS):
+        for tried, tool in enumerate(SANITIZERS):
             if tools.get(tool, {}).get("outcome") == "passed":
                 continue
             began = time.monotonic()
-            share = (deadline - began) / (len(SANITIZERS) - number)
+            share = (deadline - began) / (len(SANITIZERS) - tried)
             command = [
                 program,
                 "--tool",
@@ -361,7 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, end)  # what is running is stopped, and the summary written
+    for request in (signal.SIGTERM, signal.SIGINT):  # what runs is stopped, the summary written
+        signal.signal(request, end)
     return Check(options).run()
 
 

@@ -12,13 +12,14 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import triton
 import tyro
 
 from benchmarks.codegen import cases, column_cases, frame_cases, report
 from benchmarks.codegen.compile import in_processes
+from vstar_kernels.cli.options import integer, parsed
 
 FAMILIES = ("tile", "stream", "frames", "columns")
 TABLES = (*frame_cases.VARIANTS, *column_cases.TABLES)
@@ -41,7 +42,7 @@ class Options(cases.Selection):
     other_triton: tyro.conf.FlagCreatePairsOff[bool] = False
     """This Triton is another than the configurations were chosen with. It may spill a few bytes
     more, and take more shared memory than they say, within what the target has."""
-    jobs: int = 1
+    jobs: Annotated[int, parsed(integer(1), "N")] = 1
     """Processes."""
 
     def has(self, key: cases.Key) -> bool:

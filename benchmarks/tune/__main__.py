@@ -17,7 +17,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -26,6 +26,7 @@ from benchmarks.codegen import cases
 from benchmarks.codegen.cases import Entry, Key
 from benchmarks.codegen.compile import in_processes
 from benchmarks.tune import choose, times
+from vstar_kernels.cli.options import integer, parsed
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Options(cases.Selection):
     """Families of kernels."""
     direction: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
     """Whether of outputs or of gradients."""
-    jobs: int = 1
+    jobs: Annotated[int, parsed(integer(1), "N")] = 1
     """Processes that compile."""
     times: Path | None = None
     """Measure, and only write this file: JSON lines, to which a later call adds what it lacks."""

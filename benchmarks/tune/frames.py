@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -31,6 +31,7 @@ from benchmarks.tune.candidates import LEAST_BYTES, itemsize
 from benchmarks.tune.choose import LEAST_SHARED, inspect_fit, write_tables
 from vstar_kernels.attention.triton import configs
 from vstar_kernels.attention.triton.configs import FramesConfig
+from vstar_kernels.cli.options import integer, parsed
 
 SIZES = json.loads(Path(__file__).with_name("frame_candidates.json").read_text())
 
@@ -51,7 +52,7 @@ class Options(cases.Selection):
     """Choose by compiled code, for every target, without a GPU."""
     repair: tyro.conf.FlagCreatePairsOff[bool] = False
     """Keep those that are fit; without a GPU."""
-    jobs: int = 1
+    jobs: Annotated[int, parsed(integer(1), "N")] = 1
     """Processes, without a GPU."""
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -115,6 +116,27 @@ def test_what_is_no_stage_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         gpu_check.main(["2", "tiel"])
     assert "must be a run or a stage, got 'tiel'" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("option", "value"), [("--jobs", "0"), ("--limit", "nan")])
+def test_numbers_that_no_run_can_have_are_refused(option, value, capsys):
+    with pytest.raises(SystemExit) as refused:
+        gpu_check.main(["tune", option, value])
+    assert refused.value.code == 2
+    assert f"got '{value}'" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("request_", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_to_end_is_an_exit(request_, monkeypatch):
+    monkeypatch.setattr(Check, "run", lambda self: signal.raise_signal(request_))
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            gpu_check.main(["tune"])
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+    assert ended.value.code == 128 + request_
 
 
 def test_a_run_is_of_few_files_and_its_stages_fit_into_ten_minutes():
