@@ -1,6 +1,8 @@
 #include "delta.h"
 
 #include <algorithm>
+#include <cfloat>
+#include <cmath>
 #include <cstdlib>
 
 namespace vstar {
@@ -22,9 +24,11 @@ void transpose(const float* in, int64_t row_stride, int64_t column_stride, int64
 }
 
 bool is_readable_in_place(const UserDelta& delta) {
-  return delta.is_table() ? delta.form == Form::gaussian && delta.stride == 1
-                          : delta.row_stride == 1;
+  return delta.form == Form::gaussian && delta.stride == 1;
 }
+
+// Returns what the kernels compute with: a subnormal entry can cost a hundred cycles at each use.
+float normal(float entry) { return std::abs(entry) < FLT_MIN ? 0.0f : entry; }
 
 }  // namespace
 
@@ -40,11 +44,12 @@ int64_t layout_floats(const UserDelta& delta, int64_t frames) {
 void lay_out(const UserDelta& delta, float* floats, Problem& problem) {
   if (delta.form == Form::none) return;
   const int64_t frames = problem.frames;
-  problem.delta = floats;
+  float* const begin = floats;
+  problem.delta = begin;
   if (is_readable_in_place(delta)) {
-    problem.delta = delta.data + (delta.is_table() ? delta.entry(0) : 0);
+    problem.delta = delta.data + delta.entry(0);
     problem.delta_head_stride = delta.head_stride;
-    problem.delta_key_stride = delta.is_table() ? -1 : delta.stride;
+    problem.delta_key_stride = -1;
   } else if (delta.is_table()) {
     problem.delta = floats + frames - 1;
     problem.delta_head_stride = 2 * frames - 1;
@@ -64,6 +69,7 @@ void lay_out(const UserDelta& delta, float* floats, Problem& problem) {
     }
   }
   if (delta.heads == 1) problem.delta_head_stride = 0;
+  std::transform(begin, begin + layout_floats(delta, frames), begin, normal);
 }
 
 void write_table_gradient(const UserDelta& delta, const float* by_distance, int64_t frames,

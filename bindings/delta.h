@@ -9,7 +9,8 @@
 //     dense       (N, N) or (heads, N, N)        row i, column j
 //
 // The kernels take queries along their lanes, so Δ of consecutive queries must lie next to each
-// other: they read a table over i - j, or a transposed matrix (Problem in types.h).
+// other: they read a table over i - j, or a transposed matrix (Problem in types.h). Subnormal entries
+// are zero there, as they are in the gaussian's table.
 #pragma once
 
 #include "types.h"
@@ -33,7 +34,7 @@ struct UserDelta {
   int64_t entry(int64_t distance) const;
 };
 
-// Returns how many floats lay_out() needs; none where the kernels can read the user's own.
+// Returns how many floats lay_out() needs; none where the kernels read the gaussian's own table.
 int64_t layout_floats(const UserDelta& delta, int64_t frames);
 
 // Sets the problem's delta to Δ as the kernels read it, in `floats`.

@@ -108,6 +108,21 @@ def test_three_forms_agree():
         assert torch.equal(tar(q, k, v, bias), expected)
 
 
+def test_subnormal_entries_are_zero():
+    """Each would cost a hundred cycles; this strength would show them."""
+    q, k, v = inputs(2, 9, 2, 16)
+    table, matrix = torch.zeros(9), torch.zeros(9, 9)
+    table[1::3], matrix[2, 1::2] = 1e-39, -1e-39
+    for form, entries in (
+        (vk.ToeplitzBias, table),
+        (vk.DenseBias, matrix),
+        (vk.DenseBias, matrix.mT.contiguous().mT),
+    ):
+        found = tar(q, k, v, form(entries, strength=1e38, stat="none"))
+        zeros = form(torch.zeros_like(entries), strength=1e38, stat="none")
+        assert torch.equal(found, tar(q, k, v, zeros))
+
+
 @pytest.mark.parametrize("clamp", [False, True])
 def test_negative_row_maxima(clamp):
     q, k, v = inputs(2, 21, 3, 16)
