@@ -67,7 +67,8 @@ test: native $(STAMP)
 	$(PYTEST) $(ARGS) $(OR_NO_TEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/attention/test_triton.py tests/attention/test_large_logits.py \
 		tests/attention/test_descriptors.py \
-		tests/attention/frames/test_triton.py tests/attention/columns/test_triton.py \
+		tests/attention/frames/test_triton.py tests/attention/frames/test_large_logits.py \
+		tests/attention/columns/test_triton.py \
 		$(ARGS) $(OR_NO_TEST)
 
 # Not of `make test`, as Ray is large, and a cluster of two nodes takes seconds to start and to lose.

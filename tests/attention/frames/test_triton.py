@@ -84,6 +84,17 @@ def test_options(case, monkeypatch):
     assert_frames(run(*arguments, **options), *arguments, **options)
 
 
+def test_biases_count_without_a_scale():
+    """A finite one is no mask, however far below; there a row sees nothing else."""
+    layout = vk.Layout(vk.Frames(3, 16))
+    query, key, value = torch.randn(3, 1, 48, 1, 16).unbind()
+    table = torch.tensor([[-1e9] * 3, [0.0, -1e9, 2.0], [-torch.inf, 0.0, 1.0]])
+    rule = vk.FrameRule.bias(table)
+    found = run(query, key, value, layout, rule, scale=0.0)
+    expected = eager_frames(*(x.double() for x in (query, key, value)), layout, rule, scale=0.0)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("lengths", [None, [20, 40]])
 @pytest.mark.parametrize("stat", ["row_max", "frame_max"])
 @pytest.mark.parametrize("twice", [False, True])

@@ -27,22 +27,25 @@ from vstar_kernels.attention.triton import frames_plan, frames_slots, plan
 from vstar_kernels.attention.triton.configs import FramesConfig
 from vstar_kernels.attention.triton.frames_plan import FramesKey
 from vstar_kernels.attention.triton.frames_primitives import (
+    bias,
     find_keys,
     frame_logits,
     key_length,
     read_range,
     read_weights,
     slot_bias,
+    unit,
 )
 from vstar_kernels.attention.triton.frames_slots import RuleTables
 from vstar_kernels.attention.triton.plan import DeviceTables, Launch
 from vstar_kernels.attention.triton.primitives import (
-    LOG2E,
     add_weighted_sums,
     inner_products,
     load_heads,
+    probabilities,
     store_heads,
     times,
+    weights,
     zero_heads,
 )
 
@@ -144,8 +147,9 @@ def grad_query_kernel(
     b_stat = b_lse
     if RULE.DELTA:
         b_stat = row_statistic(
-            t, o_row, i_batch * stat_batch + i_head * stat_head + i * stat_token, m_i, RULE
-        )
+            t, o_row, i_batch * stat_batch + i_head * stat_head + i * stat_token, m_i, exp2_scale,
+            RULE,
+        )  # fmt: skip
     p_grad_map = t.grad_map
     if GRAD_MAP:
         p_grad_map += ((i_batch * heads + i_head) // map_head) * frames * (key_frames + 1)
@@ -159,7 +163,7 @@ def grad_query_kernel(
             i_frame = tl.load(t.slots + i_slot * 3)
             m_rule = (b_frame >= 0) & (i_frame >= 0)
             weights = read_weights(t, o_rule, o_pair, i_frame, m_rule, pairs, factor_half, RULE)
-            b_bias = slot_bias(t, o_rule, i_frame, m_rule, b_stat, RULE) - b_lse
+            b_bias = slot_bias(t, o_rule, i_frame, m_rule, b_stat, RULE)
             i_column = tl.where(i_frame >= 0, i_frame, key_frames)
             p = p_grad_map + b_frame * (key_frames + 1) + i_column
             b_grad = b_row_weight * tl.load(p, mask=b_frame >= 0, other=0.0)
@@ -172,7 +176,9 @@ def grad_query_kernel(
                     j, m_j = find_keys(t.key_order, o_j, end, length, RULE)
                     b_k = load_heads(p_k, j.to(HEAD.OFFSET) * k_token * HEAD.UNIT, m_j, HEAD)
                     b_s, _ = frame_logits(b_q, b_k, m_j, o_j + shift, b_place, weights, HEAD, RULE)
-                    b_p = tl.exp2(b_s * exp2_scale + tl.expand_dims(b_bias, 1))  # (ROWS, KEYS)
+                    if RULE.DELTA or RULE.OFFSET:
+                        b_s += tl.expand_dims(b_bias, 1)
+                    b_p = probabilities(b_s, b_lse, exp2_scale)  # (ROWS, KEYS)
                     b_dot += tl.sum(b_p, 1) * b_grad
     tl.store(t.row_dot + o_row, b_dot, mask=m_i)
 
@@ -187,7 +193,6 @@ def grad_query_kernel(
         weights = read_weights(t, o_rule, o_pair, i_frame, m_rule, pairs, factor_half, RULE)
         b_bias = slot_bias(t, o_rule, i_frame, m_rule, b_stat, RULE)
         m_seen = m_rule & (b_bias > float("-inf"))  # by the statistic
-        b_bias -= b_lse
         b_minus = -b_dot
         if GRAD_MAP:
             i_column = tl.where(i_frame >= 0, i_frame, key_frames)
@@ -219,7 +224,9 @@ def grad_query_kernel(
                         m_one = tl.expand_dims(j, 0) == tl.expand_dims(b_first, 1)
                         b_one = tl.sum(tl.where(m_one, b_a, 0.0), 1)
                         b_factor = tl.where(m_higher, b_one, b_factor)
-                b_p = tl.exp2(b_s * exp2_scale + tl.expand_dims(b_bias, 1))  # (ROWS, KEYS)
+                if RULE.DELTA or RULE.OFFSET:
+                    b_s += tl.expand_dims(b_bias, 1)
+                b_p = probabilities(b_s, b_lse, exp2_scale)  # (ROWS, KEYS)
                 b_dp = inner_products(b_do, b_v, HEAD)  # (ROWS, KEYS)
                 b_ds = b_p * (b_dp + tl.expand_dims(b_minus, 1))  # (ROWS, KEYS)
                 if RULE.DELTA:
@@ -259,7 +266,7 @@ def grad_query_kernel(
                     weights = read_weights(
                         t, o_rule, o_pair, i_frame, m_rule, pairs, factor_half, RULE
                     )
-                    b_minus_lse = tl.where(m_chosen, -b_stat_lse, float("-inf"))
+                    b_chosen_lse = tl.where(m_chosen, b_stat_lse, float("inf"))
                     for i_range in tl.range(
                         tl.load(t.slots + i_slot * 3 + 1),
                         tl.load(t.slots + i_slot * 3 + 2),
@@ -274,7 +281,7 @@ def grad_query_kernel(
                             b_s, b_a = frame_logits(
                                 b_q, b_k, m_j, o_j + shift, b_place, weights, HEAD, RULE
                             )
-                            b_p = tl.exp2(b_s * exp2_scale + tl.expand_dims(b_minus_lse, 1))
+                            b_p = probabilities(b_s, b_chosen_lse, exp2_scale)
                             b_ds = b_p * tl.expand_dims(b_grad_row, 1)  # (ROWS, KEYS)
                             if RULE.FACTOR:
                                 b_ds *= b_a
@@ -284,12 +291,12 @@ def grad_query_kernel(
 
 
 @triton.jit
-def row_statistic(t, o_row, o_stat, m_i, RULE: tl.constexpr):
-    """Returns rows' statistics to base 2, before they are clamped."""
+def row_statistic(t, o_row, o_stat, m_i, exp2_scale, RULE: tl.constexpr):
+    """Returns rows' statistics, before they are clamped."""
     if RULE.STAT == "none":
-        b_stat = tl.full(m_i.shape, LOG2E, tl.float32)
+        b_stat = tl.zeros(m_i.shape, tl.float32) + unit(exp2_scale)
     elif RULE.STAT == "tensor":
-        b_stat = tl.load(t.stat + o_stat, mask=m_i, other=0.0) * LOG2E
+        b_stat = tl.load(t.stat + o_stat, mask=m_i, other=0.0) * unit(exp2_scale)
     else:
         b_stat = tl.load(t.row_stat + o_row, mask=m_i, other=0.0)
     return b_stat
@@ -379,14 +386,19 @@ def grad_key_kernel(
                     b_s, b_a = frame_logits(
                         b_k, b_q, m_i, o_i + shift, b_place, weights, HEAD, RULE
                     )  # (ROWS, KEYS)
-                    b_bias = tl.expand_dims(b_offset, 1) - tl.expand_dims(b_lse, 0)
-                    if RULE.DELTA:
-                        o_stat = i_batch * stat_batch + i_head * stat_head + i * stat_token
-                        b_stat = row_statistic(t, o_row, o_stat, m_i, RULE)  # (KEYS,)
-                        if RULE.CLAMP:
-                            b_stat = tl.maximum(b_stat, 0.0)
-                        b_bias += tl.expand_dims(b_delta, 1) * tl.expand_dims(b_stat, 0)
-                    b_p = tl.exp2(b_s * exp2_scale + b_bias)  # (ROWS, KEYS)
+                    b_logits = b_s
+                    if RULE.DELTA or RULE.OFFSET:
+                        b_stat = b_lse
+                        if RULE.DELTA:
+                            o_stat = i_batch * stat_batch + i_head * stat_head + i * stat_token
+                            b_stat = row_statistic(t, o_row, o_stat, m_i, exp2_scale, RULE)
+                        b_logits += bias(
+                            tl.expand_dims(b_stat, 0),
+                            tl.expand_dims(b_delta, 1),
+                            tl.expand_dims(b_offset, 1),
+                            RULE,
+                        )
+                    b_p = probabilities_of_columns(b_logits, b_lse, exp2_scale)  # (ROWS, KEYS)
                     b_dv = add_weighted_sums(b_dv, b_p.to(b_do[0].dtype), b_do, HEAD)  # (ROWS, D)
                     b_dp = inner_products(b_v, b_do, HEAD)  # (ROWS, KEYS)
                     if GRAD_MAP:
@@ -403,7 +415,7 @@ def grad_key_kernel(
                         b_stat_lse = tl.load(t.stat_lse + o_row, mask=m_i, other=0.0)
                         m_chosen = tl.expand_dims(b_frame, 1) == tl.expand_dims(b_stat_frame, 0)
                         m_chosen = m_chosen & (tl.expand_dims(b_stat_frame, 0) >= 0)
-                        b_share = tl.exp2(b_s * exp2_scale - tl.expand_dims(b_stat_lse, 0))
+                        b_share = probabilities_of_columns(b_s, b_stat_lse, exp2_scale)
                         b_share *= tl.expand_dims(b_grad_row, 0)
                         b_ds += tl.where(m_chosen, b_share, 0.0)
                     if RULE.FACTOR:
@@ -418,6 +430,12 @@ def grad_key_kernel(
     b_dv = tl.where(m_key, b_dv[0], 0.0), tl.where(m_key, b_dv[1], 0.0)
     store_heads(t.grad_k, o_dk, m_j, b_dk, HEAD)
     store_heads(t.grad_v, o_dv, m_j, b_dv, HEAD)
+
+
+@triton.jit
+def probabilities_of_columns(b_s, b_lse, exp2_scale):
+    """Returns what :func:`probabilities` does of transposed logits, whose columns are queries."""
+    return weights((b_s - tl.expand_dims(b_lse, 0)) * exp2_scale)
 
 
 @dataclass(frozen=True)
@@ -534,7 +552,6 @@ def _plan_sweep(
         strides += [key.grad_out, key.grad_key, key.grad_value]
     else:
         strides += [key.out, key.grad_out, key.grad_query]
-    scale = max(abs(key.options.scale), frames_plan.SMALLEST_SCALE)
     named = named | set(tables)
     launch = Launch(
         grad_key_kernel if by_keys else grad_query_kernel,
@@ -555,8 +572,8 @@ def _plan_sweep(
             1 if key.options.mean_map == "heads" else key.heads,
             *(stride for x in strides for stride in key.in_units(x)),
             *(key.stat or (0, 0, 0)),
-            scale * plan.LOG2E,
-            math.copysign(scale, key.options.scale),
+            key.scale * plan.LOG2E,
+            math.copysign(key.scale, key.options.scale),
         ),
         {
             "HEAD": key.head(),

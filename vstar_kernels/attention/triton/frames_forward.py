@@ -49,15 +49,20 @@ from vstar_kernels.attention.triton.frames_primitives import (
     read_range,
     read_weights,
     slot_bias,
+    unit,
 )
 from vstar_kernels.attention.triton.frames_slots import RuleTables, TileTables
 from vstar_kernels.attention.triton.plan import DeviceTables, Launch
 from vstar_kernels.attention.triton.primitives import (
-    LOG2E,
     add_weighted_sums,
+    exponentials,
+    larger,
     load_heads,
+    log_sum,
     store_heads,
+    subtrahend,
     times,
+    weights,
     zero_heads,
 )
 
@@ -75,7 +80,7 @@ class Tensors(NamedTuple):
     key_lengths: Any  # (batch,)
     stat: Any  # (batch, tokens, heads)
     delta: Any  # ([heads,] frames, key frames), like offset
-    offset: Any  # in units of log 2
+    offset: Any  # in units of the product qᵀk, as all logits and what is added to them
     factor: Any  # (2, [heads,] frames, key frames)
     span: Any  # (2, frames, key frames), like band
     band: Any
@@ -91,7 +96,7 @@ class Tensors(NamedTuple):
     entry_frame: Any  # (entries,): the query frame of each
     part: Any  # (programs, slots, ROWS, width): scratch, like all to frame_lse
     part_size: Any  # (programs, slots, ROWS): what a row's part was divided by
-    part_lse: Any  # (programs, slots, ROWS), to base 2, like all that follow
+    part_lse: Any  # (programs, slots, ROWS)
     frame_lse: Any  # (programs, key frames + 1, ROWS)
     lse: Any  # (batch, heads, tokens), like all to stat_lse
     row_stat: Any  # before it is clamped
@@ -121,15 +126,15 @@ class Keys(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """An online softmax (Milakov and Gimelshein, 2018), to base 2."""
+    """An online softmax (Milakov and Gimelshein, 2018)."""
 
-    max: Any  # (ROWS,)
+    max: Any  # (ROWS,): of the logits with their bias
     total: Any  # (ROWS,): the sum of exponentials
     o: Any  # (ROWS, D): that of values
 
 
 class Statistic(NamedTuple):
-    """The rows' statistics so far, to base 2; each ``(ROWS,)``."""
+    """The rows' statistics so far; each ``(ROWS,)``."""
 
     value: Any
     frame: Any  # of frame_max: where it is from
@@ -165,6 +170,7 @@ def frames_kernel(
     WIDTH: tl.constexpr = HEAD.MAIN + HEAD.REST
     SPLIT: tl.constexpr = WAY == "split"
     REVISIT: tl.constexpr = WAY == "revisit"
+    BIASED: tl.constexpr = (RULE.DELTA or RULE.OFFSET) and not SPLIT
     r = tl.arange(0, ROWS)
     i_program = tl.program_id(0).to(tl.int64)
     p_part = t.part
@@ -209,10 +215,10 @@ def frames_kernel(
 
         b_stat = tl.full((ROWS,), float("-inf"), tl.float32)
         if RULE.STAT == "none":
-            b_stat = tl.full((ROWS,), LOG2E, tl.float32)
+            b_stat = tl.zeros((ROWS,), tl.float32) + unit(exp2_scale)
         elif RULE.STAT == "tensor":
             o_stat = i_batch * stat_batch + i_head * stat_head + i * stat_token
-            b_stat = tl.load(t.stat + o_stat, mask=m_i, other=0.0) * LOG2E
+            b_stat = tl.load(t.stat + o_stat, mask=m_i, other=0.0) * unit(exp2_scale)
         b_lowest = tl.full((ROWS,), float("-inf"), tl.float32)
         b_zero = tl.zeros((ROWS,), tl.float32)
         statistic = Statistic(b_stat, tl.full((ROWS,), -1, tl.int32), b_lowest)
@@ -222,7 +228,7 @@ def frames_kernel(
             first_once = tl.load(t.biased + o_tile)
             for i_slot in tl.range(first_slot, first_once, num_stages=1):
                 _, statistic = add_slot(
-                    t, i_slot, rows, of_keys, b_zero, Softmax(b_lowest, b_zero, b_zero), statistic,
+                    t, i_slot, rows, of_keys, None, Softmax(b_lowest, b_zero, b_zero), statistic,
                     True, p_frame_lse, pairs, factor_half, exp2_scale, HEAD, RULE,
                     VALUES=False, GATHER=True, MAP=False, KEYS=KEYS, STAGES=STAGES,
                 )  # fmt: skip
@@ -231,13 +237,12 @@ def frames_kernel(
             i_slot = n
             if REVISIT:  # those without a bias, and then the others again
                 i_slot = tl.where(n < end_slot, n, n - (end_slot - first_slot))
-            b_bias = b_zero
+            b_bias = None
             if SPLIT:
                 softmax = Softmax(b_lowest, b_zero, zero_heads(ROWS, HEAD))
-            elif REVISIT:
-                b_bias = rows_bias(t, rows, i_slot, or_zero(statistic.value), RULE)
-            else:
-                b_bias = rows_bias(t, rows, i_slot, statistic.value, RULE)
+            elif BIASED:
+                b_so_far = or_zero(statistic.value) if REVISIT else statistic.value
+                b_bias = rows_bias(t, rows, i_slot, b_so_far, RULE)
             softmax, statistic = add_slot(
                 t, i_slot, rows, of_keys, b_bias, softmax, statistic,
                 n < end_slot, p_frame_lse, pairs, factor_half, exp2_scale, HEAD, RULE,
@@ -250,7 +255,8 @@ def frames_kernel(
                     b_size = size(b_part, HEAD)
                     b_part = times(b_part, tl.expand_dims(1.0 / b_size, 1))
                     tl.store(p_part_size + o_slot, b_size)
-                tl.store(p_part_lse + o_slot, log_sum(softmax))
+                b_lse = seen_log_sum(softmax.max, softmax.total, exp2_scale)
+                tl.store(p_part_lse + o_slot, b_lse)
                 m_row = tl.full((ROWS,), True, tl.int1)
                 store_heads(p_part, o_slot.to(tl.int64) * WIDTH, m_row, b_part, HEAD)
 
@@ -261,13 +267,14 @@ def frames_kernel(
             tl.debug_barrier()  # what follows reads what other threads stored
         if SPLIT:
             softmax = merged(
-                t, rows, b_stat, first_slot, end_slot, p_part, p_part_size, p_part_lse, HEAD, RULE
-            )
+                t, rows, b_stat, first_slot, end_slot, p_part, p_part_size, p_part_lse, exp2_scale,
+                HEAD, RULE,
+            )  # fmt: skip
 
         p_out = t.out + (i_batch * out_batch + i_head * out_head) * HEAD.UNIT
         b_out = times(softmax.o, tl.expand_dims(inverse(softmax.total), 1))
         store_heads(p_out, i * out_token * HEAD.UNIT, m_i, b_out, HEAD)
-        b_lse = log_sum(softmax)
+        b_lse = seen_log_sum(softmax.max, softmax.total, exp2_scale)
         if SAVE:
             o_row = i_sequence.to(tl.int64) * tokens + i
             tl.store(t.lse + o_row, b_lse, mask=m_i)
@@ -277,14 +284,14 @@ def frames_kernel(
                 tl.store(t.stat_frame + o_row, statistic.frame, mask=m_i)
                 tl.store(t.stat_lse + o_row, statistic.lse, mask=m_i)
         if MAP:
-            b_minus = tl.where(b_lse == float("-inf"), float("-inf"), -b_lse)
+            b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
             first_entry = tl.load(t.entries + i_tile * 2)
             end_entry = tl.load(t.entries + i_tile * 2 + 1)
             p_mass = t.mass + i_sequence.to(tl.int64) * entries * (key_frames + 1)
             for i_slot in tl.range(first_slot, end_slot, num_stages=1):
-                b_bias = b_minus
+                b_bias = b_zero
                 if SPLIT:
-                    b_bias += rows_bias(t, rows, i_slot, b_stat, RULE)
+                    b_bias = rows_bias(t, rows, i_slot, b_stat, RULE)
                 for i_range in tl.range(
                     tl.load(t.slots + i_slot * 3 + 1),
                     tl.load(t.slots + i_slot * 3 + 2),
@@ -292,7 +299,8 @@ def frames_kernel(
                 ):
                     ends = tl.load(t.ranges + i_range * 4 + 3)
                     if ends >= 0:
-                        b_mass = tl.exp2(tl.load(p_frame_lse + ends * ROWS + r) + b_bias)
+                        b_frame_lse = tl.load(p_frame_lse + ends * ROWS + r) + b_bias
+                        b_mass = weights((b_frame_lse - b_lse) * exp2_scale)
                         for i_entry in tl.range(first_entry, end_entry, num_stages=1):
                             m_entry = b_frame == tl.load(t.entry_frame + i_entry)
                             mass = tl.sum(tl.where(m_entry, b_mass, 0.0), 0)
@@ -310,6 +318,10 @@ def add_slot(
 ):  # fmt: skip
     """Adds a slot to the softmax with ``VALUES``, and to the statistic if it ``is_new``.
 
+    The bias, None where there is none, is one number for each row, so what is compared is the
+    slot's logits without it, and the maximum so far less the bias: a logit's exponential takes a
+    difference and a product, which is 0 at the maximum, however large that is.
+
     ``GATHER`` says that slots may be new. While they are, the softmax must hold nothing with a
     bias, as its maximum is the slots'. ``MAP`` leaves the log-sum-exps of the slot's frames, with
     their bias.
@@ -324,6 +336,9 @@ def add_slot(
         b_offset = tl.load(t.offset + rows.rule + i_frame, mask=m_rule, other=0.0)
         m_seen = m_seen & (b_offset > float("-inf"))
     b_max = softmax.max
+    if b_bias is not None:  # rows that do not see the slot have been beyond it all along
+        b_max = tl.where(b_bias == float("-inf"), float("inf"), b_max - b_bias)
+    b_before = b_max
     b_total = softmax.total
     b_o = softmax.o
     b_stat = statistic.value
@@ -351,12 +366,11 @@ def add_slot(
             )  # (ROWS, KEYS)
             if GATHER and RULE.STAT == "frame_max":
                 b_count += count_keys(m_j, n + shift, rows.place, weights, RULE)
-            b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * exp2_scale + b_bias)
+            b_new_max = larger(b_max, tl.max(b_s, 1))
             if VALUES or BY_FRAME:
-                m_none = b_new_max == float("-inf")  # nothing is seen so far
-                b_shrink = tl.exp2(b_max - tl.where(m_none, 0.0, b_new_max))
-                b_shift = tl.where(m_none, float("inf"), b_new_max - b_bias)
-                b_p = tl.exp2(b_s * exp2_scale - tl.expand_dims(b_shift, 1))  # (ROWS, KEYS)
+                m_same = b_new_max == b_max  # infinite ones too
+                b_shrink = tl.where(m_same, 1.0, tl.exp2((b_max - b_new_max) * exp2_scale))
+                b_p = exponentials(b_s, subtrahend(b_new_max), exp2_scale)  # (ROWS, KEYS)
                 b_sum = tl.sum(b_p, 1)
                 if BY_FRAME:
                     b_frame_total = b_frame_total * b_shrink + b_sum
@@ -369,22 +383,25 @@ def add_slot(
             b_max = b_new_max
         if BY_FRAME:
             if ends >= 0:
-                b_frame_lse = b_max + tl.log2(b_frame_total)
-                b_frame_lse = tl.where(b_frame_total == 0.0, float("-inf"), b_frame_lse)
+                b_frame_lse = seen_log_sum(b_max, b_frame_total, exp2_scale)
                 if GATHER and RULE.STAT == "frame_max":
-                    b_mean = b_frame_lse - tl.log2(tl.maximum(b_count, 1.0))
+                    b_mean = b_frame_lse - tl.log2(tl.maximum(b_count, 1.0)) / exp2_scale
                     m_first = (b_mean == b_stat) & (ends < b_stat_frame)
                     m_higher = m_seen & (b_count > 0) & ((b_mean > b_stat) | m_first)
                     b_stat = tl.where(m_higher, b_mean, b_stat)
                     b_stat_frame = tl.where(m_higher, ends, b_stat_frame)
                     b_stat_lse = tl.where(m_higher, b_frame_lse, b_stat_lse)
                 if MAP:
+                    if b_bias is not None:
+                        b_frame_lse += b_bias
                     p = p_frame_lse + ends * ROWS + tl.arange(0, ROWS)
                     tl.store(p, b_frame_lse)
                 b_frame_total = tl.zeros((ROWS,), tl.float32)
                 b_count = tl.zeros((ROWS,), tl.float32)
     if GATHER and RULE.STAT == "row_max":
         b_stat = tl.where(m_seen, tl.maximum(b_stat, b_max), b_stat)
+    if b_bias is not None:  # the same number as it was, where it is not from this slot
+        b_max = tl.where(b_max == b_before, softmax.max, b_max + b_bias)
     return Softmax(b_max, b_total, b_o), Statistic(b_stat, b_stat_frame, b_stat_lse)
 
 
@@ -398,7 +415,7 @@ def rows_bias(t, rows, i_slot, b_stat, RULE: tl.constexpr):
 
 @triton.jit
 def merged(
-    t, rows, b_stat, first_slot, end_slot, p_part, p_part_size, p_part_lse,
+    t, rows, b_stat, first_slot, end_slot, p_part, p_part_size, p_part_lse, exp2_scale,
     HEAD: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """Returns the softmax over all slots, of their partial outputs."""
@@ -408,13 +425,13 @@ def merged(
     for i_slot in tl.range(first_slot, end_slot, num_stages=1):
         b_part_lse = tl.load(p_part_lse + (i_slot - first_slot) * ROWS + r)
         b_max = tl.maximum(b_max, b_part_lse + rows_bias(t, rows, i_slot, b_stat, RULE))
-    b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
+    b_max = subtrahend(b_max)
     b_total = tl.zeros((ROWS,), tl.float32)
     b_o = zero_heads(ROWS, HEAD)
     for i_slot in tl.range(first_slot, end_slot, num_stages=1):
         b_bias = rows_bias(t, rows, i_slot, b_stat, RULE)
         o_slot = (i_slot - first_slot) * ROWS + r
-        b_weight = tl.exp2(tl.load(p_part_lse + o_slot) + b_bias - b_max)
+        b_weight = tl.exp2((tl.load(p_part_lse + o_slot) + b_bias - b_max) * exp2_scale)
         b_total += b_weight
         if p_part_size is not None:
             b_weight *= tl.load(p_part_size + o_slot)
@@ -435,10 +452,9 @@ def or_zero(b_stat):
 
 
 @triton.jit
-def log_sum(softmax):
-    """Returns the logarithms of the sums of exponentials, to base 2; −∞ where nothing is seen."""
-    b_lse = softmax.max + tl.log2(softmax.total)
-    return tl.where(softmax.total == 0.0, float("-inf"), b_lse)
+def seen_log_sum(b_max, b_total, exp2_scale):
+    """Returns the :func:`log_sum` of exponentials, −∞ where nothing is seen."""
+    return tl.where(b_total == 0.0, float("-inf"), log_sum(b_max, b_total, exp2_scale))
 
 
 @triton.jit
@@ -577,7 +593,7 @@ def _plan(
             *key.in_units(key.value),
             *key.in_units(key.out),
             *(key.stat or (0, 0, 0)),
-            max(abs(key.options.scale), frames_plan.SMALLEST_SCALE) * plan.LOG2E,
+            key.scale * plan.LOG2E,
         ),
         {
             "HEAD": key.head(),

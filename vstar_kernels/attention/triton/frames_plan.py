@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vstar_kernels.attention.frames.call import FrameCall, FrameGradients, FrameOptions
 
 SMALLEST_SCALE = 1e-30  # negligible, and still possible to divide by
+LARGEST_OFFSET = 1e38  # over the scale; sums of two are finite
 # Of a weight of the statistic, as the statistic's share of it: below what its type resolves.
 NEGLIGIBLE = {torch.float32: 2.0**-26, torch.bfloat16: 2.0**-16, torch.float16: 2.0**-16}
 
@@ -92,6 +93,11 @@ class FramesKey(NamedTuple):
         """Whether the map is wanted."""
         return self.options.mean_map != "none"
 
+    @property
+    def scale(self) -> float:
+        """The scale's size, by which it is possible to divide."""
+        return max(abs(self.options.scale), SMALLEST_SCALE)
+
     def statistic(self, rule: RuleTables) -> str:
         """Returns the statistic that is needed."""
         return self.options.stat if rule.delta is not None else "none"
@@ -123,7 +129,7 @@ class FramesKey(NamedTuple):
     def rule_tables(self) -> RuleTables:
         """Returns the rule's tables."""
         sizes = {"frames": self.frames, "key_frames": self.key_frames}
-        return rule_tables(self.tables, **sizes, dtype=self.dtype)
+        return rule_tables(self.tables, **sizes, dtype=self.dtype, scale=self.scale)
 
     def head(self) -> Head:
         """Returns the constants of the heads, and of how tensors of them are read."""
@@ -279,14 +285,18 @@ def named_tables(rule: RuleTables, made: TileTables) -> dict[str, Tensor]:
     return {name: x for name, x in found.items() if x is not None}
 
 
-def rule_tables(tables: Tables, *, frames: int, key_frames: int, dtype: torch.dtype) -> RuleTables:
+def rule_tables(
+    tables: Tables, *, frames: int, key_frames: int, dtype: torch.dtype, scale: float
+) -> RuleTables:
     """Returns the tables of a rule; what is neutral everywhere is left out."""
     delta, offset, factor, span, band = (x and x.tensor() for x in tables[2:])
     if delta is not None:
         delta = torch.where(delta.abs() < NEGLIGIBLE[dtype], 0.0, delta)
         delta = delta if delta.any() else None
     if offset is not None:
-        offset = offset / math.log(2.0) if offset.any() else None
+        masked = offset == -math.inf
+        offset = (offset.double() / scale).clamp(-LARGEST_OFFSET, LARGEST_OFFSET).float()
+        offset = offset.masked_fill(masked, -math.inf) if offset.any() else None
     if factor is not None and (factor == 1).all():
         factor = None
     span = None if factor is None else span

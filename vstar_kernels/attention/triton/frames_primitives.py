@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from vstar_kernels.attention.triton.primitives import inner_products
+from vstar_kernels.attention.triton.primitives import LOG2E, inner_products
 
 
 class Weights(NamedTuple):
@@ -83,15 +83,35 @@ def read_weights(t, o_rule, o_pair, i_frame, m_rule, pairs, factor_half, RULE: t
 
 @triton.jit
 def slot_bias(t, o_rule, i_frame, m_rule, b_stat, RULE: tl.constexpr):
-    """Returns what is added to a slot's logits, to base 2, one number for each row."""
-    b_bias = tl.zeros(b_stat.shape, tl.float32)
+    """Returns what is added to a slot's logits, one number for each row."""
+    b_delta = tl.zeros(b_stat.shape, tl.float32)
+    b_offset = tl.zeros(b_stat.shape, tl.float32)
+    if RULE.DELTA:
+        b_delta = tl.load(t.delta + o_rule + i_frame, mask=m_rule, other=0.0)
+    if RULE.OFFSET:
+        b_offset = tl.load(t.offset + o_rule + i_frame, mask=m_rule, other=0.0)
+    return bias(b_stat, b_delta, b_offset, RULE)
+
+
+@triton.jit
+def bias(b_stat, b_delta, b_offset, RULE: tl.constexpr):
+    """Returns stat · delta + offset, rounded once.
+
+    The compiler may not put this multiply-add and what it is added to together: a logit with its
+    bias is the same number wherever it is computed.
+    """
+    b_bias = b_offset
     if RULE.DELTA:
         if RULE.CLAMP:
             b_stat = tl.maximum(b_stat, 0.0)
-        b_bias += b_stat * tl.load(t.delta + o_rule + i_frame, mask=m_rule, other=0.0)
-    if RULE.OFFSET:
-        b_bias += tl.load(t.offset + o_rule + i_frame, mask=m_rule, other=0.0)
+        b_bias = tl.fma(b_stat, b_delta, b_offset)
     return b_bias
+
+
+@triton.jit
+def unit(exp2_scale):
+    """Returns what 1 is in the units of logits, 1 / |scale|."""
+    return LOG2E / exp2_scale
 
 
 @triton.jit

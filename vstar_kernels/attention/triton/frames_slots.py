@@ -39,7 +39,7 @@ class RuleTables:
     key_frames: int
     per_head: bool
     delta: Tensor | None  # ([heads,] frames, key frames), like offset
-    offset: Tensor | None  # in units of log 2
+    offset: Tensor | None  # in units of the product qᵀk
     factor: Tensor | None  # (2, [heads,] frames, key frames)
     span: Tensor | None  # (2, frames, key frames), like band
     band: Tensor | None
