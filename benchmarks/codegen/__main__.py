@@ -2,7 +2,8 @@
 
 Exits with 1, naming every offender, where a kernel spills, takes more shared memory than its target
 has (or than its configuration says), loads queries, keys or values in narrower pieces than their
-alignment allows, or has no matrix instruction.
+alignment allows, or has no matrix instruction; and every size that has no tile, and no reason in
+``without_tile.json``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal
 import triton
 import tyro
 
-from benchmarks.codegen import cases, column_cases, frame_cases, report
+from benchmarks.codegen import cases, column_cases, frame_cases, report, without_tile
 from benchmarks.codegen.compile import in_processes
 from vstar_kernels.cli.options import integer, parsed
 
@@ -73,7 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
         lines = ",\n".join(json.dumps(x) for x in results)
         options.json.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{lines}\n]}}\n')
         options.json.with_suffix(".md").write_text(f"# Compiled kernels\n\n{text}")
-    if offenders := report.offenders(results):
+    unexplained = without_tile.unexplained() if "tile" in options.family else []
+    if offenders := [*report.offenders(results), *unexplained]:
         sys.exit("\n".join(["Not fit to ship:", *offenders]))
 
 

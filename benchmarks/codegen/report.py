@@ -30,7 +30,7 @@ from typing import Any
 import jinja2
 import triton
 
-from benchmarks.codegen import cases, column_cases, frame_cases
+from benchmarks.codegen import cases, column_cases, frame_cases, without_tile
 from benchmarks.codegen.binary import Binary
 from benchmarks.codegen.cases import Case, Key
 from benchmarks.codegen.compile import inspect
@@ -104,8 +104,9 @@ def merged(before: Iterable[Result], results: list[Result], every: Iterable[Case
 
 
 def config_of(case: Case) -> dict[str, int]:
-    """Returns the numbers of a case's configuration."""
-    return {name: n for name, n in vars(case.config).items() if isinstance(n, int)}
+    """Returns the numbers of a case's configuration, and what it goes without."""
+    numbers = {name: n for name, n in vars(case.config).items() if isinstance(n, int)}
+    return {name: n for name, n in numbers.items() if n is not True}
 
 
 def offenders(results: Iterable[Result]) -> list[str]:
@@ -114,7 +115,13 @@ def offenders(results: Iterable[Result]) -> list[str]:
 
 
 def tables(results: list[Result]) -> str:
-    """Returns two tables for each architecture: the commonest calls, and the others in short."""
+    """Returns the tables of each architecture: the commonest calls, and the others in short.
+
+    Where there are tiles among them, then also the sizes that have none.
+    """
+    missing: dict[str, list[tuple[Key, str]]] = {}
+    for key, reason in without_tile.read().items():
+        missing.setdefault(key.architecture, []).append((key, reason))
     # The tables are text for a terminal, in which HTML's escapes would stand as they are.
     environment = jinja2.Environment(  # nosec B701
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -123,6 +130,7 @@ def tables(results: list[Result]) -> str:
         triton=triton.__version__,
         results=results,
         targets=TARGETS,
+        without_tile=missing,
         common=(cases.GAUSSIAN.name, cases.GRADIENTS.name, *frame_cases.COMMON, *COLUMNS),
     )
 

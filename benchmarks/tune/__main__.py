@@ -8,13 +8,15 @@ alone, with a GPU too). Neither keeps a configuration that breaks a rule of
 ``benchmarks.codegen.report``: sizes without a fit tile get no entry, so that their calls go to the
 stream kernel; where no candidate is fit for all the kernels of a stream's gradients, the one that
 is for most of them is kept, and the others get their own. ``--times FILE`` measures where only a
-file can be taken away, and ``--take FILE`` enters its choices elsewhere.
+file can be taken away, and ``--take FILE`` enters its choices elsewhere. Why a tile is missing goes
+into ``benchmarks/codegen/without_tile.json``.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,7 +24,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from benchmarks.codegen import cases
+from benchmarks.codegen import cases, without_tile
 from benchmarks.codegen.cases import Entry, Key
 from benchmarks.codegen.compile import in_processes
 from benchmarks.tune import choose, times
@@ -74,6 +76,16 @@ def measure_into(path: Path, keys: list[Key], options: Options) -> None:
             times.append(path, key, *choose.measured(key))
 
 
+def explain(chosen: Mapping[Key, Entry | None]) -> None:
+    """Enters why tiles that were looked for are missing, and takes out what has been found."""
+    reasons = without_tile.read()
+    for key in set(without_tile.sizes()) & set(chosen):
+        reasons.pop(key, None)
+        if chosen[key] is None:
+            reasons[key] = choose.reason(key)
+    without_tile.write(reasons)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Rewrites the files of configurations, after each architecture."""
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.tune")
@@ -82,6 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not chosen:
             raise SystemExit(f"{options.take} is not there, or has no choices")
         choose.write(chosen)
+        explain(chosen)
         return
     function, jobs = choose.predicted, options.jobs
     if not options.predict:
@@ -100,6 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
         chosen = dict(zip(todo, in_processes(function, todo, jobs, unit="key"), strict=True))
         missing = [key for key, entry in chosen.items() if not entry and not key.frames]
         choose.write({key: entry for key, entry in chosen.items() if key not in missing})
+        explain(chosen)
         if missing:
             raise SystemExit(f"no stream configuration is fit for {missing}")
 

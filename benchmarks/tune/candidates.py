@@ -1,10 +1,10 @@
 """The launch configurations that ``benchmarks.tune`` tries, in order of preference.
 
-``candidates.json`` lists them: tiles as (queries, sequences, warps, stages) by kind of products and
-frames, streams as (queries, keys, warps, stages) by architecture and kind. What speaks for an
-order: with two stages a tile's loads are under way while the one before is computed; a head's
-narrower part is 16 wide, and a thread of a program should still have 16 bytes of it to load, or of
-a tile 8;
+``candidates.json`` lists them: tiles as (queries, sequences, warps, stages, hoists) by kind of
+products and frames, streams as (queries, keys, warps, stages) by architecture and kind. What speaks
+for an order: with two stages a tile's loads are under way while the one before is computed; a
+head's narrower part is 16 wide, and a thread of a program should still have 16 bytes of it to load,
+or of a tile 8;
 NVIDIA's larger matrix instructions take 64 rows of four warps (128 on sm_100); on sm_90, TF32
 products would load values 4 bytes at a time, to transpose them, if they came in stages. IEEE
 float32 products keep whole rows of their operands in registers, so their blocks are small, and
@@ -29,7 +29,7 @@ SIZES = json.loads(Path(__file__).with_suffix(".json").read_text())
 LEAST_BYTES = 4  # that a thread loads at a time where it may be less than a vector
 # Larger tiles spill whatever the configuration: bytes of one of a sequence's tensors, and elements
 # where products have no matrix instructions.
-LARGEST_TILE = 40 * 1024
+LARGEST_TILE = 64 * 1024
 LARGEST_TILE_WITHOUT_MATRIX = 32 * 64
 # Registers of a thread that a block's outputs may take, of those it can have.
 OUTPUT_REGISTERS = {"sm_80": 96, "sm_90": 128, "sm_100": 128, "gfx942": 128}

@@ -10,7 +10,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from benchmarks.codegen.binary import Binary
 from benchmarks.codegen.cases import GAUSSIAN, Case, Entry, Key
 from benchmarks.codegen.compile import inspect
 from benchmarks.codegen.targets import TARGETS
-from benchmarks.tune.candidates import candidates
+from benchmarks.tune.candidates import candidates, itemsize
 from vstar_kernels.attention.call import Call
 from vstar_kernels.attention.triton import configs
 from vstar_kernels.attention.triton.configs import TileConfig
@@ -136,8 +136,8 @@ def ranked(entries: list[Entry]) -> Iterator[tuple[Entry, tuple[str, ...]]]:
     """Yields entries, each with what it may leave to the stream kernels.
 
     Those with enough headroom come in their order, first to do all calls, then to do fewer; then
-    the others, the most roomy first. Tiles of gradients that load the next one ahead come before
-    all others, whatever they leave.
+    the others, the most roomy first. Before all others come tiles of gradients that load the next
+    one ahead, and forward those that hoist, whatever they leave.
     """
     if entries and entries[0].family == "tile" and entries[0].backward:
         for stages in (2, 1):
@@ -145,6 +145,12 @@ def ranked(entries: list[Entry]) -> Iterator[tuple[Entry, tuple[str, ...]]]:
             for unfit in unfit_sets(entries[0]):
                 yield from ((entry, unfit) for entry in alike)
         return
+    for _, alike in itertools.groupby(entries, lambda entry: getattr(entry.config, "hoists", True)):
+        yield from by_headroom(list(alike))
+
+
+def by_headroom(entries: list[Entry]) -> Iterator[tuple[Entry, tuple[str, ...]]]:
+    """Yields entries that hoist alike as :func:`ranked` does."""
     enough, others = list[Entry](), list[tuple[float, Entry]]()
     for entry in entries:
         room = headroom(entry)
@@ -153,7 +159,7 @@ def ranked(entries: list[Entry]) -> Iterator[tuple[Entry, tuple[str, ...]]]:
             yield entry, ()
         elif room > 0:
             others.append((room, entry))
-    fewer = unfit_sets(entries[0])[1:] if entries else ()
+    fewer = unfit_sets(entries[0])[1:]
     yield from itertools.product(enough, fewer)
     for _, entry in sorted(others, key=lambda pair: -pair[0]):
         yield from ((entry, unfit) for unfit in ((), *fewer))
@@ -239,11 +245,28 @@ def with_needs(entry: Entry, needed: Mapping[str, int]) -> Entry:
 
 
 def broken(key: Key) -> bool:
-    """Tells whether a key's shipped entry is not fit, or is missing though it has candidates."""
+    """Tells whether a key's shipped entry is not fit, or is missing."""
     entry = next((entry for entry in cases.entries() if entry.key == key), None)
-    if entry is None:
-        return bool(candidates(key))
-    return fit(entry, getattr(entry.config, "unfit", ())) != entry
+    return entry is None or fit(entry, getattr(entry.config, "unfit", ())) != entry
+
+
+def reason(key: Key) -> str:
+    """Returns why no candidate for a tile is fit: what is wrong with the one that spills least."""
+    target, entries = TARGETS[key.architecture], candidates(key)
+    if not entries:
+        loaded = 3 * key.frames * key.width * itemsize(key)
+        return f"loads {loaded} bytes, a program has {target.shared_program}"
+    found = []
+    for case in (cases.cases(entry, GAUSSIAN)[0] for entry in entries):
+        try:
+            binary = inspect(case)
+        except (RuntimeError, ValueError):
+            continue
+        config = case.config
+        faults = "; ".join(report.faults(case, binary, target))
+        size = f"{config.queries} queries in {config.warps} warps, {config.stages} stages"
+        found.append((binary.spilled, f"{size}: {faults}"))
+    return min(found)[1] if found else "no candidate compiles"
 
 
 def write(chosen: Mapping[Key, Entry | None]) -> None:
@@ -268,9 +291,10 @@ def write_tables(file: Path, tables: Mapping[str, Iterable[str]]) -> None:
 
 def line(entry: Entry) -> str:
     """Returns an entry's line in its file, without what does not apply."""
-    fields = asdict(entry, dict_factory=lambda x: {k: v for k, v in x if v not in (None, {}, ())})
-    config = fields.pop("config")
-    del fields["backward"]
+    found = asdict(entry, dict_factory=lambda x: {k: v for k, v in x if v not in (None, {}, ())})
+    config = found.pop("config")
+    del found["backward"]
     if isinstance(entry.config, TileConfig):
-        config = {k: v for k, v in config.items() if k not in ("stages", "programs") or v > 1}
-    return json.dumps(fields | config)
+        defaults = {field.name: field.default for field in fields(TileConfig)}
+        config = {name: value for name, value in config.items() if value != defaults[name]}
+    return json.dumps(found | config)

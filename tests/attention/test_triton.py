@@ -145,6 +145,7 @@ TILES = [
     TileConfig(queries=32, sequences=1, warps=2, programs=2),
     TileConfig(queries=32, sequences=2, warps=2, stages=2, programs=3),
     TileConfig(queries=64, sequences=1, warps=4, stages=2),
+    TileConfig(queries=64, sequences=1, warps=8, hoists=False, programs=2),
 ]
 STREAMS = [
     StreamConfig(queries=16, keys=32, warps=1, stages=1, shared=0),

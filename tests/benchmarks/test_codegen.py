@@ -15,7 +15,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 from benchmarks.codegen import __main__ as codegen
-from benchmarks.codegen import binary, cases, column_cases, compile, frame_cases, report
+from benchmarks.codegen import (
+    binary,
+    cases,
+    column_cases,
+    compile,
+    frame_cases,
+    report,
+    without_tile,
+)
 from benchmarks.codegen.cases import Entry
 from benchmarks.codegen.targets import TARGETS
 from benchmarks.tune import choose
@@ -306,6 +314,22 @@ def test_every_size_has_a_stream_configuration_and_none_has_two():
     assert [key for key, count in found.items() if count > 1] == []
     known = set(itertools.chain.from_iterable(map(choose.keys, configs.ARCHITECTURES)))
     assert {key for key in known if key.frames is None} <= set(found) <= known
+
+
+def test_every_size_has_a_tile_or_the_reason_for_none(tmp_path, monkeypatch):
+    assert without_tile.unexplained() == []
+    sizes, tiles = without_tile.sizes(), {entry.key for entry in cases.entries()}
+    assert len(sizes) == 4 * 4 * len(configs.WIDTHS)
+    has, has_not = (next(x for x in sizes if (x in tiles) == found) for found in (True, False))
+    reasons = without_tile.read()
+    monkeypatch.setattr(without_tile, "FILE", tmp_path / "without_tile.json")
+    without_tile.write(reasons)
+    assert without_tile.read() == reasons
+    del reasons[has_not]
+    without_tile.write(reasons | {has: "spills"})
+    one, other = sorted(without_tile.unexplained(), key=lambda x: "and a reason" in x)
+    assert one.endswith(f"N={has_not.frames} D={has_not.width}: no tile, and no reason")
+    assert other.endswith(f"N={has.frames} D={has.width}: has a tile, and a reason for none")
 
 
 def own_configs(entry):
@@ -694,5 +718,9 @@ def test_the_command_exits_with_the_offenders(monkeypatch):
     monkeypatch.setattr(
         report, "examine", lambda case, other: {"name": case.name, "faults": ["spills"]}
     )
-    with pytest.raises(SystemExit, match=r"Not fit to ship:\nsm_80 tile 16-bit N=16 .*: spills"):
+    monkeypatch.setattr(without_tile, "unexplained", lambda: ["no tile, and no reason"])
+    offenders = (
+        r"Not fit to ship:\nsm_80 tile 16-bit N=16 .*: spills\n(.*\n)*no tile, and no reason$"
+    )
+    with pytest.raises(SystemExit, match=offenders):
         codegen.main(["--target", "sm_80", "--kind", "16-bit", "--width", "48"])

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-from benchmarks.codegen import cases, frame_cases
+from benchmarks.codegen import cases, frame_cases, without_tile
 from benchmarks.codegen.binary import Binary
 from benchmarks.codegen.cases import Key
 from benchmarks.tune import __main__ as tune_main
@@ -129,7 +129,8 @@ def test_the_tuner_gives_a_kernel_that_no_fit_candidate_serves_its_own(monkeypat
 
 
 def test_no_candidate_is_taken_for_a_tile_that_is_too_large():
-    assert candidates.candidates(Key("sm_90", "16-bit", 128, 256)) == []
+    assert candidates.candidates(Key("sm_90", "16-bit", 128, 256))
+    assert candidates.candidates(Key("sm_90", "tf32", 128, 256)) == []
     assert candidates.candidates(Key("sm_90", "ieee", 128, 64)) == []
     assert candidates.candidates(Key("gfx942", "ieee", 128, 64))
     streams = candidates.candidates(Key("sm_80", "ieee", None, 256))
@@ -156,8 +157,42 @@ def test_times_are_kept_as_they_are_made_and_taken_over(tmp_path, monkeypatch):
         assert entry.config.warps == most
     taken = []
     monkeypatch.setattr(choose, "write", taken.append)
+    monkeypatch.setattr(tune_main, "explain", taken.append)
     tune_main.main(["--take", str(path)])
-    assert taken == [chosen]
+    assert taken == [chosen, chosen]
+
+
+def test_a_missing_tile_has_the_reason_of_the_candidate_that_spills_least(tmp_path, monkeypatch):
+    monkeypatch.setattr(without_tile, "FILE", tmp_path / "without_tile.json")
+    spilling, fit = (Key("sm_90", "16-bit", 128, width) for width in (64, 80))
+    without_tile.write({fit: "spills"})
+
+    def inspect(case):
+        if case.config.stages == 2:
+            raise RuntimeError("the compiler's")
+        spilled = 8 * case.config.warps + case.config.queries
+        return Binary(255, spilled, 0, 5, {16: 1}, {}, {}, {"HGMMA": 1})
+
+    monkeypatch.setattr(choose, "inspect", inspect)
+    tune_main.explain({spilling: None, fit: cases.entries()[0]})
+    nearest = "32 queries in 4 warps, 1 stages: spills 64 bytes"
+    assert without_tile.read() == {spilling: nearest}
+    large = Key("sm_90", "tf32", 128, 160)
+    assert choose.reason(large) == "loads 245760 bytes, a program has 232448"
+    kept = without_tile.FILE.read_text()
+    tune_main.explain({})
+    assert without_tile.FILE.read_text() == kept
+
+
+def test_tiles_that_hoist_come_first_whatever_they_leave(monkeypatch):
+    key = Key("sm_90", "16-bit", 128, 64)
+    monkeypatch.setitem(
+        candidates.SIZES["tile"], "16-bit 128", [[64, 1, 4, 1], [128, 1, 8, 1, False]]
+    )
+    monkeypatch.setattr(choose, "headroom", lambda entry: entry.config.queries / 100)
+    found = [(x.config.hoists, unfit) for x, unfit in choose.ranked(candidates.candidates(key))]
+    unfit = choose.UNFIT_SETS[False]
+    assert found == [*((True, x) for x in unfit), *((False, x) for x in unfit)]
 
 
 # ---- attention over frames ----

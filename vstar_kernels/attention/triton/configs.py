@@ -28,15 +28,18 @@ WIDTHS = (16, 32, 48, 64, 80, 96, 128, 160, 256)
 class TileConfig:
     """How :mod:`tile` covers a problem, with so many ``programs`` on a processor.
 
-    With ``stages`` of 2 the next tile is loaded while one is computed. ``shared`` is the memory it
-    takes, in bytes. ``unfit`` names what it has no registers for beside a Gaussian: "map", the mean
-    map or its gradient, and "delta", a Δ that is read.
+    With ``stages`` of 2 the next tile is loaded while one is computed. Forward, without
+    ``hoists``, LLVM leaves in the loop over tiles what all of them have in common, which takes
+    fewer registers. ``shared`` is the memory it takes, in bytes. ``unfit`` names what it has no
+    registers for beside a Gaussian: "map", the mean map or its gradient, and "delta", a Δ that is
+    read.
     """
 
     queries: int
     sequences: int
     warps: int
     stages: int = 1
+    hoists: bool = True
     programs: int = 1
     shared: int = 0
     unfit: tuple[str, ...] = ()
@@ -121,9 +124,9 @@ def stream_config(
     return StreamConfig(**sizes, overrides=made)
 
 
-def tile_config(unfit: Iterable[str] = (), **sizes: int) -> TileConfig:
+def tile_config(unfit: Iterable[str] = (), *, hoists: bool = True, **sizes: int) -> TileConfig:
     """Returns the configuration that a line of the file describes."""
-    return TileConfig(**sizes, unfit=tuple(unfit))
+    return TileConfig(**sizes, hoists=hoists, unfit=tuple(unfit))
 
 
 def split(head_dim: int) -> tuple[int, int]:

@@ -73,19 +73,21 @@ def tile_kernel(
     t, strides, length, step, chunks, space, heads, frames, numbers,
     HEAD: tl.constexpr, BIAS: tl.constexpr, STAT: tl.constexpr,
     FRAMES: tl.constexpr, QUERIES: tl.constexpr, SEQUENCES: tl.constexpr,
-    STAGES: tl.constexpr, MAP: tl.constexpr,
+    STAGES: tl.constexpr, HOISTS: tl.constexpr, MAP: tl.constexpr,
 ):  # fmt: skip
     """``SEQUENCES`` sequences at a time, each padded to ``FRAMES``, ``QUERIES`` queries at a time.
 
     Every ``length`` sequences are ``step`` ranges, which take turns, and each range is shared out
     among ``chunks`` programs. A program goes through its tiles with ``STAGES`` of them under way:
-    with two, the next one's queries, keys and values are loaded while this one is computed. Where
-    QUERIES is FRAMES, Δ stays on chip meanwhile; it must be the same for all of a range. With
-    ``MAP`` each program leaves the sum of its sequences' A′ in ``map_sums``; QUERIES is FRAMES.
+    with two, the next one's queries, keys and values are loaded while this one is computed. With
+    ``HOISTS``, and where QUERIES is FRAMES, Δ is made before them and stays on chip; it must be the
+    same for all of a range. Without, LLVM moves nothing that they have in common out of their loop,
+    which takes fewer registers. With ``MAP`` each program leaves the sum of its sequences' A′ in
+    ``map_sums``; QUERIES is FRAMES.
     """
     i_head, i_begin, i_end = sequences_of_range(tl.program_id(0) // chunks, length, step)
     b_delta = None
-    if BIAS.FORM != "none" and QUERIES == FRAMES:
+    if BIAS.FORM != "none" and QUERIES == FRAMES and HOISTS:
         j = tl.arange(0, FRAMES)
         b_delta = delta_block(
             t.delta, strides.delta, i_head, j, j, frames, numbers.falloff, HEAD, BIAS
@@ -95,7 +97,8 @@ def tile_kernel(
         if SEQUENCES > 1:
             b_sum = tl.zeros((SEQUENCES, FRAMES, FRAMES), tl.float32)
     tiles = tl.cdiv(length // step, SEQUENCES)
-    for i_tile in tl.range(tl.program_id(0) % chunks, tiles, chunks, num_stages=STAGES):
+    first = tl.program_id(0) % chunks
+    for i_tile in tl.range(first, tiles, chunks, num_stages=STAGES, disable_licm=not HOISTS):
         b_a = attend(
             i_begin + i_tile * SEQUENCES * step, i_end, step, b_delta,
             t, strides, Sizes(space, heads, frames), numbers,
@@ -257,6 +260,7 @@ def plan_tile(key: PlanKey, config: TileConfig) -> TilePlan | None:
             "QUERIES": config.queries,
             "SEQUENCES": config.sequences,
             "STAGES": config.stages,
+            "HOISTS": config.hoists,
             "MAP": key.has_map,
             "num_warps": config.warps,
         },
