@@ -22,7 +22,8 @@ def has_equal_halves(sample: Tensor) -> bool:
 
 
 class _Here(threading.local):
-    active = False
+    def __init__(self) -> None:  # of each thread
+        self.active = False
 
 
 _HERE = _Here()

@@ -97,7 +97,8 @@ def called_without_hooks(model: nn.Module, part: str, applied_by: str) -> Runtim
 class _Here(threading.local):
     """The forward pass that runs in this thread."""
 
-    forward: Any = None
+    def __init__(self) -> None:  # of each thread: torch 2.11 traces a class's attribute instead
+        self.forward: Any = None
 
 
 class ForwardPasses(Generic[P]):
@@ -249,7 +250,8 @@ class _Call:
 class _Announced(threading.local):
     """The model whose ``__call__`` has been entered in this thread, and not yet what it calls."""
 
-    model: nn.Module | None = None
+    def __init__(self) -> None:
+        self.model: nn.Module | None = None
 
 
 _ANNOUNCED = _Announced()

@@ -229,7 +229,8 @@ class Traced(threading.local):
     looks nothing up by the layer's name.
     """
 
-    change: Regularization | None = None
+    def __init__(self) -> None:  # of each thread: torch 2.11 traces a class's attribute instead
+        self.change: Regularization | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is in no forward pass."""

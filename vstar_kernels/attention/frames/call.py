@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -220,7 +221,10 @@ def check_call(
         rule = NO_RULE
     elif not isinstance(rule, FrameRule):
         raise TypeError(f"rule must be a FrameRule or None, got {type(rule).__name__}")
-    query_runs, key_runs, *fixed = _constants(rule, layout, key_layout)
+    if torch.compiler.is_compiling():
+        query_runs, key_runs, *fixed = _traced_constants(id(rule), id(layout), id(key_layout))
+    else:
+        query_runs, key_runs, *fixed = _constants(rule, layout, key_layout)
     tables = rule.with_trained(Tables(*fixed), layout, key_layout)
     if query.is_meta and torch.is_grad_enabled():
         for table in (tables.delta, tables.offset):
@@ -278,8 +282,16 @@ def _constants(rule: FrameRule, layout: Layout, key_layout: Layout) -> _Constant
     return (layout.run_table(), key_layout.run_table(), *tables)
 
 
+def _traced_constants(*identities: int) -> _Constants:
+    """Returns :func:`_constants` of objects by their ``id``, for which torch.compile guards a graph.
+
+    The caller holds them. Objects themselves would be guarded and given on from torch 2.13 on alone.
+    """
+    return _constants(*(ctypes.cast(x, ctypes.py_object).value for x in identities))
+
+
 # What torch.compiler.assume_constant_result does; that would import torch.compile, and Triton.
-_constants._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_traced_constants._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:

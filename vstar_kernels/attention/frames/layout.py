@@ -181,7 +181,6 @@ class Layout:
         self.runs = tuple(runs)
         self.coordinates = tuple(numbers)
         self.frame_tokens = tuple(sizes)
-        self._hash = hash((self.runs, self.coordinates))  # once: every call looks its tables up
 
     @classmethod
     def from_coordinates(
@@ -259,6 +258,10 @@ class Layout:
 
     def __hash__(self) -> int:
         return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:  # once: every call looks its tables up
+        return hash((self.runs, self.coordinates))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self.segments

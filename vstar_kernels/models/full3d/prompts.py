@@ -389,7 +389,8 @@ def _chunks(mask: Tensor | None, count: int) -> Sequence[Tensor | None]:
 class _Sides(threading.local):
     """Which side of guidance a thread's calls are of, where a model is called for each in turn."""
 
-    text: Tensor | None = None  # that of the step's first call
+    def __init__(self) -> None:
+        self.text: Tensor | None = None  # that of the step's first call
 
     def is_conditional(self, branch: int, text: Tensor, guidance: bool | None) -> bool:
         """Returns whether a call is a conditional one, before which came ``branch`` of its step.

@@ -116,8 +116,9 @@ class Watcher(Protocol):
 class Traced(threading.local):
     """What is done in the forward pass that runs in this thread, for code under torch.compile."""
 
-    inside: bool = False
-    change: FrameChange | None = None
+    def __init__(self) -> None:  # of each thread: torch 2.11 traces a class's attributes instead
+        self.inside = False
+        self.change: FrameChange | None = None
 
 
 class Route(Protocol):
