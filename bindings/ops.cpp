@@ -596,18 +596,17 @@ extern "C" {
 // It is called after the library is loaded and before a package is; again, it does nothing. Returns
 // 0, or 1 where torch refuses them, as it does where that Python has defined them.
 __attribute__((visibility("default"))) int vstar_kernels_define_operators() {
-  using torch::stable::detail::StableLibrary;
-  try {  // no exception may leave a C function: it would end the program
-    static StableLibrary library(StableLibrary::Kind::FRAGMENT, "vstar_kernels", nullptr, __FILE__,
-                                 __LINE__);
-    [[maybe_unused]] static const bool defined = [] {
-      for (const char* schema : vstar::schemas) library.def(schema);
-      return true;
-    }();
-    return 0;
-  } catch (const std::exception&) {
-    return 1;
-  }
+  // Not by StableLibrary, whose def() passes over errors before torch 2.13.
+  static const AOTITorchError refused = [] {
+    TorchLibraryHandle library;  // stays, and the operators with it
+    AOTITorchError error =
+        aoti_torch_library_init_fragment("vstar_kernels", __FILE__, __LINE__, &library);
+    for (const char* schema : vstar::schemas) {
+      if (error == AOTI_TORCH_SUCCESS) error = aoti_torch_library_def(library, schema);
+    }
+    return error;
+  }();
+  return refused == AOTI_TORCH_SUCCESS ? 0 : 1;
 }
 
 // Returns the operators' schemas one after another; nullptr past the last.

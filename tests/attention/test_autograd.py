@@ -109,8 +109,8 @@ def test_opcheck(form, stat, map_block, map_heads, backend):
     torch.library.opcheck(
         torch.ops.vstar_kernels.attention_backward,
         (
-            out, mean_map if map_block else None, out, call.delta is not None, stat == "tensor",
-            *plain,
+            *plain, out, mean_map if map_block else None, out, call.delta is not None,
+            stat == "tensor",
         ),
     )  # fmt: skip
 

@@ -108,6 +108,7 @@ class Operator:
 
     The operator takes a call's tensors, query, key and value first, then the fields of its options
     in their order, and the backend. It returns the output and the map, empty where there is none.
+    The gradient's operator takes the same first: torch 2.11 finds DTensors by the first argument.
 
     Args:
         operation: The operation and its backends.
@@ -146,7 +147,7 @@ class Operator:
         typed = [f"{kind} {x}{'_tensor' * (x == 'stat')}" for x, kind in tensors.items()]
         typed += [f"{kind.__name__} {x}" for x, kind in get_type_hints(options).items()]
         arguments = ", ".join([*typed, "str? backend"])
-        flags = "".join(f"bool {x}_wanted, " for x in wanted._fields)
+        flags = "".join(f", bool {x}_wanted" for x in wanted._fields)
         results = ", ".join(["Tensor"] * len(self.graded))
         self._define(
             name,
@@ -159,7 +160,7 @@ class Operator:
         )
         self._define(
             f"{name}_backward",
-            f"(Tensor? grad_out, Tensor? grad_map, Tensor? out, {flags}{arguments}) -> ({results})",
+            f"({arguments}, Tensor? grad_out, Tensor? grad_map, Tensor? out{flags}) -> ({results})",
             self._run_backward,
             self._fake_backward,
             self._vmap_backward,
@@ -226,8 +227,7 @@ class Operator:
 
     def backward_flops(self, *arguments: Any, out_val: Any = None) -> int:
         """Returns the operations of QKᵀ again, dP, dQ, dK and dV."""
-        *_, rest = self._split_backward(arguments)
-        call, _ = self.split(rest)
+        call, _ = self.split(self._split_backward(arguments)[0])
         return self._flops(call, 5 if self.has_out(call.options) else 3)
 
     def _flops(self, call: Any, products: int) -> int:
@@ -296,13 +296,14 @@ class Operator:
         ctx.set_materialize_grads(False)
 
     def _split_backward(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Returns the gradients of the results, the output, what is wanted, and the rest."""
-        first = 3 + len(self.wanted._fields)
-        return (*arguments[:3], self.wanted(*arguments[3:first]), arguments[first:])
+        """Returns the forward's arguments, the gradients of results, the output, what is wanted."""
+        count = len(self.tensors) + len(self.options._fields) + 1
+        grad_out, grad_map, out, *wanted = arguments[count:]
+        return arguments[:count], grad_out, grad_map, out, self.wanted(*wanted)
 
     def _run_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        grad_out, grad_map, out, wanted, rest = self._split_backward(arguments)
-        call, name = self.split(rest)
+        given, grad_out, grad_map, out, wanted = self._split_backward(arguments)
+        call, name = self.split(given)
         chosen = self.choose_backward(call, name, wanted)
         gradients = self.operation.run_backward(chosen, call, out, (), grad_out, grad_map, wanted)
         return self._as_results(call.query, gradients)
@@ -324,13 +325,13 @@ class Operator:
             return self.operation.choose(dataclasses.replace(call, **asked), name)
 
     def _fake_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        _, _, _, wanted, rest = self._split_backward(arguments)
+        *_, wanted = self._split_backward(arguments)
         made = []
         for name, place in zip(self.gradients._fields, self.graded, strict=True):
             make = empty_like if name in ATTENDED else torch.empty_like
-            keep = getattr(wanted, name, True) and rest[place] is not None
-            made.append(make(rest[place]) if keep else None)
-        return self._as_results(rest[0], self.gradients(*made))
+            keep = getattr(wanted, name, True) and arguments[place] is not None
+            made.append(make(arguments[place]) if keep else None)
+        return self._as_results(arguments[0], self.gradients(*made))
 
     def _as_results(self, query: Tensor, gradients: Any) -> tuple[Tensor, ...]:
         """Returns gradients as an operator does: none missing; contiguous, but of ATTENDED."""
@@ -342,24 +343,18 @@ class Operator:
     def _vmap_backward(
         self, info: Any, in_dims: tuple[Any, ...], *arguments: Any
     ) -> tuple[Any, Any]:
-        first = 3 + len(self.wanted._fields)
-        self._refuse_mapped(in_dims[first:])
-        wanted = self._split_backward(arguments)[3]
+        self._refuse_mapped(in_dims)
+        *_, wanted = self._split_backward(arguments)
         places = zip(self.gradients._fields, self.graded, strict=True)
         if any(place in self.shared and getattr(wanted, name) for name, place in places):
             self._refuse_mapped(None)
-        folded = self._fold(arguments, in_dims, info.batch_size, first=first)
+        folded = self._fold(arguments, in_dims, info.batch_size)
         gradients = self.backward_under_func(*folded)
         mapped = tuple(x.unflatten(0, (info.batch_size, -1)) if x.numel() else x for x in gradients)
         return mapped, tuple(0 if x.numel() else None for x in gradients)
 
-    def _fold(
-        self, arguments: tuple[Any, ...], in_dims: tuple[Any, ...], size: int, first: int = 0
-    ) -> list[Any]:
-        """Returns arguments with the mapped dimension in each tensor's batch, but shared ones.
-
-        The call's tensors are the arguments from ``first`` on.
-        """
+    def _fold(self, arguments: tuple[Any, ...], in_dims: tuple[Any, ...], size: int) -> list[Any]:
+        """Returns arguments with the mapped dimension in each tensor's batch, but shared ones."""
 
         def fold(x: Any, dim: int | None) -> Any:
             if not isinstance(x, Tensor):
@@ -367,7 +362,7 @@ class Operator:
             return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
 
         pairs = enumerate(zip(arguments, in_dims, strict=True))
-        return [x if i - first in self.shared else fold(x, dim) for i, (x, dim) in pairs]
+        return [x if i in self.shared else fold(x, dim) for i, (x, dim) in pairs]
 
     def _refuse_mapped(self, in_dims: tuple[Any, ...] | None) -> None:
         """Raises if a tensor is mapped over that the batch shares, or, of None, its gradient is."""
@@ -399,7 +394,7 @@ def _gradient(ctx: Any, grad_out: Tensor | None, grad_map: Tensor | None) -> tup
     kept = dict(zip(fields, (needs[place] for place in operator.graded), strict=True))
     wanted = operator.wanted(**{x: kept[x] for x in operator.wanted._fields})
     gradients: tuple[Tensor | None, ...]
-    arguments = (grad_out, grad_map, out, *wanted, *tensors, *ctx.options, ctx.backend)
+    arguments = (*tensors, *ctx.options, ctx.backend, grad_out, grad_map, out, *wanted)
     if _func_is_active():
         gradients = operator.backward_under_func(*arguments)
     elif (

@@ -204,12 +204,12 @@ def _register(operator: Operator) -> None:
         return rules
 
     def backward_rule(*arguments: Any) -> list[Rule]:
-        grad_out, grad_map, out, wanted, more = operator._split_backward(arguments)
-        call, tensors = _described(operator, more)
-        rest = [None] * (len(more) - len(tensors))
+        given, grad_out, grad_map, out, wanted = operator._split_backward(arguments)
+        call, tensors = _described(operator, given)
+        rest = [None] * (len(given) - len(tensors))
         rules: list[Rule] = []
         for way in (None, *_rules(operator, call, call.query.mesh)):
-            given = [
+            results = [
                 None if grad_out is None else _result(way, "out", there=True),
                 None if grad_map is None else _map_gradient(way),
                 None if out is None else _result(way, "out", there=operator.has_out(call.options)),
@@ -221,7 +221,7 @@ def _register(operator: Operator) -> None:
                 for name in operator.gradients._fields
             ]
             flags = [None] * len(wanted)
-            rules.append((gradients, [*given, *flags, *_placements(tensors, way), *rest]))
+            rules.append((gradients, [*_placements(tensors, way), *rest, *results, *flags]))
         return rules
 
     propagator = DTensor._op_dispatcher.sharding_propagator

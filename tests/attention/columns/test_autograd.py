@@ -163,7 +163,7 @@ def test_opcheck(value, wanted):
     grads = torch.ones_like(q) if value else None, torch.ones(call.map_shape)
     torch.library.opcheck(
         operators.column_attention_backward,
-        (*grads, None, *wanted, *tensors, *call.options, "reference"),
+        (*tensors, *call.options, "reference", *grads, None, *wanted),
     )
 
 

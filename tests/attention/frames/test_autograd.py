@@ -162,8 +162,8 @@ def test_opcheck(rule, mean_map):
     torch.library.opcheck(
         torch.ops.vstar_kernels.frame_attention_backward,
         (
-            out, found if mean_map != "none" else None, out, *wanted, *plain, *call.options,
-            "reference",
+            *plain, *call.options, "reference", out, found if mean_map != "none" else None, out,
+            *wanted,
         ),
     )  # fmt: skip
 

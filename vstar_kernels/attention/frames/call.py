@@ -283,9 +283,9 @@ def _constants(rule: FrameRule, layout: Layout, key_layout: Layout) -> _Constant
 
 
 def _traced_constants(*identities: int) -> _Constants:
-    """Returns :func:`_constants` of objects by their ``id``, for which torch.compile guards a graph.
+    """Returns :func:`_constants` of objects by their ``id``, which a graph then is guarded by.
 
-    The caller holds them. Objects themselves would be guarded and given on from torch 2.13 on alone.
+    The caller holds them. Only later versions than torch 2.11 take the objects themselves.
     """
     return _constants(*(ctypes.cast(x, ctypes.py_object).value for x in identities))
 
