@@ -10,9 +10,11 @@ from dataclasses import fields, replace
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+import triton
 
 from benchmarks.codegen import __main__ as codegen
 from benchmarks.codegen import (
