@@ -42,7 +42,7 @@ Result = dict[str, Any]
 COLUMNS = column_cases.COMMON
 TEMPLATE = Path(__file__).with_name("report.md.jinja")
 CYCLES = 4.0  # from one instruction of a warp to its next, on average; assumed
-OTHER_SPILL = 64  # bytes that a thread may spill where another Triton compiles a configuration
+OTHER_SPILL = 96  # bytes that a thread may spill where another Triton compiles a configuration
 MATRIX_RATES = {"16-bit": 1.0, "tf32": 0.5, "ieee": 1 / 16}  # by kind, of the 16-bit rate
 
 
