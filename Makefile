@@ -9,6 +9,7 @@ PYTHON := $(shell if [ -n "$$VIRTUAL_ENV$$CONDA_PREFIX" ] && $(HAS_TORCH) 2>/dev
 	then command -v python; else echo $(VENV)/bin/python; fi)
 BIN = $(abspath $(dir $(PYTHON)))
 CTEST = $(BIN)/ctest --output-on-failure --test-dir
+CONSTRAINTS ?= constraints.txt
 # Python compiles what it imports; of all that is installed that is a small part.
 PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-compile
 # Where the environment says that Python keeps none of that, each of the tests' many processes would
@@ -18,13 +19,14 @@ unexport PYTHONDONTWRITEBYTECODE
 STAMP := build/setup$(subst /,-,$(abspath $(PYTHON)))
 NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp cmake/*)
 
-.PHONY: help demo test test-sharded test-install test-ray native native-neon sanitize fuzz setup packages \
-	kernels lint audit format bench bench-pytest gpu-wheels codegen codegen-oldest tune wheel clean transformations \
+.PHONY: help demo test test-oldest test-sharded test-install test-ray native native-neon sanitize fuzz setup \
+	packages kernels lint audit format bench bench-pytest gpu-wheels codegen codegen-oldest tune wheel clean transformations \
 	diffusers-tests
 
 help:
 	@echo "make demo       denoise a video three ways: stock, eager TAR, vstar_kernels"
 	@echo "make test       every test: the C++ ones, pytest, the Triton kernels interpreted"
+	@echo "make test-oldest  the same with the oldest torch (gigabytes, where that is CUDA's build)"
 	@echo "make test-install  the README's install lines in new virtual environments (minutes;"
 	@echo "                ARGS='--python PATH' for another Python)"
 	@echo "make test-ray   generate --ray on a cluster of two nodes, which loses workers and a node"
@@ -71,9 +73,19 @@ test: native $(STAMP)
 		tests/attention/columns/test_triton.py \
 		$(ARGS) $(OR_NO_TEST)
 
+# The same with the oldest torch, its Triton, and a NumPy that this one's interpreter knows.
+OLDEST_TORCH = 2.11.0
+OLDEST_TRITON = 3.6.0
+test-oldest:
+	mkdir -p build
+	sed -e 's/^torch==.*/torch==$(OLDEST_TORCH)/' -e 's/^triton==.*/triton==$(OLDEST_TRITON)/' \
+		constraints.txt >build/oldest.txt
+	echo "numpy<2.4" >>build/oldest.txt
+	$(MAKE) test VENV=build/oldest PYTHON=build/oldest/bin/python CONSTRAINTS=build/oldest.txt
+
 # Not of `make test`, as Ray is large, and a cluster of two nodes takes seconds to start and to lose.
 test-ray: $(STAMP)
-	$(PYTHON) -c "import ray.data" 2>/dev/null || $(PIP) -c constraints.txt "ray[data]"
+	$(PYTHON) -c "import ray.data" 2>/dev/null || $(PIP) -c $(CONSTRAINTS) "ray[data]"
 	$(ONE_THREAD) $(PYTHON) -m pytest -m ray tests/cli/test_cluster.py $(ARGS)
 
 PROCESSES ?= 4
@@ -85,7 +97,7 @@ test-install: | $(PYTHON)
 	$(PYTHON) tools/check_install.py $(ARGS)
 
 BENCH_TOOLS = $(PYTHON) -c "import seaborn, xformers, pytest_benchmark" 2>/dev/null \
-	|| $(PIP) -c constraints.txt rich seaborn xformers pytest-benchmark
+	|| $(PIP) -c $(CONSTRAINTS) rich seaborn xformers pytest-benchmark
 
 bench: $(STAMP)
 	$(BENCH_TOOLS)
@@ -97,11 +109,10 @@ bench-pytest: $(STAMP)
 
 # They need Triton, which torch's builds for GPUs bring.
 codegen: $(STAMP)
-	$(PYTHON) -c "import triton" 2>/dev/null || $(PIP) -c constraints.txt triton
+	$(PYTHON) -c "import triton" 2>/dev/null || $(PIP) -c $(CONSTRAINTS) triton
 	$(PYTHON) -m benchmarks.codegen --jobs 2 --json benchmark-output/codegen.json $(ARGS)
 
 # With the Triton of the oldest torch: those kernels that `make test` compiles with the newest.
-OLDEST_TRITON = 3.6.0
 codegen-oldest: $(STAMP)
 	$(PIP) --no-deps --target build/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PYTHON) -m benchmarks.codegen --subset \
@@ -111,7 +122,7 @@ codegen-oldest: $(STAMP)
 # What benchmarks/gpu_check.sh needs and a machine with torch for GPUs may lack, for one that reaches no
 # registry. Of diffusers not what it needs, which machines for models have.
 PYTHON_VERSION ?= 3.12
-WHEELS = $(PYTHON) -m pip download --quiet --dest build/wheels -c constraints.txt --only-binary=:all: \
+WHEELS = $(PYTHON) -m pip download --quiet --dest build/wheels -c $(CONSTRAINTS) --only-binary=:all: \
 	--implementation cp --python-version $(PYTHON_VERSION) \
 	$(foreach libc,2_28 2_17,--platform manylinux_$(libc)_x86_64) --platform manylinux2014_x86_64
 gpu-wheels: | $(PYTHON)
@@ -120,7 +131,7 @@ gpu-wheels: | $(PYTHON)
 
 GPU = $(PYTHON) -c "import torch, sys; sys.exit(not torch.cuda.is_available())"
 tune: $(STAMP)
-	$(PYTHON) -c "import triton" 2>/dev/null || $(PIP) -c constraints.txt triton
+	$(PYTHON) -c "import triton" 2>/dev/null || $(PIP) -c $(CONSTRAINTS) triton
 	if $(GPU); then $(PYTHON) -m benchmarks.tune $(ARGS); \
 		else $(PYTHON) -m benchmarks.tune --predict --jobs 2 $(ARGS); fi
 
@@ -180,7 +191,7 @@ wheel: $(STAMP)
 	$(PYTHON) tools/check_wheel.py dist/*.whl $(ARGS)
 
 lint: $(STAMP)
-	$(PIP) -c constraints.txt "bandit[toml]" import-linter mypy ruff
+	$(PIP) -c $(CONSTRAINTS) "bandit[toml]" import-linter mypy ruff
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
@@ -190,11 +201,11 @@ lint: $(STAMP)
 
 # Strictly: a package that could not be looked up is a failure too.
 audit: | $(PYTHON)
-	$(PIP) -c constraints.txt pip-audit
+	$(PIP) -c $(CONSTRAINTS) pip-audit
 	$(PYTHON) -m pip_audit --strict --requirement constraints.txt
 
 format: $(STAMP)
-	$(PIP) -c constraints.txt ruff
+	$(PIP) -c $(CONSTRAINTS) ruff
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
@@ -205,16 +216,16 @@ $(PYTHON):
 
 # While pip installs, which keeps one processor busy, the kernels are compiled; the library of both
 # is made in the end.
-$(STAMP): pyproject.toml constraints.txt $(NATIVE_SOURCES) | $(PYTHON)
-	$(PIP) -c constraints.txt "setuptools>=77" wheel cmake ninja
+$(STAMP): pyproject.toml $(CONSTRAINTS) $(NATIVE_SOURCES) | $(PYTHON)
+	$(PIP) -c $(CONSTRAINTS) "setuptools>=77" wheel cmake ninja
 	$(MAKE) --no-print-directory --jobs=2 packages kernels
 	VSTAR_KERNELS_BUILD=build/native $(PYTHON) setup.py --quiet build_ext --inplace >build/native.log
 	@mkdir -p $(dir $(STAMP)) && touch $(STAMP)
 
 # torch comes first, so that pip does not choose a larger one.
 packages: | $(PYTHON)
-	$(HAS_TORCH:python=$(PYTHON)) || $(PIP) -c constraints.txt torch
-	VSTAR_KERNELS_NATIVE=off $(PIP) -c constraints.txt --no-build-isolation --editable ".[test]"
+	$(HAS_TORCH:python=$(PYTHON)) || $(PIP) -c $(CONSTRAINTS) torch
+	VSTAR_KERNELS_NATIVE=off $(PIP) -c $(CONSTRAINTS) --no-build-isolation --editable ".[test]"
 
 # What of the library and of its tests needs no torch. Where there is no compiler, setup.py says so.
 kernels: | $(PYTHON)
