@@ -177,8 +177,8 @@ def test_another_triton_may_spill_a_little_and_take_other_shared_memory(monkeypa
         monkeypatch.setattr(report, "inspect", lambda case: found)
         return [report.examine(case, other=other)["faults"] for other in (False, True)]
 
-    assert faults_of_both(spilled=64) == [["spills 64 bytes"], []]
-    assert faults_of_both(spilled=65) == [["spills 65 bytes"]] * 2
+    assert faults_of_both(spilled=96) == [["spills 96 bytes"], []]
+    assert faults_of_both(spilled=97) == [["spills 97 bytes"]] * 2
     assert faults_of_both(shared=1001) == [["takes 1001 bytes of shared memory, 1000 stated"], []]
     limit = "takes 1048576 bytes of shared memory, sm_90 has 232448"
     assert faults_of_both(shared=2**20)[1] == [limit]
