@@ -144,6 +144,8 @@ class Check:
 
     def run(self) -> int:
         """Runs the stages; returns the exit status, 1 where something is wrong."""
+        if self.options.limit <= 0:
+            raise SystemExit(f"limit must be above 0 seconds, got {self.options.limit}")
         output, resume = self.options.output, self.options.resume
         if resume and not resume.is_dir():
             raise SystemExit(f"resume must be a folder with results, {resume} is none")

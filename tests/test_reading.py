@@ -8,6 +8,7 @@ import time
 import pytest
 
 import vstar_kernels as vk
+from vstar_kernels import reading
 from vstar_kernels.methods.vstar.writer import SynopsisError
 from vstar_kernels.reading import FormatError, clean, decode, decode_yaml, shorten
 
@@ -191,8 +192,17 @@ def test_anchors_that_repeat_each_other_without_end(more):
     lines = ["- &a0 {x: 1}"]
     for level in range(1, 40):
         lines.append(f"- &a{level} " + more.format(f"*a{level - 1}", f"*a{level - 1}"))
-    with pytest.raises(FormatError, match=re.escape("its anchors repeat more than 1,000,000 ")):
+    with pytest.raises(FormatError, match=re.escape("its anchors repeat more than 10,000,000 ")):
         decode_yaml("\n".join(lines))
+
+
+def test_anchors_may_repeat_a_little_of_a_large_document(monkeypatch):
+    pytest.importorskip("yaml")
+    monkeypatch.setattr(reading, "MOST_REPEATED", 12)
+    text = "[&a abc, " + ", ".join(map(str, range(20))) + ", *a, *a, *a]"
+    assert decode_yaml(text)[-3:] == ["abc"] * 3
+    with pytest.raises(FormatError, match="its anchors repeat more than 12 characters"):
+        decode_yaml(text[:-1] + ", *a]")
 
 
 LARGE = 2**20

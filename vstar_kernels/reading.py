@@ -22,7 +22,7 @@ SHOWN = 300  # characters of somebody else's text in a message
 SHOWN_ERRORS = 3  # of a document with many
 SHOWN_STEPS, SHOWN_STEP = 8, 40  # of a path, the last ones; characters of each
 LARGEST_FILE = 2**26  # bytes
-MOST_VALUES = 10**6  # that the anchors of a YAML document may repeat
+MOST_REPEATED = 10**7  # characters and values that a YAML document's anchors may add to it
 LONGEST_INTEGER = 309  # characters; those of the largest float
 KEY = "[key]"  # what pydantic adds to the path where a key, not its value, is wrong
 # What pydantic says in other words.
@@ -223,18 +223,20 @@ def _check_keys(loader: Any, root: Any) -> None:
 
 def _check_anchors(root: Any) -> None:
     """Raises FormatError where anchors of anchors make a huge document of a small text."""
-    sizes: dict[int, int] = {}  # how many values a node is, with all within it
+    sizes: dict[int, int] = {}  # of nodes with all within them, in values and their characters
+    written = 0  # of what was met so far, each counted once
     waiting = [(root, False)]
     while waiting:
         node, is_counted_within = waiting.pop()
         if is_counted_within:
-            sizes[id(node)] = 1 + sum(sizes[id(within)] for within in _within(node))
-        elif id(node) not in sizes:
-            sizes[id(node)] = 1  # until then; what is within itself is refused later
+            sizes[id(node)] += sum(sizes[id(within)] for within in _within(node))
+            if sizes[id(node)] - written > MOST_REPEATED:
+                raise FormatError(f"its anchors repeat more than {MOST_REPEATED:,} characters")
+        elif id(node) not in sizes:  # what is within itself is refused later
+            sizes[id(node)] = 1 + (len(node.value) if node.id == "scalar" else 0)
+            written += sizes[id(node)]
             waiting.append((node, True))
             waiting += [(within, False) for within in _within(node)]
-    if sizes[id(root)] > max(MOST_VALUES, len(sizes)):
-        raise FormatError(f"its anchors repeat more than {MOST_VALUES:,} values")
 
 
 def _within(node: Any) -> list[Any]:

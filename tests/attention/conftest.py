@@ -20,7 +20,7 @@ def poison(monkeypatch):
 def _poisoned(allocate):
     def run(*args, **options):
         tensor = allocate(*args, **options)
-        with torch.no_grad():  # which leaves may be written in
+        with torch.no_grad():  # or a leaf could not be written in
             return tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
 
     return run

@@ -13,7 +13,7 @@ import torch
 
 import vstar_kernels as vk
 from vstar_kernels.attention import dispatch
-from vstar_kernels.attention.call import Wanted, check_call
+from vstar_kernels.attention.call import Options, Wanted, check_call
 from vstar_kernels.attention.columns.call import ColumnWanted
 from vstar_kernels.attention.columns.call import check_call as check_columns
 from vstar_kernels.attention.frames.call import FrameWanted
@@ -21,7 +21,7 @@ from vstar_kernels.attention.frames.call import check_call as check_frames
 
 pytest.importorskip("triton")
 from tests.attention.stub_gpu import OnGpu, StubGpu, WaitedError
-from vstar_kernels.attention.triton import plan
+from vstar_kernels.attention.triton import plan, tile
 
 pytestmark = [
     pytest.mark.skipif(
@@ -373,3 +373,16 @@ def test_of_tensors_triton_goes_by_nothing_else(target, gpu):
         theirs.setdefault(kept_by, set()).add(repr(specialization))
     assert len(theirs) > 20
     assert (max(map(len, theirs.values())) == 1) == (target == "cuda")
+
+
+@pytest.mark.parametrize("frames", [16, 32, 33, 128])
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+def test_the_maximum_of_a_large_map_streams_on_sm_100(architecture, frames):
+    """Triton does not compile it for tiles there."""
+    strides = (frames * 128, 128, 64, 1)
+    device = plan.Device(architecture, shared=232448, processors=132)
+    options = Options("gaussian", 1.0, 1.0, "map_max", False, False, 0.125, 0)
+    shape = (8, frames, 2, 64)
+    key = plan.PlanKey(device, torch.bfloat16, False, shape, options, *[strides] * 4)
+    has_tile = tile.make_plan(key) is not None
+    assert has_tile == (architecture == "sm_90" or frames <= 32)

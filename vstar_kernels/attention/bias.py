@@ -4,8 +4,8 @@ A bias says what is added to the scaled logits φ (VSTAR, arXiv 2403.13501, eq. 
 
     φᵢⱼ + strength · statᵢ · Δᵢⱼ
 
-All three forms give the same result where they describe the same matrix. On the CPU entries below
-float32's normal range count as zero: each would cost a hundred cycles.
+All three forms give the same result where they describe the same matrix. The backend "cpu" takes
+entries below float32's normal range as zero: each would cost a hundred cycles.
 """
 
 from __future__ import annotations
@@ -180,8 +180,8 @@ class DenseBias(_Bias):
 
     Args:
         delta: ``(N, N)`` or ``(heads, N, N)``, floating point: row i, the query's frame;
-            column j, the key's. For GPUs it is copied in every call where the entries of a row are
-            not side by side.
+            column j, the key's. The backend "cpu" copies it in every call, "triton" where the
+            entries of a row are not side by side.
         strength, stat, clamp_negative, detach_stat: How Δ is weighted; see the module.
     """
 

@@ -22,7 +22,7 @@ def has_equal_halves(sample: Tensor) -> bool:
 
 
 class _Here(threading.local):
-    def __init__(self) -> None:  # of each thread
+    def __init__(self) -> None:  # each thread calls it
         self.active = False
 
 

@@ -269,6 +269,23 @@ def test_two_layers_in_a_graph(kernel):
     torch.testing.assert_close(compiled(x), model(x))
 
 
+def test_a_graph_is_of_one_rule_and_one_layout(kernel):
+    """Also where another object lies where a deleted one lay, and so has its id."""
+    torch._dynamo.reset()
+    held = types.SimpleNamespace(layout=LAYOUT, rule=None)
+
+    def step(q, k, v):
+        return vk.frame_attention(q, k, v, held.layout, held.rule)
+
+    q, k, v = (x.detach() for x in leaves())
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    for sigma in (0.5, 1.0, 2.0):
+        for layout in (LAYOUT, vk.Layout(vk.Frames(LAYOUT.tokens, 1))):
+            held.layout, held.rule = layout, None
+            held.rule = R.tar(sigma)
+            torch.testing.assert_close(compiled(q, k, v), step(q, k, v))
+
+
 @pytest.mark.parametrize("what", ["rule", "layout"])
 def test_what_is_made_in_the_graph_is_refused(what, kernel):
     """What a graph makes has no value yet when the tables are made."""

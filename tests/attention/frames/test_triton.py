@@ -88,7 +88,7 @@ def test_biases_count_without_a_scale():
     """A finite one is no mask, however far below; there a row sees nothing else."""
     layout = vk.Layout(vk.Frames(3, 16))
     query, key, value = torch.randn(3, 1, 48, 1, 16).unbind()
-    table = torch.tensor([[-1e9] * 3, [0.0, -1e9, 2.0], [-torch.inf, 0.0, 1.0]])
+    table = torch.tensor([[-1e9, -1e9 - 128, -3e9], [0.0, -1e9, 2.0], [-torch.inf, 0.0, 1.0]])
     rule = vk.FrameRule.bias(table)
     found = run(query, key, value, layout, rule, scale=0.0)
     expected = eager_frames(*(x.double() for x in (query, key, value)), layout, rule, scale=0.0)

@@ -260,7 +260,8 @@ class Layout:
         return self._hash
 
     @functools.cached_property
-    def _hash(self) -> int:  # once: every call looks its tables up
+    def _hash(self) -> int:
+        # Once, as every call looks its tables up; not in __init__, where torch 2.11 traces no hash.
         return hash((self.runs, self.coordinates))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ from vstar_kernels.attention.triton.plan import Contents, Device, Head, Strides
 if TYPE_CHECKING:
     from vstar_kernels.attention.frames.call import FrameCall, FrameGradients, FrameOptions
 
-SMALLEST_SCALE = 1e-30  # negligible, and still possible to divide by
+SMALLEST_SCALE = 1e-25  # negligible; statistics and biases divided by it are in range
 LARGEST_OFFSET = 1e38  # over the scale; sums of two are finite
 # Of a weight of the statistic, as the statistic's share of it: below what its type resolves.
 NEGLIGIBLE = {torch.float32: 2.0**-26, torch.bfloat16: 2.0**-16, torch.float16: 2.0**-16}

@@ -69,7 +69,7 @@ class Tensors(NamedTuple):
     stat: Any  # (batch, [space,] frames, heads), or of "map_max", (sequences,)
     grad_stat: Any  # (batch, [space,] frames, heads)
     grad_map: Any  # (batch, [heads,] blocks, blocks)
-    lse: Any  # (sequences, frames), like all below: the logarithm to base 2 of the sum exp φ′
+    lse: Any  # (sequences, frames), like all below: primitives.log_sum, of the row's exp φ′
     row_stat: Any  # Δ's factor in units of the product qᵀk, before it is clamped
     row_dot: Any  # rowsum(dP ∘ P)
     row_max: Any  # the row's largest logit in units of the product qᵀk
