@@ -13,14 +13,13 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import triton
 import tyro
 
 from benchmarks.codegen import cases, column_cases, frame_cases, report, without_tile
 from benchmarks.codegen.compile import in_processes
-from vstar_kernels.cli.options import integer, parsed
 
 FAMILIES = ("tile", "stream", "frames", "columns")
 TABLES = (*frame_cases.VARIANTS, *column_cases.TABLES)
@@ -43,8 +42,6 @@ class Options(cases.Selection):
     other_triton: tyro.conf.FlagCreatePairsOff[bool] = False
     """This Triton is another than the configurations were chosen with. It may spill a few bytes
     more, and take more shared memory than they say, within what the target has."""
-    jobs: Annotated[int, parsed(integer(1), "N")] = 1
-    """Processes."""
 
     def has(self, key: cases.Key) -> bool:
         """Tells whether a key's configuration is to be compiled."""

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -27,6 +27,7 @@ from vstar_kernels.attention.triton import (
 )
 from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
 from vstar_kernels.attention.triton.plan import Device, Launch, PlanKey
+from vstar_kernels.cli.options import integer, parsed
 
 BATCH, HEADS = 4096, 5  # a call of another number of heads takes the same kernels
 LONG = 1024  # frames of a call of the stream kernels
@@ -54,7 +55,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which configurations a command is for."""
+    """Which configurations a command is for, and in how many processes it compiles."""
 
     target: tuple[Literal[configs.ARCHITECTURES], ...] = configs.ARCHITECTURES
     """Architectures."""
@@ -62,6 +63,8 @@ class Selection:
     """Kinds of products."""
     width: tuple[Literal[configs.WIDTHS], ...] = configs.WIDTHS
     """Head sizes."""
+    jobs: Annotated[int, parsed(integer(1), "N")] = 1
+    """Processes that compile."""
 
     def has(self, key: Key) -> bool:
         """Tells whether a key's configuration is one of them."""

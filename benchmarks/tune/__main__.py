@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import tyro
@@ -28,7 +28,6 @@ from benchmarks.codegen import cases, without_tile
 from benchmarks.codegen.cases import Entry, Key
 from benchmarks.codegen.compile import in_processes
 from benchmarks.tune import choose, times
-from vstar_kernels.cli.options import integer, parsed
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,6 @@ class Options(cases.Selection):
     """Families of kernels."""
     direction: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
     """Whether of outputs or of gradients."""
-    jobs: Annotated[int, parsed(integer(1), "N")] = 1
-    """Processes that compile."""
     times: Path | None = None
     """Measure, and only write this file: JSON lines, to which a later call adds what it lacks."""
     stop_after: float = math.inf

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
@@ -22,7 +22,6 @@ from benchmarks.codegen.targets import TARGETS
 from benchmarks.tune.choose import LEAST_SHARED, inspect_fit, write_tables
 from vstar_kernels.attention.triton import configs
 from vstar_kernels.attention.triton.configs import ColumnsConfig
-from vstar_kernels.cli.options import integer, parsed
 
 SIZES = json.loads(Path(__file__).with_name("column_candidates.json").read_text())
 
@@ -35,8 +34,6 @@ class Options(cases.Selection):
 
     table: tuple[Literal[TABLES], ...] = TABLES
     """Tables of the file."""
-    jobs: Annotated[int, parsed(integer(1), "N")] = 1
-    """Processes."""
 
 
 def candidates(architecture: str, kind: str, width: int, table: str) -> list[ColumnEntry]:

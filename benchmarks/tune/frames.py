@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import tyro
@@ -31,7 +31,6 @@ from benchmarks.tune.candidates import LEAST_BYTES, itemsize
 from benchmarks.tune.choose import LEAST_SHARED, inspect_fit, write_tables
 from vstar_kernels.attention.triton import configs
 from vstar_kernels.attention.triton.configs import FramesConfig
-from vstar_kernels.cli.options import integer, parsed
 
 SIZES = json.loads(Path(__file__).with_name("frame_candidates.json").read_text())
 
@@ -52,8 +51,6 @@ class Options(cases.Selection):
     """Choose by compiled code, for every target, without a GPU."""
     repair: tyro.conf.FlagCreatePairsOff[bool] = False
     """Keep those that are fit; without a GPU."""
-    jobs: Annotated[int, parsed(integer(1), "N")] = 1
-    """Processes, without a GPU."""
 
 
 def candidates(architecture: str, kind: str, width: int, table: str) -> list[FrameEntry]:
