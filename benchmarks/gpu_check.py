@@ -109,6 +109,14 @@ def stages_of(text: str) -> tuple[Stage, ...]:
     return tuple(stage for stage in STAGES if text in (str(stage.run), stage.name))
 
 
+def above_zero(text: str) -> float:
+    """Reads a finite number above 0."""
+    found = number(text)
+    if found <= 0:
+        raise ValueError(f"must be a number above 0, got {text!r}")
+    return found
+
+
 @dataclass(frozen=True)
 class Options:
     """Check a GPU: tests, figures, a sanitizer."""
@@ -119,7 +127,7 @@ class Options:
     """A folder for the results."""
     resume: Path | None = None
     """A folder with results of these stages to go on with."""
-    limit: Annotated[float, parsed(number, "SECONDS")] = 570.0
+    limit: Annotated[float, parsed(above_zero, "SECONDS")] = 570.0
     """Seconds for all."""
     device: Literal["cuda", "cpu"] = "cuda"
     """A CPU, for a dry run."""
@@ -144,8 +152,6 @@ class Check:
 
     def run(self) -> int:
         """Runs the stages; returns the exit status, 1 where something is wrong."""
-        if self.options.limit <= 0:
-            raise SystemExit(f"limit must be above 0 seconds, got {self.options.limit}")
         output, resume = self.options.output, self.options.resume
         if resume and not resume.is_dir():
             raise SystemExit(f"resume must be a folder with results, {resume} is none")

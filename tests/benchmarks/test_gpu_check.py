@@ -118,7 +118,9 @@ def test_what_is_no_stage_is_refused(capsys):
     assert "must be a run or a stage, got 'tiel'" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize(("option", "value"), [("--jobs", "0"), ("--limit", "nan")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--jobs", "0"), ("--limit", "nan"), ("--limit", "0")]
+)
 def test_numbers_that_no_run_can_have_are_refused(option, value, capsys):
     with pytest.raises(SystemExit) as refused:
         gpu_check.main(["tune", option, value])
