@@ -88,3 +88,20 @@ def test_column_attention(scale, keys):
     assert 0 <= maps.min() <= maps.max() <= 1
     gradients = torch.autograd.grad(out.sum() + maps.sum(), tensors)
     assert all(x.isfinite().all() for x in gradients)
+
+
+@pytest.mark.parametrize("column", [0, 1, 3])
+def test_rows_whose_keys_share_a_large_bias(frames, column):
+    """As where a mask is a large negative number: what is added to it is rounded away."""
+    table = torch.zeros(frames, frames)
+    table[column] = -1e9
+    tensors = [x.requires_grad_() for x in inputs(1, frames, 2, 16)]
+    bias = vk.DenseBias(table, stat="none")
+
+    def results(backend):
+        out, mean_map = vk.tar_attention(*tensors, bias, return_map=True, backend=backend)
+        loss = out.square().sum() + (mean_map * torch.linspace(0, 1, frames)).sum()
+        return out, mean_map, *torch.autograd.grad(loss, tensors)
+
+    for found, expected in zip(results("triton"), results("reference"), strict=True):
+        torch.testing.assert_close(found, expected)

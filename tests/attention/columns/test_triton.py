@@ -26,6 +26,7 @@ from vstar_kernels.attention.triton import (
     columns_forward,
     columns_plan,
     configs,
+    log_sums,
     plan,
 )
 from vstar_kernels.attention.triton.configs import ColumnsConfig
@@ -327,7 +328,7 @@ def test_every_line_of_the_kernels_runs(processors):
     """No statement is left to chance; a new one needs a case here and among the options."""
     processors(4)
     torch.manual_seed(0)
-    with watched(columns_forward, columns_backward) as not_run:
+    with watched(columns_forward, columns_backward, log_sums) as not_run:
         for keys in (77, 13, 130):
             tensors = [torch.randn(1, n, 2, 40, requires_grad=True) for n in (3, keys, keys)]
             one_hot = torch.eye(keys)[:, :1]

@@ -133,6 +133,18 @@ def test_a_row_of_masked_heads_and_no_text_is_zero():
 # ---- which calls are made of an engine ----
 
 
+def test_a_large_bias_of_all_keys_of_a_row_changes_no_weight():
+    """The frames have the same keys, so that their log-sum-exps, which round away, are equal."""
+    layout = vk.Layout(vk.Frames(4, 7))
+    table = torch.zeros(4, 4)
+    table[1], table[2, ::2] = -1e9, 1e9
+    query, key, value = torch.randn(3, 2, 28, 2, 16).unbind()
+    arguments = query, key[:, :7].repeat(1, 4, 1, 1), value, layout, R.bias(table)
+    out, mean_map = vk.frame_attention(*arguments, return_map=True, backend="composed")
+    assert_frames(out, *arguments)
+    torch.testing.assert_close(mean_map.sum(-1), torch.ones(2, 4))
+
+
 def test_without_a_rule_there_is_one_call():
     assert ranges(None) == {(0, 47): [(0, 47)]}
     assert ranges(R.tar(1.0, strength=0.0)) == {(0, 47): [(0, 47)]}

@@ -86,3 +86,34 @@ def test_frame_attention(name, way, largest, dtype, monkeypatch):
         results(dtype, "triton"), results(torch.float64, "reference"), strict=True
     ):
         torch.testing.assert_close(found.double(), expected.double(), rtol=1e-3, atol=1e-3)
+
+
+ALIKE = {
+    "bias": R.bias(
+        torch.tensor([[-1e9] * 4, [0.0, 0.5, 0.25, 1.0], [1e9] * 4, [-1e9, 0, 1, -1e9]])
+    ),
+    "bias, row_max": R.tar(1.0, 0.8, stat="row_max") + R.bias(torch.full((4, 4), -1e9)),
+    "bias, frame_max": R.tar(1.0, 0.8) + R.bias(torch.full((4, 4), -1e9)),
+}
+
+
+@pytest.mark.parametrize(("name", "way"), [(name, way) for name in ALIKE for way in ways(name)])
+def test_a_large_bias_of_all_keys_of_a_row_changes_no_weight(name, way, monkeypatch):
+    """Beside it the logits would be rounded away."""
+    below = float("inf") if way == "revisit" else 0.0
+    monkeypatch.setattr(configs, "revisit_below", lambda *key: below)
+    layout = vk.Layout(vk.Frames(4, 16))
+    tensors = [x.requires_grad_() for x in torch.randn(3, 1, layout.tokens, 2, 16).unbind()]
+    weight, map_weight = torch.randn(tensors[0].shape), torch.randn(1, 4, 5)
+
+    def results(dtype, backend):
+        cast = [x.to(dtype) for x in tensors]
+        options = {"return_map": True, "backend": backend}
+        out, mean_map = vk.frame_attention(*cast, layout, ALIKE[name], **options)
+        loss = (out * weight).sum() + (mean_map * map_weight).sum()
+        return out, mean_map, *torch.autograd.grad(loss, tensors)
+
+    for found, expected in zip(
+        results(torch.float32, "triton"), results(torch.float64, "reference"), strict=True
+    ):
+        torch.testing.assert_close(found, expected.to(found), rtol=1e-4, atol=1e-5)

@@ -288,9 +288,8 @@ class Rows:
         logits = lses + self._constants("offset")
         if any(part.delta != NEUTRAL for part in parts):
             logits = logits + self._statistic(lses) * self._constants("delta")
-        whole = logits.logsumexp(0)
-        whole = whole.masked_fill(whole == NOTHING, 0.0)  # a row without keys has weights of 0
-        weights = (logits - whole).exp()
+        empty = (logits == NOTHING).all(0)
+        weights = logits.softmax(0).masked_fill(empty, 0.0)
         if masses is not None:
             for part, weight in zip(parts, weights.sum(2), strict=True):
                 masses[..., part.column] += weight

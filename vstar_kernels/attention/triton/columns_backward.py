@@ -27,16 +27,15 @@ from vstar_kernels.attention.triton import plan
 from vstar_kernels.attention.triton.columns_forward import load_column, products
 from vstar_kernels.attention.triton.columns_plan import ColumnsKey
 from vstar_kernels.attention.triton.configs import ColumnsConfig
+from vstar_kernels.attention.triton.log_sums import probabilities, weights
 from vstar_kernels.attention.triton.plan import Launch
 from vstar_kernels.attention.triton.primitives import (
     add_weighted_sums,
     inner_products,
     load_heads,
-    probabilities,
     store_heads,
     times,
     weighted_sums,
-    weights,
     zero_heads,
 )
 

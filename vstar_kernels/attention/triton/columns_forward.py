@@ -28,14 +28,13 @@ from vstar_kernels.attention.call import Forward, nothing
 from vstar_kernels.attention.triton import plan
 from vstar_kernels.attention.triton.columns_plan import ColumnsKey
 from vstar_kernels.attention.triton.configs import ColumnsConfig
+from vstar_kernels.attention.triton.log_sums import log_sum, probabilities
 from vstar_kernels.attention.triton.plan import Launch
 from vstar_kernels.attention.triton.primitives import (
     add_weighted_sums,
     exponentials,
     inner_products,
     load_heads,
-    log_sum,
-    probabilities,
     store_heads,
     subtrahend,
     times,

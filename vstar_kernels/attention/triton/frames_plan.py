@@ -295,7 +295,10 @@ def rule_tables(
         delta = delta if delta.any() else None
     if offset is not None:
         masked = offset == -math.inf
-        offset = (offset.double() / scale).clamp(-LARGEST_OFFSET, LARGEST_OFFSET).float()
+        offset = offset.double()
+        if TEXT not in tables.key_runs.tensor()[:, 2]:  # which has no bias
+            offset = from_largest(offset)
+        offset = (offset / scale).clamp(-LARGEST_OFFSET, LARGEST_OFFSET).float()
         offset = offset.masked_fill(masked, -math.inf) if offset.any() else None
     if factor is not None and (factor == 1).all():
         factor = None
@@ -311,3 +314,12 @@ def rule_tables(
             factor = factor.unsqueeze(1) if factor.ndim == 3 else factor
             factor = factor.expand(2, *shape).contiguous()
     return RuleTables(frames, key_frames, bool(sizes), delta, offset, factor, span, band)
+
+
+def from_largest(offset: Tensor) -> Tensor:
+    """Returns biases less the largest of their row, which changes no softmax.
+
+    Where all keys of a row have one of 10⁹, the logits would be less than what float32 resolves.
+    """
+    largest = offset.amax(-1, keepdim=True)
+    return offset - largest.masked_fill(largest == -math.inf, 0.0)

@@ -26,11 +26,12 @@ from vstar_kernels.attention.triton.primitives import (
     inner_products,
     larger,
     load_heads,
+    load_normalizer,
     locate,
     logits,
     map_gradient,
+    normalized,
     offsets,
-    probabilities,
     regularized,
 )
 
@@ -47,8 +48,8 @@ class Tensors(NamedTuple):
     grad_out: Any
     delta: Any  # Δ's table or matrix
     grad_map: Any  # (batch, [heads,] blocks, blocks)
-    lse: Any  # (sequences, frames), like row_stat and row_dot
-    row_stat: Any
+    normalizer: Any  # (sequences, frames, 2): each row's :class:`primitives.Normalizer`
+    row_stat: Any  # (sequences, frames), like row_dot
     row_dot: Any
     sums: Any  # (groups, chunks, strip, frames)
 
@@ -115,8 +116,8 @@ def maps_kernel(
                 t.delta, strides.delta, place.head, i, j, frames, numbers.falloff, HEAD, BIAS
             )
             b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
-        b_lse = tl.load(t.lse + o_row, mask=m_i, other=0.0)  # (QUERIES,)
-        b_p = probabilities(b_s, b_lse, numbers.exp2_scale)  # (QUERIES, KEYS)
+        normalizer = load_normalizer(t.normalizer, o_row, m_i)
+        b_p = normalized(b_s, normalizer, numbers.exp2_scale)  # (QUERIES, KEYS)
         if OF_DELTA:
             o_do = offsets(strides.grad_out, place, i, HEAD)
             o_v = offsets(strides.v, place, j, HEAD)
@@ -160,14 +161,14 @@ class MapSums:
     def run(
         self,
         call: Call,
-        lse: Tensor,
+        normalizer: Tensor,
         row_stat: Tensor | None,
         row_dot: Tensor | None = None,
         grad_out: Tensor | None = None,
         grad_map: Tensor | None = None,
     ) -> Tensor:
         """Returns the sums, ``(groups, strip, frames)``; dΔ takes the last three tensors too."""
-        sums = plan.new(lse, *self.shape)
+        sums = plan.new(normalizer, *self.shape)
         self.launch.on(
             q=call.query,
             k=call.key,
@@ -175,7 +176,7 @@ class MapSums:
             grad_out=grad_out,
             delta=call.delta,
             grad_map=grad_map,
-            lse=lse,
+            normalizer=normalizer,
             row_stat=row_stat,
             row_dot=row_dot,
             sums=sums,
@@ -183,10 +184,12 @@ class MapSums:
         return sums.sum(1)
 
 
-def mean_map(strips: tuple[MapSums, ...], call: Call, lse: Tensor, stat: Tensor | None) -> Tensor:
+def mean_map(
+    strips: tuple[MapSums, ...], call: Call, normalizer: Tensor, row_stat: Tensor | None
+) -> Tensor:
     """Returns the mean map, or its sums over blocks of frames, strip by strip."""
     weight, block = plan.map_weight(call), call.options.map_block
-    sums = [block_sums(strip.run(call, lse, stat) * weight, block) for strip in strips]
+    sums = [block_sums(strip.run(call, normalizer, row_stat) * weight, block) for strip in strips]
     return torch.cat(sums, dim=1).view(call.map_shape)
 
 
@@ -257,7 +260,7 @@ def _plan_sums(
             grad_out=of_delta,
             delta=key.reads_delta,
             grad_map=of_delta and key.has_map,
-            lse=True,
+            normalizer=True,
             row_stat=key.has_bias,
             row_dot=of_delta,
             sums=True,

@@ -302,29 +302,42 @@ def exponentials(b_s, b_max, exp2_scale):
     return tl.exp2((b_s - tl.expand_dims(b_max, -1)) * exp2_scale)
 
 
-@triton.jit
-def log_sum(b_max, b_total, exp2_scale):
-    """Returns the logarithms of rows' sums of exponentials, as what :func:`exponentials` subtract.
+class Normalizer(NamedTuple):
+    """Rows' sums of exponentials: maxima, and logarithms of the sums of :func:`exponentials`.
 
-    That is never less than the maximum.
+    They stay apart: next to a maximum of −10⁹, as where a bias masks all keys of a row, one float32
+    has no room for the logarithm of their number.
     """
-    return b_max + tl.log2(b_total) / exp2_scale
+
+    max: Any  # (I,)
+    log2: Any  # (I,), binary
 
 
 @triton.jit
-def probabilities(b_s, b_lse, exp2_scale):
-    """Returns A′ ``(I, J)`` of logits and the :func:`log_sum` of their rows."""
-    return weights((b_s - tl.expand_dims(b_lse, 1)) * exp2_scale)
+def store_normalizer(p, o_row, m_row, b_max, b_total):
+    """Stores rows' :class:`Normalizer`, of their maxima and sums of exponentials."""
+    tl.store(p + o_row * 2, b_max, mask=m_row)
+    tl.store(p + o_row * 2 + 1, tl.log2(b_total), mask=m_row)
 
 
 @triton.jit
-def weights(b_log2):
-    """Returns the numbers of these binary logarithms, none beyond 1, which exact ones would not be.
+def load_normalizer(p, o_row, m_row):
+    """Loads rows' :class:`Normalizer`, one that leaves no weights where it is masked."""
+    b_max = tl.load(p + o_row * 2, mask=m_row, other=0.0)
+    return Normalizer(b_max, tl.load(p + o_row * 2 + 1, mask=m_row, other=float("inf")))
 
-    Of huge logits a rounding is many powers of two: those here that were computed again, in blocks
-    of another shape, may be larger than what their rows' sums are of.
+
+@triton.jit
+def normalized(b_s, normalizer, exp2_scale):
+    """Returns A′ ``(I, J)`` of logits and their rows' normalizer.
+
+    None is larger than that of the maximum, which exact ones would not be. Of huge logits a
+    rounding is many powers of two: those here that were computed again, in blocks of another shape,
+    may be larger than what their rows' sums are of.
     """
-    return tl.exp2(tl.minimum(b_log2, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    b_log2 = tl.expand_dims(normalizer.log2, 1)
+    b_p = (b_s - tl.expand_dims(normalizer.max, 1)) * exp2_scale - b_log2
+    return tl.exp2(tl.minimum(b_p, -b_log2, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit

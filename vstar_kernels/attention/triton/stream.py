@@ -41,13 +41,13 @@ from vstar_kernels.attention.triton.primitives import (
     largest,
     load_heads,
     locate,
-    log_sum,
     logits,
     offsets,
     regularized,
     sequence_offset,
     statistic_offsets,
     store_heads,
+    store_normalizer,
     subtrahend,
     times,
     zero_heads,
@@ -63,8 +63,8 @@ class Tensors(NamedTuple):
     out: Any
     delta: Any  # Δ's table or matrix
     stat: Any  # (batch, [space,] frames, heads), or of "map_max", (sequences, blocks of queries)
-    lse: Any  # (sequences, frames), like row_stat
-    row_stat: Any
+    normalizer: Any  # (sequences, frames, 2): each row's :class:`primitives.Normalizer`
+    row_stat: Any  # (sequences, frames)
 
 
 class TensorStrides(NamedTuple):
@@ -90,8 +90,7 @@ def stream_kernel(
 
     Δᵢⱼ counts as zero for |j − i| > ``window``. ``k_main`` … are descriptors of the tensors' parts,
     or None. With ``STAT`` "map_max", ``stat`` holds the maxima that :func:`map_max_kernel` left.
-    ``SAVE`` writes for each row the :func:`log_sum` of its exponentials, and Δ's factor before it
-    is clamped.
+    ``SAVE`` writes each row's normalizer, and Δ's factor before it is clamped.
     """
     sizes = Sizes(space, heads, frames)
     query_blocks = tl.cdiv(frames, QUERIES)
@@ -161,7 +160,7 @@ def stream_kernel(
 
     if SAVE:
         o_row = i_sequence.to(tl.int64) * frames + i
-        tl.store(t.lse + o_row, log_sum(b_max, b_total, numbers.exp2_scale), mask=m_i)
+        store_normalizer(t.normalizer, o_row, m_i, b_max, b_total)
         if BIAS.FORM != "none":
             tl.store(t.row_stat + o_row, tl.zeros((QUERIES,), tl.float32) + b_stat, mask=m_i)
     b_inverse = tl.expand_dims(1.0 / b_total, 1)  # (QUERIES, 1)
@@ -225,20 +224,21 @@ class StreamPlan:
     save: bool
 
     def run(self, call: Call, out: Tensor) -> Forward:
-        """Fills ``out``; saves lse and, with a bias, Δ's factor for each row, where it is to."""
+        """Fills ``out``; saves rows' normalizers and, with a bias, Δ's factors, where it is to."""
         stat, mean_map = call.stat, None
         if self.map_max is not None:
             stat = plan.new(out, self.map_max.programs)
             self.map_max.on(q=call.query, k=call.key, maxima=stat)
         needed = self.attention.needed
-        lse = plan.new(out, *plan.row_shape(call)) if needed.lse else None
-        row_stat = plan.new(out, *plan.row_shape(call)) if needed.row_stat else None
+        rows = plan.row_shape(call)
+        normalizer = plan.new(out, *rows, 2) if needed.normalizer else None
+        row_stat = plan.new(out, *rows) if needed.row_stat else None
         self.attention(
-            Tensors(call.query, call.key, call.value, out, call.delta, stat, lse, row_stat)
+            Tensors(call.query, call.key, call.value, out, call.delta, stat, normalizer, row_stat)
         )
-        if lse is not None and self.maps:
-            mean_map = maps.mean_map(self.maps, call, lse, row_stat)
-        saved = tuple(x for x in (lse, row_stat) if x is not None) if self.save else ()
+        if normalizer is not None and self.maps:
+            mean_map = maps.mean_map(self.maps, call, normalizer, row_stat)
+        saved = tuple(x for x in (normalizer, row_stat) if x is not None) if self.save else ()
         return Forward(out, mean_map, saved)
 
 
@@ -281,7 +281,7 @@ def plan_attention(key: PlanKey, config: StreamConfig) -> Launch:
             out=True,
             delta=key.reads_delta,
             stat=key.options.stat in ("map_max", "tensor"),
-            lse=save,
+            normalizer=save,
             row_stat=save and key.has_bias,
         ),
         (

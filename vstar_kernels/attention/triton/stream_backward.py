@@ -1,13 +1,13 @@
 """The gradients of more frames than :mod:`tile_backward` holds, in sweeps over the map.
 
-- :func:`statistics_kernel`: what each row needs: the logarithm of its sum of exponentials and Δ's
-  factor, unless the forward pass saved them, and rowsum(dP ∘ P).
+- :func:`statistics_kernel`: what each row needs: its sum of exponentials and Δ's factor, unless the
+  forward pass saved them, and rowsum(dP ∘ P).
 - :func:`grad_query_kernel`: dQ, the gradient of Δ's factor, and the key that is the row's maximum,
   by blocks of queries.
 - :func:`grad_key_kernel`: dK and dV, by blocks of keys.
 
 Nothing is added up between programs. The formulas are those of ``attention/reference.py``. Products
-of N×N×D: 0, 3 and 4 with what the forward pass saved, 8·B·S·H·N bytes, and 1, 3 and 4 without (and
+of N×N×D: 0, 3 and 4 with what the forward pass saved, 12·B·S·H·N bytes, and 1, 3 and 4 without (and
 again over the window of Δ, and all of it once more before that for "map_max"); the mean map's
 gradient takes one more in the first.
 """
@@ -29,6 +29,7 @@ from vstar_kernels.attention.triton.maps import MapSums
 from vstar_kernels.attention.triton.plan import Launch, PlanKey, Strides
 from vstar_kernels.attention.triton.primitives import (
     LOG2E,
+    Normalizer,
     Sizes,
     add_weighted_sums,
     blocks_in_window,
@@ -37,16 +38,17 @@ from vstar_kernels.attention.triton.primitives import (
     frame_offsets,
     inner_products,
     load_heads,
+    load_normalizer,
     locate,
-    log_sum,
     logits,
     map_gradient,
+    normalized,
     offsets,
-    probabilities,
     regularized,
     sequence_offset,
     statistic_offsets,
     store_heads,
+    store_normalizer,
     subtrahend,
     times,
     transposed,
@@ -69,10 +71,10 @@ class Tensors(NamedTuple):
     stat: Any  # (batch, [space,] frames, heads), or of "map_max", (sequences,)
     grad_stat: Any  # (batch, [space,] frames, heads)
     grad_map: Any  # (batch, [heads,] blocks, blocks)
-    lse: Any  # (sequences, frames), like all below: primitives.log_sum, of the row's exp φ′
-    row_stat: Any  # Δ's factor in units of the product qᵀk, before it is clamped
+    normalizer: Any  # (sequences, frames, 2): each row's :class:`primitives.Normalizer`
+    row_stat: Any  # (sequences, frames), like all below: Δ's factor, before it is clamped
     row_dot: Any  # rowsum(dP ∘ P)
-    row_max: Any  # the row's largest logit in units of the product qᵀk
+    row_max: Any  # the row's largest logit without a bias
     argmax: Any  # the key frame whose logit that is
     d_row_stat: Any  # the gradient of row_stat, over |scale|
 
@@ -103,7 +105,7 @@ def statistics_kernel(
     HEAD: tl.constexpr, BIAS: tl.constexpr, STAT: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, GRAD_MAP: tl.constexpr, SAVED: tl.constexpr,
 ):  # fmt: skip
-    """What ``QUERIES`` rows need: ``lse`` and ``row_stat``, unless ``SAVED``, and ``row_dot``."""
+    """What ``QUERIES`` rows need: ``row_dot``, and unless ``SAVED``, normalizer and Δ's factor."""
     sizes = Sizes(space, heads, frames)
     query_blocks = tl.cdiv(frames, QUERIES)
     i_sequence = tl.program_id(0) // query_blocks
@@ -117,7 +119,7 @@ def statistics_kernel(
         p_k = t.k + sequence_offset(strides.k, place, HEAD)
 
     if SAVED:
-        b_lse = tl.load(t.lse + o_row, mask=m_i, other=0.0)  # (QUERIES,)
+        normalizer = load_normalizer(t.normalizer, o_row, m_i)
         if BIAS.FORM != "none":
             b_stat = tl.load(t.row_stat + o_row, mask=m_i, other=0.0)  # (QUERIES,)
     else:
@@ -155,8 +157,8 @@ def statistics_kernel(
                 )
                 b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
                 b_max, b_total = add_exponentials(b_max, b_total, b_s, numbers)
-        b_lse = log_sum(b_max, b_total, numbers.exp2_scale)  # (QUERIES,)
-        tl.store(t.lse + o_row, b_lse, mask=m_i)
+        store_normalizer(t.normalizer, o_row, m_i, b_max, b_total)
+        normalizer = Normalizer(b_max, tl.log2(b_total))
 
     b_o = load_heads(t.out, offsets(strides.out, place, i, HEAD), m_i, HEAD)  # (QUERIES, D)
     b_do = load_heads(t.grad_out, offsets(strides.grad_out, place, i, HEAD), m_i, HEAD)
@@ -173,7 +175,7 @@ def statistics_kernel(
                     t.delta, strides.delta, place.head, i, j, frames, numbers.falloff, HEAD, BIAS
                 )
                 b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
-            b_p = probabilities(b_s, b_lse, numbers.exp2_scale)  # (QUERIES, KEYS)
+            b_p = normalized(b_s, normalizer, numbers.exp2_scale)  # (QUERIES, KEYS)
             b_map = map_gradient(
                 t.grad_map, strides.grad_map, place.batch, place.head, i, j, m_i, frames, map_block
             )
@@ -216,11 +218,11 @@ def grad_query_kernel(
     p_k = t.k + sequence_offset(strides.k, place, HEAD)
     p_v = t.v + sequence_offset(strides.v, place, HEAD)
     o_row = i_sequence.to(tl.int64) * frames + i
-    b_lse = tl.load(t.lse + o_row, mask=m_i, other=0.0)  # (QUERIES,)
+    normalizer = load_normalizer(t.normalizer, o_row, m_i)
     b_dot = tl.load(t.row_dot + o_row, mask=m_i, other=0.0)  # (QUERIES,)
     near = 0
     far = 0
-    b_stat = b_lse
+    b_stat = b_dot
     if BIAS.FORM != "none":
         b_stat = tl.load(t.row_stat + o_row, mask=m_i, other=0.0)  # (QUERIES,)
         near, far = blocks_in_window(start, QUERIES, KEYS, window, frames)
@@ -247,7 +249,7 @@ def grad_query_kernel(
                     t.delta, strides.delta, place.head, i, j, frames, numbers.falloff, HEAD, BIAS
                 )
                 b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
-        b_p = probabilities(b_s, b_lse, numbers.exp2_scale)  # (QUERIES, KEYS)
+        b_p = normalized(b_s, normalizer, numbers.exp2_scale)  # (QUERIES, KEYS)
         b_dp = inner_products(b_do, b_v, HEAD)  # (QUERIES, KEYS)
         if GRAD_MAP:
             b_dp += numbers.map_weight * map_gradient(
@@ -326,7 +328,7 @@ def grad_key_kernel(
         b_q = load_heads(p_q, frame_offsets(strides.q, i, HEAD), m_i, HEAD)  # (QUERIES, D)
         b_do = load_heads(p_do, frame_offsets(strides.grad_out, i, HEAD), m_i, HEAD)
         o_row = i_sequence.to(tl.int64) * frames + i
-        b_lse = tl.load(t.lse + o_row, mask=m_i, other=0.0)  # (QUERIES,)
+        normalizer = load_normalizer(t.normalizer, o_row, m_i)
         b_dot = tl.load(t.row_dot + o_row, mask=m_i, other=0.0)  # (QUERIES,)
         b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
         if BIAS.FORM != "none":
@@ -336,7 +338,7 @@ def grad_key_kernel(
                     t.delta, strides.delta, place.head, i, j, frames, numbers.falloff, HEAD, BIAS
                 )
                 b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
-        b_p = probabilities(b_s, b_lse, numbers.exp2_scale)  # (QUERIES, KEYS)
+        b_p = normalized(b_s, normalizer, numbers.exp2_scale)  # (QUERIES, KEYS)
         b_dv = add_weighted_sums(b_dv, transposed(b_p.to(b_q[0].dtype)), b_do, HEAD)  # (KEYS, D)
         b_dp = inner_products(b_do, b_v, HEAD)  # (QUERIES, KEYS)
         if GRAD_MAP:
@@ -381,7 +383,7 @@ class StreamBackwardPlan:
     ) -> Tensor | None:
         """Fills the gradients and returns dΔ, ``(matrices, frames, frames)``, if it is wanted."""
         rows = plan.row_shape(call)
-        lse = saved[0] if saved else plan.new(out, *rows)
+        normalizer = saved[0] if saved else plan.new(out, *rows, 2)
         row_stat = saved[-1] if saved else plan.new(out, *rows)  # not read where there is no bias
         every = Tensors(
             q=call.query,
@@ -396,7 +398,7 @@ class StreamBackwardPlan:
             stat=call.stat,
             grad_stat=gradients.stat,
             grad_map=grad_map,
-            lse=lse,
+            normalizer=normalizer,
             row_stat=row_stat,
             row_dot=plan.new(out, *rows),
             row_max=plan.new(out, *rows),
@@ -415,7 +417,7 @@ class StreamBackwardPlan:
         if self.grad_delta is None:
             return None
         return self.grad_delta.run(
-            call, every.lse, every.row_stat, every.row_dot, grad_out, grad_map
+            call, every.normalizer, every.row_stat, every.row_dot, grad_out, grad_map
         )
 
 
@@ -453,7 +455,7 @@ def plan_stream(key: PlanKey, config: StreamConfig) -> StreamBackwardPlan:
         grad_out=True,
         delta=key.reads_delta,
         grad_map=key.has_map,
-        lse=True,
+        normalizer=True,
         row_stat=key.has_bias,
         row_dot=True,
     )
