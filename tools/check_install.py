@@ -3,8 +3,8 @@
 torch is installed once. Then the lines run with the setuptools that Python and torch bring, with
 the 65.5 of Python 3.11's virtual environments, with none and with the newest; each time the C++
 kernels must be there and compute. Without pip's build isolation, old setuptools and none must fail
-with the command that the README gives, and the README's lines must then work. An archive and an
-editable install follow, and an install without a compiler.
+with the command that the README gives, and the README's lines must then work. A source archive,
+which must be complete, and an editable install follow, and an install without a compiler.
 
     python tools/check_install.py [--python PYTHON]...
 """
@@ -17,11 +17,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUPTOOLS = ("as it is", "65.5.0", "none", "newest")
+# What stands on pages, and what was measured or found of compiled code.
+ONLY_IN_CHECKOUT = (".", "docs/images/", "docs/performance/plots/", "benchmarks/results/")
 
 # Runs away from the source tree: what is imported is what was installed.
 USE = """
@@ -41,13 +44,25 @@ def readme_lines() -> tuple[list[str], list[str]]:
     return [line.strip() for line in usual.splitlines()], [x.strip() for x in alone.splitlines()]
 
 
-def copy_checkout(target: Path) -> None:
-    """Copies what git knows or would add: no build of an earlier time."""
+def files() -> list[str]:
+    """Returns the names of what git knows or would add: no build of an earlier time."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.check_output(listed, cwd=ROOT, text=True).split("\0"):
-        if name and (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name)
+    names = subprocess.check_output(listed, cwd=ROOT, text=True).split("\0")
+    return [name for name in names if name and (ROOT / name).is_file()]
+
+
+def copy_checkout(target: Path) -> None:
+    """Copies :func:`files`."""
+    for name in files():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target / name)
+
+
+def missing(archive: Path) -> list[str]:
+    """Returns what a source archive lacks of the checkout, but for what is of use only there."""
+    with tarfile.open(archive) as opened:
+        there = {name.partition("/")[2] for name in opened.getnames()}
+    return [name for name in files() if name not in there and not name.startswith(ONLY_IN_CHECKOUT)]
 
 
 class Environment:
@@ -130,6 +145,9 @@ def check(python: str, folder: Path) -> None:
 
     print("an archive, and an editable install")
     there.run("pip install --quiet build && python -m build --sdist --outdir archive")
+    (archive,) = (there.checkout / "archive").glob("*.tar.gz")
+    if lacking := missing(archive):
+        sys.exit(f"the source archive lacks {', '.join(lacking)}")
     there.run("pip install archive/*.tar.gz")
     there.use()
     there.run("pip install --editable .")

@@ -264,9 +264,16 @@ def reason(key: Key) -> str:
             continue
         config = case.config
         faults = "; ".join(report.faults(case, binary, target))
-        size = f"{config.queries} queries in {config.warps} warps, {config.stages} stages"
-        found.append((binary.spilled, f"{size}: {faults}"))
+        found.append((binary.spilled, f"{_described(config)}: {faults}"))
     return min(found)[1] if found else "no candidate compiles"
+
+
+def _described(config: TileConfig) -> str:
+    """Returns a candidate in words."""
+    ahead = "loads a tile ahead" if config.stages > 1 else "loads no tile ahead"
+    hoists = "" if config.hoists else ", hoists nothing"
+    size = f"{config.queries} queries of {config.sequences} sequences in {config.warps} warps"
+    return f"{size}, {ahead}{hoists}"
 
 
 def write(chosen: Mapping[Key, Entry | None]) -> None:
