@@ -105,14 +105,14 @@ OPTIONS = {
     "scale": [None, 0.3, -0.2],
     "layout": [lambda x: x, heads_outermost, frames_outermost, with_gaps, one_batch_element],
     "five": [False, True],
-    "int64": [False, True],
+    "int64": [(), ("_largest_offset",), ("_largest_offset", "_largest_frame_offset")],
 }
 
 
 @pytest.mark.parametrize("case", pairwise(OPTIONS), ids=lambda c: f"{c['frames']}-{c['bias']}")
 def test_options(case, monkeypatch):
-    if case["int64"]:
-        monkeypatch.setattr(plan, "INT32_MAX", -1)
+    for name in case["int64"]:
+        monkeypatch.setattr(plan, name, lambda key: 2**31)
     frames = case["frames"]
     # The interpreter's time is in the sequences of long videos: two of them do.
     batch, heads = (3, 3) if frames < 64 else (1, 2)
@@ -537,6 +537,8 @@ def test_every_line_of_the_kernels_runs(monkeypatch):
         monkeypatch.setattr(configs, f"stream{direction}", lambda *args: blocks)
     with watched(maps, primitives, stream, stream_backward, tile, tile_backward) as not_run:
         for frames, form, stat in cases:
+            if (frames, stat) == (20, "row_max"):
+                monkeypatch.setattr(plan, "_largest_offset", lambda key: 2**31)
             tensors = inputs(1, frames, 1, 40)
             values = torch.randn(1, frames, 1) if stat == "tensor" else stat
             bias = BIASES[form](frames, 1, stat=values, clamp_negative=True)
@@ -684,6 +686,14 @@ def test_offsets_are_64_bits_where_the_tensors_need_them():
     for batch, expected in ((largest, "int32"), (largest + 1, "int64")):
         constants = head_constants(plan_key((batch, frames, heads, head_dim)))
         assert str(constants.OFFSET) == expected
+        assert str(constants.FRAME_OFFSET) == "int32"
+
+
+def test_offsets_of_frames_are_64_bits_where_a_sequence_is_long():
+    reach = 2**31 - 1 - 16  # of the last frame; its head_dim are 16
+    for stride, expected in ((reach // 2, "int32"), (reach // 2 + 1, "int64")):
+        key = plan_key((1, 3, 1, 16), strides=(1, stride, 16, 1))
+        assert str(plan.head(key, block=16).FRAME_OFFSET) == expected
 
 
 @pytest.mark.parametrize(
@@ -706,6 +716,8 @@ def test_offsets_are_64_bits_where_delta_needs_them(form, delta_shape):
         changes = {"options": options, "delta": delta, "delta_shape": delta_shape}
         key = plan_key(shape, strides=(1, 1, 1, 1), **changes)
         assert str(plan.head(key, block=16).OFFSET) == expected
+        of_frames = expected if form == "dense" and not per_head else "int32"
+        assert str(plan.head(key, block=16).FRAME_OFFSET) == of_frames
 
 
 @pytest.mark.parametrize("form", ["matrix", "matrices", "tables"])

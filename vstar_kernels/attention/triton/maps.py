@@ -25,13 +25,12 @@ from vstar_kernels.attention.triton.primitives import (
     delta_block,
     inner_products,
     larger,
-    load_heads,
+    load_frames,
     load_normalizer,
     locate,
     logits,
     map_gradient,
     normalized,
-    offsets,
     regularized,
 )
 
@@ -103,10 +102,8 @@ def maps_kernel(
     for n in tl.range(i_chunk, count, chunks, num_stages=1):
         i_sequence = i_first + n * sequence_step
         place = locate(i_sequence, sizes)
-        o_q = offsets(strides.q, place, i, HEAD)
-        o_k = offsets(strides.k, place, j, HEAD)
-        b_q = load_heads(t.q, o_q, m_i, HEAD)  # (QUERIES, D)
-        b_k = load_heads(t.k, o_k, m_j, HEAD)  # (KEYS, D)
+        b_q = load_frames(t.q, strides.q, place, i, m_i, HEAD)  # (QUERIES, D)
+        b_k = load_frames(t.k, strides.k, place, j, m_j, HEAD)  # (KEYS, D)
         b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
         o_row = i_sequence.to(tl.int64) * frames + i
         b_stat = tl.full((QUERIES,), 0.0, tl.float32)
@@ -119,10 +116,8 @@ def maps_kernel(
         normalizer = load_normalizer(t.normalizer, o_row, m_i)
         b_p = normalized(b_s, normalizer, numbers.exp2_scale)  # (QUERIES, KEYS)
         if OF_DELTA:
-            o_do = offsets(strides.grad_out, place, i, HEAD)
-            o_v = offsets(strides.v, place, j, HEAD)
-            b_do = load_heads(t.grad_out, o_do, m_i, HEAD)  # (QUERIES, D)
-            b_v = load_heads(t.v, o_v, m_j, HEAD)  # (KEYS, D)
+            b_do = load_frames(t.grad_out, strides.grad_out, place, i, m_i, HEAD)  # (QUERIES, D)
+            b_v = load_frames(t.v, strides.v, place, j, m_j, HEAD)  # (KEYS, D)
             b_dp = inner_products(b_do, b_v, HEAD)  # (QUERIES, KEYS)
             if GRAD_MAP:
                 b_dp += numbers.map_weight * map_gradient(

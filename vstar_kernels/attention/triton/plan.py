@@ -246,6 +246,7 @@ class Head(NamedTuple):
     EVEN: bool  # the frames fill their blocks
     NEGATIVE: bool  # the scale is below zero
     PRECISION: str  # of float32 products
+    FRAME_OFFSET: Any = None  # in kernels of tar_attention, that of frames from their sequence's
 
 
 class Bias(NamedTuple):
@@ -281,6 +282,7 @@ def head(key: PlanKey, *, block: int, parts: tuple[int, int] | None = None) -> H
         EVEN=key.frames % block == 0,
         NEGATIVE=key.options.scale < 0,
         PRECISION="tf32" if key.kind == "tf32" else "ieee",
+        FRAME_OFFSET=tl.int64 if _largest_frame_offset(key) > INT32_MAX else tl.int32,
     )
 
 
@@ -392,12 +394,20 @@ def _delta_unit(key: PlanKey) -> int:
 
 def _largest_offset(key: PlanKey) -> int:
     """Returns the offset of the last element of the tensor that reaches furthest, and beyond."""
-    rows = ((key.shape_5d[:4], _strides_4d(x, key)) for x in _tensors(key))
-    stats = ((key.shape_5d[:4], _strides_4d(x, key)) for x in (key.stat, key.grad_stat))
-    return max(
-        *(_reach(*x) + key.head_dim for x in (*rows, *stats)),
-        _reach(key.delta_shape, key.delta) + 1,
-    )
+    reach = max(_reach(key.shape_5d[:4], x) for x in _row_strides(key))
+    return max(reach + key.head_dim, _reach(key.delta_shape, key.delta) + 1)
+
+
+def _largest_frame_offset(key: PlanKey) -> int:
+    """Returns :func:`_largest_offset`, but from where a sequence, or a matrix of Δ, begins."""
+    reach = max(_reach((key.frames,), x[2:3]) for x in _row_strides(key))
+    own = slice(int(key.per_head), None)
+    return max(reach + key.head_dim, _reach(key.delta_shape[own], key.delta[own]) + 1)
+
+
+def _row_strides(key: PlanKey) -> list[Strides]:
+    """Returns strides of (batch, space, frames, heads), of all tensors that have these."""
+    return [_strides_4d(x, key) for x in (*_tensors(key), key.stat, key.grad_stat)]
 
 
 def _reach(sizes: Iterable[int], strides: Strides) -> int:

@@ -88,19 +88,13 @@ def sequence_offset(strides, place, HEAD: tl.constexpr):
 @triton.jit
 def frame_offsets(strides, i, HEAD: tl.constexpr):
     """Returns the offsets of frames from their sequence's first one."""
-    return i.to(HEAD.OFFSET) * stride(strides, 2) * HEAD.UNIT
-
-
-@triton.jit
-def offsets(strides, place, i, HEAD: tl.constexpr):
-    """Returns the offsets of a sequence's frames."""
-    return sequence_offset(strides, place, HEAD) + frame_offsets(strides, i, HEAD)
+    return i.to(HEAD.FRAME_OFFSET) * stride(strides, 2) * HEAD.UNIT
 
 
 @triton.jit
 def statistic_offsets(strides, place, i, HEAD: tl.constexpr):
     """Returns the offsets of frames in a tensor without head_dim, whose strides are in elements."""
-    return units_to_sequence(strides, place, HEAD) + i.to(HEAD.OFFSET) * stride(strides, 2)
+    return units_to_sequence(strides, place, HEAD) + i.to(HEAD.FRAME_OFFSET) * stride(strides, 2)
 
 
 @triton.jit
@@ -134,6 +128,34 @@ def store_heads(p, o_frames, m_frames, b, HEAD: tl.constexpr):
     if HEAD.REST:
         o_part, m_part = part_offsets(HEAD.MAIN, HEAD.REST, o_frames, m_frames, HEAD)
         tl.store(p + o_part, b[1].to(p.dtype.element_ty), mask=m_part)
+
+
+@triton.jit
+def load_frames(p, strides, place, i, m_i, HEAD: tl.constexpr):
+    """Loads a sequence's frames ``i`` as :func:`load_heads` does."""
+    p, o_sequence = sequence(p, strides, place, HEAD)
+    return load_heads(p, o_sequence + frame_offsets(strides, i, HEAD), m_i, HEAD)
+
+
+@triton.jit
+def store_frames(p, strides, place, i, m_i, b, HEAD: tl.constexpr):
+    """Stores what :func:`load_frames` loads, rounded to the pointer's type."""
+    p, o_sequence = sequence(p, strides, place, HEAD)
+    store_heads(p, o_sequence + frame_offsets(strides, i, HEAD), m_i, b, HEAD)
+
+
+@triton.jit
+def sequence(p, strides, place, HEAD: tl.constexpr):
+    """Returns a pointer and an offset that together are where a sequence begins.
+
+    Of one sequence in a large tensor the pointer is all, which leaves its frames offsets of 32 bits
+    and spares their registers. In small tensors offsets that are added up take fewer.
+    """
+    o_sequence = sequence_offset(strides, place, HEAD)
+    if HEAD.OFFSET.primitive_bitwidth == 64 and len(o_sequence.shape) == 0:
+        p += o_sequence
+        o_sequence = 0
+    return p, o_sequence
 
 
 @triton.jit
@@ -243,7 +265,7 @@ def delta_block(
         b_delta = tl.exp2(-(x * x))
     else:
         if BIAS.FORM == "dense":
-            o_delta = i.to(HEAD.OFFSET) * stride(strides, 1) * BIAS.UNIT + j
+            o_delta = i.to(HEAD.FRAME_OFFSET) * stride(strides, 1) * BIAS.UNIT + j
         elif BIAS.FORM == "signed":
             o_delta = j - i + stride(strides, 1)
         else:

@@ -39,10 +39,9 @@ from vstar_kernels.attention.triton.primitives import (
     frame_offsets,
     larger,
     largest,
-    load_heads,
+    load_frames,
     locate,
     logits,
-    offsets,
     regularized,
     sequence_offset,
     statistic_offsets,
@@ -99,7 +98,7 @@ def stream_kernel(
     place = locate(i_sequence, sizes)
     i = start + tl.arange(0, QUERIES)
     m_i = i < frames
-    b_q = load_heads(t.q, offsets(strides.q, place, i, HEAD), m_i, HEAD)  # (QUERIES, D)
+    b_q = load_frames(t.q, strides.q, place, i, m_i, HEAD)  # (QUERIES, D)
     keys = Frames(t.k + sequence_offset(strides.k, place, HEAD), strides.k, k_main, k_rest)
     values = Frames(t.v + sequence_offset(strides.v, place, HEAD), strides.v, v_main, v_rest)
 
@@ -203,7 +202,7 @@ def map_max_kernel(
     query_blocks = tl.cdiv(frames, QUERIES)
     place = locate(tl.program_id(0) // query_blocks, Sizes(space, heads, frames))
     i = tl.program_id(0) % query_blocks * QUERIES + tl.arange(0, QUERIES)
-    b_q = load_heads(t.q, offsets(strides.q, place, i, HEAD), i < frames, HEAD)  # (QUERIES, D)
+    b_q = load_frames(t.q, strides.q, place, i, i < frames, HEAD)  # (QUERIES, D)
     keys = Frames(t.k + sequence_offset(strides.k, place, HEAD), strides.k, None, None)
     b_max = tl.full((QUERIES,), float("-inf"), tl.float32)
     for n in tl.range(0, tl.cdiv(frames, KEYS), num_stages=STAGES):

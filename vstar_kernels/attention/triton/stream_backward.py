@@ -37,17 +37,17 @@ from vstar_kernels.attention.triton.primitives import (
     exponentials,
     frame_offsets,
     inner_products,
+    load_frames,
     load_heads,
     load_normalizer,
     locate,
     logits,
     map_gradient,
     normalized,
-    offsets,
     regularized,
     sequence_offset,
     statistic_offsets,
-    store_heads,
+    store_frames,
     store_normalizer,
     subtrahend,
     times,
@@ -115,7 +115,7 @@ def statistics_kernel(
     m_i = i < frames
     o_row = i_sequence.to(tl.int64) * frames + i
     if GRAD_MAP or not SAVED:
-        b_q = load_heads(t.q, offsets(strides.q, place, i, HEAD), m_i, HEAD)  # (QUERIES, D)
+        b_q = load_frames(t.q, strides.q, place, i, m_i, HEAD)  # (QUERIES, D)
         p_k = t.k + sequence_offset(strides.k, place, HEAD)
 
     if SAVED:
@@ -160,8 +160,8 @@ def statistics_kernel(
         store_normalizer(t.normalizer, o_row, m_i, b_max, b_total)
         normalizer = Normalizer(b_max, tl.log2(b_total))
 
-    b_o = load_heads(t.out, offsets(strides.out, place, i, HEAD), m_i, HEAD)  # (QUERIES, D)
-    b_do = load_heads(t.grad_out, offsets(strides.grad_out, place, i, HEAD), m_i, HEAD)
+    b_o = load_frames(t.out, strides.out, place, i, m_i, HEAD)  # (QUERIES, D)
+    b_do = load_frames(t.grad_out, strides.grad_out, place, i, m_i, HEAD)
     b_dot = tl.sum(b_o[0].to(tl.float32) * b_do[0].to(tl.float32), 1)  # (QUERIES,)
     if HEAD.REST:
         b_dot += tl.sum(b_o[1].to(tl.float32) * b_do[1].to(tl.float32), 1)
@@ -213,8 +213,8 @@ def grad_query_kernel(
     place = locate(i_sequence, sizes)
     i = start + tl.arange(0, QUERIES)
     m_i = i < frames
-    b_q = load_heads(t.q, offsets(strides.q, place, i, HEAD), m_i, HEAD)  # (QUERIES, D)
-    b_do = load_heads(t.grad_out, offsets(strides.grad_out, place, i, HEAD), m_i, HEAD)
+    b_q = load_frames(t.q, strides.q, place, i, m_i, HEAD)  # (QUERIES, D)
+    b_do = load_frames(t.grad_out, strides.grad_out, place, i, m_i, HEAD)
     p_k = t.k + sequence_offset(strides.k, place, HEAD)
     p_v = t.v + sequence_offset(strides.v, place, HEAD)
     o_row = i_sequence.to(tl.int64) * frames + i
@@ -279,8 +279,7 @@ def grad_query_kernel(
         elif STAT == "row_max":
             b_k = load_heads(p_k, frame_offsets(strides.k, b_argmax, HEAD), m_i, HEAD)
             b_dq = add_times(b_dq, b_k, tl.expand_dims(b_d_stat, 1))
-    o_dq = offsets(strides.grad_q, place, i, HEAD)
-    store_heads(t.grad_q, o_dq, m_i, times(b_dq, numbers.scale), HEAD)
+    store_frames(t.grad_q, strides.grad_q, place, i, m_i, times(b_dq, numbers.scale), HEAD)
 
 
 @triton.jit
@@ -309,10 +308,8 @@ def grad_key_kernel(
     place = locate(i_sequence, sizes)
     j = start + tl.arange(0, KEYS)
     m_j = j < frames
-    o_k = offsets(strides.k, place, j, HEAD)
-    o_v = offsets(strides.v, place, j, HEAD)
-    b_k = load_heads(t.k, o_k, m_j, HEAD)  # (KEYS, D)
-    b_v = load_heads(t.v, o_v, m_j, HEAD)  # (KEYS, D)
+    b_k = load_frames(t.k, strides.k, place, j, m_j, HEAD)  # (KEYS, D)
+    b_v = load_frames(t.v, strides.v, place, j, m_j, HEAD)  # (KEYS, D)
     p_q = t.q + sequence_offset(strides.q, place, HEAD)
     p_do = t.grad_out + sequence_offset(strides.grad_out, place, HEAD)
     near = 0
@@ -353,9 +350,8 @@ def grad_key_kernel(
             b_ds += tl.where(m_maximum, tl.expand_dims(b_d_stat, 1), 0.0)
         b_dk = add_weighted_sums(b_dk, transposed(b_ds.to(b_q[0].dtype)), b_q, HEAD)  # (KEYS, D)
 
-    o_dk = offsets(strides.grad_k, place, j, HEAD)
-    store_heads(t.grad_k, o_dk, m_j, times(b_dk, numbers.scale), HEAD)
-    store_heads(t.grad_v, offsets(strides.grad_v, place, j, HEAD), m_j, b_dv, HEAD)
+    store_frames(t.grad_k, strides.grad_k, place, j, m_j, times(b_dk, numbers.scale), HEAD)
+    store_frames(t.grad_v, strides.grad_v, place, j, m_j, b_dv, HEAD)
 
 
 @dataclass(frozen=True)

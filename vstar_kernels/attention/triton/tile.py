@@ -22,18 +22,15 @@ from vstar_kernels.attention.triton.primitives import (
     Sizes,
     delta_block,
     exponentials,
-    frame_offsets,
     larger,
     largest,
-    load_heads,
+    load_frames,
     locate,
     logits,
-    offsets,
     regularized,
-    sequence_offset,
     sequences_of_range,
     statistic_offsets,
-    store_heads,
+    store_frames,
     store_sum,
     times,
     weighted_sums,
@@ -131,11 +128,7 @@ def attend(
     place = locate(i_sequence, sizes)
     j = tl.arange(0, FRAMES)
     m_j = (i_sequence < i_end) & (j < sizes.frames)  # (FRAMES,) or (SEQUENCES, FRAMES)
-    o_q = sequence_offset(strides.q, place, HEAD)
-    o_k = offsets(strides.k, place, j, HEAD)
-    o_v = offsets(strides.v, place, j, HEAD)
-    o_out = sequence_offset(strides.out, place, HEAD)
-    b_k = load_heads(t.k, o_k, m_j, HEAD)  # (FRAMES, D)
+    b_k = load_frames(t.k, strides.k, place, j, m_j, HEAD)  # (FRAMES, D)
 
     b_stat = LOG2E / numbers.exp2_scale
     if STAT == "map_max":
@@ -143,18 +136,18 @@ def attend(
         for start in tl.static_range(0, FRAMES, QUERIES):
             i = start + tl.arange(0, QUERIES)
             m_i = (i_sequence < i_end) & (i < sizes.frames)
-            b_q = load_heads(t.q, o_q + frame_offsets(strides.q, i, HEAD), m_i, HEAD)
+            b_q = load_frames(t.q, strides.q, place, i, m_i, HEAD)
             b_s = logits(b_q, b_k, j, sizes.frames, HEAD)  # (QUERIES, FRAMES)
             b_max = tl.where(i < sizes.frames, largest(b_s), float("-inf"))  # (QUERIES,)
             b_stat = larger(b_stat, largest(b_max))
         if SEQUENCES > 1:
             b_stat = tl.expand_dims(b_stat, 1)  # (SEQUENCES, 1)
 
-    b_v = load_heads(t.v, o_v, m_j, HEAD)  # (FRAMES, D)
+    b_v = load_frames(t.v, strides.v, place, j, m_j, HEAD)  # (FRAMES, D)
     for start in tl.static_range(0, FRAMES, QUERIES):
         i = start + tl.arange(0, QUERIES)
         m_i = (i_sequence < i_end) & (i < sizes.frames)
-        b_q = load_heads(t.q, o_q + frame_offsets(strides.q, i, HEAD), m_i, HEAD)  # (QUERIES, D)
+        b_q = load_frames(t.q, strides.q, place, i, m_i, HEAD)  # (QUERIES, D)
         b_s = logits(b_q, b_k, j, sizes.frames, HEAD)  # (QUERIES, FRAMES)
         if STAT == "row_max":
             b_stat = tl.max(b_s, -1)  # (QUERIES,)
@@ -173,7 +166,7 @@ def attend(
         b_p = exponentials(b_s, tl.max(b_s, -1), numbers.exp2_scale)  # (QUERIES, FRAMES)
         b_inverse = tl.expand_dims(1.0 / tl.sum(b_p, -1), -1)  # (QUERIES, 1)
         b_o = times(weighted_sums(b_p.to(b_v[0].dtype), b_v, HEAD), b_inverse)  # (QUERIES, D)
-        store_heads(t.out, o_out + frame_offsets(strides.out, i, HEAD), m_i, b_o, HEAD)
+        store_frames(t.out, strides.out, place, i, m_i, b_o, HEAD)
     # The last block's, which is all where the caller wants it; nothing of what is padded.
     return tl.where(tl.expand_dims(m_i, -1), b_p * b_inverse, 0.0)
 

@@ -26,16 +26,15 @@ from vstar_kernels.attention.triton.primitives import (
     exponentials,
     inner_products,
     larger,
-    load_heads,
+    load_frames,
     locate,
     logits,
     map_gradient,
     nan_or,
-    offsets,
     regularized,
     sequences_of_range,
     statistic_offsets,
-    store_heads,
+    store_frames,
     store_sum,
     times,
     transposed,
@@ -136,12 +135,8 @@ def gradients(
     i = tl.arange(0, FRAMES)
     j = tl.arange(0, FRAMES)
     m_i = (i_sequence < i_end) & (i < sizes.frames)  # (FRAMES,) or (SEQUENCES, FRAMES)
-    o_q = offsets(strides.q, place, i, HEAD)
-    o_k = offsets(strides.k, place, i, HEAD)
-    o_v = offsets(strides.v, place, i, HEAD)
-    o_do = offsets(strides.grad_out, place, i, HEAD)
-    b_q = load_heads(t.q, o_q, m_i, HEAD)  # (FRAMES, D)
-    b_k = load_heads(t.k, o_k, m_i, HEAD)  # (FRAMES, D)
+    b_q = load_frames(t.q, strides.q, place, i, m_i, HEAD)  # (FRAMES, D)
+    b_k = load_frames(t.k, strides.k, place, i, m_i, HEAD)  # (FRAMES, D)
     b_s = logits(b_q, b_k, j, sizes.frames, HEAD)  # (FRAMES, FRAMES)
 
     # The statistic, and where the logit is that it comes from.
@@ -162,8 +157,8 @@ def gradients(
     b_p = exponentials(b_s, tl.max(b_s, -1), numbers.exp2_scale)  # (FRAMES, FRAMES)
     b_p = b_p * tl.expand_dims(1.0 / tl.sum(b_p, -1), -1)
 
-    b_do = load_heads(t.grad_out, o_do, m_i, HEAD)  # (FRAMES, D)
-    b_v = load_heads(t.v, o_v, m_i, HEAD)  # (FRAMES, D)
+    b_do = load_frames(t.grad_out, strides.grad_out, place, i, m_i, HEAD)  # (FRAMES, D)
+    b_v = load_frames(t.v, strides.v, place, i, m_i, HEAD)  # (FRAMES, D)
     b_dp = inner_products(b_do, b_v, HEAD)  # (FRAMES, FRAMES)
     if GRAD_MAP:
         i_batch = tl.expand_dims(place.batch, -1) if SEQUENCES > 1 else place.batch
@@ -171,9 +166,8 @@ def gradients(
         b_dp += numbers.map_weight * map_gradient(
             t.grad_map, strides.grad_map, i_batch, i_head, i, j, m_i, sizes.frames, map_block
         )
-    o_dv = offsets(strides.grad_v, place, i, HEAD)
     b_dv = weighted_sums(transposed(b_p.to(b_q[0].dtype)), b_do, HEAD)  # (FRAMES, D)
-    store_heads(t.grad_v, o_dv, m_i, b_dv, HEAD)
+    store_frames(t.grad_v, strides.grad_v, place, i, m_i, b_dv, HEAD)
 
     b_ds = b_p * (b_dp - tl.expand_dims(tl.sum(b_p * b_dp, -1), -1))  # (FRAMES, FRAMES)
     b_d_delta = b_ds
@@ -195,13 +189,11 @@ def gradients(
         b_d_delta *= tl.expand_dims(b_stat * factor, -1)
 
     b_ds_rounded = b_ds.to(b_q[0].dtype)
-    o_dq = offsets(strides.grad_q, place, i, HEAD)
     b_dq = times(weighted_sums(b_ds_rounded, b_k, HEAD), numbers.scale)  # (FRAMES, D)
-    store_heads(t.grad_q, o_dq, m_i, b_dq, HEAD)
+    store_frames(t.grad_q, strides.grad_q, place, i, m_i, b_dq, HEAD)
 
-    o_dk = offsets(strides.grad_k, place, i, HEAD)
     b_dk = times(weighted_sums(transposed(b_ds_rounded), b_q, HEAD), numbers.scale)  # (FRAMES, D)
-    store_heads(t.grad_k, o_dk, m_i, b_dk, HEAD)
+    store_frames(t.grad_k, strides.grad_k, place, i, m_i, b_dk, HEAD)
     return b_d_delta
 
 
