@@ -114,14 +114,16 @@ def read_variants() -> list[list[Variant]]:
 
 # Each pair of options is in one of PAIRS, which only a few configurations are compiled in.
 (GAUSSIAN, DENSE, MAP, MAP_GRADIENT, VALUES, GRADIENTS), PAIRS, BACKWARD_PAIRS = read_variants()
-# What every shipped configuration must be able to run, by (family, backward): the commonest call,
-# and those that take the most registers and shared memory.
+# What every shipped configuration must be able to run, by (family, backward), but for what a tile
+# is unfit for: the commonest call, and those that take the most registers and shared memory.
 ALWAYS = {
     ("tile", False): (GAUSSIAN, DENSE, MAP),
     ("stream", False): (GAUSSIAN, MAP),
     ("tile", True): (GRADIENTS, MAP_GRADIENT, VALUES),
     ("stream", True): (VALUES, GRADIENTS),
 }
+# What a tile may leave to the stream kernels whatever else it does, by its name in ``unfit``.
+RARE: dict[str, dict[str, Any]] = {"map_max": {"stat": "map_max"}, "wide": {"wide": True}}
 PAIRED_ARCHITECTURES = ("sm_90", "gfx942")  # one of each vendor
 PAIRED_SIZES = {("16-bit", 16, 64), ("16-bit", None, 48)}  # of kind, frames and width
 SWEEPS = ("grad_key", "grad_query", "statistics", "map_max")  # of a stream's gradients
@@ -257,6 +259,8 @@ def shipped(entry: Entry) -> list[Case]:
     """Returns what a configuration must compile to without fault; all pairs of options for some."""
     variants = ALWAYS[entry.family, entry.backward]
     found = [case for variant in variants for case in cases(entry, variant)]
+    if entry.family == "tile":
+        found += [case for variant in rare(entry).values() for case in cases(entry, variant)]
     if (entry.kind, entry.frames, entry.width) not in PAIRED_SIZES:
         return [case for case in found if not light(case)]
     if entry.architecture not in PAIRED_ARCHITECTURES:
@@ -265,6 +269,19 @@ def shipped(entry: Entry) -> list[Case]:
     partial = replace(pairs[-1], name=f"{pairs[-1].name}, partial")
     more = [cases(entry, variant) for variant in pairs]
     return [*found, *itertools.chain(*more), *cases(entry, partial, PARTIAL[entry.width])]
+
+
+def rare(entry: Entry) -> dict[str, Variant]:
+    """Returns the most demanding of what a tile always runs, with each of ``RARE`` besides.
+
+    Left out is what that has already.
+    """
+    does = [x for x in ALWAYS["tile", entry.backward] if launches(entry, x, entry.width)]
+    return {
+        name: replace(does[-1], name=f"{does[-1].name}, {name}", even=False, **options)
+        for name, options in RARE.items()
+        if not options.items() <= vars(does[-1]).items()
+    }
 
 
 def light(case: Case) -> bool:

@@ -180,12 +180,23 @@ def headroom(entry: Entry) -> float:
 def fit(entry: Entry, unfit: tuple[str, ...] = ()) -> Entry | None:
     """Returns the entry with what it needs, if none of its cases has a fault.
 
-    ``unfit`` is what it leaves to the stream kernels.
+    ``unfit`` is what it leaves to the stream kernels, besides those of ``cases.RARE`` that have a
+    fault.
     """
     if isinstance(entry.config, TileConfig):
         entry = replace(entry, config=replace(entry.config, unfit=unfit))
+        entry = replace(entry, config=replace(entry.config, unfit=(*unfit, *unfit_rare(entry))))
     fits = all(map(inspect_fit, cases.shipped(entry)))
     return with_needs(entry, needs(entry)) if fits else None
+
+
+def unfit_rare(entry: Entry) -> list[str]:
+    """Returns those of ``cases.RARE`` that a tile does not do without a fault."""
+    return [
+        name
+        for name, variant in cases.rare(entry).items()
+        if not all(map(inspect_fit, cases.cases(entry, variant)))
+    ]
 
 
 def needs(entry: Entry) -> dict[str, int]:
@@ -247,7 +258,10 @@ def with_needs(entry: Entry, needed: Mapping[str, int]) -> Entry:
 def broken(key: Key) -> bool:
     """Tells whether a key's shipped entry is not fit, or is missing."""
     entry = next((entry for entry in cases.entries() if entry.key == key), None)
-    return entry is None or fit(entry, getattr(entry.config, "unfit", ())) != entry
+    if entry is None:
+        return True
+    unfit = getattr(entry.config, "unfit", ())
+    return fit(entry, tuple(name for name in unfit if name not in cases.RARE)) != entry
 
 
 def reason(key: Key) -> str:

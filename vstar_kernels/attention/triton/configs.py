@@ -30,9 +30,8 @@ class TileConfig:
 
     With ``stages`` of 2 the next tile is loaded while one is computed. Forward, without
     ``hoists``, LLVM leaves in the loop over tiles what all of them have in common, which takes
-    fewer registers. ``shared`` is the memory it takes, in bytes. ``unfit`` names what it has no
-    registers for beside a Gaussian: "map", the mean map or its gradient, and "delta", a Δ that is
-    read.
+    fewer registers. ``shared`` is the memory it takes, in bytes. ``unfit`` names those of
+    ``plan.asked`` that it has no registers for.
     """
 
     queries: int
@@ -43,10 +42,6 @@ class TileConfig:
     programs: int = 1
     shared: int = 0
     unfit: tuple[str, ...] = ()
-
-    def leaves(self, *, maps: bool, read_delta: bool) -> bool:
-        """Returns whether the stream kernels do calls of maps, or with a Δ that is read."""
-        return (maps and "map" in self.unfit) or (read_delta and "delta" in self.unfit)
 
     def chunks(self, processors: int, ranges: int, sequences: int) -> int:
         """Returns among how many programs each of the ``ranges`` of ``sequences`` is shared out.

@@ -340,6 +340,21 @@ def stat_strides(key: PlanKey, strides: Strides) -> Strides:
     return hidden(_strides_4d(strides, key))
 
 
+def asked(key: PlanKey) -> set[str]:
+    """Returns what a call asks of a tile beyond a Gaussian that is weighted by the row maximum.
+
+    That is "map", the mean map or its gradient, "delta", a Δ that is read, "map_max", and "wide",
+    offsets of 64 bits.
+    """
+    every = {
+        "map": key.has_map,
+        "delta": key.reads_delta,
+        "map_max": key.options.stat == "map_max",
+        "wide": _largest_offset(key) > INT32_MAX,
+    }
+    return {name for name, is_asked in every.items() if is_asked}
+
+
 def delta_strides(key: PlanKey) -> Strides:
     """Returns Δ's strides as :func:`primitives.delta_block` takes them.
 

@@ -200,16 +200,12 @@ def make_plan(key: PlanKey) -> TilePlan | None:
 def plan_tile(key: PlanKey, config: TileConfig) -> TilePlan | None:
     """Returns the plan with a configuration, which need not be the one in the table.
 
-    None if it has no registers for the mean map that is wanted, or for a Δ that is read, or if
-    Triton does not compile what the call asks for.
+    None if it has no registers for the mean map that is wanted, or for what else is asked.
     """
     padded = configs.padded_frames(key.frames)
     if key.has_map and not config.queries == padded <= LARGEST_MAP_TILE:
         return None
-    # Triton 3.6 and 3.7 do not compile the maximum of so large a map that lies in tensor memory.
-    if key.options.stat == "map_max" and key.device.architecture == "sm_100" and padded > 32:
-        return None
-    if config.leaves(maps=key.has_map, read_delta=key.reads_delta):
+    if not plan.asked(key).isdisjoint(config.unfit):
         return None
     # Of one Δ, and of one map where maps are wanted, are the sequences of one head, or all of them.
     length = key.space * key.heads if key.has_map else key.sequences

@@ -243,9 +243,9 @@ def make_plan(key: PlanKey) -> TileBackwardPlan | None:
 def plan_tile(key: PlanKey, config: TileConfig) -> TileBackwardPlan | None:
     """Returns the plan with a configuration, which need not be the one in the table.
 
-    None if it has no registers for the map's gradient, a Δ that is read, or the sum of dΔ.
+    None if it has no registers for the sum of dΔ, or for what else is asked.
     """
-    if config.leaves(maps=key.has_map, read_delta=key.reads_delta):
+    if not plan.asked(key).isdisjoint(config.unfit):
         return None
     padded = configs.padded_frames(key.frames)
     if key.wants_delta:
