@@ -115,7 +115,8 @@ def read_variants() -> list[list[Variant]]:
 # Each pair of options is in one of PAIRS, which only a few configurations are compiled in.
 (GAUSSIAN, DENSE, MAP, MAP_GRADIENT, VALUES, GRADIENTS), PAIRS, BACKWARD_PAIRS = read_variants()
 # What every shipped configuration must be able to run, by (family, backward), but for what a tile
-# is unfit for: the commonest call, and those that take the most registers and shared memory.
+# is unfit for: the commonest call, and those that take the most registers and shared memory, the
+# most demanding of a tile's last.
 ALWAYS = {
     ("tile", False): (GAUSSIAN, DENSE, MAP),
     ("stream", False): (GAUSSIAN, MAP),

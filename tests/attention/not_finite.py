@@ -98,6 +98,28 @@ def assert_largest_values(backend: str, frames: int, dtype: torch.dtype) -> None
     torch.testing.assert_close(out, value, rtol=max(1e-5, 8 * torch.finfo(dtype).eps), atol=0)
 
 
+def assert_infinite_keys_mask(backend: str, frames: int) -> None:
+    """A key that is −∞ where all queries are positive gets nothing, and leaves no NaN anywhere."""
+    tensors = list(inputs(1, frames, 1, HEAD_DIM))
+    tensors[0][..., 3].abs_()
+    tensors[1][0, frames // 2, 0, 3] = -math.inf
+    bias = vk.GaussianBias(1.0, stat="none")
+    leaves = [x.requires_grad_() for x in tensors]
+
+    def found(backend: str) -> tuple[Tensor, ...]:
+        out, mean_map = vk.tar_attention(*leaves, bias, return_map=True, backend=backend)
+        # Of the queries' gradient, 0 · ∞ is NaN on every backend.
+        return (
+            out,
+            mean_map,
+            *torch.autograd.grad(out.square().sum() + mean_map[0, 0, 0], leaves[1:]),
+        )
+
+    for one, other in zip(found(backend), found("reference"), strict=True):
+        assert other.isfinite().all()
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
 def assert_masks(backend: str, frames: int) -> None:
     """−∞ in Δ masks keys, whichever block of them comes first; gradients too."""
     future = torch.ones(frames, frames).tril(-1).bool()

@@ -19,6 +19,7 @@ import triton.language as tl
 from tests.attention.contracting import contracting
 from vstar_kernels.attention.triton import configs
 from vstar_kernels.attention.triton.configs import StreamConfig
+from vstar_kernels.attention.triton.primitives import load_normalizer, normalized
 from vstar_kernels.testing import eager, eager_columns
 
 SMALL = StreamConfig(queries=32, keys=16, warps=4, stages=1, shared=0)
@@ -90,18 +91,38 @@ def test_column_attention(scale, keys):
     assert all(x.isfinite().all() for x in gradients)
 
 
-@pytest.mark.parametrize("column", [0, 1, 3])
-def test_rows_whose_keys_share_a_large_bias(frames, column):
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("row", [0, 3])
+def test_rows_whose_keys_share_a_large_bias(frames, row, saved, monkeypatch):
     """As where a mask is a large negative number: what is added to it is rounded away."""
+    if not saved:  # as in a compiled graph
+        backward = backend.backward
+        monkeypatch.setattr(backend, "backward", lambda *args: backward(*args[:2], (), *args[3:]))
     table = torch.zeros(frames, frames)
-    table[column] = -1e9
-    tensors = [x.requires_grad_() for x in inputs(1, frames, 2, 16)]
-    bias = vk.DenseBias(table, stat="none")
+    table[row] = -1e9
+    leaves = [x.requires_grad_() for x in (*inputs(1, frames, 2, 16), table)]
 
     def results(backend):
-        out, mean_map = vk.tar_attention(*tensors, bias, return_map=True, backend=backend)
+        bias = vk.DenseBias(leaves[3], stat="none")
+        out, mean_map = vk.tar_attention(*leaves[:3], bias, return_map=True, backend=backend)
         loss = out.square().sum() + (mean_map * torch.linspace(0, 1, frames)).sum()
-        return out, mean_map, *torch.autograd.grad(loss, tensors)
+        return out, mean_map, *torch.autograd.grad(loss, leaves)
 
     for found, expected in zip(results("triton"), results("reference"), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@triton.jit
+def weigh(s, normalizer, p):
+    """Stores the weights of two logits with each of two rows' normalizers."""
+    i = tl.arange(0, 2)
+    b_s = tl.expand_dims(tl.load(s + i), 0) + tl.zeros((2, 2), tl.float32)
+    b_p = normalized(b_s, load_normalizer(normalizer, i, i < 1), 1.0)
+    tl.store(p + tl.expand_dims(i, 1) * 2 + i, b_p)
+
+
+def test_no_weight_is_larger_than_that_of_the_maximum():
+    """Logits that are computed again, in blocks of another shape, may be larger than it was."""
+    logits, found = torch.tensor([1e9 + 64, 1e9]), torch.empty(2, 2)
+    weigh[(1,)](logits, torch.tensor([[1e9, 3.0], [0.0, 0.0]]), found)
+    assert found.tolist() == [[0.125, 0.125], [0.0, 0.0]]  # of a row that is masked, none

@@ -28,6 +28,11 @@ def test_largest_values(isa, frames, dtype):
 
 
 @pytest.mark.parametrize("frames", [20, 140])
+def test_infinite_keys_mask(isa, frames):
+    not_finite.assert_infinite_keys_mask("cpu", frames)
+
+
+@pytest.mark.parametrize("frames", [20, 140])
 def test_infinities_in_delta_mask_keys(isa, frames):
     not_finite.assert_masks("cpu", frames)
 

@@ -231,6 +231,27 @@ def test_what_a_tile_is_unfit_for_is_streamed(monkeypatch):
             assert (backward is not None) == tiled, (form, map_block)
 
 
+def test_what_is_tried_of_no_tile_is_streamed(monkeypatch):
+    key = plan_key((1, 16, 1, 16), bias=vk.GaussianBias(1.0, stat="map_max"))
+    for family in (tile, tile_backward):
+        assert family.plan_tile(key, TileConfig(16, 1, 1)) is not None
+    monkeypatch.setattr(plan, "_largest_offset", lambda key: 2**31)
+    for family in (tile, tile_backward):
+        assert family.plan_tile(key, TileConfig(16, 1, 1)) is None
+
+
+@pytest.mark.parametrize("name", ["map_max", "wide"])
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_is_rare_is_streamed_where_a_tile_is_unfit_for_it(name, asked, monkeypatch):
+    config = TileConfig(16, 1, 1, unfit=(name,))
+    bias = vk.GaussianBias(1.0, stat="map_max" if asked and name == "map_max" else "row_max")
+    if asked and name == "wide":
+        monkeypatch.setattr(plan, "_largest_offset", lambda key: 2**31)
+    key = plan_key((1, 16, 1, 16), bias=bias)
+    for family in (tile, tile_backward):
+        assert (family.plan_tile(key, config) is None) == asked
+
+
 @pytest.mark.parametrize("case", pairwise(CUTS | {"config": STREAMS}), ids=cut)
 def test_streams(case, monkeypatch):
     monkeypatch.setattr(configs, "tile", lambda *args: None)
@@ -692,8 +713,12 @@ def test_offsets_are_64_bits_where_the_tensors_need_them():
 def test_offsets_of_frames_are_64_bits_where_a_sequence_is_long():
     reach = 2**31 - 1 - 16  # of the last frame; its head_dim are 16
     for stride, expected in ((reach // 2, "int32"), (reach // 2 + 1, "int64")):
-        key = plan_key((1, 3, 1, 16), strides=(1, stride, 16, 1))
-        assert str(plan.head(key, block=16).FRAME_OFFSET) == expected
+        key = plan_key((1, 3, 1, 16), strides=(1, 16, 16, 1))
+        for name in ("query", "grad_value", "stat"):
+            made = key._replace(**{name: (1, stride, 16, 1)})
+            assert str(plan.head(made, block=16).FRAME_OFFSET) == expected
+            left = expected == "int64"  # as the gate tries no tile of these
+            assert (tile.plan_tile(made, TileConfig(16, 1, 1)) is None) == left
 
 
 @pytest.mark.parametrize(
@@ -886,6 +911,14 @@ def test_not_finite_is_where_the_formula_has_it(frames, name, cases):
 @pytest.mark.parametrize("frames", [100, 300])
 def test_largest_values(frames, dtype):
     not_finite.assert_largest_values("triton", frames, dtype)
+
+
+@on_the_cpu
+@pytest.mark.parametrize("tiled", [False, True])
+def test_infinite_keys_mask(tiled, frames, monkeypatch):
+    if tiled:
+        monkeypatch.setattr(configs, "tile_backward", lambda *args: TileConfig(64, 2, 4))
+    not_finite.assert_infinite_keys_mask("triton", frames)
 
 
 @on_the_cpu

@@ -172,14 +172,22 @@ def test_more_than_2_to_the_31_elements(frames):
 
 @pytest.mark.parametrize("frames", [16, 64, 128, 300])
 @pytest.mark.parametrize("stat", ["row_max", "map_max"])
-def test_64_bit_offsets_give_the_same_bits(frames, stat, monkeypatch):
+@pytest.mark.parametrize("within", [False, True])
+def test_64_bit_offsets_give_the_same_bits(frames, stat, within, monkeypatch):
+    """Those of sequences in a large tensor, and ``within`` a sequence those of its frames too."""
     from vstar_kernels.attention import triton as backend
     from vstar_kernels.attention.triton import plan
 
+    # The same kernels both times, whatever tiles leave to others.
+    streams = within or stat == "map_max"
+    monkeypatch.setattr(plan, "left_by_tile", lambda key, config: streams)
     bias = vk.GaussianBias(1.0, stat=stat)
     tensors = made_on_gpu(64, frames, 5, 72)
+    backend._forward_plan.cache_clear()
     expected = run(*tensors, bias=bias)
-    monkeypatch.setattr(plan, "INT32_MAX", 0)
+    monkeypatch.setattr(plan, "_largest_offset", lambda key: 2**31)
+    if within:
+        monkeypatch.setattr(plan, "_largest_frame_offset", lambda key: 2**31)
     backend._forward_plan.cache_clear()
     out = run(*tensors, bias=bias)
     backend._forward_plan.cache_clear()

@@ -17,7 +17,7 @@ from benchmarks.tune import candidates, choose, frame_times, times
 from benchmarks.tune import frames as tune_frames
 from vstar_kernels.attention.frames import composed, reference
 from vstar_kernels.attention.triton import configs, frames, frames_forward, plan
-from vstar_kernels.attention.triton.configs import FramesConfig, StreamConfig
+from vstar_kernels.attention.triton.configs import FramesConfig, StreamConfig, TileConfig
 
 
 def test_the_tuner_writes_what_it_read(tmp_path, monkeypatch):
@@ -175,7 +175,7 @@ def test_a_missing_tile_has_the_reason_of_the_candidate_that_spills_least(tmp_pa
 
     monkeypatch.setattr(choose, "inspect", inspect)
     tune_main.explain({spilling: None, fit: cases.entries()[0]})
-    nearest = "32 queries in 4 warps, 1 stages: spills 64 bytes"
+    nearest = "32 queries of 1 sequences in 4 warps, loads no tile ahead: spills 64 bytes"
     assert without_tile.read() == {spilling: nearest}
     large = Key("sm_90", "tf32", 128, 160)
     assert choose.reason(large) == "loads 245760 bytes, a program has 232448"
@@ -193,6 +193,35 @@ def test_tiles_that_hoist_come_first_whatever_they_leave(monkeypatch):
     found = [(x.config.hoists, unfit) for x, unfit in choose.ranked(candidates.candidates(key))]
     unfit = choose.UNFIT_SETS[False]
     assert found == [*((True, x) for x in unfit), *((False, x) for x in unfit)]
+
+
+@pytest.mark.parametrize(
+    ("backward", "spilling", "unfit", "left"),
+    [
+        (False, (), (), ()),
+        (False, ("map, map_max",), (), ("map_max",)),
+        (False, ("dense, tensor, wide",), ("map",), ("map", "wide")),
+        (False, ("gaussian, map_max", "gaussian, wide", "map, wide"), ("map", "delta"), ...),
+        (False, ("gaussian",), ("map", "delta"), None),
+        (True, ("values' gradient, wide",), (), ("wide",)),
+        (True, ("gradients, map_max",), ("map", "delta"), ("map", "delta", "map_max")),
+    ],
+)
+def test_a_tile_leaves_what_is_rare_and_spills(backward, spilling, unfit, left, monkeypatch):
+    """Of each it is tried what is most demanding of the calls that the tile does."""
+    binary = Binary(255, 0, 0, 5, {16: 1}, {}, {}, {"HGMMA": 1})
+
+    def inspect_fit(case):
+        return None if case.variant.name in spilling else binary
+
+    monkeypatch.setattr(choose, "inspect_fit", inspect_fit)
+    monkeypatch.setattr(choose, "inspect", lambda case: binary)
+    frames = 32 if backward else 64
+    entry = cases.Entry("sm_90", "16-bit", frames, 64, backward, config=TileConfig(frames, 1, 4))
+    found = choose.fit(entry, unfit)
+    if left is ...:
+        left = (*unfit, "map_max", "wide")
+    assert found == left if left is None else found.config.unfit == left
 
 
 # ---- attention over frames ----

@@ -85,15 +85,17 @@ class ColumnsKey(NamedTuple):
         import triton.language as tl
 
         main, rest = configs.split(self.head_dim)
+        offset = tl.int64 if self._largest_offset() > plan.INT32_MAX else tl.int32
         return Head(
             HEAD_DIM=self.head_dim,
             MAIN=main,
             REST=rest,
             UNIT=self._unit(),
-            OFFSET=tl.int64 if self._largest_offset() > plan.INT32_MAX else tl.int32,
+            OFFSET=offset,
             EVEN=self.keys == sum(self.key_parts),
             NEGATIVE=self.scale < 0,
             PRECISION="tf32" if self.kind == "tf32" else "ieee",
+            FRAME_OFFSET=offset,
         )
 
     def in_units(self, *tensors: Strides) -> tuple[int, ...]:

@@ -30,8 +30,10 @@ class TileConfig:
 
     With ``stages`` of 2 the next tile is loaded while one is computed. Forward, without
     ``hoists``, LLVM leaves in the loop over tiles what all of them have in common, which takes
-    fewer registers. ``shared`` is the memory it takes, in bytes. ``unfit`` names those of
-    ``plan.asked`` that it has no registers for.
+    fewer registers. ``shared`` is the memory it takes, in bytes. ``unfit`` names what it has no
+    registers for beside a Gaussian weighted by the row maximum: "map", the mean map or its
+    gradient, "delta", a Δ that is read, "map_max", the statistic of that name, which Triton 3.6 and
+    3.7 do not compile for sm_100 beyond 32 frames, and "wide", offsets of 64 bits.
     """
 
     queries: int

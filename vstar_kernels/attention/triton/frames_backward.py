@@ -37,7 +37,7 @@ from vstar_kernels.attention.triton.frames_primitives import (
     unit,
 )
 from vstar_kernels.attention.triton.frames_slots import RuleTables
-from vstar_kernels.attention.triton.log_sums import probabilities, weights
+from vstar_kernels.attention.triton.log_sums import capped_exp2, probabilities
 from vstar_kernels.attention.triton.plan import DeviceTables, Launch
 from vstar_kernels.attention.triton.primitives import (
     add_weighted_sums,
@@ -161,7 +161,7 @@ def grad_query_kernel(
         for i_slot in tl.range(first_slot, end_slot, num_stages=1):
             i_frame = tl.load(t.slots + i_slot * 3)
             m_rule = (b_frame >= 0) & (i_frame >= 0)
-            of_slot = read_weights(t, o_rule, o_pair, i_frame, m_rule, pairs, factor_half, RULE)
+            weights = read_weights(t, o_rule, o_pair, i_frame, m_rule, pairs, factor_half, RULE)
             b_bias = slot_bias(t, o_rule, i_frame, m_rule, b_stat, RULE)
             i_column = tl.where(i_frame >= 0, i_frame, key_frames)
             p = p_grad_map + b_frame * (key_frames + 1) + i_column
@@ -174,7 +174,7 @@ def grad_query_kernel(
                     o_j = n + tl.arange(0, KEYS)
                     j, m_j = find_keys(t.key_order, o_j, end, length, RULE)
                     b_k = load_heads(p_k, j.to(HEAD.OFFSET) * k_token * HEAD.UNIT, m_j, HEAD)
-                    b_s, _ = frame_logits(b_q, b_k, m_j, o_j + shift, b_place, of_slot, HEAD, RULE)
+                    b_s, _ = frame_logits(b_q, b_k, m_j, o_j + shift, b_place, weights, HEAD, RULE)
                     if RULE.DELTA or RULE.OFFSET:
                         b_s += tl.expand_dims(b_bias, 1)
                     b_p = probabilities(b_s, b_lse, exp2_scale)  # (ROWS, KEYS)
@@ -189,7 +189,7 @@ def grad_query_kernel(
     for i_slot in tl.range(first_slot, end_slot, num_stages=1):
         i_frame = tl.load(t.slots + i_slot * 3)
         m_rule = (b_frame >= 0) & (i_frame >= 0)
-        of_slot = read_weights(t, o_rule, o_pair, i_frame, m_rule, pairs, factor_half, RULE)
+        weights = read_weights(t, o_rule, o_pair, i_frame, m_rule, pairs, factor_half, RULE)
         b_bias = slot_bias(t, o_rule, i_frame, m_rule, b_stat, RULE)
         m_seen = m_rule & (b_bias > float("-inf"))  # by the statistic
         b_minus = -b_dot
@@ -208,7 +208,7 @@ def grad_query_kernel(
                 b_k = load_heads(p_k, j.to(HEAD.OFFSET) * k_token * HEAD.UNIT, m_j, HEAD)
                 b_v = load_heads(p_v, j.to(HEAD.OFFSET) * v_token * HEAD.UNIT, m_j, HEAD)
                 b_s, b_a = frame_logits(
-                    b_q, b_k, m_j, o_j + shift, b_place, of_slot, HEAD, RULE
+                    b_q, b_k, m_j, o_j + shift, b_place, weights, HEAD, RULE
                 )  # (ROWS, KEYS)
                 if RULE.STAT == "row_max":
                     # Of equal ones the first key; slots need not be in the order of the keys.
@@ -262,7 +262,7 @@ def grad_query_kernel(
                 m_chosen = (b_stat_frame == i_frame) & (b_stat_frame >= 0)
                 if tl.max(m_chosen.to(tl.int32), 0) > 0:
                     m_rule = (b_frame >= 0) & (i_frame >= 0)
-                    of_slot = read_weights(
+                    weights = read_weights(
                         t, o_rule, o_pair, i_frame, m_rule, pairs, factor_half, RULE
                     )
                     b_chosen_lse = tl.where(m_chosen, b_stat_lse, float("inf"))
@@ -278,7 +278,7 @@ def grad_query_kernel(
                             o_k = j.to(HEAD.OFFSET) * k_token * HEAD.UNIT
                             b_k = load_heads(p_k, o_k, m_j, HEAD)  # (KEYS, D)
                             b_s, b_a = frame_logits(
-                                b_q, b_k, m_j, o_j + shift, b_place, of_slot, HEAD, RULE
+                                b_q, b_k, m_j, o_j + shift, b_place, weights, HEAD, RULE
                             )
                             b_p = probabilities(b_s, b_chosen_lse, exp2_scale)
                             b_ds = b_p * tl.expand_dims(b_grad_row, 1)  # (ROWS, KEYS)
@@ -351,7 +351,7 @@ def grad_key_kernel(
         for i_slot in tl.range(tl.load(p_tile), tl.load(p_tile + 1), num_stages=1):
             i_frame = tl.load(t.slots + i_slot * 3)  # of the queries
             m_rule = (b_frame >= 0) & (i_frame >= 0)
-            of_slot = read_weights(t, o_rule, o_pair, i_frame, m_rule, pairs, factor_half, RULE)
+            weights = read_weights(t, o_rule, o_pair, i_frame, m_rule, pairs, factor_half, RULE)
             b_delta = tl.zeros((ROWS,), tl.float32)
             b_offset = tl.zeros((ROWS,), tl.float32)
             if RULE.DELTA:
@@ -383,7 +383,7 @@ def grad_key_kernel(
                     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
                     b_dot = tl.load(t.row_dot + o_row, mask=m_i, other=0.0)  # (KEYS,)
                     b_s, b_a = frame_logits(
-                        b_k, b_q, m_i, o_i + shift, b_place, of_slot, HEAD, RULE
+                        b_k, b_q, m_i, o_i + shift, b_place, weights, HEAD, RULE
                     )  # (ROWS, KEYS)
                     b_logits = b_s
                     if RULE.DELTA or RULE.OFFSET:
@@ -434,7 +434,7 @@ def grad_key_kernel(
 @triton.jit
 def probabilities_of_columns(b_s, b_lse, exp2_scale):
     """Returns what :func:`probabilities` does of transposed logits, whose columns are queries."""
-    return weights((b_s - tl.expand_dims(b_lse, 0)) * exp2_scale)
+    return capped_exp2((b_s - tl.expand_dims(b_lse, 0)) * exp2_scale)
 
 
 @dataclass(frozen=True)

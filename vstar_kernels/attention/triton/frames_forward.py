@@ -52,7 +52,7 @@ from vstar_kernels.attention.triton.frames_primitives import (
     unit,
 )
 from vstar_kernels.attention.triton.frames_slots import RuleTables, TileTables
-from vstar_kernels.attention.triton.log_sums import log_sum, weights
+from vstar_kernels.attention.triton.log_sums import capped_exp2, log_sum
 from vstar_kernels.attention.triton.plan import DeviceTables, Launch
 from vstar_kernels.attention.triton.primitives import (
     add_weighted_sums,
@@ -299,7 +299,7 @@ def frames_kernel(
                     ends = tl.load(t.ranges + i_range * 4 + 3)
                     if ends >= 0:
                         b_frame_lse = tl.load(p_frame_lse + ends * ROWS + r) + b_bias
-                        b_mass = weights((b_frame_lse - b_lse) * exp2_scale)
+                        b_mass = capped_exp2((b_frame_lse - b_lse) * exp2_scale)
                         for i_entry in tl.range(first_entry, end_entry, num_stages=1):
                             m_entry = b_frame == tl.load(t.entry_frame + i_entry)
                             mass = tl.sum(tl.where(m_entry, b_mass, 0.0), 0)
@@ -329,7 +329,7 @@ def add_slot(
     ROWS: tl.constexpr = rows.frame.shape[0]
     i_frame = tl.load(t.slots + i_slot * 3)
     m_rule = (rows.frame >= 0) & (i_frame >= 0)
-    of_slot = read_weights(t, rows.rule, rows.pair, i_frame, m_rule, pairs, factor_half, RULE)
+    weights = read_weights(t, rows.rule, rows.pair, i_frame, m_rule, pairs, factor_half, RULE)
     m_seen = m_rule & is_new  # by the statistic
     if GATHER and RULE.OFFSET:
         b_offset = tl.load(t.offset + rows.rule + i_frame, mask=m_rule, other=0.0)
@@ -361,10 +361,10 @@ def add_slot(
             if VALUES and STAGES == 1:  # so that one wait is for both; else loads run ahead anyway
                 b_v = load_heads(of_keys.v, o_v, m_j, HEAD)  # (KEYS, D)
             b_s, _ = frame_logits(
-                rows.q, b_k, m_j, o_j + shift, rows.place, of_slot, HEAD, RULE
+                rows.q, b_k, m_j, o_j + shift, rows.place, weights, HEAD, RULE
             )  # (ROWS, KEYS)
             if GATHER and RULE.STAT == "frame_max":
-                b_count += count_keys(m_j, n + shift, rows.place, of_slot, RULE)
+                b_count += count_keys(m_j, n + shift, rows.place, weights, RULE)
             b_new_max = larger(b_max, tl.max(b_s, 1))
             if VALUES or BY_FRAME:
                 m_same = b_new_max == b_max  # infinite ones too

@@ -136,15 +136,17 @@ class FramesKey(NamedTuple):
         import triton.language as tl
 
         main, rest = self._parts()
+        offset = tl.int64 if self._largest_offset() > plan.INT32_MAX else tl.int32
         return Head(
             HEAD_DIM=self.head_dim,
             MAIN=main,
             REST=rest,
             UNIT=self._unit(),
-            OFFSET=tl.int64 if self._largest_offset() > plan.INT32_MAX else tl.int32,
+            OFFSET=offset,
             EVEN=False,
             NEGATIVE=self.options.scale < 0,
             PRECISION="tf32" if self.kind == "tf32" else "ieee",
+            FRAME_OFFSET=offset,
         )
 
     def _parts(self) -> tuple[int, int]:
@@ -297,7 +299,9 @@ def rule_tables(
         masked = offset == -math.inf
         offset = offset.double()
         if TEXT not in tables.key_runs.tensor()[:, 2]:  # which has no bias
-            offset = from_largest(offset)
+            # That changes no softmax. Next to a bias of 10⁹ in all keys of a row float32 would lose
+            # their logits.
+            offset = offset - offset.amax(-1, keepdim=True)
         offset = (offset / scale).clamp(-LARGEST_OFFSET, LARGEST_OFFSET).float()
         offset = offset.masked_fill(masked, -math.inf) if offset.any() else None
     if factor is not None and (factor == 1).all():
@@ -314,12 +318,3 @@ def rule_tables(
             factor = factor.unsqueeze(1) if factor.ndim == 3 else factor
             factor = factor.expand(2, *shape).contiguous()
     return RuleTables(frames, key_frames, bool(sizes), delta, offset, factor, span, band)
-
-
-def from_largest(offset: Tensor) -> Tensor:
-    """Returns biases less the largest of their row, which changes no softmax.
-
-    Where all keys of a row have one of 10⁹, the logits would be less than what float32 resolves.
-    """
-    largest = offset.amax(-1, keepdim=True)
-    return offset - largest.masked_fill(largest == -math.inf, 0.0)

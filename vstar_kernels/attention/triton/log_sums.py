@@ -1,7 +1,8 @@
 """Softmax by one number for each row, the logarithm of its sum of exponentials.
 
-That is enough for logits without a bias, as in columns, and over frames, where biases are less the
-largest of their row. For any bias, :class:`primitives.Normalizer` has two numbers.
+That is enough for logits without a bias, as in columns, and with one that is small in some key of
+each row: over frames, biases are less the largest of their row, or text has none. For any bias,
+:class:`primitives.Normalizer` has two numbers.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ def log_sum(b_max, b_total, exp2_scale):
 @triton.jit
 def probabilities(b_s, b_lse, exp2_scale):
     """Returns A′ ``(I, J)`` of logits and the :func:`log_sum` of their rows."""
-    return weights((b_s - tl.expand_dims(b_lse, 1)) * exp2_scale)
+    return capped_exp2((b_s - tl.expand_dims(b_lse, 1)) * exp2_scale)
 
 
 @triton.jit
-def weights(b_log2):
+def capped_exp2(b_log2):
     """Returns the numbers of these binary logarithms, none beyond 1, which exact ones would not be.
 
     Of huge logits a rounding is many powers of two: those here that were computed again, in blocks

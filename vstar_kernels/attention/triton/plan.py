@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vstar_kernels.attention.call import Call, Gradients, Options, Wanted
 from vstar_kernels.attention.triton import configs
-from vstar_kernels.attention.triton.configs import StreamConfig
+from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
 
 LOG2E = math.log2(math.e)
 NEGLIGIBLE = 2.0**-26  # of a statistic, in units of itself: below float32's resolution
@@ -246,7 +246,7 @@ class Head(NamedTuple):
     EVEN: bool  # the frames fill their blocks
     NEGATIVE: bool  # the scale is below zero
     PRECISION: str  # of float32 products
-    FRAME_OFFSET: Any = None  # in kernels of tar_attention, that of frames from their sequence's
+    FRAME_OFFSET: Any  # that of a frame from its sequence's first, likewise
 
 
 class Bias(NamedTuple):
@@ -278,12 +278,33 @@ def head(key: PlanKey, *, block: int, parts: tuple[int, int] | None = None) -> H
         MAIN=main,
         REST=rest,
         UNIT=_unit(key),
-        OFFSET=tl.int64 if _largest_offset(key) > INT32_MAX else tl.int32,
+        OFFSET=tl.int64 if is_wide(key) else tl.int32,
         EVEN=key.frames % block == 0,
         NEGATIVE=key.options.scale < 0,
         PRECISION="tf32" if key.kind == "tf32" else "ieee",
         FRAME_OFFSET=tl.int64 if _largest_frame_offset(key) > INT32_MAX else tl.int32,
     )
+
+
+def is_wide(key: PlanKey) -> bool:
+    """Returns whether a call takes offsets of 64 bits."""
+    return _largest_offset(key) > INT32_MAX
+
+
+def left_by_tile(key: PlanKey, config: TileConfig) -> bool:
+    """Returns whether a tile leaves a call to the stream kernels.
+
+    It leaves what it is unfit for, and what the gate of the compiled code tries of no tile: the
+    map's maximum of tensors that take offsets of 64 bits, and frames that do within a sequence.
+    """
+    asked = {
+        "map": key.has_map,
+        "delta": key.reads_delta,
+        "map_max": key.options.stat == "map_max",
+        "wide": is_wide(key),
+    }
+    is_tried = not (asked["map_max"] and asked["wide"]) and _largest_frame_offset(key) <= INT32_MAX
+    return not is_tried or any(asked[name] for name in config.unfit)
 
 
 def halves(key: PlanKey) -> tuple[int, int] | None:
@@ -340,21 +361,6 @@ def stat_strides(key: PlanKey, strides: Strides) -> Strides:
     return hidden(_strides_4d(strides, key))
 
 
-def asked(key: PlanKey) -> set[str]:
-    """Returns what a call asks of a tile beyond a Gaussian that is weighted by the row maximum.
-
-    That is "map", the mean map or its gradient, "delta", a Δ that is read, "map_max", and "wide",
-    offsets of 64 bits.
-    """
-    every = {
-        "map": key.has_map,
-        "delta": key.reads_delta,
-        "map_max": key.options.stat == "map_max",
-        "wide": _largest_offset(key) > INT32_MAX,
-    }
-    return {name for name, is_asked in every.items() if is_asked}
-
-
 def delta_strides(key: PlanKey) -> Strides:
     """Returns Δ's strides as :func:`primitives.delta_block` takes them.
 
@@ -409,18 +415,18 @@ def _delta_unit(key: PlanKey) -> int:
 
 def _largest_offset(key: PlanKey) -> int:
     """Returns the offset of the last element of the tensor that reaches furthest, and beyond."""
-    reach = max(_reach(key.shape_5d[:4], x) for x in _row_strides(key))
+    reach = max(_reach(key.shape_5d[:4], x) for x in _every_strides_4d(key))
     return max(reach + key.head_dim, _reach(key.delta_shape, key.delta) + 1)
 
 
 def _largest_frame_offset(key: PlanKey) -> int:
     """Returns :func:`_largest_offset`, but from where a sequence, or a matrix of Δ, begins."""
-    reach = max(_reach((key.frames,), x[2:3]) for x in _row_strides(key))
+    reach = max(_reach((key.frames,), x[2:3]) for x in _every_strides_4d(key))
     own = slice(int(key.per_head), None)
     return max(reach + key.head_dim, _reach(key.delta_shape[own], key.delta[own]) + 1)
 
 
-def _row_strides(key: PlanKey) -> list[Strides]:
+def _every_strides_4d(key: PlanKey) -> list[Strides]:
     """Returns strides of (batch, space, frames, heads), of all tensors that have these."""
     return [_strides_4d(x, key) for x in (*_tensors(key), key.stat, key.grad_stat)]
 

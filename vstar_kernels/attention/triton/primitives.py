@@ -133,29 +133,30 @@ def store_heads(p, o_frames, m_frames, b, HEAD: tl.constexpr):
 @triton.jit
 def load_frames(p, strides, place, i, m_i, HEAD: tl.constexpr):
     """Loads a sequence's frames ``i`` as :func:`load_heads` does."""
-    p, o_sequence = sequence(p, strides, place, HEAD)
-    return load_heads(p, o_sequence + frame_offsets(strides, i, HEAD), m_i, HEAD)
+    p_start, o_start = sequence_start(p, strides, place, HEAD)
+    return load_heads(p_start, o_start + frame_offsets(strides, i, HEAD), m_i, HEAD)
 
 
 @triton.jit
 def store_frames(p, strides, place, i, m_i, b, HEAD: tl.constexpr):
     """Stores what :func:`load_frames` loads, rounded to the pointer's type."""
-    p, o_sequence = sequence(p, strides, place, HEAD)
-    store_heads(p, o_sequence + frame_offsets(strides, i, HEAD), m_i, b, HEAD)
+    p_start, o_start = sequence_start(p, strides, place, HEAD)
+    store_heads(p_start, o_start + frame_offsets(strides, i, HEAD), m_i, b, HEAD)
 
 
 @triton.jit
-def sequence(p, strides, place, HEAD: tl.constexpr):
+def sequence_start(p, strides, place, HEAD: tl.constexpr):
     """Returns a pointer and an offset that together are where a sequence begins.
 
     Of one sequence in a large tensor the pointer is all, which leaves its frames offsets of 32 bits
     and spares their registers. In small tensors offsets that are added up take fewer.
     """
-    o_sequence = sequence_offset(strides, place, HEAD)
-    if HEAD.OFFSET.primitive_bitwidth == 64 and len(o_sequence.shape) == 0:
-        p += o_sequence
-        o_sequence = 0
-    return p, o_sequence
+    p_start = p
+    o_start = sequence_offset(strides, place, HEAD)
+    if HEAD.OFFSET.primitive_bitwidth == 64 and len(o_start.shape) == 0:
+        p_start += o_start
+        o_start = 0
+    return p_start, o_start
 
 
 @triton.jit
@@ -344,7 +345,7 @@ def store_normalizer(p, o_row, m_row, b_max, b_total):
 
 @triton.jit
 def load_normalizer(p, o_row, m_row):
-    """Loads rows' :class:`Normalizer`, one that leaves no weights where it is masked."""
+    """Loads rows' :class:`Normalizer`; of those that are masked, all finite logits weigh 0."""
     b_max = tl.load(p + o_row * 2, mask=m_row, other=0.0)
     return Normalizer(b_max, tl.load(p + o_row * 2 + 1, mask=m_row, other=float("inf")))
 

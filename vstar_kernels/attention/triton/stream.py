@@ -36,7 +36,6 @@ from vstar_kernels.attention.triton.primitives import (
     blocks_in_window,
     delta_block,
     exponentials,
-    frame_offsets,
     larger,
     largest,
     load_frames,
@@ -45,7 +44,7 @@ from vstar_kernels.attention.triton.primitives import (
     regularized,
     sequence_offset,
     statistic_offsets,
-    store_heads,
+    store_frames,
     store_normalizer,
     subtrahend,
     times,
@@ -163,9 +162,7 @@ def stream_kernel(
         if BIAS.FORM != "none":
             tl.store(t.row_stat + o_row, tl.zeros((QUERIES,), tl.float32) + b_stat, mask=m_i)
     b_inverse = tl.expand_dims(1.0 / b_total, 1)  # (QUERIES, 1)
-    p_out = t.out + sequence_offset(strides.out, place, HEAD)
-    o_out = frame_offsets(strides.out, i, HEAD)
-    store_heads(p_out, o_out, m_i, times(b_o, b_inverse), HEAD)
+    store_frames(t.out, strides.out, place, i, m_i, times(b_o, b_inverse), HEAD)
 
 
 @triton.jit

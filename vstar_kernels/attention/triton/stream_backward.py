@@ -336,6 +336,8 @@ def grad_key_kernel(
                 )
                 b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
         b_p = normalized(b_s, normalizer, numbers.exp2_scale)  # (QUERIES, KEYS)
+        if not HEAD.EVEN:  # what is padded has NaN where a key is infinite
+            b_p = tl.where(tl.expand_dims(m_i, 1), b_p, 0.0)
         b_dv = add_weighted_sums(b_dv, transposed(b_p.to(b_q[0].dtype)), b_do, HEAD)  # (KEYS, D)
         b_dp = inner_products(b_do, b_v, HEAD)  # (QUERIES, KEYS)
         if GRAD_MAP:

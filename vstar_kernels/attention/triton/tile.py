@@ -200,12 +200,12 @@ def make_plan(key: PlanKey) -> TilePlan | None:
 def plan_tile(key: PlanKey, config: TileConfig) -> TilePlan | None:
     """Returns the plan with a configuration, which need not be the one in the table.
 
-    None if it has no registers for the mean map that is wanted, or for what else is asked.
+    None if it leaves the call to the stream kernels.
     """
     padded = configs.padded_frames(key.frames)
     if key.has_map and not config.queries == padded <= LARGEST_MAP_TILE:
         return None
-    if not plan.asked(key).isdisjoint(config.unfit):
+    if plan.left_by_tile(key, config):
         return None
     # Of one Δ, and of one map where maps are wanted, are the sequences of one head, or all of them.
     length = key.space * key.heads if key.has_map else key.sequences

@@ -156,6 +156,8 @@ def gradients(
         b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
     b_p = exponentials(b_s, tl.max(b_s, -1), numbers.exp2_scale)  # (FRAMES, FRAMES)
     b_p = b_p * tl.expand_dims(1.0 / tl.sum(b_p, -1), -1)
+    if not HEAD.EVEN:  # what is padded has NaN where a key is infinite
+        b_p = tl.where(tl.expand_dims(i < sizes.frames, -1), b_p, 0.0)
 
     b_do = load_frames(t.grad_out, strides.grad_out, place, i, m_i, HEAD)  # (FRAMES, D)
     b_v = load_frames(t.v, strides.v, place, i, m_i, HEAD)  # (FRAMES, D)
@@ -243,9 +245,9 @@ def make_plan(key: PlanKey) -> TileBackwardPlan | None:
 def plan_tile(key: PlanKey, config: TileConfig) -> TileBackwardPlan | None:
     """Returns the plan with a configuration, which need not be the one in the table.
 
-    None if it has no registers for the sum of dΔ, or for what else is asked.
+    None if it leaves the call to the stream kernels, or has no registers for the sum of dΔ.
     """
-    if not plan.asked(key).isdisjoint(config.unfit):
+    if plan.left_by_tile(key, config):
         return None
     padded = configs.padded_frames(key.frames)
     if key.wants_delta:
