@@ -39,7 +39,7 @@ class RuleTables:
     key_frames: int
     per_head: bool
     delta: Tensor | None  # ([heads,] frames, key frames), like offset
-    offset: Tensor | None  # in units of the product qᵀk
+    offset: Tensor | None  # in units of the product qᵀk; without text, less its row's largest
     factor: Tensor | None  # (2, [heads,] frames, key frames)
     span: Tensor | None  # (2, frames, key frames), like band
     band: Tensor | None
