@@ -294,3 +294,12 @@ def test_memory():
     """The output, 16 MiB and 4 MiB for each thread."""
     run = run_python(MEMORY)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("backend", ["cpu", "composed"])
+def test_biases_up_to_1e38(backend):
+    layout = vk.Layout(vk.Text(3), vk.Frames(3, 9))
+    table = torch.tensor([[1e38, -1e38, 1e38], [-1e38, -1e38, -1e38], [0.0, -1e38, -INF]])
+    tensors = inputs(layout)
+    found = vk.frame_attention(*tensors, layout, R.bias(table), backend=backend)
+    assert_frames(found, *tensors, layout, R.bias(table))

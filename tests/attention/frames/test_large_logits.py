@@ -97,6 +97,22 @@ ALIKE = {
 }
 
 
+def test_a_large_bias_that_nothing_seen_has_changes_nothing():
+    """The frame that has it is beyond the key lengths."""
+    layout, table = vk.Layout(vk.Frames(4, 16)), torch.zeros(4, 4)
+    table[:, 3] = 1e9
+    tensors = [x.requires_grad_() for x in torch.randn(3, 1, layout.tokens, 2, 16).unbind()]
+    options = {"key_lengths": torch.tensor([48], dtype=torch.int32), "return_map": True}
+
+    def results(rule):
+        out, mean_map = vk.frame_attention(*tensors, layout, rule, **options, backend="triton")
+        loss = out.square().sum() + mean_map[0, 0, 0]
+        return out, mean_map, *torch.autograd.grad(loss, tensors)
+
+    for found, expected in zip(results(R.bias(table)), results(None), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("name", "way"), [(name, way) for name in ALIKE for way in ways(name)])
 def test_a_large_bias_of_all_keys_of_a_row_changes_no_weight(name, way, monkeypatch):
     """Beside it the logits would be rounded away."""

@@ -95,6 +95,18 @@ def test_biases_count_without_a_scale():
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_nan_in_a_trained_table_is_no_mask():
+    """Here each tile has rows of one frame, all of whose slots the table decides."""
+    layout, table = vk.Layout(vk.Frames(3, 64)), torch.zeros(3, 3)
+    table[1, 2] = float("nan")
+    tensors = torch.randn(3, 1, layout.tokens, 1, 16)
+    with torch.no_grad():
+        out = run(*tensors, layout, vk.FrameRule.bias(table.requires_grad_()))
+    assert out[:, 64:128].isnan().all()
+    assert out[:, :64].isfinite().all()
+    assert out[:, 128:].isfinite().all()
+
+
 @pytest.mark.parametrize("lengths", [None, [20, 40]])
 @pytest.mark.parametrize("stat", ["row_max", "frame_max"])
 @pytest.mark.parametrize("twice", [False, True])

@@ -285,13 +285,12 @@ class Rows:
         if len(parts) == 1 and masses is None and NOTHING not in parts[0].offset:
             return outs[0]
         lses = torch.stack(each)
-        bias = self._constants("offset")
-        if any(part.delta != NEUTRAL for part in parts):
-            bias = bias + self._statistic(lses) * self._constants("delta")
+        seen = torch.where(lses == NOTHING, NOTHING, self._constants("offset"))
         # Less the row's largest, so that one of 10⁹ in all parts leaves lses what they are.
-        seen = torch.where(lses == NOTHING, NOTHING, bias)
         largest = seen.amax(0)
         logits = lses + (seen - largest.masked_fill(largest == NOTHING, 0.0))
+        if any(part.delta != NEUTRAL for part in parts):
+            logits = logits + self._statistic(lses) * self._constants("delta")
         weights = logits.softmax(0).masked_fill(largest == NOTHING, 0.0)
         if masses is not None:
             for part, weight in zip(parts, weights.sum(2), strict=True):

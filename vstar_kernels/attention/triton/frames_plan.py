@@ -129,7 +129,8 @@ class FramesKey(NamedTuple):
     def rule_tables(self) -> RuleTables:
         """Returns the rule's tables."""
         sizes = {"frames": self.frames, "key_frames": self.key_frames}
-        return rule_tables(self.tables, **sizes, dtype=self.dtype, scale=self.scale)
+        every = not self.lengths and self.tables.band is None
+        return rule_tables(self.tables, **sizes, dtype=self.dtype, scale=self.scale, every=every)
 
     def head(self) -> Head:
         """Returns the constants of the heads, and of how tensors of them are read."""
@@ -288,9 +289,14 @@ def named_tables(rule: RuleTables, made: TileTables) -> dict[str, Tensor]:
 
 
 def rule_tables(
-    tables: Tables, *, frames: int, key_frames: int, dtype: torch.dtype, scale: float
+    tables: Tables, *, frames: int, key_frames: int, dtype: torch.dtype, scale: float, every: bool
 ) -> RuleTables:
-    """Returns the tables of a rule; what is neutral everywhere is left out."""
+    """Returns the tables of a rule; what is neutral everywhere is left out.
+
+    ``every`` says that rows see all frames that they are not masked from. Then, and without text,
+    which has no bias, biases are less the largest of their row. That changes no softmax; next to a
+    bias of 10⁹ in all keys of a row float32 would lose their logits.
+    """
     delta, offset, factor, span, band = (x and x.tensor() for x in tables[2:])
     if delta is not None:
         delta = torch.where(delta.abs() < NEGLIGIBLE[dtype], 0.0, delta)
@@ -298,9 +304,7 @@ def rule_tables(
     if offset is not None:
         masked = offset == -math.inf
         offset = offset.double()
-        if TEXT not in tables.key_runs.tensor()[:, 2]:  # which has no bias
-            # That changes no softmax. Next to a bias of 10⁹ in all keys of a row float32 would lose
-            # their logits.
+        if every and TEXT not in tables.key_runs.tensor()[:, 2]:
             offset = offset - offset.amax(-1, keepdim=True)
         offset = (offset / scale).clamp(-LARGEST_OFFSET, LARGEST_OFFSET).float()
         offset = offset.masked_fill(masked, -math.inf) if offset.any() else None

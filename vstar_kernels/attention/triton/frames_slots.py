@@ -39,7 +39,7 @@ class RuleTables:
     key_frames: int
     per_head: bool
     delta: Tensor | None  # ([heads,] frames, key frames), like offset
-    offset: Tensor | None  # in units of the product qᵀk; without text, less its row's largest
+    offset: Tensor | None  # in units of the product qᵀk, see frames_plan.rule_tables
     factor: Tensor | None  # (2, [heads,] frames, key frames)
     span: Tensor | None  # (2, frames, key frames), like band
     band: Tensor | None
@@ -203,7 +203,7 @@ class _SlotFrames:
         self.seen = torch.ones(rule.frames, rule.key_frames, dtype=torch.bool, device="cpu")
         if rule.offset is not None:
             offset = rule.offset[head] if rule.per_head else rule.offset
-            self.seen = offset > float("-inf")
+            self.seen = offset != float("-inf")  # NaN is no mask
         self.weights = torch.cat(parts) if parts else self.seen[None][:0].double()
         biases = [
             x[head] if rule.per_head else x for x in (rule.delta, rule.offset) if x is not None
@@ -282,7 +282,7 @@ class _KeyRanges:
         seen = [
             (first + self.band[0][of_row][frame], last + self.band[1][of_row][frame])
             for of_row, (first, last) in places.items()
-            if offset is None or offset[of_row, frame] > float("-inf")
+            if offset is None or offset[of_row, frame] != float("-inf")
         ]
         if not seen:
             return 0, -1

@@ -1,8 +1,8 @@
 """Softmax by one number for each row, the logarithm of its sum of exponentials.
 
-That is enough for logits without a bias, as in columns, and with one that is small in some key of
-each row: over frames, biases are less the largest of their row, or text has none. For any bias,
-:class:`primitives.Normalizer` has two numbers.
+That is enough for logits without a bias, as in columns, and over frames, where biases are of usual
+sizes or less the largest of their row (:func:`frames_plan.rule_tables`). For any bias there are the
+two numbers of :class:`primitives.Normalizer`.
 """
 
 from __future__ import annotations
