@@ -124,7 +124,10 @@ ALWAYS = {
     ("stream", True): (VALUES, GRADIENTS),
 }
 # What a tile may leave to the stream kernels whatever else it does, by its name in ``unfit``.
-RARE: dict[str, dict[str, Any]] = {"map_max": {"stat": "map_max"}, "wide": {"wide": True}}
+RARE: dict[str, dict[str, Any]] = {
+    "map_max": {"stat": "map_max"},
+    "wide": {"wide": True, "stat": "row_max"},  # of both at once tiles have none
+}
 PAIRED_ARCHITECTURES = ("sm_90", "gfx942")  # one of each vendor
 PAIRED_SIZES = {("16-bit", 16, 64), ("16-bit", None, 48)}  # of kind, frames and width
 SWEEPS = ("grad_key", "grad_query", "statistics", "map_max")  # of a stream's gradients

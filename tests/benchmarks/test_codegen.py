@@ -423,6 +423,9 @@ def test_a_variant_is_what_its_name_says():
     forward = dict.fromkeys((*cases.ALWAYS["tile", False], *cases.PAIRS), entry)
     backward = (*cases.ALWAYS["tile", True], *cases.BACKWARD_PAIRS)
     for variant, entry_of in (forward | dict.fromkeys(backward, gradients)).items():
+        if variant.wide and variant.stat == "map_max":  # which tiles leave to streams
+            assert not cases.cases(entry_of, variant)
+            continue
         constants = cases.cases(entry_of, variant)[0].launch.constants
         head, bias = constants["HEAD"], constants["BIAS"]
         assert variant.form == bias.FORM
