@@ -228,8 +228,9 @@ packages: | $(PYTHON)
 	VSTAR_KERNELS_NATIVE=off $(PIP) -c $(CONSTRAINTS) --no-build-isolation --editable ".[test]"
 
 # What of the library and of its tests needs no torch. Where there is no compiler, setup.py says so.
+# Ninja would wait for the processors that make has, whose list is closed to it.
 kernels: | $(PYTHON)
-	-@mkdir -p build && export PATH="$(BIN):$$PATH" \
+	-@mkdir -p build && export PATH="$(BIN):$$PATH" MAKEFLAGS= \
 		&& cmake -S . -B build/native -G Ninja -DVSTAR_TORCH=OFF >build/kernels.log \
 		&& cmake --build build/native >>build/kernels.log
 
