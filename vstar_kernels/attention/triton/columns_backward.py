@@ -27,7 +27,7 @@ from vstar_kernels.attention.triton import plan
 from vstar_kernels.attention.triton.columns_forward import load_column, products
 from vstar_kernels.attention.triton.columns_plan import ColumnsKey
 from vstar_kernels.attention.triton.configs import ColumnsConfig
-from vstar_kernels.attention.triton.log_sums import capped_exp2, probabilities
+from vstar_kernels.attention.triton.log_sums import probabilities
 from vstar_kernels.attention.triton.plan import Launch
 from vstar_kernels.attention.triton.primitives import (
     add_weighted_sums,
@@ -302,7 +302,7 @@ def grad_key_kernel(
         b_dot = tl.load(p_dot + i, mask=m_i, other=0.0)
         b_s = products(b_k, b_q, HEAD)  # (KEYS, ROWS)
         # A query past the last has weights of 1, and gradients of 0.
-        b_p = capped_exp2((b_s - tl.expand_dims(b_lse, 0)) * exp2_scale)  # (KEYS, ROWS)
+        b_p = probabilities(b_s, b_lse, exp2_scale, 0)  # (KEYS, ROWS)
         b_dp = tl.zeros((KEYS, ROWS), tl.float32) - tl.expand_dims(b_dot, 0)
         if GRAD_OUT:
             b_dv = add_weighted_sums(b_dv, b_p.to(b_do[0].dtype), b_do, HEAD)  # (KEYS, D)

@@ -37,7 +37,7 @@ from vstar_kernels.attention.triton.frames_primitives import (
     unit,
 )
 from vstar_kernels.attention.triton.frames_slots import RuleTables
-from vstar_kernels.attention.triton.log_sums import capped_exp2, probabilities
+from vstar_kernels.attention.triton.log_sums import probabilities
 from vstar_kernels.attention.triton.plan import DeviceTables, Launch
 from vstar_kernels.attention.triton.primitives import (
     add_weighted_sums,
@@ -397,7 +397,7 @@ def grad_key_kernel(
                             tl.expand_dims(b_offset, 1),
                             RULE,
                         )
-                    b_p = probabilities_of_columns(b_logits, b_lse, exp2_scale)  # (ROWS, KEYS)
+                    b_p = probabilities(b_logits, b_lse, exp2_scale, 0)  # (ROWS, KEYS)
                     b_dv = add_weighted_sums(b_dv, b_p.to(b_do[0].dtype), b_do, HEAD)  # (ROWS, D)
                     b_dp = inner_products(b_v, b_do, HEAD)  # (ROWS, KEYS)
                     if GRAD_MAP:
@@ -414,7 +414,7 @@ def grad_key_kernel(
                         b_stat_lse = tl.load(t.stat_lse + o_row, mask=m_i, other=0.0)
                         m_chosen = tl.expand_dims(b_frame, 1) == tl.expand_dims(b_stat_frame, 0)
                         m_chosen = m_chosen & (tl.expand_dims(b_stat_frame, 0) >= 0)
-                        b_share = probabilities_of_columns(b_s, b_stat_lse, exp2_scale)
+                        b_share = probabilities(b_s, b_stat_lse, exp2_scale, 0)
                         b_share *= tl.expand_dims(b_grad_row, 0)
                         b_ds += tl.where(m_chosen, b_share, 0.0)
                     if RULE.FACTOR:
@@ -429,12 +429,6 @@ def grad_key_kernel(
     b_dv = tl.where(m_key, b_dv[0], 0.0), tl.where(m_key, b_dv[1], 0.0)
     store_heads(t.grad_k, o_dk, m_j, b_dk, HEAD)
     store_heads(t.grad_v, o_dv, m_j, b_dv, HEAD)
-
-
-@triton.jit
-def probabilities_of_columns(b_s, b_lse, exp2_scale):
-    """Returns what :func:`probabilities` does of transposed logits, whose columns are queries."""
-    return capped_exp2((b_s - tl.expand_dims(b_lse, 0)) * exp2_scale)
 
 
 @dataclass(frozen=True)

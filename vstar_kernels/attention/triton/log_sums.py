@@ -21,9 +21,9 @@ def log_sum(b_max, b_total, exp2_scale):
 
 
 @triton.jit
-def probabilities(b_s, b_lse, exp2_scale):
-    """Returns A′ ``(I, J)`` of logits and the :func:`log_sum` of their rows."""
-    return capped_exp2((b_s - tl.expand_dims(b_lse, 1)) * exp2_scale)
+def probabilities(b_s, b_lse, exp2_scale, AXIS: tl.constexpr = 1):
+    """Returns A′ of logits and the :func:`log_sum` of their rows, with ``AXIS`` 0 their columns."""
+    return capped_exp2((b_s - tl.expand_dims(b_lse, AXIS)) * exp2_scale)
 
 
 @triton.jit
