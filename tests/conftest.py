@@ -6,7 +6,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests.helpers import on_threads
-from vstar_kernels.attention import native
+from vstar_kernels.attention import native, temporal
+from vstar_kernels.attention.columns import operation as columns_operation
+from vstar_kernels.attention.frames import operation as frames_operation
 
 # What an earlier version of the package was compiled to is none of a test's business.
 torch.compiler.config.force_disable_caches = True
@@ -43,6 +45,13 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     """What is imported and collected is not garbage, and takes long to look through."""
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _forgotten_calls():
+    """No test finds what another one was given, and may have replaced what runs it."""
+    for module in (temporal, frames_operation, columns_operation):
+        module.REPEATS.forget()
 
 
 @pytest.fixture(params=native.load().isas or ["none"])

@@ -78,7 +78,7 @@ def using(entry: FrameEntry) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(configs, "frames", chosen))
         stack.enter_context(patch.object(configs, "revisit_below", lambda *key: below))
-        stack.enter_context(patch.object(plan, "ieee_products", lambda: entry.kind == "ieee"))
+        stack.enter_context(patch.object(plan, "ieee_products", lambda dtype: entry.kind == "ieee"))
         for plans in (frames._forward_plan, frames._backward_plan):
             plans.cache_clear()
             stack.callback(plans.cache_clear)

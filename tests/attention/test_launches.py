@@ -109,6 +109,17 @@ def test_a_call_and_its_gradients_wait_for_nothing(name, gpu):
     assert len(first) >= 2
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_a_repeated_call_launches_the_same(name, gpu):
+    operation, make, _ = CALLS[name]
+    operation.run("triton", make())
+    first = list(gpu.launched)
+    run = operation.prepared("triton", make())
+    gpu.launched.clear()
+    run(make())
+    assert gpu.launched == first
+
+
 @pytest.mark.parametrize(("offset", "described"), [(0, 4), (1, 0)])
 def test_a_call_with_descriptors_waits_for_nothing(offset, described):
     """Of keys and values, two parts each; by pointers where they are not aligned to 16 bytes."""

@@ -17,6 +17,8 @@ from tests.pairwise import pairwise
 from vstar_kernels import testing
 from vstar_kernels.attention import triton as backend
 from vstar_kernels.attention.call import Call, Wanted, check_call, make_call
+from vstar_kernels.attention.triton import columns as columns_backend
+from vstar_kernels.attention.triton import frames as frames_backend
 from vstar_kernels.testing import assert_as_exact_as_eager, eager, inputs, largest_error
 
 if backend.unavailable():
@@ -60,6 +62,42 @@ def check(query, key, value, bias=None, **options):
     """In float32 as exact as PyTorch; in 16 bits at most twice the eager formula's error."""
     out = tar(query, key, value, bias, **options).cpu()
     assert_as_exact_as_eager(out, query.cpu(), key.cpu(), value.cpu(), bias, **options)
+
+
+# ---- calls like earlier ones ----
+
+
+OPERATIONS = {
+    "tar": (vk.tar_attention, (vk.GaussianBias(1.0),), backend),
+    "frames": (
+        vk.frame_attention,
+        (vk.Layout(vk.Frames(4, 5)), vk.FrameRule.tar(1.0)),
+        frames_backend,
+    ),
+    "columns": (vk.column_attention, (torch.rand(20, 2, device=DEVICE),), columns_backend),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_repeated_call_has_the_plan_of_the_first(name, monkeypatch):
+    """TF32 is a setting, by which the plan is another."""
+    attend, given, module = OPERATIONS[name]
+    keys, plans = [], module._forward_plan
+
+    def check():
+        qkv = [x.to(DEVICE) for x in inputs(1, 20, 2, 8)]
+        found = attend(*qkv, *given, backend="triton")
+        exact = attend(*qkv, *given, backend="reference")
+        torch.testing.assert_close(found, exact, rtol=2e-3, atol=2e-3)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_forward_plan", lambda *key: keys.append(key[0]) or plans(*key))
+        for _ in range(3):
+            check()
+        patch.setattr(plan, "ieee_products", lambda dtype: False)
+        check()
+    assert keys[2] is keys[1]
+    assert [key.ieee for key in keys] == [True, True, True, False]
 
 
 # ---- options ----

@@ -66,6 +66,18 @@ class _Bias(ABC):
                 f"stat must be one of {', '.join(map(repr, STATS))} or a tensor, got {self.stat!r}"
             )
 
+    @functools.cached_property
+    def fixed(self) -> tuple[str | float, ...]:
+        """All that it says but its tensors."""
+        stat = "tensor" if isinstance(self.stat, Tensor) else self.stat
+        sigma = getattr(self, "sigma", 0.0)
+        return self.form, sigma, self.strength, stat, self.clamp_negative, self.detach_stat
+
+    @functools.cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Δ's entries and the statistic, of them what is a tensor."""
+        return tuple(x for x in (self.entries, self.stat) if isinstance(x, Tensor))
+
     @property
     @abstractmethod
     def form(self) -> str:

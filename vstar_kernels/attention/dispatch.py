@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -96,6 +96,17 @@ class Backend(Protocol[C_contra, W_contra, G_co]):
         """
 
 
+@runtime_checkable
+class Preparing(Protocol[C_contra]):
+    """What a backend provides besides, where it has something to prepare of a call."""
+
+    def prepare(self, call: C_contra) -> Callable[[Any], Forward]:
+        """Returns ``forward`` for calls of the same options, shapes, strides, types and device.
+
+        torch's settings may be others by then.
+        """
+
+
 class SlowBackendWarning(UserWarning):
     """A call was left to the reference, which holds every attention map in memory."""
 
@@ -115,11 +126,19 @@ class Operation(Generic[C, W_contra, G_co]):
 
     def run(self, chosen: str, call: C, *, save: bool = False) -> Forward:
         """Runs the forward pass of a backend that can run the call; see :class:`Backend`."""
+        return self._run(chosen, functools.partial(self.backends[chosen].forward, save=save), call)
+
+    def prepared(self, chosen: str, call: C) -> Callable[[C], Forward]:
+        """Returns :meth:`run` for calls of the same options, and tensors that are alike."""
         backend = self.backends[chosen]
+        forward = backend.prepare(call) if isinstance(backend, Preparing) else backend.forward
+        return functools.partial(self._run, chosen, forward)
+
+    def _run(self, chosen: str, forward: Callable[[C], Forward], call: C) -> Forward:
         if not _profiled():
-            return backend.forward(call, save=save)
+            return forward(call)
         with record_function(f"{self.name} ({chosen})"):
-            return backend.forward(call, save=save)
+            return forward(call)
 
     def run_backward(
         self,

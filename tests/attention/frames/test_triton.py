@@ -267,7 +267,7 @@ def test_gradients(case):
 
 @pytest.mark.parametrize(("head_dim", "ieee"), [(40, False), (72, False), (250, True)])
 def test_gradients_of_heads_whose_parts_are_others(head_dim, ieee, monkeypatch):
-    monkeypatch.setattr(plan, "ieee_products", lambda: ieee)
+    monkeypatch.setattr(plan, "ieee_products", lambda dtype: ieee)
     layout, rule = vk.Layout(vk.Text(4), vk.Frames(2, 8)), vk.FrameRule.tar(1.0)
     torch.manual_seed(0)
     x, weight = torch.randn(2, 1, 20, 1, head_dim).unbind()

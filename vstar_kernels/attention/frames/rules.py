@@ -294,6 +294,11 @@ class FrameRule:
         """Whether the rule is :meth:`identity`."""
         return any(isinstance(term, Identity) for term in self.terms)
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether a bias of it requires a gradient."""
+        return any(map(_is_trained, self.terms))
+
     def __add__(self, other: FrameRule) -> FrameRule:
         if not isinstance(other, FrameRule):
             return NotImplemented

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -97,7 +98,24 @@ def forward(call: Call, *, save: bool = False) -> Forward:
         # The mean over no sequences.
         return Forward(out, None if blocks is None else plan.new(out, *blocks).fill_(math.nan))
     call = _with_delta_here(call)
-    key = plan.forward_key(call, out, save=save)
+    return _run(plan.forward_key(call, out, save=save), call, out)
+
+
+def prepare(call: Call) -> Callable[[Call], Forward]:
+    """Returns ``forward`` for calls that have this one's plan."""
+    if not call.query.numel():
+        return forward
+    key = plan.forward_key(_with_delta_here(call), call.output())
+
+    def run(call: Call) -> Forward:
+        if plan.ieee_products(key.dtype) != key.ieee:  # it is a setting
+            return forward(call)
+        return _run(key, _with_delta_here(call), call.output())
+
+    return run
+
+
+def _run(key: PlanKey, call: Call, out: Tensor) -> Forward:
     with on(out.device):
         return _forward_plan(key).run(call, out)
 

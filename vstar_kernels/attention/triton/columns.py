@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from vstar_kernels.attention import triton as backend
 from vstar_kernels.attention.call import Forward, empty_like, nothing
 from vstar_kernels.attention.columns.call import ColumnCall, ColumnGradients, ColumnWanted
-from vstar_kernels.attention.triton import columns_plan
+from vstar_kernels.attention.triton import columns_plan, plan
 from vstar_kernels.attention.triton.columns_plan import ColumnsKey
 
 if TYPE_CHECKING:
@@ -49,6 +50,20 @@ def forward(call: ColumnCall, *, save: bool = False) -> Forward:
         maps = torch.zeros(call.map_shape, dtype=torch.float32, device=call.device)
         return Forward(nothing(call.query) if out is None else out, maps)
     return _run(call, columns_plan.forward_key(call, out, save=save), out)
+
+
+def prepare(call: ColumnCall) -> Callable[[ColumnCall], Forward]:
+    """Returns ``forward`` for calls that have this one's plan."""
+    if not call.query.numel():
+        return forward
+    key = columns_plan.forward_key(call, empty_like(call.query) if call.options.wants_out else None)
+
+    def run(call: ColumnCall) -> Forward:
+        if plan.ieee_products(key.dtype) != key.ieee:  # it is a setting
+            return forward(call)
+        return _run(call, key, empty_like(call.query) if call.options.wants_out else None)
+
+    return run
 
 
 def _run(call: ColumnCall, key: ColumnsKey, out: Tensor | None) -> Forward:

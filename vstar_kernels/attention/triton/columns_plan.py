@@ -145,7 +145,7 @@ def forward_key(
     return ColumnsKey(
         device=plan.device_of(call.device),
         dtype=call.dtype,
-        ieee=call.dtype == torch.float32 and plan.ieee_products(),
+        ieee=plan.ieee_products(call.dtype),
         batch=call.batch,
         queries=call.queries,
         keys=call.keys,

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from vstar_kernels.attention import triton as backend
 from vstar_kernels.attention.call import Forward, empty_like
 from vstar_kernels.attention.frames.call import FrameCall, FrameGradients, FrameWanted
-from vstar_kernels.attention.triton import frames_plan
+from vstar_kernels.attention.triton import frames_plan, plan
 from vstar_kernels.attention.triton.frames_plan import FramesKey
 
 if TYPE_CHECKING:
@@ -56,7 +57,24 @@ def forward(call: FrameCall, *, save: bool = False) -> Forward:
         if call.options.mean_map == "none":
             return Forward(out)
         return Forward(out, torch.zeros(call.map_shape, dtype=torch.float32, device=call.device))
-    key = frames_plan.frames_key(call, out, save=save)
+    return _run(frames_plan.frames_key(call, out, save=save), call, out)
+
+
+def prepare(call: FrameCall) -> Callable[[FrameCall], Forward]:
+    """Returns ``forward`` for calls that have this one's plan."""
+    if not call.query.numel() or not call.keys:
+        return forward
+    key = frames_plan.frames_key(call, empty_like(call.query))
+
+    def run(call: FrameCall) -> Forward:
+        if plan.ieee_products(key.dtype) != key.ieee:  # it is a setting
+            return forward(call)
+        return _run(key, call, empty_like(call.query))
+
+    return run
+
+
+def _run(key: FramesKey, call: FrameCall, out: Tensor) -> Forward:
     with backend.on(call.device):
         return _forward_plan(key, call.device).run(call, out)
 

@@ -198,7 +198,7 @@ def frames_key(call: FrameCall, out: Tensor, *, save: bool = False) -> FramesKey
     return FramesKey(
         device=plan.device_of(call.device),
         dtype=call.dtype,
-        ieee=call.dtype == torch.float32 and plan.ieee_products(),
+        ieee=plan.ieee_products(call.dtype),
         batch=call.batch,
         tokens=call.tokens,
         keys=call.keys,

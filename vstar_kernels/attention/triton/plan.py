@@ -175,13 +175,13 @@ class PlanKey(NamedTuple):
         return self.through_stat and not self.given_stat
 
 
-def ieee_products() -> bool:
-    """Returns whether PyTorch wants float32 products in float32, not in TF32.
+def ieee_products(dtype: torch.dtype) -> bool:
+    """Returns whether products of a type are of float32, and PyTorch wants no TF32 for them.
 
     The name follows ``torch.set_float32_matmul_precision``, whose own getter raises once this one
     was set.
     """
-    return bool(torch.backends.cuda.matmul.fp32_precision != "tf32")
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
 def product_kind(dtype: torch.dtype, *, ieee: bool) -> str:
@@ -198,7 +198,7 @@ def forward_key(call: Call, out: Tensor, *, save: bool = False) -> PlanKey:
     return PlanKey(  # by place, which is faster
         device_of(query.device),
         dtype,
-        dtype == torch.float32 and ieee_products(),
+        ieee_products(dtype),
         query.shape,
         call.options,
         query.stride(),
@@ -553,7 +553,8 @@ class Launch:
         Raises:
             ValueError: One of them is not there.
         """
-        self(type(self.needed)._make([tensors.get(name) for name in self._needed_names]))
+        get = tensors.get
+        self(self.needed._make([get(name) for name in self._needed_names]))
 
     @functools.cached_property
     def _needed_names(self) -> list[str]:
