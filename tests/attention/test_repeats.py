@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -218,6 +219,13 @@ def test_gradients_are_wanted_later():
             assert attend(*trained).is_inference()
 
 
+def test_a_statistic_without_gradient_has_none():
+    given, stat = tensors(), torch.rand(2, 12, 2, requires_grad=True)
+    bias = vk.GaussianBias(1.0, stat=stat, detach_stat=True)
+    for _ in range(2):
+        assert not vk.tar_attention(*given, bias).requires_grad
+
+
 def test_a_table_that_is_trained_is_read_at_every_call():
     given, table = tensors(), torch.zeros(4, 4, requires_grad=True)
     rule = vk.FrameRule.bias(table)
@@ -257,7 +265,7 @@ def test_transforms_of_torch_func_see_a_call():
 
 def test_a_tangent_is_followed():
     query, key, value = tensors()
-    tar(query, key, value)
+    tar(query, key, value, backend="cpu")
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(query, torch.ones_like(query))
         found = tar(dual, key, value, backend="reference")
@@ -272,6 +280,11 @@ def test_modes_see_every_call():
     with FlopCounterMode(display=False) as counter:
         tar(*given)
     assert counter.get_total_flops() > 0
+    (known,) = temporal.REPEATS._known
+    like = known[2:8], given
+    assert temporal.REPEATS.find(*like) is not None
+    with FakeTensorMode():  # guards see none of it
+        assert temporal.REPEATS.find(*like) is None
 
 
 def test_the_profiler_sees_repeated_calls():
@@ -316,8 +329,22 @@ def test_there_is_an_end_to_what_is_remembered(monkeypatch):
     for start in range(20):
         narrow = wide.as_strided(key.shape, (wide.stride(0), wide.stride(1), 100 + start, 1))
         tar(query, narrow, value)
-    tar(query, query, value)  # a tensor that comes twice is not remembered
     assert max(map(len, known.values())) == repeats.ALIKE
+
+
+def test_a_tensor_that_comes_twice_is_not_remembered():
+    query, _, value = tensors()
+    tar(query, query, value)
+    assert temporal.REPEATS._known == {}
+
+
+def test_every_size_of_a_model_is_remembered(unchecked):
+    sizes = [tensors(1, 12, 1, 1 + size) for size in range(20)]
+    for given in sizes:
+        tar(*given)
+    unchecked()
+    for given in sizes:
+        tar(*given)
 
 
 def test_many_threads(monkeypatch):

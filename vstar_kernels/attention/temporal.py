@@ -149,7 +149,6 @@ def _again(call: Call, chosen: str) -> Callable[..., Tensor | tuple[Tensor, Tens
 
     def again(query: Tensor, key: Tensor, value: Tensor, *held: Tensor) -> Any:
         delta, stat = held[0] if has_delta else None, held[-1] if has_stat else None
-        stat = stat.detach() if stat is not None and options.detach_stat else stat
         return _returned(run(Call(query, key, value, delta, stat, options)))
 
     return again
