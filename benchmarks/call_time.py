@@ -8,7 +8,8 @@ stream besides, and allocates from torch's own pool. Prints a Markdown table, in
 - *launch*: what of it Triton's launch of a compiled kernel takes;
 - *output*: allocating the output, by itself;
 - *rest*: what is left, this package's own;
-- *searched*, with ``--search``: the whole call, where Triton searches for its kernel every time.
+- *checked*, with ``--compare``: the whole call, where it is not known again but checked every time;
+- *searched*, with ``--compare``: and where Triton searches for its kernel every time, too.
 
 Each time is the least of several rounds, in which what is timed alternates and Python's garbage
 collector is off (``timeit``). *launch* is the difference of two such times, and *rest* what is left
@@ -38,6 +39,7 @@ import vstar_kernels as vk
 from benchmarks.report.tables import Table
 from benchmarks.stub_driver import installed
 from vstar_kernels.attention import triton as tar
+from vstar_kernels.attention.repeats import Repeats
 from vstar_kernels.attention.triton import columns, frames
 from vstar_kernels.attention.triton.plan import Launch
 from vstar_kernels.cli.options import integer, parsed
@@ -54,8 +56,8 @@ class Options:
     rounds: Annotated[int, parsed(integer(1), "N")] = 15
     calls: Annotated[int, parsed(integer(1), "N")] = 2000
     """Of a round."""
-    search: bool = False
-    """Measure each call with Triton's search for its kernel, too."""
+    compare: bool = False
+    """Measure each call, too, where it is checked every time, and its kernel is searched for."""
 
 
 def tensors(*tokens: int) -> list[torch.Tensor]:
@@ -149,9 +151,20 @@ def keeping_nothing_to_launch() -> Iterator[None]:
 
 
 @contextmanager
+def checking() -> Iterator[None]:
+    """A context in which no call is known again."""
+
+    def nothing(*arguments: Any) -> None:
+        pass
+
+    with mock.patch.multiple(Repeats, find=nothing, keep=nothing):
+        yield
+
+
+@contextmanager
 def searching() -> Iterator[None]:
-    """A context in which plans keep no kernel, and Triton searches for it at every launch."""
-    with mock.patch.object(Launch, "_keeps", False):
+    """The same, in which plans keep no kernel, and Triton searches for it at every launch."""
+    with checking(), mock.patch.object(Launch, "_keeps", False):
         yield
 
 
@@ -178,10 +191,10 @@ def measure(options: Options) -> Iterator[list[str]]:
             (call, keeping_nothing_to_launch),
             (functools.partial(torch.empty_like, given[0]), nullcontext),
         ]
-        if options.search:
-            variants.append((call, searching))
-        whole, without, output, *searched = microseconds(variants, options)
-        figures = (whole, whole - without, output, without - output, *searched)
+        if options.compare:
+            variants += [(call, checking), (call, searching)]
+        whole, without, output, *compared = microseconds(variants, options)
+        figures = (whole, whole - without, output, without - output, *compared)
         yield [name, *(f"{x:.1f}" for x in figures)]
 
 
@@ -195,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             with installed(Path(folder)):
                 note = f"Triton {triton.__version__}, torch {torch.__version__}."
-                head = [*HEAD, "searched"] if options.search else HEAD
+                head = [*HEAD, "checked", "searched"] if options.compare else HEAD
                 print(Table("", head, list(measure(options)), note).markdown())
         except RuntimeError as error:
             print(error, file=sys.stderr)

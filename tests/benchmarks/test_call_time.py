@@ -31,7 +31,7 @@ def run(program, *arguments):
 
 
 def test_the_command_times_every_call():
-    found = run(["-m", "benchmarks.call_time"], "--rounds", "2", "--calls", "3", "--search")
+    found = run(["-m", "benchmarks.call_time"], "--rounds", "2", "--calls", "3", "--compare")
     assert found.returncode == 0, found.stderr
     row = r"^\| (\w+_attention, .*?) \| ([^|]+) \|.*\| ([^|]+) \|$"
     rows = re.findall(row, found.stdout, re.MULTILINE)

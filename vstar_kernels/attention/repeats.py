@@ -54,9 +54,12 @@ class Repeats:
         return None
 
     def keep(
-        self, given: tuple[Any, ...], tensors: tuple[Any, ...], run: Callable[..., Any]
+        self,
+        given: tuple[Any, ...],
+        tensors: tuple[Any, ...],
+        prepare: Callable[[], Callable[..., Any]],
     ) -> None:
-        """Keeps ``run``, which computes calls like one that was checked, and has no gradient.
+        """Keeps what ``prepare`` gives: what computes calls like one, which has no gradient.
 
         It holds none of the tensors, nor may ``given``.
         """
@@ -67,6 +70,7 @@ class Repeats:
             return
         sizes: Any = [list(x.shape) for x in tensors]
         strides: Any = [list(x.stride()) for x in tensors]
+        run = prepare()
         guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         if len(self._known) >= MOST:
             self._known.clear()

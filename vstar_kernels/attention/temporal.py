@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
@@ -138,7 +139,7 @@ def _attend(
     if has_autograd and chosen != "reference":
         return autograd.attention(call, chosen)
     if like is not None and chosen != "reference":
-        REPEATS.keep(*like, _again(call, chosen))
+        REPEATS.keep(*like, functools.partial(_again, call, chosen))
     return _returned(operation.run(chosen, call))
 
 

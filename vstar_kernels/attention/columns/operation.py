@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -90,7 +91,7 @@ def column_attention(
     if chosen != "reference" and autograd.needed(call):
         return autograd.column_attention(call, chosen)
     if like is not None and chosen != "reference":
-        REPEATS.keep(*like, _again(call, chosen))
+        REPEATS.keep(*like, functools.partial(_again, call, chosen))
     return _returned(call, dispatch.COLUMN_ATTENTION.run(chosen, call))
 
 

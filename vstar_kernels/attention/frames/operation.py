@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal, overload
 
@@ -130,7 +131,7 @@ def frame_attention(
     if chosen != "reference" and autograd.needed(call):
         return autograd.frame_attention(call, chosen)
     if like is not None and chosen != "reference" and _is_constant(rule):
-        REPEATS.keep(*like, _again(call, chosen))
+        REPEATS.keep(*like, functools.partial(_again, call, chosen))
     return _returned(dispatch.FRAME_ATTENTION.run(chosen, call))
 
 
