@@ -186,6 +186,35 @@ def test_nan_in_a_trained_table_is_no_mask(attend):
     assert out[:, ~of_frame].isfinite().all()
 
 
+FAR = {
+    "alone": R(),
+    "a band": R.band(2),
+    "row_max": R.tar(1.0, 0.8, stat="row_max"),
+    "frame_max": R.tar(1.0, 0.8),
+}
+
+
+@pytest.mark.parametrize("lengths", [None, [28, 20]])
+@pytest.mark.parametrize("name", FAR)
+def test_rows_far_below_lose_nothing(attend, name, lengths):
+    """As those of padding, which all frames are hidden from by −10⁹."""
+    layout = vk.Layout(vk.Frames(4, 7))
+    table = -torch.tensor([[0, 1, 2, 3], [3, 1, 0, 1], [0, 0, 0, 0], [2, 1, 0, math.inf]]).double()
+    far = table - torch.tensor([[0.0], [1e6], [2.5e38], [1e4]], dtype=torch.float64)
+    gradient_weight, map_weight = torch.randn(2, 28, 4, 16), torch.randn(2, 4, 5)
+    options = {"key_lengths": lengths and torch.tensor(lengths, dtype=torch.int32)}
+
+    def results(table):
+        tensors = [x.requires_grad_() for x in inputs(28)]
+        rule = R.bias(table) + FAR[name]
+        out, mean_map = attend(*tensors, layout, rule, **options, return_map=True)
+        loss = (out * gradient_weight).sum() + (mean_map * map_weight).sum()
+        return out, mean_map, *torch.autograd.grad(loss, tensors)
+
+    for found, expected in zip(results(far), results(table), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_a_row_without_keys_is_zero(attend):
     q, k, v = inputs()
     lengths = torch.tensor([0, LAYOUT.tokens], dtype=torch.int32)

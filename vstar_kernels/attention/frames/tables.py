@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vstar_kernels.attention.frames.layout import Layout
 
+FAR_BELOW = -1e3  # a bias beside which float32 keeps a logit to 6e-5
 UNBOUNDED = 2**30  # in a band or a span: no bound on this side; int32 sums with it do not overflow
 
 
@@ -101,6 +102,8 @@ class Draft:
     def tables(self) -> Tables:
         """Returns the tables as backends take them."""
         offset = self.offset
+        if offset is not None and not self.key.text_tokens:  # which has no bias
+            offset = _raised(offset)
         if offset is not None and not offset.any():
             offset = None
         delta = self.delta
@@ -129,6 +132,17 @@ def add_tables(one: Tensor | None, other: Tensor) -> Tensor:
             f"got {one.shape[0]} and {other.shape[0]}"
         )
     return one + other
+
+
+def _raised(offset: Tensor) -> Tensor:
+    """Returns biases in which the largest of a row is 0, where all of it were far below.
+
+    That changes no weight of the row, whichever of its keys there are. Beside a bias of −10⁹ for
+    all of them, as of rows that are padding, float32 would lose their logits.
+    """
+    largest = offset.amax(-1, keepdim=True)
+    far = (largest < FAR_BELOW) & (largest > -math.inf)
+    return offset - largest.masked_fill(~far, 0.0)
 
 
 def _single(table: Tensor) -> Tensor:
