@@ -97,6 +97,11 @@ def run(path, wanted, *, retries=1, workers=None):
     return outcomes, tries
 
 
+def pids(path):
+    """The processes that have tried a job."""
+    return {pid for x in path.glob("tried-*") for pid in x.read_text().split()}
+
+
 @on_ray
 def test_workers_that_die(cluster, tmp_path):
     """One that is killed in the middle of a job, one that every try of a job ends, one error."""
@@ -117,7 +122,15 @@ def test_workers_that_die(cluster, tmp_path):
 def test_a_node_that_leaves(cluster, tmp_path):
     """Its job goes to the other one, and what is done stays so."""
     node = next(iter(cluster.worker_nodes))
-    leaving = threading.Timer(12, cluster.remove_node, [node], {"allow_graceful": False})
+
+    def leave():
+        deadline = time.monotonic() + 120
+        while len(pids(tmp_path)) < 2 and time.monotonic() < deadline:  # until both nodes work
+            time.sleep(0.5)
+        time.sleep(1)
+        cluster.remove_node(node, allow_graceful=False)
+
+    leaving = threading.Thread(target=leave)
     leaving.start()
     try:
         outcomes, tries = run(tmp_path, jobs(*(f"slow {n}" for n in range(5))), workers=2)
