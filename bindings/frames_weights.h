@@ -58,23 +58,13 @@ template <int VECTORS>
 VSTAR_STAGE void exponentiate_keys(int64_t keys, const float* reference, float* cells,
                                    float* sum) {
   Vec total[VECTORS], m[VECTORS];
-  for (int c = 0; c < VECTORS; ++c) {
-    total[c] = zero();
-    m[c] = load(reference + c * kLanes);
-  }
-  for (int64_t start = 0; start < keys; start += kKeyBlock) {
-    const int64_t end = min64(start + kKeyBlock, keys);
-    Vec block[VECTORS];
-    for (int c = 0; c < VECTORS; ++c) block[c] = zero();
-    for (int64_t j = start; j < end; ++j) {
-      for (int c = 0; c < VECTORS; ++c, cells += kLanes) {
-        const Vec p = exp2_nonpositive(sub(load(cells), m[c]));
-        block[c] = add(block[c], p);
-        store(cells, p);
-      }
-    }
-    for (int c = 0; c < VECTORS; ++c) total[c] = add(total[c], block[c]);
-  }
+  for (int c = 0; c < VECTORS; ++c) m[c] = load(reference + c * kLanes);
+  sum_over_keys(keys, total, [&](int64_t j, int c) VSTAR_INLINE {
+    float* cell = cells + (j * VECTORS + c) * kLanes;
+    const Vec p = exp2_nonpositive(sub(load(cell), m[c]));
+    store(cell, p);
+    return p;
+  });
   for (int c = 0; c < VECTORS; ++c) store(sum + c * kLanes, total[c]);
 }
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import vstar_kernels as vk
 from tests.helpers import on_threads
-from vstar_kernels.testing import assert_exact, inputs, largest_error, oracle
+from vstar_kernels.testing import CELL, assert_exact, inputs, largest_error, oracle
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.usefixtures("isa", "several_threads", "poison")
@@ -138,6 +138,16 @@ def test_equal_logits():
     ones = torch.ones_like(v)
     for bias in (vk.GaussianBias(1.0), vk.GaussianBias(0.0), vk.GaussianBias(1e30)):
         assert_exact(tar(ones, ones, v, bias), ones, ones, v, bias)
+
+
+@pytest.mark.parametrize("frames", [48, 128, 1000])
+def test_equal_weights_sum_to_one(isa, frames):
+    """The rounding of a running sum of equal terms is to one side all the time."""
+    query, key, value = (torch.zeros(40, frames, 1, 8) for _ in range(3))
+    stat = torch.randn(40, frames, 1, generator=torch.Generator().manual_seed(0))
+    bias = vk.GaussianBias(0.0, strength=2.5, stat=stat)
+    _, maps = vk.tar_attention(query, key, value, bias, return_map=True, backend="cpu")
+    assert (maps.double().sum(-1) - 1).abs().max().item() <= CELL
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-20, 30.0, -0.3])
