@@ -39,7 +39,7 @@ import vstar_kernels as vk
 from benchmarks.report.tables import Table
 from benchmarks.stub_driver import installed
 from vstar_kernels.attention import triton as tar
-from vstar_kernels.attention.repeats import Repeats
+from vstar_kernels.attention.call_cache import CallCache
 from vstar_kernels.attention.triton import columns, frames
 from vstar_kernels.attention.triton.plan import Launch
 from vstar_kernels.cli.options import integer, parsed
@@ -157,7 +157,7 @@ def checking() -> Iterator[None]:
     def nothing(*arguments: Any) -> None:
         pass
 
-    with mock.patch.multiple(Repeats, find=nothing, keep=nothing):
+    with mock.patch.multiple(CallCache, get=nothing, put=nothing):
         yield
 
 

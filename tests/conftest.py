@@ -6,9 +6,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests.helpers import on_threads
-from vstar_kernels.attention import native, temporal
-from vstar_kernels.attention.columns import operation as columns_operation
-from vstar_kernels.attention.frames import operation as frames_operation
+from vstar_kernels.attention import dispatch, native
 
 # What an earlier version of the package was compiled to is none of a test's business.
 torch.compiler.config.force_disable_caches = True
@@ -50,8 +48,8 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def _forgotten_calls():
     """No test finds what another one was given, and may have replaced what runs it."""
-    for module in (temporal, frames_operation, columns_operation):
-        module.REPEATS.forget()
+    for operation in (dispatch.TAR_ATTENTION, dispatch.FRAME_ATTENTION, dispatch.COLUMN_ATTENTION):
+        operation.calls.clear()
 
 
 @pytest.fixture(params=native.load().isas or ["none"])

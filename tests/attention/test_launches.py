@@ -110,11 +110,11 @@ def test_a_call_and_its_gradients_wait_for_nothing(name, gpu):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_repeated_call_launches_the_same(name, gpu):
+def test_a_prepared_call_launches_the_same(name, gpu):
     operation, make, _ = CALLS[name]
     operation.run("triton", make())
     first = list(gpu.launched)
-    run = operation.prepared("triton", make())
+    run = operation.backends["triton"].prepare(make())
     gpu.launched.clear()
     run(make())
     assert gpu.launched == first

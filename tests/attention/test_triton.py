@@ -92,12 +92,13 @@ def test_a_repeated_call_has_the_plan_of_the_first(name, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "_forward_plan", lambda *key: keys.append(key[0]) or plans(*key))
-        for _ in range(3):
+        for _ in range(4):
             check()
         patch.setattr(plan, "ieee_products", lambda dtype: False)
         check()
-    assert keys[2] is keys[1]
-    assert [key.ieee for key in keys] == [True, True, True, False]
+    assert keys[3] is keys[2]
+    assert keys[0] == keys[3]
+    assert [key.ieee for key in keys] == [True] * 4 + [False]
 
 
 # ---- options ----

@@ -118,7 +118,6 @@ class Operator:
         shared: Of the tensors, those that are the same for the whole batch.
         pairs: How many pairs of a query and a key are multiplied, of all heads and sequences.
         has_map: Whether options ask for a map.
-        has_out: Whether options ask for an output.
         keeps_out: Whether the output is kept for the gradient, and given to it.
     """
 
@@ -134,12 +133,11 @@ class Operator:
         shared: tuple[str, ...],
         pairs: Callable[[Any], int],
         has_map: Callable[[Any], bool],
-        has_out: Callable[[Any], bool] = lambda options: True,
         keeps_out: bool = True,
     ) -> None:
         self.operation, self.name, self.tensors = operation, name, tuple(tensors)
         self.call, self.options = call, options
-        self.has_map, self.has_out, self.keeps_out = has_map, has_out, keeps_out
+        self.has_map, self.has_out, self.keeps_out = has_map, operation.has_out, keeps_out
         self.wanted, self.gradients, self.pairs = wanted, gradients, pairs
         self.shared = {self.tensors.index(x) for x in shared}
         self.graded = tuple(self.tensors.index(x) for x in gradients._fields)
@@ -209,9 +207,7 @@ class Operator:
 
     def asked(self, options: Any, out: Tensor, mean_map: Any) -> Any:
         """Returns the output, the map or both, whatever options ask for."""
-        if not self.has_out(options):
-            return mean_map
-        return (out, mean_map) if self.has_map(options) else out
+        return self.operation.results(options, out, mean_map if self.has_map(options) else None)
 
     def split(self, arguments: tuple[Any, ...]) -> tuple[Any, str | None]:
         """Returns the call and the backend that an operator's arguments are."""
@@ -557,6 +553,5 @@ column_attention = Operator(
     shared=(),
     pairs=lambda call: call.batch * call.heads * call.queries * call.keys,
     has_map=lambda options: True,
-    has_out=lambda options: options.wants_out,
     keeps_out=False,
 )

@@ -66,17 +66,22 @@ class _Bias(ABC):
                 f"stat must be one of {', '.join(map(repr, STATS))} or a tensor, got {self.stat!r}"
             )
 
-    @functools.cached_property
-    def fixed(self) -> tuple[str | float, ...]:
-        """All that it says but its tensors."""
+    @property
+    def fixed(self) -> tuple[str, float, float, str, bool, bool]:
+        """All that it says but its tensors: the first fields of ``call.Options``."""
         stat = "tensor" if isinstance(self.stat, Tensor) else self.stat
-        sigma = getattr(self, "sigma", 0.0)
-        return self.form, sigma, self.strength, stat, self.clamp_negative, self.detach_stat
+        weight = self.strength, stat, self.clamp_negative, self.detach_stat
+        return self.form, self._sigma, *weight
 
     @functools.cached_property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Δ's entries and the statistic, of them what is a tensor."""
-        return tuple(x for x in (self.entries, self.stat) if isinstance(x, Tensor))
+    def parts(self) -> tuple[tuple[str, float, float, str, bool, bool], tuple[Tensor, ...]]:
+        """``fixed`` and the tensors, Δ's entries first; torch.compile could not trace this."""
+        return self.fixed, tuple(x for x in (self.entries, self.stat) if isinstance(x, Tensor))
+
+    @property
+    def _sigma(self) -> float:
+        """The Gaussian's; 0 for the other forms."""
+        return 0.0
 
     @property
     @abstractmethod
@@ -119,6 +124,10 @@ class GaussianBias(_Bias):
     @property
     def form(self) -> str:
         return "gaussian"
+
+    @property
+    def _sigma(self) -> float:
+        return float(self.sigma)
 
     @property
     def entries(self) -> None:

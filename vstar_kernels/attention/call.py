@@ -15,7 +15,6 @@ from torch.autograd import forward_ad
 from vstar_kernels.attention import bias as bias_forms
 from vstar_kernels.attention.bias import (
     Bias,
-    GaussianBias,
     check_finite,
     check_flag,
     check_strided,
@@ -190,21 +189,9 @@ def make_call(
     if bias is None or bias.strength == 0:
         options = Options("none", 0.0, 0.0, "none", False, False, scale, map_block, map_heads)
         return Call(query, key, value, None, None, options)
-    stat, stat_name = None, bias.stat
-    if isinstance(stat_name, Tensor):
-        stat, stat_name = stat_name, "tensor"
-        stat = stat.detach() if bias.detach_stat else stat
-    options = Options(
-        bias.form,
-        float(bias.sigma) if isinstance(bias, GaussianBias) else 0.0,
-        bias.strength,
-        stat_name,
-        bias.clamp_negative,
-        bias.detach_stat,
-        scale,
-        map_block,
-        map_heads,
-    )
+    stat = bias.stat if isinstance(bias.stat, Tensor) else None
+    stat = stat.detach() if stat is not None and bias.detach_stat else stat
+    options = Options(*bias.fixed, scale, map_block, map_heads)
     return Call(query, key, value, bias.entries, stat, options)
 
 

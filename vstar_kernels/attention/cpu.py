@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,6 +46,11 @@ def forward(call: Call, *, save: bool = False) -> Forward:
         out, mean_map, *_inputs(call), call.options.scale, *_map_options(call)
     )
     return Forward(out, mean_map)
+
+
+def prepare(call: Call) -> Callable[[Call], Forward]:
+    """Returns ``forward``, as nothing can be prepared for calls like this one."""
+    return forward
 
 
 def backward(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from vstar_kernels.attention.call import (
     check_call,
     follows_tangents,
 )
+from vstar_kernels.attention.call_cache import CallCache
 from vstar_kernels.attention.columns import cpu as columns_cpu
 from vstar_kernels.attention.columns import reference as columns_reference
 from vstar_kernels.attention.columns.call import ColumnCall, ColumnGradients, ColumnWanted
@@ -50,6 +51,8 @@ from vstar_kernels.attention.triton import frames as frames_triton
 class Describable(Protocol):
     """A call of any operation."""
 
+    options: Any
+
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors that there are, by their names in messages."""
 
@@ -64,7 +67,13 @@ G_co = TypeVar("G_co", covariant=True)
 
 
 class Backend(Protocol[C_contra, W_contra, G_co]):
-    """The functions that a backend's module provides, for calls of one operation."""
+    """The functions that a backend's module provides, for calls of one operation.
+
+    One whose ``why_not`` goes by nothing else than a call's options and its tensors' types, shapes,
+    strides, devices and requires_grad provides ``prepare(call)`` too: it returns ``forward`` for
+    calls that are like this one in all of that, though torch's settings may be others by then. Such
+    calls are not checked again; see :mod:`call_cache`.
+    """
 
     def unavailable(self) -> list[str]:
         """Returns the reasons why it cannot run anything here; none if it can."""
@@ -96,17 +105,6 @@ class Backend(Protocol[C_contra, W_contra, G_co]):
         """
 
 
-@runtime_checkable
-class Preparing(Protocol[C_contra]):
-    """What a backend provides besides, where it has something to prepare of a call."""
-
-    def prepare(self, call: C_contra) -> Callable[[Any], Forward]:
-        """Returns ``forward`` for calls of the same options, shapes, strides, types and device.
-
-        torch's settings may be others by then.
-        """
-
-
 class SlowBackendWarning(UserWarning):
     """A call was left to the reference, which holds every attention map in memory."""
 
@@ -114,11 +112,20 @@ class SlowBackendWarning(UserWarning):
 class Operation(Generic[C, W_contra, G_co]):
     """An operation and its backends, in the order of preference; the last, the reference, runs all.
 
-    ``name`` is the public function's, for messages.
+    ``name`` is the public function's, for messages. ``has_out`` tells of a call's options whether
+    they ask for an output, and ``calls`` are those that need no checks, ``max_calls`` at most.
     """
 
-    def __init__(self, name: str, backends: dict[str, Backend[C, W_contra, G_co]]) -> None:
-        self.name, self.backends = name, backends
+    def __init__(
+        self,
+        name: str,
+        backends: dict[str, Backend[C, W_contra, G_co]],
+        *,
+        max_calls: int,
+        has_out: Callable[[Any], bool] = lambda options: True,
+    ) -> None:
+        self.name, self.backends, self.has_out = name, backends, has_out
+        self.calls = CallCache(max_calls)
 
     def why_not(self, call: C) -> dict[str, list[str]]:
         """Returns each backend's reasons why it cannot run this call; an empty list if it can."""
@@ -128,17 +135,44 @@ class Operation(Generic[C, W_contra, G_co]):
         """Runs the forward pass of a backend that can run the call; see :class:`Backend`."""
         return self._run(chosen, functools.partial(self.backends[chosen].forward, save=save), call)
 
-    def prepared(self, chosen: str, call: C) -> Callable[[C], Forward]:
-        """Returns :meth:`run` for calls of the same options, and tensors that are alike."""
-        backend = self.backends[chosen]
-        forward = backend.prepare(call) if isinstance(backend, Preparing) else backend.forward
-        return functools.partial(self._run, chosen, forward)
-
     def _run(self, chosen: str, forward: Callable[[C], Forward], call: C) -> Forward:
         if not _profiled():
             return forward(call)
         with record_function(f"{self.name} ({chosen})"):
             return forward(call)
+
+    def results(self, options: Any, out: Tensor, mean_map: Tensor | None) -> Any:
+        """Returns what the public function returns: the output, the map, or both."""
+        if not self.has_out(options):
+            return mean_map
+        return out if mean_map is None else (out, mean_map)
+
+    def remember(
+        self,
+        arguments: tuple[Any, ...],
+        tensors: tuple[Any, ...],
+        chosen: str,
+        call: C,
+        make: Callable[..., C],
+    ) -> None:
+        """Has calls like this one computed without checks, where the backend can prepare for them.
+
+        ``make`` returns the call on tensors like these; it holds none.
+        """
+        prepare = getattr(self.backends[chosen], "prepare", None)
+        if prepare is None:
+            return
+
+        def prepared() -> Callable[..., Any]:
+            forward, options = prepare(call), call.options
+
+            def run(*tensors: Tensor) -> Any:
+                out, mean_map, _ = self._run(chosen, forward, make(*tensors))
+                return self.results(options, out, mean_map)
+
+            return run
+
+        self.calls.put(arguments, tensors, prepared)
 
     def run_backward(
         self,
@@ -222,7 +256,7 @@ def _warn_once(operation: str, reasons: str) -> None:
 
 
 TAR_ATTENTION: Operation[Call, Wanted, Gradients] = Operation(
-    "tar_attention", {"cpu": cpu, "triton": triton, "reference": reference}
+    "tar_attention", {"cpu": cpu, "triton": triton, "reference": reference}, max_calls=1024
 )
 FRAME_ATTENTION: Operation[FrameCall, FrameWanted, FrameGradients] = Operation(
     "frame_attention",
@@ -232,10 +266,13 @@ FRAME_ATTENTION: Operation[FrameCall, FrameWanted, FrameGradients] = Operation(
         "composed": composed,
         "reference": frames_reference,
     },
+    max_calls=64,  # which hold their rules' tables
 )
 COLUMN_ATTENTION: Operation[ColumnCall, ColumnWanted, ColumnGradients] = Operation(
     "column_attention",
     {"triton": columns_triton, "cpu": columns_cpu, "reference": columns_reference},
+    max_calls=1024,
+    has_out=lambda options: bool(options.wants_out),
 )
 
 

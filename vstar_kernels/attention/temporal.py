@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -12,10 +11,7 @@ from torch import Tensor
 
 from vstar_kernels.attention import autograd, dispatch, output
 from vstar_kernels.attention.bias import Bias
-from vstar_kernels.attention.call import BIASES, Call, Forward, check_call
-from vstar_kernels.attention.repeats import Repeats
-
-REPEATS = Repeats()
+from vstar_kernels.attention.call import BIASES, Call, Options, check_call
 
 
 @overload
@@ -95,13 +91,14 @@ def tar_attention(
             with every reason.
         TypeError: An argument of the wrong kind.
     """
-    like = None
+    given = None  # by which a call like this one is found again
     if out is None and (bias is None or type(bias) in BIASES) and not torch.compiler.is_compiling():
-        fixed, held = ((), ()) if bias is None else (bias.fixed, bias.tensors)
-        like = (fixed, scale, return_map, map_heads, map_block, backend), (query, key, value, *held)
-        again = REPEATS.find(*like)
-        if again is not None:
-            return again(*like[1])
+        fixed, of_bias = ((), ()) if bias is None else bias.parts
+        arguments = fixed, scale, return_map, map_heads, map_block, backend
+        given = arguments, (query, key, value, *of_bias)
+        run = dispatch.TAR_ATTENTION.calls.get(*given)
+        if run is not None:
+            return run(*given[1])
     call = check_call(
         query,
         key,
@@ -114,7 +111,7 @@ def tar_attention(
     )
     dispatch.TAR_ATTENTION.check_name(backend)
     if out is None:
-        return _attend(call, backend, like)
+        return _attend(call, backend, given)
     output.check(call, out)
     if autograd.needed(call) or type(out) not in autograd.PLAIN or out.is_neg():
         return output.filled(out, _attend(call, backend))
@@ -125,9 +122,9 @@ def tar_attention(
 
 
 def _attend(
-    call: Call, backend: str | None, like: tuple[Any, Any] | None = None
+    call: Call, backend: str | None, given: tuple[Any, Any] | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Returns what the public function returns; remembers the call by what it is ``like``."""
+    """Returns what the public function returns; remembers the call by what was ``given``."""
     operation, has_autograd = dispatch.TAR_ATTENTION, autograd.needed(call)
     if has_autograd:
         # Of meta tensors there is nothing to compute: the operator knows the results' shapes.
@@ -138,22 +135,18 @@ def _attend(
     chosen = operation.choose(call, backend)
     if has_autograd and chosen != "reference":
         return autograd.attention(call, chosen)
-    if like is not None and chosen != "reference":
-        REPEATS.keep(*like, functools.partial(_again, call, chosen))
-    return _returned(operation.run(chosen, call))
+    if given is not None:
+        make = functools.partial(_call, call.options, call.delta is not None)
+        operation.remember(*given, chosen, call, make)
+    out, mean_map, _ = operation.run(chosen, call)
+    return operation.results(call.options, out, mean_map)
 
 
-def _again(call: Call, chosen: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
-    """Returns what computes a call on tensors like this one's: its three, then the bias's."""
-    run, options = dispatch.TAR_ATTENTION.prepared(chosen, call), call.options
-    has_delta, has_stat = call.delta is not None, call.stat is not None
-
-    def again(query: Tensor, key: Tensor, value: Tensor, *held: Tensor) -> Any:
-        delta, stat = held[0] if has_delta else None, held[-1] if has_stat else None
-        return _returned(run(Call(query, key, value, delta, stat, options)))
-
-    return again
-
-
-def _returned(found: Forward) -> Tensor | tuple[Tensor, Tensor]:
-    return found.out if found.mean_map is None else (found.out, found.mean_map)
+def _call(
+    options: Options, has_delta: bool, query: Tensor, key: Tensor, value: Tensor, *of_bias: Tensor
+) -> Call:
+    """Returns the call of these options on tensors, the bias's last."""
+    delta = of_bias[0] if has_delta else None
+    stat = of_bias[-1] if options.stat == "tensor" else None
+    stat = stat.detach() if stat is not None and options.detach_stat else stat
+    return Call(query, key, value, delta, stat, options)

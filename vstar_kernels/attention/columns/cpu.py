@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ def forward(call: ColumnCall, *, save: bool = False) -> Forward:
     out = None if call.value is None else empty_like(call.query)
     torch.ops.vstar_kernels.cpu_columns_forward(out, maps, *_inputs(call))
     return Forward(nothing(call.query) if out is None else out, maps)
+
+
+def prepare(call: ColumnCall) -> Callable[[ColumnCall], Forward]:
+    """Returns ``forward``, as nothing can be prepared for calls like this one."""
+    return forward
 
 
 def backward(

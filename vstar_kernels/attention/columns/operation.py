@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from vstar_kernels.attention import autograd, dispatch
-from vstar_kernels.attention.call import Forward
-from vstar_kernels.attention.columns.call import ColumnCall, check_call
-from vstar_kernels.attention.repeats import Repeats
-
-REPEATS = Repeats()
+from vstar_kernels.attention.columns.call import ColumnCall, ColumnOptions, check_call
 
 
 @overload
@@ -76,13 +71,13 @@ def column_attention(
             with every reason.
         TypeError: An argument of the wrong kind.
     """
-    like = None
+    given = None  # by which a call like this one is found again
     if not torch.compiler.is_compiling():
         values = () if value is None else (value,)
-        like = (value is None, scale, backend), (query, key, columns, *values)
-        again = REPEATS.find(*like)
-        if again is not None:
-            return again(*like[1])
+        given = (value is None, scale, backend), (query, key, columns, *values)
+        run = dispatch.COLUMN_ATTENTION.calls.get(*given)
+        if run is not None:
+            return run(*given[1])
     call = check_call(query, key, value, columns, scale=scale)
     dispatch.COLUMN_ATTENTION.check_name(backend)
     if autograd.traced(call):  # a backend is chosen when it runs
@@ -90,23 +85,20 @@ def column_attention(
     chosen = dispatch.COLUMN_ATTENTION.choose(call, backend)
     if chosen != "reference" and autograd.needed(call):
         return autograd.column_attention(call, chosen)
-    if like is not None and chosen != "reference":
-        REPEATS.keep(*like, functools.partial(_again, call, chosen))
-    return _returned(call, dispatch.COLUMN_ATTENTION.run(chosen, call))
+    if given is not None:
+        make = functools.partial(_call, call.options, call.columns.shape)
+        dispatch.COLUMN_ATTENTION.remember(*given, chosen, call, make)
+    out, maps, _ = dispatch.COLUMN_ATTENTION.run(chosen, call)
+    return dispatch.COLUMN_ATTENTION.results(call.options, out, maps)
 
 
-def _again(call: ColumnCall, chosen: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
-    """Returns what computes a call on tensors like this one's: query, key, columns, then value."""
-    run, options = dispatch.COLUMN_ATTENTION.prepared(chosen, call), call.options
-    shape = call.columns.shape
-
-    def again(query: Tensor, key: Tensor, columns: Tensor, value: Tensor | None = None) -> Any:
-        like = ColumnCall(query, key, value, columns.expand(shape), options)
-        return _returned(like, run(like))
-
-    return again
-
-
-def _returned(call: ColumnCall, found: Forward) -> Tensor | tuple[Tensor, Tensor]:
-    assert found.mean_map is not None  # every call has columns
-    return (found.out, found.mean_map) if call.options.wants_out else found.mean_map
+def _call(
+    options: ColumnOptions,
+    shape: torch.Size,
+    query: Tensor,
+    key: Tensor,
+    columns: Tensor,
+    value: Tensor | None = None,
+) -> ColumnCall:
+    """Returns the call of these options on tensors, with the columns expanded to a shape."""
+    return ColumnCall(query, key, value, columns.expand(shape), options)

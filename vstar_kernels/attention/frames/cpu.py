@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,6 +48,11 @@ def forward(call: FrameCall, *, save: bool = False) -> Forward:
         mean_map = torch.empty(call.map_shape, dtype=torch.float32, device=call.device)
     torch.ops.vstar_kernels.cpu_frames_forward(out, mean_map, *_inputs(call))
     return Forward(out, mean_map)
+
+
+def prepare(call: FrameCall) -> Callable[[FrameCall], Forward]:
+    """Returns ``forward``, as nothing can be prepared for calls like this one."""
+    return forward
 
 
 def backward(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Literal, overload
 
@@ -10,13 +9,10 @@ import torch
 from torch import Tensor
 
 from vstar_kernels.attention import autograd, dispatch
-from vstar_kernels.attention.call import Forward, empty_like
+from vstar_kernels.attention.call import empty_like
 from vstar_kernels.attention.frames.call import FrameCall, check_call, check_own_keys
 from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.attention.frames.rules import FrameRule
-from vstar_kernels.attention.repeats import Repeats
-
-REPEATS = Repeats()
 
 
 @overload
@@ -102,13 +98,14 @@ def frame_attention(
             named backend that cannot run the call, with every reason.
         TypeError: An argument of the wrong kind.
     """
-    like = None
+    given = None  # by which a call like this one is found again
     if not torch.compiler.is_compiling():
-        given = layout, rule, key_layout, scale, return_map, map_heads, backend, key_lengths is None
-        like = given, (query, key, value, *(() if key_lengths is None else (key_lengths,)))
-        again = REPEATS.find(*like)
-        if again is not None:
-            return again(*like[1])
+        lengths = () if key_lengths is None else (key_lengths,)
+        options = scale, return_map, map_heads, backend, key_lengths is None
+        given = (layout, rule, key_layout, *options), (query, key, value, *lengths)
+        run = dispatch.FRAME_ATTENTION.calls.get(*given)
+        if run is not None:
+            return run(*given[1])
     identity = isinstance(rule, FrameRule) and rule.is_identity
     call = check_call(
         query,
@@ -124,15 +121,17 @@ def frame_attention(
     )
     dispatch.FRAME_ATTENTION.check_name(backend)
     if identity:
-        return _returned(_identity(call, layout, key_layout))
+        out, mean_map = _identity(call, layout, key_layout)
+        return out if mean_map is None else (out, mean_map)
     if autograd.traced(call):  # a backend is chosen when it runs
         return autograd.frame_attention(call, backend)
     chosen = dispatch.FRAME_ATTENTION.choose(call, backend)
     if chosen != "reference" and autograd.needed(call):
         return autograd.frame_attention(call, chosen)
-    if like is not None and chosen != "reference" and _is_constant(rule):
-        REPEATS.keep(*like, functools.partial(_again, call, chosen))
-    return _returned(dispatch.FRAME_ATTENTION.run(chosen, call))
+    if given is not None and _is_constant(rule):
+        dispatch.FRAME_ATTENTION.remember(*given, chosen, call, _like(call))
+    out, mean_map, _ = dispatch.FRAME_ATTENTION.run(chosen, call)
+    return dispatch.FRAME_ATTENTION.results(call.options, out, mean_map)
 
 
 def _is_constant(rule: FrameRule | None) -> bool:
@@ -140,27 +139,25 @@ def _is_constant(rule: FrameRule | None) -> bool:
     return rule is None or not (isinstance(rule.stat, Tensor) or rule.is_trained)
 
 
-def _again(call: FrameCall, chosen: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
-    """Returns what computes a call on tensors like this one's: its three, then its lengths."""
-    run = dispatch.FRAME_ATTENTION.prepared(chosen, call)
-    runs = call.query_runs, call.key_runs
+def _like(call: FrameCall) -> Callable[..., FrameCall]:
+    """Returns what makes a call like this one, of the same tables, on other tensors.
+
+    The tables are of this call's modes, as torch's inference mode is; other calls are not like it.
+    """
+    runs, options = (call.query_runs, call.key_runs), call.options
     tables = call.delta, call.offset, call.factor, call.factor_span, call.band
-    options = call.options
 
-    def again(
+    def make(
         query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        like = FrameCall(query, key, value, key_lengths, None, *runs, *tables, options)
-        return _returned(run(like))
+    ) -> FrameCall:
+        return FrameCall(query, key, value, key_lengths, None, *runs, *tables, options)
 
-    return again
-
-
-def _returned(found: Forward) -> Tensor | tuple[Tensor, Tensor]:
-    return found.out if found.mean_map is None else (found.out, found.mean_map)
+    return make
 
 
-def _identity(call: FrameCall, layout: Layout, key_layout: Layout | None) -> Forward:
+def _identity(
+    call: FrameCall, layout: Layout, key_layout: Layout | None
+) -> tuple[Tensor, Tensor | None]:
     """Returns V in the place of attention: every token sees itself alone, if it exists."""
     check_own_keys(call, layout, key_layout)
     value = call.value.repeat_interleave(call.heads // call.key_heads, dim=2)
@@ -170,7 +167,7 @@ def _identity(call: FrameCall, layout: Layout, key_layout: Layout | None) -> For
         value = value.masked_fill(~exists[..., None, None], 0.0)
     out = empty_like(call.query).copy_(value)
     if call.options.mean_map == "none":
-        return Forward(out)
+        return out, None
     shares = [
         torch.cat([exists[:, start:end] for start, end, frame, _ in layout.runs if frame == f], 1)
         .float()
@@ -181,4 +178,4 @@ def _identity(call: FrameCall, layout: Layout, key_layout: Layout | None) -> For
     mean_map = torch.nn.functional.pad(torch.diag_embed(kept), (0, 1))
     if call.options.mean_map == "heads":
         mean_map = mean_map[:, None].repeat(1, call.heads, 1, 1)
-    return Forward(out, mean_map)
+    return out, mean_map

@@ -108,11 +108,9 @@ def prepare(call: Call) -> Callable[[Call], Forward]:
     key = plan.forward_key(_with_delta_here(call), call.output())
 
     def run(call: Call) -> Forward:
-        if plan.ieee_products(key.dtype) != key.ieee:  # it is a setting
-            return forward(call)
         return _run(key, _with_delta_here(call), call.output())
 
-    return run
+    return plan.prepared(key, run, forward)
 
 
 def _run(key: PlanKey, call: Call, out: Tensor) -> Forward:

@@ -45,28 +45,30 @@ def forward(call: ColumnCall, *, save: bool = False) -> Forward:
 
     With ``save``, it saves each row's log-sum-exp for the backward pass, ``(batch, heads, N)``.
     """
-    out = empty_like(call.query) if call.options.wants_out else None
+    out = _output(call)
     if not call.query.numel():
         maps = torch.zeros(call.map_shape, dtype=torch.float32, device=call.device)
         return Forward(nothing(call.query) if out is None else out, maps)
-    return _run(call, columns_plan.forward_key(call, out, save=save), out)
+    return _run(columns_plan.forward_key(call, out, save=save), call, out)
 
 
 def prepare(call: ColumnCall) -> Callable[[ColumnCall], Forward]:
     """Returns ``forward`` for calls that have this one's plan."""
     if not call.query.numel():
         return forward
-    key = columns_plan.forward_key(call, empty_like(call.query) if call.options.wants_out else None)
+    key = columns_plan.forward_key(call, _output(call))
 
     def run(call: ColumnCall) -> Forward:
-        if plan.ieee_products(key.dtype) != key.ieee:  # it is a setting
-            return forward(call)
-        return _run(call, key, empty_like(call.query) if call.options.wants_out else None)
+        return _run(key, call, _output(call))
 
-    return run
+    return plan.prepared(key, run, forward)
 
 
-def _run(call: ColumnCall, key: ColumnsKey, out: Tensor | None) -> Forward:
+def _output(call: ColumnCall) -> Tensor | None:
+    return empty_like(call.query) if call.options.wants_out else None
+
+
+def _run(key: ColumnsKey, call: ColumnCall, out: Tensor | None) -> Forward:
     with backend.on(call.device):
         return _forward_plan(key).run(call, out, save=key.save)
 
@@ -84,7 +86,8 @@ def backward(
     if not call.query.numel():
         return _kept(call, grad_query, None, None, wanted)
     if not saved:
-        saved = _run(call, columns_plan.forward_key(call, None, maps=False, save=True), None).saved
+        key = columns_plan.forward_key(call, None, maps=False, save=True)
+        saved = _run(key, call, None).saved
     if grad_out is not None and grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     if grad_map is not None:

@@ -67,11 +67,9 @@ def prepare(call: FrameCall) -> Callable[[FrameCall], Forward]:
     key = frames_plan.frames_key(call, empty_like(call.query))
 
     def run(call: FrameCall) -> Forward:
-        if plan.ieee_products(key.dtype) != key.ieee:  # it is a setting
-            return forward(call)
         return _run(key, call, empty_like(call.query))
 
-    return run
+    return plan.prepared(key, run, forward)
 
 
 def _run(key: FramesKey, call: FrameCall, out: Tensor) -> Forward:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vstar_kernels.attention.call import Call, Gradients, Options, Wanted
+from vstar_kernels.attention.call import Call, Forward, Gradients, Options, Wanted
 from vstar_kernels.attention.triton import configs
 from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
 
@@ -182,6 +182,15 @@ def ieee_products(dtype: torch.dtype) -> bool:
     was set.
     """
     return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+def prepared(
+    key: Any, run: Callable[[Any], Forward], forward: Callable[[Any], Forward]
+) -> Callable[[Any], Forward]:
+    """Returns ``run``, which goes by a plan's key, as long as torch wants the key's products."""
+    if key.dtype != torch.float32:
+        return run
+    return lambda call: (run if ieee_products(key.dtype) == key.ieee else forward)(call)
 
 
 def product_kind(dtype: torch.dtype, *, ieee: bool) -> str:
