@@ -212,6 +212,35 @@ def test_other_arguments_are_no_repeat(operation, before, after):
     torch.testing.assert_close(results(found), results(exact), rtol=1e-4, atol=1e-5)
 
 
+class Number(float):
+    __eq__ = float.__eq__  # and so without a hash
+
+
+class Stepped(vk.FrameRule):
+    """A rule that is another at each call."""
+
+    window = 0
+
+    def fixed_tables(self, layout, key_layout):
+        self.__dict__["window"] = self.window + 1
+        return vk.FrameRule.window(self.window).fixed_tables(layout, key_layout)
+
+
+def test_arguments_of_other_types_are_used_as_they_are():
+    given = tensors()
+    for _ in range(3):
+        expected = tar(*given, scale=0.5)
+        assert torch.equal(tar(*given, scale=Number(0.5)), expected)
+        bias = vk.GaussianBias(1.0, strength=Number(1.0))
+        assert torch.equal(vk.tar_attention(*given, bias, scale=0.5), expected)
+        with pytest.raises(TypeError, match="scale must be a number"):
+            tar(*given, scale=memoryview(bytearray(b"x")))
+    rule, steps = Stepped(), [vk.FrameRule.window(w) for w in (1, 2, 3)]
+    for step in steps:
+        found = vk.frame_attention(*given, LAYOUT, rule, backend="cpu")
+        assert torch.equal(found, vk.frame_attention(*given, LAYOUT, step, backend="cpu"))
+
+
 def test_an_output_of_the_caller_is_written():
     given, out = tensors(), torch.zeros(2, 12, 2, 8)
     expected = twice(tar, *given)
@@ -350,6 +379,15 @@ def test_transforms_of_torch_func_see_a_call():
     torch.testing.assert_close(functional, tar(query, key, value))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_is_not_remembered():
+    """Its shapes are tensors, which nothing finds again."""
+    given = tensors()
+    for _ in range(3):
+        torch.jit.trace(tar, tuple(given), check_trace=False)
+    assert len(dispatch.TAR_ATTENTION.calls._known) == 0
+
+
 def test_a_tangent_is_followed():
     query, key, value = tensors()
     twice(tar, query, key, value, backend="cpu")
@@ -432,6 +470,16 @@ def test_a_tensor_that_comes_twice():
         found = tar(query, query, value)
     exact = tar(query, query, value, backend="reference")
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_texts_of_many_lengths_are_remembered(unchecked):
+    query = tensors(count=1)
+    texts = [[*tensors(2, keys, 2, 8, count=2), torch.rand(keys, 2)] for keys in range(1, 20)]
+    for text in texts:
+        twice(vk.column_attention, *query, *text)
+    unchecked()
+    for text in texts:
+        vk.column_attention(*query, *text)
 
 
 def test_every_size_of_a_model_is_remembered(unchecked):

@@ -70,7 +70,7 @@ class _Bias(ABC):
     def fixed(self) -> tuple[str, float, float, str, bool, bool]:
         """All that it says but its tensors: the first fields of ``call.Options``."""
         stat = "tensor" if isinstance(self.stat, Tensor) else self.stat
-        weight = self.strength, stat, self.clamp_negative, self.detach_stat
+        weight = float(self.strength), stat, self.clamp_negative, self.detach_stat
         return self.form, self._sigma, *weight
 
     @functools.cached_property

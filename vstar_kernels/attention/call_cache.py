@@ -10,7 +10,7 @@ would do with it, so that none is taken for another under autocast, inference mo
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ except ImportError:  # it is torch's own affair; without it every call is checke
     TensorGuards = None  # type: ignore[assignment, misc]
 
 STRIDED = torch.strided
+# Of arguments, those that have no ideas of their own of what is equal, and that nothing changes.
+KINDS = frozenset({type(None), bool, int, float, str, tuple})
 MAX_VARIANTS = 8  # of the same arguments, with tensors that differ in their strides or types
 
 
@@ -34,10 +36,12 @@ class CallCache:
 
     Args:
         max_keys: How many different arguments are remembered; the oldest are forgotten.
+        kinds: The types of such arguments, besides KINDS. Calls with others, and with subclasses of
+            these, are not remembered.
     """
 
-    def __init__(self, max_keys: int) -> None:
-        self.max_keys = max_keys
+    def __init__(self, max_keys: int, kinds: Iterable[type] = ()) -> None:
+        self.max_keys, self.kinds = max_keys, KINDS.union(kinds)
         self._known: OrderedDict[tuple[Any, ...], tuple[tuple[Any, Callable[..., Any]], ...]]
         self._known = OrderedDict()
 
@@ -49,24 +53,19 @@ class CallCache:
         Args:
             arguments: The call's other arguments, as they came. They say how many tensors there
                 are.
-            tensors: The query first.
+            tensors: The query and the key first.
         """
-        query = tensors[0]
         for x in tensors:  # guards end the process where a tensor has no strides
             if type(x) is not Tensor or x.layout is not STRIDED or x.is_nested:
                 return None
         # Modes and tangents are what guards do not see, or not always.
         if torch._C._len_torch_dispatch_stack() or follows_tangents():
             return None
-        if query.requires_grad and torch.is_grad_enabled():
-            return None
-        try:
-            variants = self._known.get(_key(arguments, tensors), ())
-        except TypeError:  # what has no hash was never kept
-            return None
-        for guards, run in variants:
-            if guards.check(*tensors):
-                return run
+        key = self._key(arguments, tensors)
+        if key is not None:
+            for guards, run in self._known.get(key, ()):
+                if guards.check(*tensors):
+                    return run
         return None
 
     def put(
@@ -82,7 +81,11 @@ class CallCache:
         """
         if autocasts(tensors[0]):  # guards would not see to which type
             return
-        key = _key(arguments, tensors)
+        if torch._C._get_tracing_state() is not None:  # torch.jit's, for which shapes are tensors
+            return
+        key = self._key(arguments, tensors)
+        if key is None:
+            return
         variants = self._known.get(key)
         if variants is None:
             while len(self._known) >= self.max_keys:
@@ -92,14 +95,19 @@ class CallCache:
             # A new tuple, as other threads may go through the old one.
             self._known[key] = (*variants, (guards, prepare()))
 
+    def _key(self, arguments: tuple[Any, ...], tensors: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Returns the key of a call, if all its arguments are of ``kinds``.
+
+        Types are of it too, as True is 1, but no number of frames.
+        """
+        kinds = tuple(map(type, arguments))
+        if not self.kinds.issuperset(kinds):
+            return None
+        return tensors[0].shape, tensors[1].shape, torch.is_grad_enabled(), arguments, kinds
+
     def clear(self) -> None:
         """Forgets all calls."""
         self._known.clear()
-
-
-def _key(arguments: tuple[Any, ...], tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns the key of a call; of types too, as True is 1, but no number of frames."""
-    return tensors[0].shape, torch.is_grad_enabled(), *arguments, *map(type, arguments)
 
 
 def _guards(tensors: tuple[Any, ...]) -> Any:

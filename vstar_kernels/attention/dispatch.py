@@ -113,7 +113,7 @@ class Operation(Generic[C, W_contra, G_co]):
     """An operation and its backends, in the order of preference; the last, the reference, runs all.
 
     ``name`` is the public function's, for messages. ``has_out`` tells of a call's options whether
-    they ask for an output, and ``calls`` are those that need no checks, ``max_calls`` at most.
+    they ask for an output, and ``calls`` are those that need no checks.
     """
 
     def __init__(
@@ -121,11 +121,10 @@ class Operation(Generic[C, W_contra, G_co]):
         name: str,
         backends: dict[str, Backend[C, W_contra, G_co]],
         *,
-        max_calls: int,
+        calls: CallCache,
         has_out: Callable[[Any], bool] = lambda options: True,
     ) -> None:
-        self.name, self.backends, self.has_out = name, backends, has_out
-        self.calls = CallCache(max_calls)
+        self.name, self.backends, self.calls, self.has_out = name, backends, calls, has_out
 
     def why_not(self, call: C) -> dict[str, list[str]]:
         """Returns each backend's reasons why it cannot run this call; an empty list if it can."""
@@ -256,7 +255,9 @@ def _warn_once(operation: str, reasons: str) -> None:
 
 
 TAR_ATTENTION: Operation[Call, Wanted, Gradients] = Operation(
-    "tar_attention", {"cpu": cpu, "triton": triton, "reference": reference}, max_calls=1024
+    "tar_attention",
+    {"cpu": cpu, "triton": triton, "reference": reference},
+    calls=CallCache(max_keys=1024),
 )
 FRAME_ATTENTION: Operation[FrameCall, FrameWanted, FrameGradients] = Operation(
     "frame_attention",
@@ -266,12 +267,12 @@ FRAME_ATTENTION: Operation[FrameCall, FrameWanted, FrameGradients] = Operation(
         "composed": composed,
         "reference": frames_reference,
     },
-    max_calls=64,  # which hold their rules' tables
+    calls=CallCache(max_keys=64, kinds=(Layout, FrameRule)),  # they hold their rules' tables
 )
 COLUMN_ATTENTION: Operation[ColumnCall, ColumnWanted, ColumnGradients] = Operation(
     "column_attention",
     {"triton": columns_triton, "cpu": columns_cpu, "reference": columns_reference},
-    max_calls=1024,
+    calls=CallCache(max_keys=1024),
     has_out=lambda options: bool(options.wants_out),
 )
 
