@@ -23,7 +23,6 @@ try:
 except ImportError:  # it is torch's own affair; without it every call is checked
     TensorGuards = None  # type: ignore[assignment, misc]
 
-STRIDED = torch.strided
 # Of arguments, those that have no ideas of their own of what is equal, and that nothing changes.
 KINDS = frozenset({type(None), bool, int, float, str, tuple})
 MAX_VARIANTS = 8  # of the same arguments, with tensors that differ in their strides or types
@@ -55,8 +54,8 @@ class CallCache:
                 are.
             tensors: The query and the key first.
         """
-        for x in tensors:  # guards end the process where a tensor has no strides
-            if type(x) is not Tensor or x.layout is not STRIDED or x.is_nested:
+        for x in tensors:
+            if type(x) is not Tensor or x.is_nested:  # at which guards end the process
                 return None
         # Modes and tangents are what guards do not see, or not always.
         if torch._C._len_torch_dispatch_stack() or follows_tangents():
