@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -212,6 +212,22 @@ def test_other_arguments_are_no_repeat(operation, before, after):
     torch.testing.assert_close(results(found), results(exact), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "attend", [tar, frames, lambda *x, **o: vk.column_attention(*x, COLUMNS, **o)]
+)
+def test_another_backend_is_no_repeat(attend):
+    given = tensors()
+    twice(attend, *given, backend="cpu")
+    with pytest.raises(ValueError, match="backend 'triton' cannot run this call"):
+        attend(*given, backend="triton")
+
+
+def test_the_maps_alone_are_no_repeat_of_an_output():
+    query, key, value = tensors()
+    _, maps = twice(vk.column_attention, query, key, value, COLUMNS)
+    assert torch.equal(vk.column_attention(query, key, None, COLUMNS), maps)
+
+
 class Number(float):
     __eq__ = float.__eq__  # and so without a hash
 
@@ -399,14 +415,18 @@ def test_a_tangent_is_followed():
             tar(dual, key, value, backend="cpu")
 
 
-def test_modes_see_every_call():
+def test_modes_see_every_call(unchecked):
     given = tensors()
     twice(tar, *given)
     with FlopCounterMode(display=False) as counter:
         tar(*given)
     assert counter.get_total_flops() > 0
-    with FakeTensorMode(allow_non_fake_inputs=True):  # of which guards see nothing
-        assert isinstance(tar(*given), FakeTensor)
+    unchecked()
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),  # of which guards see nothing
+        pytest.raises(AssertionError, match="this call is checked"),
+    ):
+        tar(*given)
 
 
 def test_the_profiler_sees_repeated_calls():
@@ -464,12 +484,14 @@ def test_what_comes_once_is_not_prepared_for(monkeypatch):
     assert len(prepared) == 1
 
 
-def test_a_tensor_that_comes_twice():
-    query, _, value = tensors()
-    for _ in range(3):
-        found = tar(query, query, value)
-    exact = tar(query, query, value, backend="reference")
-    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+def test_what_passes_no_guards_is_not_prepared_for(monkeypatch):
+    prepared = []
+    monkeypatch.setattr(cpu, "prepare", lambda call: prepared.append(call) or cpu.forward)
+    query, key, value = tensors()
+    for given in ((query, query, value), (query, torch.nn.Parameter(key, False), value)):
+        found, exact = twice(tar, *given), tar(*given, backend="reference")
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+    assert prepared == []
 
 
 def test_texts_of_many_lengths_are_remembered(unchecked):
