@@ -32,8 +32,8 @@ EMERALD_RAPIDS = KEPT / "cpu-intel-xeon-emerald-rapids-2-cores"
 MACHINES = {"Zen 5": RESULTS, "Emerald Rapids": EMERALD_RAPIDS, "Zen 3": ZEN_3}
 GPUS = "gpu-"  # how the names of GPUs' folders begin
 NOTHING_MEASURED = "Nothing yet."
-RUNS = ("float32", "long", "16-bit", "avx2", "avx2-bfloat16", "frames", "cross")
-COMPARED = ("float32", "long", "16-bit")  # of them, those that are compared between machines
+RUNS = ("float32", "calls", "long", "16-bit", "avx2", "avx2-bfloat16", "frames", "cross")
+COMPARED = ("float32", "calls", "long", "16-bit")  # of them, those that are compared between machines
 CODEGEN = KEPT / "codegen/report.json"
 MARGIN_FRAMES = (16, 32, 64, 128)
 PREDICTED_HEAD_DIMS = (40, 48, 64, 80, 160)
@@ -64,7 +64,7 @@ def margins() -> str:
     table = Table("", ("model", *(f"N = {frames}" for frames in MARGIN_FRAMES)), rows)
     calls = []
     for machine, place in MACHINES.items():
-        overhead = figures.kernel_rows(_read("float32", place), "overhead").set_index("peer").time
+        overhead = figures.kernel_rows(_read("calls", place), "overhead").set_index("peer").time
         calls.append(f"{overhead[VSTAR_KERNELS] * 1e6:.0f} µs on {machine}")
     return f"{table.markdown()}\nOne call on a tiny input costs {', '.join(calls)}."
 
