@@ -121,6 +121,6 @@ def _guards(tensors: tuple[Any, ...]) -> Any:
     strides: Any = [list(x.stride()) for x in tensors]
     try:
         return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-    except TypeError:
+    except TypeError:  # another torch's take other arguments: from here on every call is checked
         TensorGuards = None  # type: ignore[assignment, misc]
         return None
