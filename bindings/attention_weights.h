@@ -133,6 +133,7 @@ class AttentionWeights {
     if (p_.delta) regularize(panel, map_max);
     with_vectors(panel.vectors, [&](auto vectors) {
       exponentiate<vectors>(p_.frames, panel.row_max, panel.logits, panel.inverse_sum);
+      invert<vectors>(panel.inverse_sum);
     });
   }
 

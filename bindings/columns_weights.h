@@ -114,6 +114,7 @@ class ColumnHead {
       const float headroom = log2_of_keys();
       for (int i = 0; i < panel.lanes(); ++i) row_max[i] += headroom;
       exponentiate<vectors>(a_.keys, row_max, cells(), inverse_sum());
+      invert<vectors>(inverse_sum());
     });
   }
 

@@ -53,21 +53,6 @@ inline Vec inverse_or_zero(Vec x) {
   return select_equal(x, zero(), zero(), div(broadcast(1.0f), x));
 }
 
-// Sets cells to 2^(cells - reference), and `sum` to their sums over the keys.
-template <int VECTORS>
-VSTAR_STAGE void exponentiate_keys(int64_t keys, const float* reference, float* cells,
-                                   float* sum) {
-  Vec total[VECTORS], m[VECTORS];
-  for (int c = 0; c < VECTORS; ++c) m[c] = load(reference + c * kLanes);
-  sum_over_keys(keys, total, [&](int64_t j, int c) VSTAR_INLINE {
-    float* cell = cells + (j * VECTORS + c) * kLanes;
-    const Vec p = exp2_nonpositive(sub(load(cell), m[c]));
-    store(cell, p);
-    return p;
-  });
-  for (int c = 0; c < VECTORS; ++c) store(sum + c * kLanes, total[c]);
-}
-
 // The weights of one batch element and head.
 class FrameWeights {
  public:
@@ -137,8 +122,8 @@ class FrameWeights {
     for (int k = 0; k < count; ++k) {
       float sums[kPanelQueries];
       with_vectors(panel.vectors, [&](auto vectors) {
-        exponentiate_keys<vectors>(pieces[k].keys(), constants + k * lanes,
-                                   cells + pieces[k].begin * lanes, sums);
+        VSTAR_ISA::exponentiate<vectors>(pieces[k].keys(), constants + k * lanes,
+                                         cells + pieces[k].begin * lanes, sums);
       });
       for (int c = 0; c < lanes; c += kLanes) {
         store(sum_of_state + c, add(load(sum_of_state + c), load(sums + c)));

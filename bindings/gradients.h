@@ -35,23 +35,6 @@ VSTAR_STAGE void add_block_cells(int64_t keys, int64_t block, float factor, cons
   }
 }
 
-// Sets sum[i] to a sum over the keys, in blocks of them; term(sum, key, vector) adds one key to it.
-template <int VECTORS, typename Term>
-[[gnu::always_inline]] inline void sum_over_keys(int64_t keys, float* sum, const Term& term) {
-  Vec total[VECTORS];
-  for (int c = 0; c < VECTORS; ++c) total[c] = zero();
-  for (int64_t start = 0; start < keys; start += kKeyBlock) {
-    const int64_t end = min64(start + kKeyBlock, keys);
-    Vec block_sum[VECTORS];
-    for (int c = 0; c < VECTORS; ++c) block_sum[c] = zero();
-    for (int64_t j = start; j < end; ++j) {
-      for (int c = 0; c < VECTORS; ++c) block_sum[c] = term(block_sum[c], j, c);
-    }
-    for (int c = 0; c < VECTORS; ++c) total[c] = add(total[c], block_sum[c]);
-  }
-  for (int c = 0; c < VECTORS; ++c) store(sum + c * kLanes, total[c]);
-}
-
 // Takes weights up to one over their sum, and the gradient to the normalised ones. Normalises the
 // weights, and turns the gradient into that to the logits,
 //

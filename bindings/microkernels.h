@@ -109,9 +109,10 @@ VSTAR_STAGE void logits_of_keys(const Unit* keys, int64_t key_stride, int count,
   for (int c = 0; c < VECTORS; ++c) store(row_max + c * kLanes, m[c]);
 }
 
-// Sets `total` to the sums of term(key, vector) over the keys.
+// Sets sum[i] to a sum over the keys, in blocks of them; term(sum, key, vector) adds one key to it.
 template <int VECTORS, typename Term>
-VSTAR_INLINE void sum_over_keys(int64_t keys, Vec (&total)[VECTORS], const Term& term) {
+[[gnu::always_inline]] inline void sum_over_keys(int64_t keys, float* sum, const Term& term) {
+  Vec total[VECTORS];
   for (int c = 0; c < VECTORS; ++c) total[c] = zero();
   for (int64_t start = 0; start < keys; start += kKeyBlock) {
     const int64_t end = min64(start + kKeyBlock, keys);
@@ -119,15 +120,16 @@ VSTAR_INLINE void sum_over_keys(int64_t keys, Vec (&total)[VECTORS], const Term&
     for (int c = 0; c < VECTORS; ++c) block[c] = zero();
     for (int64_t first = start; first < end; first += kSumTerms) {
       const int64_t last = min64(first + kSumTerms, end);
-      Vec sum[VECTORS];
-      for (int c = 0; c < VECTORS; ++c) sum[c] = zero();
+      Vec few[VECTORS];
+      for (int c = 0; c < VECTORS; ++c) few[c] = zero();
       for (int64_t j = first; j < last; ++j) {
-        for (int c = 0; c < VECTORS; ++c) sum[c] = add(sum[c], term(j, c));
+        for (int c = 0; c < VECTORS; ++c) few[c] = term(few[c], j, c);
       }
-      for (int c = 0; c < VECTORS; ++c) block[c] = add(block[c], sum[c]);
+      for (int c = 0; c < VECTORS; ++c) block[c] = add(block[c], few[c]);
     }
     for (int c = 0; c < VECTORS; ++c) total[c] = add(total[c], block[c]);
   }
+  for (int c = 0; c < VECTORS; ++c) store(sum + c * kLanes, total[c]);
 }
 
 // Adds the bias, weight[i] * delta(j, i), to the logits; `row_max` becomes the new maxima. Of the
@@ -152,20 +154,24 @@ VSTAR_STAGE void add_bias(const float* delta, int64_t key_stride, int64_t keys, 
   for (int c = 0; c < VECTORS; ++c) store(row_max + c * kLanes, m[c]);
 }
 
-// Sets logits to 2^(logits - row_max), and `inverse_sum` to one over each query's sum of those.
+// Sets cells to 2^(cells - reference), and `sum` to their sums over the keys.
 template <int VECTORS>
-VSTAR_STAGE void exponentiate(int64_t keys, const float* row_max, float* logits,
-                              float* inverse_sum) {
-  Vec m[VECTORS], sum[VECTORS];
-  for (int c = 0; c < VECTORS; ++c) m[c] = load(row_max + c * kLanes);
-  sum_over_keys(keys, sum, [&](int64_t j, int c) VSTAR_INLINE {
-    float* cell = logits + (j * VECTORS + c) * kLanes;
+VSTAR_STAGE void exponentiate(int64_t keys, const float* reference, float* cells, float* sum) {
+  Vec m[VECTORS];
+  for (int c = 0; c < VECTORS; ++c) m[c] = load(reference + c * kLanes);
+  sum_over_keys<VECTORS>(keys, sum, [&](Vec sum_so_far, int64_t j, int c) VSTAR_INLINE {
+    float* cell = cells + (j * VECTORS + c) * kLanes;
     const Vec p = exp2_nonpositive(sub(load(cell), m[c]));
     store(cell, p);
-    return p;
+    return add(sum_so_far, p);
   });
+}
+
+// Sets numbers to one over them.
+template <int VECTORS>
+inline void invert(float* x) {
   for (int c = 0; c < VECTORS; ++c) {
-    store(inverse_sum + c * kLanes, div(broadcast(1.0f), sum[c]));
+    store(x + c * kLanes, div(broadcast(1.0f), load(x + c * kLanes)));
   }
 }
 
@@ -193,18 +199,13 @@ VSTAR_STAGE void add_to_block_sums(int64_t keys, int64_t block, const float* fac
                                    const float* cells, int64_t stride, float* sums) {
   for (int64_t begin = 0; begin < keys; begin += block, sums += stride) {
     const int64_t end = min64(begin + block, keys);
+    float total[VECTORS * kLanes];
+    sum_over_keys<VECTORS>(end - begin, total, [&](Vec sum, int64_t j, int c) VSTAR_INLINE {
+      return add(sum, load(cells + ((begin + j) * VECTORS + c) * kLanes));
+    });
     for (int c = 0; c < VECTORS; ++c) {
-      Vec total = zero();
-      for (int64_t start = begin; start < end; start += kKeyBlock) {
-        const int64_t stop = min64(start + kKeyBlock, end);
-        Vec sum = zero();
-        for (int64_t j = start; j < stop; ++j) {
-          sum = add(sum, load(cells + (j * VECTORS + c) * kLanes));
-        }
-        total = add(total, sum);
-      }
       float* out = sums + c * kLanes;
-      store(out, fma(load(factor + c * kLanes), total, load(out)));
+      store(out, fma(load(factor + c * kLanes), load(total + c * kLanes), load(out)));
     }
   }
 }
