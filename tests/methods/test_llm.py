@@ -5,6 +5,7 @@ import base64
 import json
 import logging
 import signal
+import ssl
 import threading
 import time
 import traceback
@@ -14,10 +15,13 @@ from urllib.parse import quote
 import pytest
 
 import vstar_kernels as vk
+from vstar_kernels.methods import llm
 from vstar_kernels.methods.secrets import redact
 from vstar_kernels.methods.vstar.writer import SynopsisError
 
 pytest.importorskip("openai")
+import httpx2
+
 from tests.methods.chat_server import (
     ChatServer,
     answers,
@@ -66,6 +70,25 @@ def test_servers_get_the_schema():
     stages = shape["schema"]["properties"]["stages"]
     assert (stages["minItems"], stages["maxItems"], stages["items"]) == (3, 3, {"type": "string"})
     assert json.dumps(shape["schema"]) in request["messages"][-1]["content"]
+
+
+def test_certificates_are_read_once_for_what_the_environment_says(monkeypatch, tmp_path):
+    """Reading them takes longer than a request to a server of one's own."""
+    llm._certificates.cache_clear()
+    create, made = httpx2.create_ssl_context, []
+    monkeypatch.setattr(
+        httpx2, "create_ssl_context", lambda *given: made.append(create(*given)) or made[-1]
+    )
+    with ChatServer(GOOD) as server:
+        for _ in range(2):
+            writer(server).write(PROMPT)
+        assert len(made) == 1
+        assert made[0].verify_mode == ssl.CERT_REQUIRED
+        assert made[0].check_hostname
+        monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
+        writer(server).write(PROMPT)
+    assert len(made) == 2
+    assert len(server.requests) == 3
 
 
 @pytest.mark.parametrize(

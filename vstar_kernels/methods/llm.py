@@ -7,6 +7,7 @@ model the form, validates what comes, and sends it back with what is wrong until
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import json
 import os
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 MODEL_VARIABLE = "OPENAI_MODEL"
 KEY_VARIABLE = "OPENAI_API_KEY"
 URL_VARIABLE = "OPENAI_BASE_URL"
+CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 OPENAI_URL = "https://api.openai.com/v1"
 NO_KEY = "none"  # the client insists on a key where local servers want none
 LARGEST_BODY = 2**20  # bytes; answers have thousands
@@ -392,7 +394,19 @@ def bounded_client(seconds: float) -> Any:
             )
 
     # A redirect would take along the headers of the caller's own, which may be keys.
-    return BoundedClient(follow_redirects=False, headers={"Accept-Encoding": "identity"})
+    return BoundedClient(
+        follow_redirects=False,
+        headers={"Accept-Encoding": "identity"},
+        verify=_certificates(*map(os.environ.get, CERTIFICATE_VARIABLES)),
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _certificates(*from_environment: str | None) -> Any:
+    """Returns what servers are verified by, read once, as that takes tens of milliseconds."""
+    import httpx2
+
+    return httpx2.create_ssl_context()
 
 
 def _setting(name: str, given: str | None, variable: str) -> str:
