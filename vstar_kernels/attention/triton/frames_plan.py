@@ -170,7 +170,8 @@ class FramesKey(NamedTuple):
 
     def in_units(self, strides: Strides) -> Strides:
         """Returns strides in units, as kernels take them."""
-        return tuple(stride // self._unit() for stride in strides)
+        unit = self._unit()
+        return tuple(stride // unit for stride in strides)
 
     def _unit(self) -> int:
         """Returns the largest number of a vector's elements that divides every stride."""
