@@ -1,15 +1,12 @@
 import gc
 import os
+import tempfile
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 from tests.helpers import on_threads
 from vstar_kernels.attention import dispatch, native
-
-# What an earlier version of the package was compiled to is none of a test's business.
-torch.compiler.config.force_disable_caches = True
 
 # Cases that hypothesis draws: `make test` makes the same ones every time, so that what fails there
 # has been broken by the change at hand; `make fuzz` looks for new ones, and for more of them.
@@ -18,6 +15,19 @@ settings.register_profile("dev", **usual, max_examples=60)
 settings.register_profile("ci", **usual, max_examples=60, derandomize=True)
 settings.register_profile("fuzz", **usual, max_examples=2000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist's workers begin, which inherit it
+def pytest_configure(config):
+    """What torch.compile has compiled is for this run's processes, and for no later version's.
+
+    Without a folder of its own each process would compile torch's questions about the processor
+    anew, for seconds.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="compiled-by-tests-")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 @pytest.hookimpl(trylast=True)  # where -m and -k have left out what does not run

@@ -54,14 +54,14 @@ class Calls(Dataset):
         return call(index)
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_in_data_loader_workers(start):
+@pytest.mark.parametrize(("start", "workers"), [("fork", 2), ("spawn", 1)])
+def test_in_data_loader_workers(start, workers):
     """After the parent's use, which leaves it threads that a fork does not have."""
     if start not in torch.multiprocessing.get_all_start_methods():
         pytest.skip(f"no {start} here")
     expected = [call(i) for i in range(6)]
     loader = DataLoader(
-        Calls(), batch_size=None, num_workers=2, multiprocessing_context=start, timeout=100
+        Calls(), batch_size=None, num_workers=workers, multiprocessing_context=start, timeout=100
     )
     for out, wanted in zip(loader, expected, strict=True):
         assert torch.equal(out, wanted)

@@ -39,22 +39,20 @@ def test_the_command_times_every_call():
     assert all(float(kept) > 0 and float(searched) > 0 for _, kept, searched in rows)
 
 
-def test_without_a_compiler_it_says_so(tmp_path, monkeypatch):
+def test_without_a_compiler_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    found = run(["-m", "benchmarks.call_time"])
-    assert found.returncode == 1
-    assert "needs a C compiler" in found.stderr
+    assert call_time.main([]) == 1
+    assert "needs a C compiler" in capsys.readouterr().err
 
 
-def test_it_says_what_the_compiler_says(tmp_path, monkeypatch):
+def test_it_says_what_the_compiler_says(tmp_path, monkeypatch, capsys):
     compiler = tmp_path / "compiler"
     compiler.write_text("#!/bin/sh\necho no space left >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
-    found = run(["-m", "benchmarks.call_time"])
-    assert found.returncode == 1
-    assert found.stderr.strip().endswith("cannot compile the stub: no space left")
+    assert call_time.main([]) == 1
+    assert capsys.readouterr().err.strip().endswith("cannot compile the stub: no space left")
 
 
 @pytest.mark.parametrize("option", ["--rounds", "--calls"])

@@ -568,7 +568,7 @@ def test_the_subset_of_frames_has_every_table():
 
 def test_a_variant_of_frames_is_for_the_table_that_it_is_listed_in():
     for table, variants in frame_cases.VARIANTS.items():
-        config = FramesConfig(16, 16, 4, 1, 1, 0)
+        config = FramesConfig(128, 16, 4, 1, 1, 0)
         entry = frame_cases.entry("sm_90", "16-bit", 64, table, config)
         for variant in variants:
             key = frame_cases.plan_key(entry, variant, 64)
