@@ -2,7 +2,8 @@
 
 Their calls go to the stream kernels. ``python -m benchmarks.tune`` writes the file as it looks for
 tiles, and ``python -m benchmarks.codegen`` lists it and exits with 1 where a size that has no tile
-has no reason either.
+has no reason either. Reasons that name a version of Triton are written by hand: the tuner compiles
+with the installed one alone, and what spills with the oldest is not shipped.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vstar_kernels.attention.triton import configs
 from vstar_kernels.files import write_atomically
 
 FILE = Path(__file__).with_suffix(".json")
-KINDS = ("16-bit",)  # float32's sizes without a tile have no reasons yet
+KINDS = ("16-bit", "tf32")  # IEEE float32 has no tiles
 
 
 def sizes() -> list[Key]:

@@ -286,8 +286,8 @@ def _described(config: TileConfig) -> str:
     """Returns a candidate in words."""
     ahead = "loads a tile ahead" if config.stages > 1 else "loads no tile ahead"
     hoists = "" if config.hoists else ", hoists nothing"
-    size = f"{config.queries} queries of {config.sequences} sequences in {config.warps} warps"
-    return f"{size}, {ahead}{hoists}"
+    of = "a sequence" if config.sequences == 1 else f"{config.sequences} sequences"
+    return f"{config.queries} queries of {of} in {config.warps} warps, {ahead}{hoists}"
 
 
 def write(chosen: Mapping[Key, Entry | None]) -> None:

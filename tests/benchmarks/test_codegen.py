@@ -322,7 +322,7 @@ def test_every_size_has_a_stream_configuration_and_none_has_two():
 def test_every_size_has_a_tile_or_the_reason_for_none(tmp_path, monkeypatch):
     assert without_tile.unexplained() == []
     sizes, tiles = without_tile.sizes(), {entry.key for entry in cases.entries()}
-    assert len(sizes) == 4 * 4 * len(configs.WIDTHS)
+    assert len(sizes) == 4 * len(without_tile.KINDS) * 4 * len(configs.WIDTHS)
     has, has_not = (next(x for x in sizes if (x in tiles) == found) for found in (True, False))
     reasons = without_tile.read()
     monkeypatch.setattr(without_tile, "FILE", tmp_path / "without_tile.json")

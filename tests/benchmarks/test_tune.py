@@ -175,7 +175,7 @@ def test_a_missing_tile_has_the_reason_of_the_candidate_that_spills_least(tmp_pa
 
     monkeypatch.setattr(choose, "inspect", inspect)
     tune_main.explain({spilling: None, fit: cases.entries()[0]})
-    nearest = "32 queries of 1 sequences in 4 warps, loads no tile ahead: spills 64 bytes"
+    nearest = "32 queries of a sequence in 4 warps, loads no tile ahead: spills 64 bytes"
     assert without_tile.read() == {spilling: nearest}
     large = Key("sm_90", "tf32", 128, 160)
     assert choose.reason(large) == "loads 245760 bytes, a program has 232448"
