@@ -331,7 +331,7 @@ def test_where_triton_goes_by_more_it_is_asked_at_every_launch(gpu, monkeypatch)
     assert gpu.kernels == [0, 0, 0]
 
 
-@pytest.mark.parametrize("version", ["3.8.0", "4.3.6", "3.60.0"])
+@pytest.mark.parametrize("version", ["3.9.0", "4.3.6", "3.60.0"])
 def test_a_triton_that_nobody_has_read_is_asked_at_every_launch(version, gpu, monkeypatch):
     found = plan._triton()._replace(version=version)
     monkeypatch.setattr(plan, "_triton", lambda: found)

@@ -26,7 +26,7 @@ KEPT_TENSORS = 64
 KEPT_BYTES = 2**20
 # Versions of Triton whose choice of a kernel has been read: it is documented nowhere, and another
 # version may go by more than :class:`Launch` knows.
-READ_VERSIONS = ("3.6.", "3.7.")
+READ_VERSIONS = ("3.6.", "3.7.", "3.8.")
 
 Strides = tuple[int, ...]
 
