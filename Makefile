@@ -19,14 +19,15 @@ unexport PYTHONDONTWRITEBYTECODE
 STAMP := build/setup$(subst /,-,$(abspath $(PYTHON)))
 NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp cmake/*)
 
-.PHONY: help demo test test-oldest test-sharded test-install test-ray native native-neon sanitize fuzz setup \
+.PHONY: help demo test test-oldest test-newest test-sharded test-install test-ray native native-neon sanitize fuzz setup \
 	packages kernels lint audit format bench bench-pytest gpu-wheels codegen codegen-oldest tune wheel clean transformations \
 	diffusers-tests
 
 help:
 	@echo "make demo       denoise a video three ways: stock, eager TAR, vstar_kernels"
 	@echo "make test       every test: the C++ ones, pytest, the Triton kernels interpreted"
-	@echo "make test-oldest  the same with the oldest torch (gigabytes, where that is CUDA's build)"
+	@echo "make test-oldest  the same with the oldest torch, make test-newest with the newest (gigabytes,"
+	@echo "                where that is CUDA's build)"
 	@echo "make test-install  the README's install lines in new virtual environments (minutes;"
 	@echo "                ARGS='--python PATH' for another Python)"
 	@echo "make test-ray   generate --ray on a cluster of two nodes, which loses workers and a node"
@@ -82,6 +83,12 @@ test-oldest:
 		constraints.txt >build/oldest.txt
 	echo "numpy<2.4" >>build/oldest.txt
 	$(MAKE) test VENV=build/oldest PYTHON=build/oldest/bin/python CONSTRAINTS=build/oldest.txt
+
+# With the newest that pip finds, and the Triton that it asks for.
+test-newest:
+	mkdir -p build
+	sed -e '/^torch==/d' -e '/^triton==/d' constraints.txt >build/newest.txt
+	$(MAKE) test VENV=build/newest PYTHON=build/newest/bin/python CONSTRAINTS=build/newest.txt
 
 # Not of `make test`, as Ray is large, and a cluster of two nodes takes seconds to start and to lose.
 test-ray: $(STAMP)

@@ -206,7 +206,7 @@ class SequenceBackward {
                          grads_, sums_);
     });
     for (int i = 0; i < panel.query_count; ++i) {
-      // As torch.clamp: it passes where the statistic is the border itself, not where it is NaN.
+      // It passes where the statistic is the border itself, not where it is NaN.
       const bool passes = !a_.clamp_negative || panel.stat[i] >= 0.0f;
       const float grad = passes ? a_.strength * sums_[i] : 0.0f;
       switch (a_.stat) {

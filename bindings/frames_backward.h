@@ -156,7 +156,7 @@ class FrameGradients {
     choose_maxima(panel, stat, best_frame);
     bool passes[kPanelQueries];
     for (int i = 0; i < panel.lanes(); ++i) {
-      // As torch.clamp: the gradient passes where the statistic is the border itself.
+      // The gradient passes where the statistic is the border itself.
       passes[i] = !a_.clamp_negative || stat[i] >= 0.0f;
     }
     weights.clamp(panel, stat);

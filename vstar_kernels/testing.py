@@ -98,7 +98,7 @@ def _statistic(logits: Tensor, bias: Bias) -> Tensor:
         stat = flat.max(-1, keepdim=True).values
     if bias.detach_stat:
         stat = stat.detach()
-    return stat.clamp(min=0) if bias.clamp_negative else stat
+    return torch.where(stat < 0, 0.0, stat) if bias.clamp_negative else stat
 
 
 def oracle(
@@ -354,7 +354,7 @@ def _frame_parts(
         if rule.stat in ("row_max", "frame_max"):
             stat_terms = terms.amax(-1, keepdim=True)
         if rule.clamp_negative:
-            stat = stat.clamp(min=0)
+            stat = torch.where(stat < 0, 0.0, stat)
         logits, terms = logits + stat * delta, terms + stat_terms * delta.abs()
     logits, terms = logits + offset, terms + offset.abs()
 

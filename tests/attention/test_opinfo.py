@@ -34,7 +34,9 @@ OPERATIONS = ("tar_attention", "frame_attention", "column_attention")
 class Sample:
     """A sample as an operation takes it: heads beside the tokens, and its mask."""
 
-    def __init__(self, query, key, value, *, attn_mask=None, is_causal=False, dropout_p=0.0):
+    def __init__(
+        self, query, key, value, *, attn_mask=None, is_causal=False, dropout_p=0.0, enable_gqa=False
+    ):  # enable_gqa changes nothing: of each sample all tensors have as many heads
         # (…, heads, tokens, head_dim); without heads, one; without a batch, the others'.
         tensors = [x.unsqueeze(1) if key.ndim == 3 else x for x in (query, key, value)]
         batch = tensors[1].shape[0]

@@ -357,6 +357,14 @@ def nothing(like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32)
 
 
+def clamped(stat: Tensor) -> Tensor:
+    """Returns max(stat, 0); the gradient passes at 0 too.
+
+    That of ``torch.clamp`` passes up to torch 2.13, and from 2.14 on it does not.
+    """
+    return torch.where(stat < 0, 0.0, stat)
+
+
 def block_sums(maps: Tensor, block: int) -> Tensor:
     """Returns the sums of maps ``(…, N, N)`` over blocks of frames; the last may be smaller."""
     if block == 1:

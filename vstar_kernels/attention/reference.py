@@ -26,6 +26,7 @@ from vstar_kernels.attention.call import (
     Wanted,
     block_gradient,
     block_sums,
+    clamped,
     has_autocast,
     laid_like,
     make_call,
@@ -123,7 +124,7 @@ def _weight_of_delta(call: Call, logits: Tensor) -> Tensor:
     stat = statistic(logits, call.options.stat if call.stat is None else call.stat)
     if call.options.detach_stat:
         stat = stat.detach()
-    return stat.clamp(min=0) if call.options.clamp_negative else stat
+    return clamped(stat) if call.options.clamp_negative else stat
 
 
 def backward(
@@ -184,7 +185,7 @@ def _through_statistic(
     d_stat = options.strength * (d_biased * delta).sum(-1, keepdim=True)
     if options.stat == "map_max":
         d_stat = d_stat.sum(-2, keepdim=True)
-    if options.clamp_negative:  # clamp passes the gradient at 0 too
+    if options.clamp_negative:  # as clamped passes it
         stat = statistic(logits, options.stat if call.stat is None else call.stat)
         d_stat = torch.where(stat >= 0, d_stat, 0.0)
     if call.stat is not None:

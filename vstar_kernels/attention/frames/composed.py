@@ -30,7 +30,7 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor
 
-from vstar_kernels.attention.call import Forward, empty_like
+from vstar_kernels.attention.call import Forward, clamped, empty_like
 from vstar_kernels.attention.frames.call import FrameCall, FrameGradients, FrameWanted
 from vstar_kernels.attention.frames.engines import ENGINES, Engine
 
@@ -323,7 +323,7 @@ class Rows:
             found = self._frame_max(lses)
         else:
             found = stat[self.batch, self.start : self.end].to(lses.dtype)
-        return found.clamp(min=0) if options.clamp_negative else found
+        return clamped(found) if options.clamp_negative else found
 
     def _frame_max(self, lses: Tensor) -> Tensor:
         """Returns the maximum over the visible frames of lᵍ − log Pᵍ, and 0 where there is none."""

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vstar_kernels.attention.call import Forward, carry_tangents, empty_like, laid_like
+from vstar_kernels.attention.call import (
+    Forward,
+    carry_tangents,
+    clamped,
+    empty_like,
+    laid_like,
+)
 from vstar_kernels.attention.frames.call import FrameCall, FrameGradients, FrameWanted, check_call
 
 CHUNK = 2**19  # logits that are held at a time, of all heads and sequences
@@ -190,7 +196,7 @@ def _weigh(call: FrameCall, places: _Places, rows: slice) -> _Rows:
     if call.delta is not None:
         delta = of_tokens(call.delta, f, g, 0.0).to(phi)
         stat = _statistic(call, places, rows, scaled, counted)
-        weight = stat.clamp(min=0) if options.clamp_negative else stat
+        weight = clamped(stat) if options.clamp_negative else stat
         logits = logits + weight * delta
 
     logits = logits.masked_fill(~visible, -math.inf)
@@ -291,11 +297,11 @@ def backward(
             d_offset += _sum_by_frames(d_logits, d_offset, places, rows)
         d_scaled = d_logits
         if found.delta is not None and d_delta is not None:
-            weight = found.stat.clamp(min=0) if call.options.clamp_negative else found.stat
+            weight = clamped(found.stat) if call.options.clamp_negative else found.stat
             if wanted.delta:
                 d_delta += _sum_by_frames(weight * d_logits, d_delta, places, rows)
             through = (d_logits * found.delta).sum(-1, keepdim=True)
-            if call.options.clamp_negative:  # clamp passes the gradient at 0 too
+            if call.options.clamp_negative:  # as clamped passes it
                 through = torch.where(found.stat >= 0, through, 0.0)
             if call.stat is not None:
                 d_stat.append(through.squeeze(-1).mT)
