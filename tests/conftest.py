@@ -17,17 +17,16 @@ settings.register_profile("fuzz", **usual, max_examples=2000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist's workers begin, which inherit it
 def pytest_configure(config):
-    """What torch.compile has compiled is for this run's processes, and for no later version's.
+    """Gives the run a cache of torch.compile of its own, whatever the environment names.
 
-    Without a folder of its own each process would compile torch's questions about the processor
-    anew, for seconds.
+    An earlier version's code is not found there, as it would be in torch's usual folder. Without a
+    cache each process would compile Inductor's probes for vector instructions anew, for seconds.
     """
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        folder = tempfile.TemporaryDirectory(prefix="compiled-by-tests-")
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
-        config.add_cleanup(folder.cleanup)
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # xdist's workers, which start later, inherit it
+        made = tempfile.TemporaryDirectory(prefix="compiled-by-tests-", ignore_cleanup_errors=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = made.name
+        config.add_cleanup(made.cleanup)
 
 
 @pytest.hookimpl(trylast=True)  # where -m and -k have left out what does not run

@@ -38,8 +38,8 @@ def test_every_peer_is_right_or_says_why_it_cannot_run(name, operation, dtype):
     found = OPERATIONS[operation](case, "cpu", 1)
     if not found.offers(peer):
         return
-    if name == "eager-compiled" and dtype == "float16":
-        return  # compiled as for bfloat16, for seconds
+    if (name, operation, dtype) == ("eager-compiled", "backward", "float16"):
+        pytest.skip("Inductor takes seconds, and compiles float16 as it does bfloat16")
     if why := peer.unavailable("cpu", case.torch_dtype):
         assert name in ("flex", "xformers", "xformers-bias", "flash-attn"), why
         assert len(why) > 20

@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 import zlib
+from unittest import mock
 from urllib.parse import quote
 
 import pytest
@@ -73,22 +74,21 @@ def test_servers_get_the_schema():
 
 
 def test_certificates_are_read_once_for_what_the_environment_says(monkeypatch, tmp_path):
-    """Reading them takes longer than a request to a server of one's own."""
-    llm._certificates.cache_clear()
-    create, made = httpx2.create_ssl_context, []
-    monkeypatch.setattr(
-        httpx2, "create_ssl_context", lambda *given: made.append(create(*given)) or made[-1]
-    )
+    """Reading them takes longer than a request to a local server."""
+    llm._ssl_context.cache_clear()
+    create = mock.Mock(wraps=httpx2.create_ssl_context)
+    monkeypatch.setattr(httpx2, "create_ssl_context", create)
     with ChatServer(GOOD) as server:
         for _ in range(2):
             writer(server).write(PROMPT)
-        assert len(made) == 1
-        assert made[0].verify_mode == ssl.CERT_REQUIRED
-        assert made[0].check_hostname
+        assert create.call_count == 1
         monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
         writer(server).write(PROMPT)
-    assert len(made) == 2
+    assert create.call_count == 2
     assert len(server.requests) == 3
+    context = llm._ssl_context()
+    assert context.verify_mode == ssl.CERT_REQUIRED
+    assert context.check_hostname
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,14 @@ from vstar_kernels.reading import (
 )
 
 if TYPE_CHECKING:
+    import ssl
+
     from pydantic import BaseModel
 
 MODEL_VARIABLE = "OPENAI_MODEL"
 KEY_VARIABLE = "OPENAI_API_KEY"
 URL_VARIABLE = "OPENAI_BASE_URL"
-CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")  # which httpx2 reads
 OPENAI_URL = "https://api.openai.com/v1"
 NO_KEY = "none"  # the client insists on a key where local servers want none
 LARGEST_BODY = 2**20  # bytes; answers have thousands
@@ -397,13 +399,16 @@ def bounded_client(seconds: float) -> Any:
     return BoundedClient(
         follow_redirects=False,
         headers={"Accept-Encoding": "identity"},
-        verify=_certificates(*map(os.environ.get, CERTIFICATE_VARIABLES)),
+        verify=_ssl_context(*map(os.environ.get, CERTIFICATE_VARIABLES)),
     )
 
 
 @functools.lru_cache(maxsize=4)
-def _certificates(*from_environment: str | None) -> Any:
-    """Returns what servers are verified by, read once, as that takes tens of milliseconds."""
+def _ssl_context(*certificates: str | None) -> ssl.SSLContext:
+    """Returns httpx2's default context, made once for each setting of the environment.
+
+    To read the certificates takes tens of milliseconds. Files that change later are not read again.
+    """
     import httpx2
 
     return httpx2.create_ssl_context()

@@ -31,10 +31,6 @@ READ_VERSIONS = ("3.6.", "3.7.", "3.8.")
 Strides = tuple[int, ...]
 
 
-# A plan asks the same of its call for one tensor after the other.
-_of_one_call = functools.lru_cache(maxsize=4)
-
-
 class Device(NamedTuple):
     """What matters of a GPU: ``shared`` bytes of memory for one program, ``processors``."""
 
@@ -413,7 +409,7 @@ def window(key: PlanKey) -> int:
     return math.ceil(min(key.options.sigma * reach, key.frames))
 
 
-@_of_one_call
+@functools.lru_cache(maxsize=4)  # the launches of a plan ask for it once for each tensor
 def _unit(key: PlanKey) -> int:
     """Returns the largest number of a vector's elements that divides every stride."""
     longest = VECTOR_BYTES // key.dtype.itemsize
@@ -427,14 +423,14 @@ def _delta_unit(key: PlanKey) -> int:
     return math.gcd(VECTOR_BYTES // torch.float32.itemsize, *key.delta[:-1])
 
 
-@_of_one_call
+@functools.lru_cache(maxsize=4)
 def _largest_offset(key: PlanKey) -> int:
     """Returns the offset of the last element of the tensor that reaches furthest, and beyond."""
     reach = max(_reach(key.shape_5d[:4], x) for x in _every_strides_4d(key))
     return max(reach + key.head_dim, _reach(key.delta_shape, key.delta) + 1)
 
 
-@_of_one_call
+@functools.lru_cache(maxsize=4)
 def _largest_frame_offset(key: PlanKey) -> int:
     """Returns :func:`_largest_offset`, but from where a sequence, or a matrix of Δ, begins."""
     reach = max(_reach((key.frames,), x[2:3]) for x in _every_strides_4d(key))
