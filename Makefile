@@ -74,21 +74,22 @@ test: native $(STAMP)
 		tests/attention/columns/test_triton.py \
 		$(ARGS) $(OR_NO_TEST)
 
-# The same with the oldest torch, its Triton, and a NumPy that this one's interpreter knows.
+# The same with the oldest torch or the newest that pip finds, in an environment of their own.
+test-oldest test-newest: test-%: build/%.txt
+	$(MAKE) test VENV=build/$* PYTHON=build/$*/bin/python CONSTRAINTS=$<
+
+# With its Triton, and a NumPy that this one's interpreter knows.
 OLDEST_TORCH = 2.11.0
 OLDEST_TRITON = 3.6.0
-test-oldest:
+build/oldest.txt: constraints.txt Makefile
 	mkdir -p build
-	sed -e 's/^torch==.*/torch==$(OLDEST_TORCH)/' -e 's/^triton==.*/triton==$(OLDEST_TRITON)/' \
-		constraints.txt >build/oldest.txt
-	echo "numpy<2.4" >>build/oldest.txt
-	$(MAKE) test VENV=build/oldest PYTHON=build/oldest/bin/python CONSTRAINTS=build/oldest.txt
+	sed -e 's/^torch==.*/torch==$(OLDEST_TORCH)/' -e 's/^triton==.*/triton==$(OLDEST_TRITON)/' $< >$@
+	echo "numpy<2.4" >>$@
 
-# With the newest that pip finds, and the Triton that it asks for.
-test-newest:
+# The newest torch asks for its Triton.
+build/newest.txt: constraints.txt Makefile
 	mkdir -p build
-	sed -e '/^torch==/d' -e '/^triton==/d' constraints.txt >build/newest.txt
-	$(MAKE) test VENV=build/newest PYTHON=build/newest/bin/python CONSTRAINTS=build/newest.txt
+	sed -e '/^torch==/d' -e '/^triton==/d' $< >$@
 
 # Not of `make test`, as Ray is large, and a cluster of two nodes takes seconds to start and to lose.
 test-ray: $(STAMP)

@@ -98,7 +98,12 @@ def _statistic(logits: Tensor, bias: Bias) -> Tensor:
         stat = flat.max(-1, keepdim=True).values
     if bias.detach_stat:
         stat = stat.detach()
-    return torch.where(stat < 0, 0.0, stat) if bias.clamp_negative else stat
+    return _clamped(stat) if bias.clamp_negative else stat
+
+
+def _clamped(stat: Tensor) -> Tensor:
+    """Returns max(stat, 0); the gradient passes at 0, where torch.clamp's does up to torch 2.13."""
+    return torch.where(stat < 0, 0.0, stat)
 
 
 def oracle(
@@ -354,7 +359,7 @@ def _frame_parts(
         if rule.stat in ("row_max", "frame_max"):
             stat_terms = terms.amax(-1, keepdim=True)
         if rule.clamp_negative:
-            stat = torch.where(stat < 0, 0.0, stat)
+            stat = _clamped(stat)
         logits, terms = logits + stat * delta, terms + stat_terms * delta.abs()
     logits, terms = logits + offset, terms + offset.abs()
 

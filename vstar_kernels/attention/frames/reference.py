@@ -16,13 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vstar_kernels.attention.call import (
-    Forward,
-    carry_tangents,
-    clamped,
-    empty_like,
-    laid_like,
-)
+from vstar_kernels.attention.call import Forward, carry_tangents, clamped, empty_like, laid_like
 from vstar_kernels.attention.frames.call import FrameCall, FrameGradients, FrameWanted, check_call
 
 CHUNK = 2**19  # logits that are held at a time, of all heads and sequences
