@@ -169,6 +169,16 @@ def test_gradients_of_vmap_and_vmap_of_gradients(attend, backend):
         assert_near(other, leaf.grad)
 
 
+def test_vmap_of_gradients_of_empty_tensors():
+    """A gradient that is empty is one all the same, and has the mapped dimension."""
+    no_heads, no_queries = torch.empty(3, 2, 4, 0, 8), torch.empty(3, 2, 0, 2, 8)
+    text = torch.randn(2, 4, 2, 8)
+    gradient = torch.func.grad(lambda q: vk.tar_attention(q, q, q).sum())
+    assert torch.vmap(gradient)(no_heads).shape == no_heads.shape
+    gradient = torch.func.grad(lambda q: vk.column_attention(q, text, None, torch.eye(4)).sum())
+    assert torch.vmap(gradient)(no_queries).shape == no_queries.shape
+
+
 def test_nested_vmap(attend):
     many = inputs(2, 3)
     found = torch.vmap(torch.vmap(attend))(*many)
@@ -192,6 +202,44 @@ def test_vectorized_jacobian(attend):
     jacobian = torch.autograd.functional.jacobian
     vectorized = jacobian(lambda q: attend(q, key, value), query, vectorize=True)
     assert_near(vectorized, torch.func.jacrev(attend)(query, key, value))
+
+
+# ---- to the table of a rule, which is copied where nothing follows it ----
+
+
+@pytest.fixture
+def by_table():
+    tensors = inputs()
+
+    def run(table, backend=None):
+        rule = vk.FrameRule.bias(table, 0.5, "frame_max")
+        return vk.frame_attention(*tensors, LAYOUT, rule, backend=backend)
+
+    return run
+
+
+def tables(*lead):
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(*lead, FRAMES, FRAMES, generator=generator)
+
+
+def test_tangents_of_a_rules_table(by_table):
+    table, tangent = tables(2)
+    expected = (by_table(table + 0.01 * tangent) - by_table(table - 0.01 * tangent)) / 0.02
+    assert_near(torch.func.jvp(by_table, (table,), (tangent,))[1], expected, 1e-3)
+    with forward_ad.dual_level():
+        out = by_table(forward_ad.make_dual(table, tangent))
+        assert_near(forward_ad.unpack_dual(out).tangent, expected, 1e-3)
+    jacobians = [j(by_table)(table) for j in (torch.func.jacfwd, torch.func.jacrev)]
+    assert_near(*jacobians)
+
+
+def test_vmap_over_a_rules_table(by_table):
+    many = tables(3)
+    found = torch.vmap(lambda table: by_table(table, "reference"))(many)
+    assert_near(found, torch.stack([by_table(table) for table in many]))
+    with pytest.raises(NotImplementedError, match=r"maps over the batch.*backend='reference'"):
+        torch.vmap(by_table)(many)
 
 
 # ---- the rest ----

@@ -273,12 +273,8 @@ class Operator:
         self._refuse_mapped(in_dims)
         results = self.under_func(*self._fold(arguments, in_dims, info.batch_size))
         options = self.options(*arguments[len(self.tensors) : -1])
-        asked = (self.has_out(options), self.has_map(options))
-        mapped = tuple(
-            x.unflatten(0, (info.batch_size, -1)) if there else x
-            for x, there in zip(results, asked, strict=True)
-        )
-        return mapped, tuple(0 if there else None for there in asked)
+        there = (self.has_out(options), self.has_map(options))
+        return self._unfold(results, there, info.batch_size)
 
     # ---- its gradient ----
 
@@ -341,13 +337,17 @@ class Operator:
     ) -> tuple[Any, Any]:
         self._refuse_mapped(in_dims)
         *_, wanted = self._split_backward(arguments)
-        places = zip(self.gradients._fields, self.graded, strict=True)
-        if any(place in self.shared and getattr(wanted, name) for name, place in places):
+        there = tuple(getattr(wanted, name, True) for name in self.gradients._fields)
+        if any(place in self.shared and x for place, x in zip(self.graded, there, strict=True)):
             self._refuse_mapped(None)
-        folded = self._fold(arguments, in_dims, info.batch_size)
-        gradients = self.backward_under_func(*folded)
-        mapped = tuple(x.unflatten(0, (info.batch_size, -1)) if x.numel() else x for x in gradients)
-        return mapped, tuple(0 if x.numel() else None for x in gradients)
+        gradients = self.backward_under_func(*self._fold(arguments, in_dims, info.batch_size))
+        return self._unfold(gradients, there, info.batch_size)
+
+    def _unfold(self, results: tuple[Tensor, ...], there: tuple[bool, ...], size: int) -> Any:
+        """Returns those results that are there with the mapped dimension first, and its place."""
+        pairs = zip(results, there, strict=True)
+        mapped = tuple(x.unflatten(0, (size, -1)) if is_there else x for x, is_there in pairs)
+        return mapped, tuple(0 if is_there else None for is_there in there)
 
     def _fold(self, arguments: tuple[Any, ...], in_dims: tuple[Any, ...], size: int) -> list[Any]:
         """Returns arguments with the mapped dimension in each tensor's batch, but shared ones."""

@@ -118,6 +118,8 @@ def test_the_runs_are_on_the_cpu_whatever_the_default_device():
         (lambda: vk.Layout(vk.Frames(2**20, 2**12)), "at most 2147483647 tokens, got 4294967296"),
         (lambda: vk.Layout.from_coordinates([0.0, float("nan")]), "finite, got nan for token 1"),
         (lambda: vk.Layout.from_coordinates(torch.zeros(2, 3)), r"\(tokens,\).*\(2, 3\)"),
+        (lambda: vk.Layout.from_coordinates([10**400]), "coordinates must be finite.*too l"),
+        (lambda: vk.Layout.from_coordinates(torch.eye(1).to_sparse()), "coordinates must be an o"),
         (lambda: vk.Layout.from_coordinates([]), r"one token at least.*\(0,\)"),
         (
             lambda: vk.Layout.from_coordinates([1.0, 2.0], [True]),
@@ -140,6 +142,10 @@ def test_bad_values(make, message):
         (lambda: vk.Layout(3), "Frames and Text.*got int"),
         (lambda: vk.Layout([vk.Text(3)]), "Frames and Text.*got list"),
         (lambda: vk.Layout.from_coordinates([0.0], [1]), "text must be booleans, got torch.int64"),
+        (lambda: vk.Layout.from_coordinates([0.0, None]), "coordinates must be a tensor or a seq"),
+        (lambda: vk.Layout.from_coordinates(["0"]), "coordinates must be a tensor or a sequence"),
+        (lambda: vk.Layout.from_coordinates([0.0], [None]), "text must be a tensor or a sequence"),
+        (lambda: vk.Layout.from_coordinates(torch.ones(2) * 1j), "coordinates must be real"),
     ],
 )
 def test_wrong_kinds(make, message):

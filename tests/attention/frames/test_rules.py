@@ -386,6 +386,7 @@ def test_json_is_read_strictly(text, message):
 # ---- errors ----
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -403,6 +404,10 @@ def test_json_is_read_strictly(text, message):
         (
             lambda: R.bias(torch.full((2, 2), -1e300, dtype=torch.float64)),
             "finite in float32.*got -1e.300",
+        ),
+        (
+            lambda: R.bias(torch.nested.as_nested_tensor([torch.eye(2)])),
+            "table must be an ordinary .strided. tensor, got a nested one",
         ),
         (lambda: R.bias(torch.eye(2).to_sparse()), "table must be an ordinary .strided. tensor"),
         (lambda: R.bias(torch.ones(2, 2, device="meta")), "meta device and holds no numbers"),
@@ -452,6 +457,7 @@ def test_bad_values(make, message):
         (lambda: R.tar("1"), "sigma must be a number, got str"),
         (lambda: R.tar(1.0, clamp_negative=1), "clamp_negative must be True or False, got int"),
         (lambda: R.bias([[0.0]]), "table must be a torch.Tensor, got list"),
+        (lambda: R.tar(1.0, stat=[0.0] * 999), "stat must be a string or a tensor, got list"),
         (lambda: R.causal(1.0), "block must be an integer, got float"),
         (lambda: R.window(1) + 1, "unsupported operand"),
         (lambda: R(3), "terms must be a tuple of terms, got int"),

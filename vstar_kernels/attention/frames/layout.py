@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vstar_kernels.attention.bias import MAX_FRAMES, check_finite, shown
+from vstar_kernels.attention.bias import MAX_FRAMES, check_finite, check_strided, shown
 
 TEXT = -1  # the frame of tokens that belong to none
 MAX_COUNT = MAX_FRAMES  # of tokens, frames and whatever counts them: kernels number them in int32
@@ -200,7 +200,10 @@ class Layout:
         Raises:
             ValueError: The shapes are wrong, or a coordinate of a frame is not finite.
         """
-        times = _vector(coordinates, "coordinates", torch.float64).double()
+        times = _vector(coordinates, "coordinates", torch.float64)
+        if times.is_complex():
+            raise TypeError(f"coordinates must be real numbers, got {times.dtype}")
+        times = times.double()
         is_text = torch.zeros(times.shape, dtype=torch.bool, device="cpu")
         if text is not None:
             is_text = _vector(text, "text")
@@ -302,9 +305,15 @@ def _run_numbers(layout: Layout) -> Numbers:
 def _vector(values: Tensor | Sequence[Any], name: str, dtype: torch.dtype | None = None) -> Tensor:
     """Returns a tensor on the CPU; a list's numbers are read in ``dtype``, in full."""
     if isinstance(values, Tensor):
+        check_strided(values, name)
         tensor = values.detach().cpu()
     else:
-        tensor = torch.tensor(values, dtype=dtype, device="cpu")
+        try:
+            tensor = torch.tensor(values, dtype=dtype, device="cpu")
+        except OverflowError as error:
+            raise ValueError(f"{name} must be finite, got {error}") from error
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name} must be a tensor or a sequence of numbers: {error}") from error
     if tensor.ndim != 1 or not tensor.numel():
         raise ValueError(
             f"{name} must have shape (tokens,), of one token at least, got {tuple(tensor.shape)}"

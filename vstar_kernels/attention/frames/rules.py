@@ -78,7 +78,9 @@ class FrameRule:
             check_strided(self.stat, "a stat tensor")
             if self.stat.dtype != torch.float32:
                 raise ValueError(f"a stat tensor must be float32, got {self.stat.dtype}")
-        elif not isinstance(self.stat, str) or self.stat not in STATS:
+        elif not isinstance(self.stat, str):
+            raise TypeError(f"stat must be a string or a tensor, got {type(self.stat).__name__}")
+        elif self.stat not in STATS:
             raise ValueError(
                 f"stat must be one of {', '.join(map(repr, STATS))} or a tensor, got {self.stat!r}"
             )
@@ -119,7 +121,7 @@ class FrameRule:
 
         Args:
             table: ``(F_q, F_k)`` or ``(heads, F_q, F_k)`` by the frames' numbers, floating point.
-                Without a statistic −inf masks. It is copied, unless it requires a gradient.
+                Without a statistic −inf masks. It is copied, unless a gradient follows it.
             strength: Factor on it.
             stat, clamp_negative: See the class.
         """
@@ -296,7 +298,7 @@ class FrameRule:
 
     @property
     def is_trained(self) -> bool:
-        """Whether a bias of it requires a gradient."""
+        """Whether a gradient follows a bias of it, by autograd or a transform of torch.func."""
         return any(map(_is_trained, self.terms))
 
     def __add__(self, other: FrameRule) -> FrameRule:

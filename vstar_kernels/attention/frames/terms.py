@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vstar_kernels.attention.bias import FLOAT32_MAX, check_strided
+from vstar_kernels.attention.call import carry_tangents
 from vstar_kernels.attention.frames.layout import check_count, check_number
 from vstar_kernels.attention.frames.tables import UNBOUNDED, Draft, numbers
 
@@ -62,6 +63,7 @@ class Table:
         table = self.table
         if not isinstance(table, Tensor):
             raise TypeError(f"table must be a torch.Tensor, got {type(table).__name__}")
+        check_strided(table, "table")
         if table.ndim not in (2, 3):
             raise ValueError(
                 "table must have shape (F_q, F_k) or (heads, F_q, F_k), frames of queries by "
@@ -69,12 +71,11 @@ class Table:
             )
         if not table.is_floating_point():
             raise ValueError(f"table must be floating point, got {table.dtype}")
-        check_strided(table, "table")
         if table.is_meta:
             raise ValueError("table is on the meta device and holds no numbers")
         _hold_number(self, "strength")
         # Said once: what is frozen later goes on changing, and must stay out of caches.
-        object.__setattr__(self, "_trained", table.requires_grad)
+        object.__setattr__(self, "_trained", _is_followed(table))
         if not self.trained:  # so that nobody changes what a cache was made of
             object.__setattr__(self, "table", table.detach().to("cpu", torch.float32, copy=True))
         object.__setattr__(self, "_hash", self._make_hash())
@@ -90,7 +91,7 @@ class Table:
 
     @property
     def trained(self) -> bool:
-        """Whether the table required a gradient when the term was made: its values may change."""
+        """Whether a gradient followed the table when the term was made: its values may change."""
         found: bool = self._trained  # type: ignore[attr-defined]
         return found
 
@@ -131,6 +132,15 @@ class Table:
     def __hash__(self) -> int:
         found: int = self._hash  # type: ignore[attr-defined]
         return found
+
+
+def _is_followed(table: Tensor) -> bool:
+    """Returns whether autograd, forward mode or torch.func follows what is made of a table."""
+    return (
+        table.requires_grad
+        or torch._C._functorch.is_functorch_wrapped_tensor(table)
+        or carry_tangents([table])
+    )
 
 
 @dataclass(frozen=True)
