@@ -157,3 +157,10 @@ def test_the_command_names_what_the_project_asks_for():
     backend = (ROOT / "tools/build_backend.py").read_text()
     assert f"NEEDED = {wanted} " in backend
     assert f'pip install "setuptools>={wanted}" cmake ninja' in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("package", ["torch", "triton", "diffusers"])
+def test_the_oldest_that_is_promised_is_tested(package):
+    (promised,) = re.findall(rf'"{package}>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    tested = rf"^OLDEST_{package.upper()} = {re.escape(promised)}(\.0)*$"
+    assert re.search(tested, (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -21,6 +21,7 @@ from PIL import Image
 
 from examples import tiny
 from tests.models.models import SPARSE
+from tests.versions import offloads_to_the_cpu
 from vstar_kernels.models.attention_processor import TARAttnProcessor
 from vstar_kernels.models.front_end import models_with_temporal_attention, temporal_layers
 
@@ -269,6 +270,7 @@ def test_video_to_video_counts_the_whole_schedule():
     assert seen == [2, 3]
 
 
+@offloads_to_the_cpu
 def test_offloading():
     pipe = tiny.animatediff()
     with vk.apply_tar(pipe, TAR):

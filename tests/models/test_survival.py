@@ -19,6 +19,7 @@ from diffusers.models.attention_processor import (
 
 from tests.models.models import KINDS, call, make, make_one_block
 from tests.pairwise import pairwise
+from tests.versions import offloads_to_the_cpu
 from vstar_kernels.models.attention_processor import TARAttnProcessor
 from vstar_kernels.models.front_end import temporal_layers
 
@@ -236,6 +237,7 @@ OFFLOADING = {
 }
 
 
+@offloads_to_the_cpu
 @pytest.mark.parametrize(tuple(OFFLOADING), [tuple(x.values()) for x in pairwise(OFFLOADING)])
 def test_group_offloading(name, level, when):
     model = make(name)

@@ -9,9 +9,11 @@ from torch import nn
 import vstar_kernels as vk
 from tests.models.full3d.dense import Dense
 from tests.models.full3d.tiny import PLACES, TINY
+from tests.versions import diffusers_before
 
 pytest.importorskip("diffusers")
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models import attention_dispatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WAN = TINY["wan"]
@@ -276,6 +278,12 @@ def test_bad_arguments(model, options, error, message):
         vk.apply_frames(model, rule, **options)
 
 
+def test_a_diffusers_that_is_too_old_is_named(model, monkeypatch):
+    monkeypatch.delattr(attention_dispatch._AttentionBackendRegistry, "_supports_context_parallel")
+    with pytest.raises(ImportError, match=r"^diffusers is \S+; .* need 0\.37 or later"):
+        vk.apply_frames(model, RULE)
+
+
 def test_models_that_are_not_known():
     with pytest.raises(ValueError, match=r"Linear is or holds no full-3D.*MochiTransformer3DModel"):
         vk.apply_frames(nn.Linear(1, 1), RULE)
@@ -351,6 +359,7 @@ def test_a_model_of_a_class_that_is_not_known(model, stock):
         vk.apply_frames(other, RULE)
 
 
+@pytest.mark.skipif(diffusers_before("0.39"), reason="LTX-2 has no mask before 0.39")
 def test_a_mask_that_nothing_accounts_for_is_an_error():
     tiny = TINY["ltx-2"]
     model, inputs = tiny.make(), tiny.call()

@@ -8,6 +8,7 @@ import torch
 
 import vstar_kernels as vk
 from tests.models.full3d.tiny import TINY
+from tests.versions import offloads_to_the_cpu
 
 pytest.importorskip("diffusers")
 from diffusers import (
@@ -183,6 +184,7 @@ def test_layerwise_casting():
         assert torch.equal(WAN.run(again), changed)
 
 
+@offloads_to_the_cpu
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("level", ["block_level", "leaf_level"])
 def test_group_offloading(model, expected, level, when):

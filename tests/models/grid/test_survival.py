@@ -12,6 +12,7 @@ from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tests.models.grid.unets import LAYERS, call, make
+from tests.versions import offloads_to_the_cpu
 from vstar_kernels.models.grid.model import GridAttnProcessor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,11 +52,14 @@ def changed(model, change):
         lambda model: model.set_attn_processor(
             {k: p.__class__() for k, p in model.attn_processors.items()}
         ),
-        lambda model: apply_group_offloading(
-            model,
-            onload_device=torch.device("cpu"),
-            offload_device=torch.device("cpu"),
-            offload_type="leaf_level",
+        pytest.param(
+            lambda model: apply_group_offloading(
+                model,
+                onload_device=torch.device("cpu"),
+                offload_device=torch.device("cpu"),
+                offload_type="leaf_level",
+            ),
+            marks=offloads_to_the_cpu,
         ),
     ],
     ids=["fused", "sliced", "default", "created anew", "offloaded"],

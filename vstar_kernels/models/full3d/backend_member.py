@@ -42,17 +42,14 @@ class Member:
     _count: ClassVar[int] = 0
 
     def __init__(self) -> None:
-        from diffusers.models import attention_dispatch
+        registry = _registry()
+        from diffusers.models.attention_dispatch import AttentionBackendName
 
-        names, registry = (
-            attention_dispatch.AttentionBackendName,
-            attention_dispatch._AttentionBackendRegistry,
-        )
         self._seat: ref[Seat] | None = None
         self.previous: Any = None
         value = f"vstar_kernels_{Member._count}"
         Member._count += 1
-        name: Any = str.__new__(names, value)
+        name: Any = str.__new__(AttentionBackendName, value)
         name._name_, name._value_ = value.upper(), value
         # What is pickled or copied in depth with a processor is the backend that was there before.
         name.__deepcopy__ = lambda memo: self.previous
@@ -182,6 +179,7 @@ class MemberRoute:
     def put_in(self) -> None:
         """Has the layer's processor name a member, and notes what it named before."""
         processor = self._seat.layer.module.processor
+        _registry()  # an older diffusers' processors do not go there either, and are not to blame
         if not hasattr(processor, ATTRIBUTE):
             raise ValueError(
                 f"{self._seat.layer.name} has a {type(processor).__name__}, which does not go "
@@ -225,6 +223,15 @@ def _backend(processor: Any) -> Any:
 
 
 def _registry() -> Any:
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+    """Returns diffusers' backends; raises ImportError where it is too old to have what is used."""
+    import diffusers
 
-    return _AttentionBackendRegistry
+    try:
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+        registry._supports_context_parallel  # noqa: B018 - which came with what members rely on
+    except (ImportError, AttributeError):
+        raise ImportError(
+            f"diffusers is {diffusers.__version__}; rules for full-3D models need 0.37 or later"
+        ) from None
+    return registry
