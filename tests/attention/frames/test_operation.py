@@ -215,6 +215,19 @@ def test_rows_far_below_lose_nothing(attend, name, lengths):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("rule", [R(), R.band(2)], ids=["alone", "a band"])
+def test_rows_of_which_only_what_is_far_below_is_left_lose_nothing(attend, rule):
+    """The frame that has no bias of −10⁹ is beyond the keys' lengths."""
+    layout = vk.Layout(vk.Frames(4, 7))
+    far = torch.full((4, 4), -1e9)
+    far[:, 3] = 0
+    options = {"key_lengths": torch.tensor([21, 8], dtype=torch.int32), "return_map": True}
+    found = attend(*inputs(28), layout, R.bias(far) + rule, **options)
+    expected = attend(*inputs(28), layout, rule, **options)
+    for x, y in zip(found, expected, strict=True):
+        close(x, y)
+
+
 def test_a_row_without_keys_is_zero(attend):
     q, k, v = inputs()
     lengths = torch.tensor([0, LAYOUT.tokens], dtype=torch.int32)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vstar_kernels.attention.call import Forward, carry_tangents, clamped, empty_like, laid_like
 from vstar_kernels.attention.frames.call import FrameCall, FrameGradients, FrameWanted, check_call
+from vstar_kernels.attention.frames.tables import raised
 
 CHUNK = 2**19  # logits that are held at a time, of all heads and sequences
 
@@ -177,7 +178,6 @@ def _weigh(call: FrameCall, places: _Places, rows: slice) -> _Rows:
     if call.offset is not None:
         offset = of_tokens(call.offset, f, g, 0.0).to(phi)
         visible = offset != -math.inf  # NaN is no mask
-        offset = offset.masked_fill(~visible, 0.0)
     if call.band is not None:
         visible = visible & (_within(call.band, f, g, distance) | ~video)
     if call.key_lengths is not None:
@@ -185,7 +185,9 @@ def _weigh(call: FrameCall, places: _Places, rows: slice) -> _Rows:
         visible = visible & exists[:, None, None]
 
     counted = visible & (g >= 0)
-    logits = scaled if offset is None else scaled + offset
+    hidden = ~visible
+    # Again, as the tables' largest bias may be one of keys that a band or a length hides.
+    logits = scaled if offset is None else scaled + raised(offset.masked_fill(hidden, -math.inf))
     delta, stat = None, phi.new_ones(phi.shape[:-1]).unsqueeze(-1)
     if call.delta is not None:
         delta = of_tokens(call.delta, f, g, 0.0).to(phi)
@@ -193,9 +195,9 @@ def _weigh(call: FrameCall, places: _Places, rows: slice) -> _Rows:
         weight = clamped(stat) if options.clamp_negative else stat
         logits = logits + weight * delta
 
-    logits = logits.masked_fill(~visible, -math.inf)
+    logits = logits.masked_fill(hidden, -math.inf)
     some = visible.any(-1, keepdim=True)
-    weights = logits.masked_fill(~some, 0.0).softmax(-1).masked_fill(~visible, 0.0)
+    weights = logits.masked_fill(~some, 0.0).softmax(-1).masked_fill(hidden, 0.0)
     return _Rows(scaled, factor, visible, counted, delta, stat, weights)
 
 

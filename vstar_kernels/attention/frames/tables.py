@@ -103,7 +103,7 @@ class Draft:
         """Returns the tables as backends take them."""
         offset = self.offset
         if offset is not None and not self.key.text_tokens:  # which has no bias
-            offset = _raised(offset)
+            offset = raised(offset)
         if offset is not None and not offset.any():
             offset = None
         delta = self.delta
@@ -134,7 +134,7 @@ def add_tables(one: Tensor | None, other: Tensor) -> Tensor:
     return one + other
 
 
-def _raised(offset: Tensor) -> Tensor:
+def raised(offset: Tensor) -> Tensor:
     """Returns biases in which the largest of a row is 0, where all of it were far below.
 
     That changes no weight of the row, whichever of its keys there are. Beside a bias of −10⁹ for
