@@ -100,6 +100,15 @@ def test_scale_zero_is_not_the_default():
     torch.testing.assert_close(out, V.mean(1, keepdim=True).expand_as(V))
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_an_integer_is_a_scale_however_large(backend):
+    """Torch multiplies by no integer beyond int64."""
+    found, expected = (
+        vk.tar_attention(1e-20 * Q, K, V, scale=scale, backend=backend) for scale in (10**20, 1e20)
+    )
+    assert torch.equal(found, expected)
+
+
 def test_map_comes_with_the_output():
     out, mean_map = vk.tar_attention(Q, K, V, BIAS, return_map=True, backend="reference")
     assert out.shape == Q.shape

@@ -250,6 +250,18 @@ def test_functionalize(attend):
     assert torch.equal(torch.func.functionalize(attend)(*tensors), attend(*tensors))
 
 
+def test_vmap_in_a_compiled_function(attend):
+    many = inputs(3)
+    torch._dynamo.reset()
+    compiled = torch.compile(torch.vmap(attend), backend="aot_eager", fullgraph=True)
+    assert_near(compiled(*many), torch.vmap(attend)(*many))
+    leaves = [x.requires_grad_() for x in many]
+    found = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
+    expected = torch.autograd.grad(torch.vmap(attend)(*leaves).square().sum(), leaves)
+    for one, other in zip(found, expected, strict=True):
+        assert_near(one, other)
+
+
 @pytest.mark.parametrize("option", ["scale", "strength", "sigma"])
 def test_compiled_with_options_that_vary(option):
     """torch.compile makes them symbols when it sees a second value."""

@@ -258,8 +258,11 @@ class Operator:
             return run(*arguments[:-1], "cpu")
 
     def under_func(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        """Runs the operator as the outermost of torch.func's transformations can follow it."""
-        if not _func_is_active() or _func_makes_functional():
+        """Runs the operator as the outermost of torch.func's transformations can follow it.
+
+        Compiled code has the operator alone, of which torch maps over the batch by ``_vmap``.
+        """
+        if not _func_is_active() or _func_makes_functional() or torch.compiler.is_compiling():
             return self.forward_operator(*arguments)
         return _ForFunc.apply(*arguments, self)
 

@@ -185,7 +185,7 @@ def make_call(
     map_heads: bool = False,
 ) -> Call:
     """Returns the call that these arguments describe; they are not checked, nor cast."""
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     if bias is None or bias.strength == 0:
         options = Options("none", 0.0, 0.0, "none", False, False, scale, map_block, map_heads)
         return Call(query, key, value, None, None, options)
