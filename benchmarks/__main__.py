@@ -18,7 +18,7 @@ from benchmarks.peers import PEERS, VSTAR_KERNELS
 from benchmarks.precompile import compile_kernels
 from benchmarks.results import ResultsError
 from benchmarks.suites import Selection, plan
-from vstar_kernels.cli.options import integer, option, parsed, run_command
+from vstar_kernels.cli.options import amount, integer, option, parsed, run_command
 
 OUTPUT = Path("benchmark-output")
 COMPILING = 0.4  # of a run's time, at most
@@ -28,9 +28,9 @@ COMPILING = 0.4  # of a run's time, at most
 class Run(Selection):
     """Measure, and report."""
 
-    stop_after: float = math.inf
+    stop_after: Annotated[float, parsed(amount, "SECONDS")] = math.inf
     """Begin no case after so many seconds."""
-    patience: float = run.PATIENCE
+    patience: Annotated[float, parsed(amount, "SECONDS")] = run.PATIENCE
     """Give up a peer that takes longer than so many seconds."""
     compile_jobs: Annotated[int, parsed(integer(0), "N")] = 0
     """Compile a GPU's kernels beforehand, by so many processes."""
@@ -80,7 +80,7 @@ class Compare:
     """The run before."""
     b: Positional[Path]
     """The run after."""
-    tolerance: float = 0.05
+    tolerance: Annotated[float, parsed(amount, "X")] = 0.05
     """How much slower a suite may be."""
     peer: str = VSTAR_KERNELS
     """Whose times are compared."""

@@ -18,7 +18,7 @@ from benchmarks.cases import Case, Use
 from benchmarks.frames import RULES, layout_of, visible_share
 from benchmarks.peers import PEERS, VSTAR_KERNELS
 from benchmarks.results import Plan, ResultsError, Task
-from vstar_kernels.cli.options import integer, option, parsed, several
+from vstar_kernels.cli.options import amount, integer, option, parsed, several
 
 WORKLOADS = json.loads((Path(__file__).parent / "workloads.json").read_text(encoding="utf-8"))
 LONG_HEAD_DIMS = (64, 128)  # workloads.json has the first
@@ -81,7 +81,7 @@ class Selection:
     """Rules between frames; of benchmarks/frames.py."""
     rounds: Annotated[int | None, parsed(integer(2), "N"), option()] = None
     """Rounds of all peers in turn, at most."""
-    seconds: float | None = None
+    seconds: Annotated[float | None, parsed(amount, "SECONDS"), option()] = None
     """Time for the rounds of a case, about."""
 
     @property

@@ -104,6 +104,24 @@ def test_runs_without_a_common_case_are_refused():
         outcome(a_run(5), dataclasses.replace(b, records=[]))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "a", "b", "--tolerance", "nan"], "--tolerance: must be a finite number"),
+        (["compare", "a", "b", "--tolerance", "-1"], "--tolerance: must be at least 0, got '-1'"),
+        (["run", "--seconds", "nan"], "--seconds: must be a finite number, got 'nan'"),
+        (["run", "--stop-after", "nan"], "--stop-after: must be a finite number, got 'nan'"),
+        (["run", "--patience", "-1"], "--patience: must be at least 0, got '-1'"),
+    ],
+)
+def test_no_number_that_decides_nothing_is_taken(arguments, message, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr("benchmarks.run.begin", None)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert f"Error parsing {message}" in capsys.readouterr().err
+
+
 def test_the_command_fails_on_a_regression(tmp_path, capsys):
     paths = []
     for name, kernels in (("a", 1.0), ("b", 1.0), ("c", 1.2)):

@@ -24,6 +24,7 @@ from diffusers.models.attention_processor import Attention
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from examples import tiny
 from tests.browser import HOSTILE, scripts_run
 from vstar_kernels.analysis import band_share
 from vstar_kernels.cli import measure
@@ -206,9 +207,13 @@ def test_a_wrong_result_is_an_error(factor, one_step, tmp_path, monkeypatch, cap
         (["--width", "33"], "multiple of 32"),
         (["--size", "100x64"], "multiples of 8"),
         (["--size", "16x64"], "from 64"),
-        (["--sigma", "-1"], "at least 0 frames"),
+        (["--sigma", "-1"], "at least 0"),
         (["--sigma", "nan"], "finite"),
         (["--strength", "inf"], "finite"),
+        (["--strength", "1e39"], "finite in float32"),
+        (["--prompt", "a cat"], "--prompt, 'a cat', is for real weights: give --model"),
+        (["--model", "wan", "--prompt", "cat"], "--prompt, 'cat', is for real weights: give --mod"),
+        (["--model", "wan", "--width", "64"], "--width, 64, is for the random UNet, not for --mod"),
         (["--seed", "-1"], "at least 0"),
         (["--device", "nowhere"], "--device nowhere"),
         (["--model", "./no/such/folder"], "no folder ./no/such/folder"),
@@ -222,7 +227,8 @@ def test_bad_arguments_are_named_and_leave_nothing(arguments, message, tmp_path,
     except SystemExit as stopped:
         status = stopped.code
     assert status == 2
-    error, (option, *_, value) = read_error(), arguments
+    error, value = read_error(), arguments[-1]
+    option = [argument for argument in arguments if argument.startswith("--")][-1]
     assert error.startswith((f"Error parsing {option}: ", f"vstar-kernels demo: error: {option}"))
     assert message in error
     assert value in error
@@ -240,6 +246,13 @@ def test_a_pipeline_that_does_not_load_is_refused(tmp_path, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"cannot load {tmp_path}" in error
     assert not (tmp_path / "output").exists()
+
+
+def test_a_pipeline_of_another_model_is_refused(tmp_path, capsys):
+    tiny.animatediff().save_pretrained(tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "output")]
+    assert main(["demo", *arguments]) == 2
+    assert "has a UNetMotionModel, a TextToVideoSDPipeline a UNet3D" in capsys.readouterr().err
 
 
 def test_a_file_as_output_is_refused(tmp_path, capsys):
@@ -375,6 +388,12 @@ def test_the_page_of_wan_is_the_demos(wan):
     assert "self-attention over space and time" in page
     assert "block 2, with TAR, σ = 0.7" in page
     assert "<script" not in page
+
+
+def test_no_video_of_wan_has_as_many_tokens_as_its_text(tmp_path):
+    """Eager TAR tells self-attention by the number of its keys."""
+    one_step = ["demo", "--model", "wan", "--size", "64x64", "--frames", "5", "--steps", "1"]
+    assert main([*one_step, "--output", str(tmp_path / "out")]) == 0  # 32 tokens
 
 
 def test_wan_takes_one_sigma(tmp_path, read_error):

@@ -13,7 +13,9 @@ import torch
 
 import vstar_kernels as vk
 from vstar_kernels.cli.generate.results import write_mp4
+from vstar_kernels.cli.generate.video import errors_of_the_call
 from vstar_kernels.cli.main import main
+from vstar_kernels.cli.options import CommandError, check_packages
 
 pytest.importorskip("av")
 pytest.importorskip("diffusers")
@@ -209,7 +211,11 @@ def test_a_motion_adapter(generate, output, tmp_path):
     status, printed = generate(*model)
     assert status == 2
     assert "got StableDiffusionPipeline" in printed
-    status, printed = generate(*model, "--adapter", tmp_path / "adapter")
+    adapter = ["--adapter", tmp_path / "adapter"]
+    status, printed = generate("--prompt", PROMPT, *adapter)  # of a video model
+    assert status == 2
+    assert "with --adapter it must be an image pipeline, its model is a UNet3D" in printed
+    status, printed = generate(*model, *adapter)
     assert status == 0, printed
     record = json.loads((output / "generation.json").read_text())
     assert record["pipeline"] == "AnimateDiffPipeline"
@@ -427,7 +433,11 @@ def test_a_video_of_odd_size(tmp_path):
             "--synopsis: no synopsis of 'p' from the file /no/where: it cannot",
         ),
         (["--prompt", "p", "--device", "abacus"], "--device abacus: "),
+        (["--prompt", "p", "--device", "hpu"], "--device hpu: "),
+        (["--prompt", "p", "--device", "meta"], "--device meta: "),
         (["--prompt", "p", "--model", "/no/where"], "--model: there is no folder /no/where"),
+        (["--prompt", "p", "--model", "m" * 300], "--model: [Errno 36]"),
+        (["--prompt", "p", "--retries", "3"], "--retries is for --prompts"),
         (["--prompt", "p", "--adapter", "/no/where"], "--adapter: cannot load /no/where"),
         (["--prompt", "p", "--writer", "m", "--writer-url", "x"], "--writer: base_url must be"),
         (["--prompt", "p", "--writer-local", "/no/where"], "--writer-local: model /no/where"),
@@ -438,7 +448,7 @@ def test_a_video_of_odd_size(tmp_path):
             "--synopsis is for --method vstar, not for grid: a grid of frames is one image with",
         ),
         (["--prompt", "p", "--method", "grid"], "pipe must be one of diffusers' StableDiffusion"),
-        (["--prompt", "p", "--image", sys.executable], "--image: "),
+        (["--prompt", "p", "--image", sys.executable], f"--image: {sys.executable} is no picture"),
     ],
 )
 def test_errors_name_the_option(generate, output, monkeypatch, arguments, message):
@@ -454,6 +464,7 @@ def test_errors_name_the_option(generate, output, monkeypatch, arguments, messag
     ("arguments", "message"),
     [
         (["--frames", "0"], "Error parsing --frames: must be an integer of at least 1, at most "),
+        (["--frames", "1" * 5000], "Error parsing --frames: must be an integer of at least 1, at "),
         (["--frames", "10001"], "Error parsing --frames: must be an integer of at least 1, at "),
         (["--output", ""], "Error parsing --output: must be the name of a folder, got ''"),
         (
@@ -487,6 +498,22 @@ def test_wrong_options(generate, read_error, output, arguments, message):
     assert exit_.value.code == 2
     assert read_error().startswith(message)
     assert_nothing_written(output)
+
+
+def test_too_little_memory_is_a_line():
+    with pytest.raises(CommandError, match="allocate"), errors_of_the_call():
+        torch.empty(2**60)
+
+
+def test_an_interrupted_import_is_no_missing_package(monkeypatch):
+    class Interrupted:
+        def find_spec(self, name, path=None, target=None):
+            if name == "nothing":  # as extensions by pybind11, which matplotlib has
+                raise ImportError("initialization failed") from KeyboardInterrupt()
+
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(KeyboardInterrupt):
+        check_packages(["nothing"], extra="generate")
 
 
 def test_a_missing_package_names_the_extra(generate, output, monkeypatch):

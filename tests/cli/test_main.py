@@ -1,3 +1,4 @@
+import os
 import sys
 
 import pytest
@@ -25,6 +26,24 @@ def test_info_names_the_machine():
     facts = vk.info()
     assert facts["memory"].endswith(" GiB")
     assert not facts["processor"].startswith("unknown")
+
+
+@pytest.mark.parametrize("command", ["info", "--version"])
+def test_a_reader_that_has_gone_is_no_error(command, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert main([command]) == 0
+        monkeypatch.undo()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no such device")
+def test_a_log_on_a_full_disk_is_no_error(monkeypatch):
+    with open("/dev/full", "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert main(["info"]) == 0
+        monkeypatch.undo()
 
 
 def test_info_needs_none_of_the_extras(capsys, monkeypatch):

@@ -197,6 +197,7 @@ def test_what_decides_a_video(generate, tmp_path, monkeypatch):
         ({"seed": 3}, "--prompt or --synopsis must be given"),
         ({"prompt": "p", "no_tar": 1}, "no_tar must be true or false, got 1"),
         ({"prompt": "p", "no_tar": True, "preset": "8D1"}, "preset and no_tar exclude each other"),
+        ({"prompt": "p", "preset": "64"}, "--preset: a preset must be <width>D<sigma>, joined"),
         ({"prompt": "p", "mode": "cubic"}, "mode must be one of 'linear', 'slerp', 'hold', got"),
         ({"prompt": "p", "image": 3}, "image must be the name of a file, got 3"),
         ({"prompt": "p", "size": "15x16"}, "size must be HEIGHTxWIDTH in multiples of 8"),

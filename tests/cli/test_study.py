@@ -308,7 +308,24 @@ def test_only_figures_that_a_study_wrote_go(tmp_path):
         ([{"prompt": "a", "expected": {"cat": "1"}}], "prompts[0]: expected must map nouns"),
         ({}, "prompts: it is missing"),
         ({"prompts": ["a"], "seed": 1}, "seed: there is no such field"),
-        ({"prompts": ["a"], "seeds": [-1]}, "seeds"),
+        ({"prompts": ["a"], "seeds": [-1]}, "seeds: it must be a number from 1 to 100000, or a "),
+        ({"prompts": ["a"], "seeds": 0}, "seeds: it must be a number from 1 to 100000, or a list"),
+        ({"prompts": 5}, "prompts: it must be a list, or the name of a file, got 5"),
+        ({"prompts": ["a"], "variants": [5]}, "variants[0]: it must be a name or an object, got 5"),
+        ({"prompts": ["a"], "scores": 5}, "scores: it must be a list of names, or an object with"),
+        ([{"prompt": "a", "expected": {"cat": -1}}], "prompts[0]: expected must map nouns"),
+        (
+            {"prompts": ["a"], "variants": [{"preset": 5, "sigma": 1}]},
+            "variants[0]: a preset must be a text, got int",
+        ),
+        (
+            {"prompts": ["a"], "variants": [{"preset": "64", "synopsis": False}]},
+            "variant 'preset = 64': --preset: a preset must be <width>D<sigma>",
+        ),
+        (
+            {"prompts": ["a"], "variants": [{"config": 5, "sigma": 1}]},
+            "variants[0]: config must be an object, got int",
+        ),
         ({"prompts": ["a"], "seeds": [0, 0]}, "seeds must have each once, got 0 twice"),
         ({"prompts": "study.json"}, "prompts: study.json must hold a list, got dict"),
         (
@@ -339,6 +356,12 @@ def test_wrong_files(study, tmp_path, monkeypatch, content, message):
     assert "vstar-kernels study: error: " in printed
     assert message in printed
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("variant", "name"), [({}, "both"), ({"synopsis": False}, "TAR")])
+def test_what_a_variant_without_a_name_is_called(tmp_path, variant, name):
+    (tmp_path / "a.json").write_text(json.dumps({"prompts": ["a"], "variants": [variant]}))
+    assert [x.name for x in read_study(tmp_path / "a.json").variants] == [name]
 
 
 def test_wrong_commands(study):

@@ -110,6 +110,11 @@ def test_bad_presets(name):
         vk.TARConfig.preset(name)
 
 
+def test_a_preset_is_a_text():
+    with pytest.raises(TypeError, match="a preset must be a text, got int"):
+        vk.TARConfig.preset(64)
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -16,6 +16,7 @@ import torch
 from vstar_kernels._version import __version__
 from vstar_kernels.attention import native
 from vstar_kernels.attention.dispatch import available
+from vstar_kernels.cli.progress import say
 
 OPTIONAL_PACKAGES = ("triton", "diffusers", "transformers", "xformers")
 
@@ -29,7 +30,7 @@ class Info:
         facts = info()
         width = max(map(len, facts))
         for name, fact in facts.items():
-            print(f"{name:<{width}}  {fact}")
+            say(f"{name:<{width}}  {fact}")
         return 0
 
 

@@ -25,6 +25,7 @@ from vstar_kernels.reading import shorten
 T = TypeVar("T")
 SHOWN = 2000  # characters of a message
 MAX_STEPS = 1000  # of the schedulers' training
+MOST_DIGITS = 20  # of an integer: what Python reads has its own limit, and names no option
 
 
 class CommandError(Exception):
@@ -143,7 +144,7 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
     allowed = f"an integer of at least {least}" + (f", at most {most}" if most else "")
 
     def parse(text: str) -> int:
-        value = int(text) if re.fullmatch(r"[+-]?\d+", text) else None
+        value = int(text) if re.fullmatch(rf"[+-]?\d{{1,{MOST_DIGITS}}}", text) else None
         if value is None or value < least or (most is not None and value > most):
             raise ValueError(f"must be {allowed}, got {text!r}")
         return value
@@ -159,6 +160,14 @@ def number(text: str) -> float:
         value = math.nan
     if not math.isfinite(value):
         raise ValueError(f"must be a finite number, got {text!r}")
+    return value
+
+
+def amount(text: str) -> float:
+    """Reads a finite number that is not negative."""
+    value = number(text)
+    if value < 0:
+        raise ValueError(f"must be at least 0, got {text!r}")
     return value
 
 
@@ -243,13 +252,16 @@ def check_model(model: str) -> None:
     """Raises CommandError unless it is a folder with a pipeline or may be a name on the hub."""
     path = Path(model)
     looks_like_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model)
-    if path.exists() or not looks_like_id:
-        if not path.is_dir():
-            raise CommandError(f"--model: there is no folder {model}")
-        if not (path / "model_index.json").is_file():
-            raise CommandError(
-                f"--model: {model} is not a saved pipeline: it has no model_index.json"
-            )
+    try:
+        if path.exists() or not looks_like_id:
+            if not path.is_dir():
+                raise CommandError(f"--model: there is no folder {model}")
+            if not (path / "model_index.json").is_file():
+                raise CommandError(
+                    f"--model: {model} is not a saved pipeline: it has no model_index.json"
+                )
+    except OSError as error:  # of a name that is too long
+        raise CommandError(f"--model: {error}") from error
 
 
 def check_device(name: str) -> None:
@@ -257,9 +269,10 @@ def check_device(name: str) -> None:
     import torch
 
     try:
-        torch.empty(1, device=name)
-    # RuntimeError for an unknown name or a broken driver, AssertionError for a build without it.
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=name).tolist()  # which the device "meta" cannot do
+    # RuntimeError for an unknown name or a broken driver, AssertionError for a build without it,
+    # ImportError for what another package would bring.
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise CommandError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
@@ -269,6 +282,8 @@ def check_packages(names: Iterable[str], *, extra: str) -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
+            if isinstance(error.__cause__, KeyboardInterrupt):  # in an extension by pybind11
+                raise error.__cause__ from None
             raise CommandError(
                 f"{extra} needs {name} ({error}): pip install 'vstar_kernels[{extra}]'"
             ) from error

@@ -52,7 +52,9 @@ class StepBar:
 
 
 def say(line: str, write: Callable[[str], object] = print) -> None:
-    """Prints a line at once; whoever has read so far and has gone, as ``head`` does, stops nothing.
+    """Prints a line at once; nothing stops where nobody reads it, or it finds no place.
+
+    Whoever has read so far may have gone, as ``head`` does, and the disk of a log may be full.
 
     Args:
         line: What to print, on standard output.
@@ -61,7 +63,7 @@ def say(line: str, write: Callable[[str], object] = print) -> None:
     try:
         write(line)
         sys.stdout.flush()
-    except BrokenPipeError:  # nor does what the process prints or flushes later
+    except OSError:  # nor does what the process prints or flushes later
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 

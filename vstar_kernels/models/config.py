@@ -115,8 +115,10 @@ class TARConfig(Document):
         to 13.
 
         Raises:
-            ValueError: The name is not of this form.
+            TypeError, ValueError: The name is no text, or not of this form.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"a preset must be a text, got {type(name).__name__}")
         by_width: dict[int, float] = {}
         for term in name.split("_"):
             match = _PRESET_TERM.fullmatch(term)

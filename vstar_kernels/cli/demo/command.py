@@ -20,6 +20,7 @@ from vstar_kernels.cli.demo.models import VideoModel, pretrained_model, random_m
 from vstar_kernels.cli.options import (
     MAX_STEPS,
     CommandError,
+    amount,
     check_device,
     check_model,
     check_output,
@@ -34,13 +35,15 @@ from vstar_kernels.cli.options import (
     size,
     write_results,
 )
+from vstar_kernels.cli.progress import say
 from vstar_kernels.models.front_end import temporal_layers
 from vstar_kernels.models.full3d.config import FrameTAR
 
 PACKAGES = ("diffusers", "transformers", "jinja2", "matplotlib", "tqdm")
 # Pixels. Below, group norms over single positions amplify rounding without bound.
 MIN_SIZE = 64
-FULL_WIDTH = 320  # VideoCrafter2's
+WIDTH, FULL_WIDTH = 32, 320  # the usual one, and VideoCrafter2's
+PROMPT = "A landscape turns from spring to winter, time lapse."
 SHOWN = (STOCK.name, KERNELS.name)  # eager TAR's video is the same as the kernels'
 FILES = ("report.html", "results.json", *(f"{name}.gif" for name in SHOWN))
 
@@ -52,10 +55,10 @@ def _width(text: str) -> int:
     return width
 
 
-def _sigma(text: str) -> float:
+def _strength(text: str) -> float:
     value = number(text)
-    if value < 0:
-        raise ValueError(f"must be at least 0 frames, got {text!r}")
+    if abs(value) > torch.finfo(torch.float32).max:
+        raise ValueError(f"must be finite in float32, got {text!r}")
     return value
 
 
@@ -66,9 +69,9 @@ class DemoOptions:
     model: Annotated[str | None, option("ID_OR_PATH", default="random weights")] = None
     """Real weights: a text-to-video pipeline for TextToVideoSDPipeline.from_pretrained. Or wan: a
     full-3D transformer, tiny and with random weights."""
-    prompt: Annotated[str, option("TEXT")] = "A landscape turns from spring to winter, time lapse."
+    prompt: Annotated[str | None, option("TEXT", default=repr(PROMPT))] = None
     """What to draw, where there are real weights."""
-    width: Annotated[int, parsed(_width, "CHANNELS")] = 32
+    width: Annotated[int | None, parsed(_width, "CHANNELS"), option(default=str(WIDTH))] = None
     """Channels of the random UNet's first level: a multiple of 32, or 'full' for 320 as in
     VideoCrafter2. Few, to be quick."""
     frames: Annotated[int, parsed(integer(1), "N")] = 32
@@ -81,10 +84,10 @@ class DemoOptions:
     """In pixels, multiples of 8 from 64."""
     steps: Annotated[int, parsed(integer(1, MAX_STEPS), "N")] = 2
     """Denoising steps, of which the first 14 are regularized."""
-    sigma: Annotated[tuple[float, ...], several(_sigma, "FRAMES")] = (1.0,)
+    sigma: Annotated[tuple[float, ...], several(amount, "FRAMES")] = (1.0,)
     """Standard deviation in frames at each UNet level from the finest; levels without one are not
     regularized. Wan has one, of latent frames."""
-    strength: Annotated[float, parsed(number, "X")] = 1.0
+    strength: Annotated[float, parsed(_strength, "X")] = 1.0
     """Factor on the regularization."""
     seed: Annotated[int, parsed(integer(0, 2**63 - 1), "N")] = 0
     """Decides weights and noise."""
@@ -104,6 +107,12 @@ class DemoOptions:
                 )
         elif self.model is not None:
             check_model(self.model)
+        if self.prompt is not None and self.model in (None, transformer.NAME):
+            raise CommandError(f"--prompt, {self.prompt!r}, is for real weights: give --model")
+        if self.width is not None and self.model is not None:
+            raise CommandError(
+                f"--width, {self.width}, is for the random UNet, not for --model {self.model}"
+            )
 
     def run(self) -> int:
         """Denoises, prints the table and writes the folder.
@@ -125,7 +134,7 @@ class DemoOptions:
                 **report.results_of(demo),
                 "total_seconds": time.perf_counter() - start,
             }
-            print(f"\n{report.table(results)}\n")
+            say(f"\n{report.table(results)}\n")
             videos = _write_videos(scratch, demo)
             write_results(
                 scratch,
@@ -136,7 +145,7 @@ class DemoOptions:
                     ),
                 },
             )
-        print(f"report: {self.output / 'report.html'}   ({results['total_seconds']:.0f} s in all)")
+        say(f"report: {self.output / 'report.html'}   ({results['total_seconds']:.0f} s in all)")
         if results["agrees"]:
             return 0
         difference = results["variants"][KERNELS.name]["difference_from_eager"]
@@ -191,8 +200,9 @@ def load_model(options: DemoOptions) -> VideoModel:
         "device": options.device,
     }
     if options.model is None:
-        return random_model(options.width, **noise)
-    return pretrained_model(options.model, options.prompt, **noise)
+        return random_model(WIDTH if options.width is None else options.width, **noise)
+    prompt = PROMPT if options.prompt is None else options.prompt
+    return pretrained_model(options.model, prompt, **noise)
 
 
 def _denoise(demo: Demo | transformer.TransformerDemo) -> None:
@@ -200,7 +210,7 @@ def _denoise(demo: Demo | transformer.TransformerDemo) -> None:
     from tqdm import tqdm
 
     _, _, frames, height, width = demo.model.latents.shape
-    print(
+    say(
         f"{demo.model.description}: {frames} frames of {height} × {width} "
         f"latents, {len(demo.timesteps)} steps, {torch.get_num_threads()} threads"
     )

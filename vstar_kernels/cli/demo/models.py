@@ -84,7 +84,7 @@ def pretrained_model(
     Raises:
         CommandError: It cannot be loaded.
     """
-    from diffusers import TextToVideoSDPipeline
+    from diffusers import TextToVideoSDPipeline, UNet3DConditionModel
 
     try:
         pipeline = TextToVideoSDPipeline.from_pretrained(name)
@@ -92,6 +92,11 @@ def pretrained_model(
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CommandError(f"--model: cannot load {name}: {reason}") from error
+    if not isinstance(pipeline.unet, UNet3DConditionModel):  # diffusers takes any
+        raise CommandError(
+            f"--model: {name} has a {type(pipeline.unet).__name__}, a TextToVideoSDPipeline a "
+            "UNet3DConditionModel"
+        )
     pipeline.to(device)
     conditional, unconditional = pipeline.encode_prompt(
         prompt, device, num_images_per_prompt=1, do_classifier_free_guidance=True

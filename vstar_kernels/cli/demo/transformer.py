@@ -37,7 +37,8 @@ NAME = "wan"
 SIZE = (192, 320)  # pixels
 PIXELS_PER_TOKEN, PIXELS_PER_LATENT = 16, 8
 FRAMES_OF_A_LATENT = 4
-BLOCKS, HEADS, HEAD_DIM, TEXT_CHANNELS, TEXT_TOKENS = 3, 4, 32, 64, 32
+BLOCKS, HEADS, HEAD_DIM, TEXT_CHANNELS = 3, 4, 32, 64
+TEXT_TOKENS = 31  # a prime: no video, of 4 × 4 tokens a frame at least, has as many
 GUIDANCE_SCALE = 5.0  # WanPipeline's default
 
 
@@ -155,7 +156,10 @@ class TransformerDemo:
         return ExchangedAttention(self._eager)
 
     def _eager(self, call: AttentionCall) -> Tensor:
-        """Answers self-attention by TAR's formula over all pairs of tokens."""
+        """Answers self-attention by TAR's formula over all pairs of tokens.
+
+        The text's attention has another number of keys, see ``TEXT_TOKENS``.
+        """
         if call.key.shape[-2] != self._layout.tokens:
             return call.stock()
         logits = call.query @ call.key.mT * call.query.shape[-1] ** -0.5

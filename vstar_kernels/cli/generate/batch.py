@@ -13,7 +13,7 @@ from vstar_kernels.cli.generate.results import FILES, write_files
 from vstar_kernels.cli.generate.video import best_device, load_pipeline, sampler
 from vstar_kernels.cli.jobs import INDEX, Job, JobFolder, Outcome, Place, run_jobs
 from vstar_kernels.cli.options import CommandError, check_device, integer, option, optional, parsed
-from vstar_kernels.cli.progress import JobReport
+from vstar_kernels.cli.progress import JobReport, say
 from vstar_kernels.models.progress import OnStep
 from vstar_kernels.reading import shorten
 
@@ -127,9 +127,9 @@ def tell(outcomes: Sequence[Outcome], output: Path) -> int:
     failures = [outcome for outcome in outcomes if outcome.status == "failed"]
     made = sum(outcome.seconds is not None for outcome in outcomes)
     there = len(outcomes) - made - len(failures)
-    print(f"{made} made, {there} there already, {len(failures)} failed: {output / INDEX}")
+    say(f"{made} made, {there} there already, {len(failures)} failed: {output / INDEX}")
     for outcome in failures[:MOST_SHOWN]:
-        print(f"  {outcome.number}: {shorten(outcome.name, 60)}: {outcome.error}")
+        say(f"  {outcome.number}: {shorten(outcome.name, 60)}: {outcome.error}")
     if len(failures) > MOST_SHOWN:
-        print(f"  and {len(failures) - MOST_SHOWN} more")
+        say(f"  and {len(failures) - MOST_SHOWN} more")
     return 1 if failures else 0

@@ -25,7 +25,7 @@ from vstar_kernels.cli.options import (
     option,
     output_folder,
 )
-from vstar_kernels.cli.progress import step_bar
+from vstar_kernels.cli.progress import say, step_bar
 from vstar_kernels.reading import shorten
 
 PACKAGES = ("diffusers", "transformers", "av", "jinja2", "matplotlib", "PIL", "pydantic", "tqdm")
@@ -43,8 +43,14 @@ class BatchOptions(RunOptions):
     def __post_init__(self) -> None:
         """Raises CommandError for options that do not fit each other."""
         super().__post_init__()
-        if self.ray is not None and self.prompts is None:
-            raise CommandError("--ray is for --prompts")
+        if self.prompts is not None:
+            return
+        for name, is_given in {
+            "--ray": self.ray is not None,
+            "--retries": self.retries != RunOptions.retries,
+        }.items():
+            if is_given:
+                raise CommandError(f"{name} is for --prompts")
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,8 @@ class Generate(GenerateOptions):
                 generation = sample(pipe, on_step)
             write_files(scratch, self, generation, pipeline=type(pipe).__name__, device=device)
         for line in told(generation):
-            print(line)
-        print(f"video: {shorten(str(output / 'video.mp4'), SHOWN)}")
+            say(line)
+        say(f"video: {shorten(str(output / 'video.mp4'), SHOWN)}")
         return 0
 
     def _run_all(self, prompts: Path) -> int:

@@ -170,6 +170,14 @@ class RegularizationOptions:
     extend_positions: bool = False
     """Allow more frames than AnimateDiff or Latte have positions for."""
 
+    def __post_init__(self) -> None:
+        """Raises CommandError for a preset that is none."""
+        try:
+            if self.preset is not None:
+                TARConfig.preset(self.preset)
+        except ValueError as error:
+            raise CommandError(f"--preset: {error}") from error
+
 
 @dataclass(frozen=True)
 class GridOptions:

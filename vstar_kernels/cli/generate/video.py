@@ -51,7 +51,13 @@ def load_pipeline(options: VideoOptions, device: str) -> Any:
         name, wanted = "--adapter", options.adapter
         more["motion_adapter"] = diffusers.MotionAdapter.from_pretrained(wanted, **more)
         name, wanted = "--model", options.model
-        return diffusers.AnimateDiffPipeline.from_pretrained(wanted, **more).to(device)
+        pipe = diffusers.AnimateDiffPipeline.from_pretrained(wanted, **more)
+        if not isinstance(pipe.unet, diffusers.UNetMotionModel):  # it takes any other as it is
+            raise ValueError(
+                f"with --adapter it must be an image pipeline, its model is a "
+                f"{type(pipe.unet).__name__}"
+            )
+        return pipe.to(device)
     # diffusers raises whatever its parts raise: of the network, of a file, of a wrong class.
     except Exception as error:
         reason = shorten(str(error)) or type(error).__name__
@@ -67,6 +73,10 @@ def errors_of_the_call() -> Iterator[None]:
     try:
         yield
     except (*wrong, torch.OutOfMemoryError) as error:
+        raise CommandError(str(error)) from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):  # what a CPU has instead of OutOfMemoryError
+            raise
         raise CommandError(str(error)) from error
 
 
@@ -147,15 +157,14 @@ def _config(
     """Returns the configuration; PAPER, where none is given, is full-3D transformers' own too."""
     if options.no_tar:
         return None
-    option = "--preset" if options.preset is not None else "--config"
+    if options.preset is not None:
+        return TARConfig.preset(options.preset)
     try:
-        if options.preset is not None:
-            return TARConfig.preset(options.preset)
         if isinstance(options.config, Path):
             return config_from_json(read_text(options.config))
         return default if options.config is None else options.config
     except (OSError, ValueError, TypeError) as error:
-        raise CommandError(f"{option}: {error}") from error
+        raise CommandError(f"--config: {error}") from error
 
 
 def _tar_config(options: RegularizationOptions, method: str) -> TARConfig | None:
@@ -202,10 +211,12 @@ def _image(path: Path | None) -> dict[str, Any]:
     """Returns the image to animate as an argument, if there is one."""
     if path is None:
         return {}
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         return {"image": Image.open(io.BytesIO(read_bytes(path))).convert("RGB")}
+    except UnidentifiedImageError:  # whose message has an address in memory
+        raise CommandError(f"--image: {path} is no picture that Pillow can read") from None
     # Of a picture that would be larger than memory, or is not what its header says.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise CommandError(f"--image: {path}: {error}") from error

@@ -22,6 +22,7 @@ from vstar_kernels.cli.options import (
     option,
     several,
 )
+from vstar_kernels.cli.progress import say
 from vstar_kernels.cli.study.plan import StudyPlan, Video, read_study
 from vstar_kernels.cli.study.report import PAGE, write_report
 from vstar_kernels.cli.study.scores import SCORES, check_scores, load_scorer, score_video
@@ -85,8 +86,8 @@ class Study(GenerateOptions):
         failures = [(x.name, x.error or "") for x in outcomes if x.status == "failed"]
         self._report(plan, videos, rows, [*failures, *unscored])
         for name, error in unscored:
-            print(f"  not scored: {shorten(name, 60)}: {error}")
-        print(f"page: {shorten(str(output / PAGE), SHOWN)}")
+            say(f"  not scored: {shorten(name, 60)}: {error}")
+        say(f"page: {shorten(str(output / PAGE), SHOWN)}")
         return 1 if unscored else status
 
     def _score(

@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from vstar_kernels.reading import (
     decode_yaml,
     read_text,
     require_pydantic,
+    shorten,
     validate,
 )
 
@@ -244,19 +245,37 @@ def _study_form() -> type[BaseModel]:
     require_pydantic()
     from typing import Annotated
 
-    from pydantic import BaseModel, ConfigDict, Field
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
+
+    def allowed(text: str) -> WrapValidator:
+        """Says what is allowed in a sentence, where pydantic has one for each form of several."""
+
+        def check(value: Any, handler: Callable[[Any], Any]) -> Any:
+            try:
+                return handler(value)
+            except ValidationError:
+                raise ValueError(f"it must be {text}, got {shorten(repr(value), 80)}") from None
+
+        return WrapValidator(check)
 
     seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
     class StudyFields(BaseModel):
         model_config = ConfigDict(extra="forbid", strict=True)
-        prompts: str | list[Any]
-        variants: list[str | dict[str, Any]] | None = Field(default=None, min_length=1)
-        seeds: (
-            Annotated[int, Field(ge=1, le=MOST_VIDEOS)] | Annotated[list[seed], Field(min_length=1)]
-        ) = Field(default_factory=lambda: [0])
+        prompts: Annotated[str | list[Any], allowed("a list, or the name of a file")]
+        variants: list[Annotated[str | dict[str, Any], allowed("a name or an object")]] | None = (
+            Field(default=None, min_length=1)
+        )
+        seeds: Annotated[
+            Annotated[int, Field(ge=1, le=MOST_VIDEOS)]
+            | Annotated[list[seed], Field(min_length=1)],
+            allowed(f"a number from 1 to {MOST_VIDEOS}, or a list of seeds from 0 to {MAX_SEED}"),
+        ] = Field(default_factory=lambda: [0])
         options: dict[str, Any] = Field(default_factory=dict)
-        scores: list[str] | dict[str, dict[str, Any]] = Field(default_factory=dict)
+        scores: Annotated[
+            list[str] | dict[str, dict[str, Any]],
+            allowed("a list of names, or an object with an object of settings for each"),
+        ] = Field(default_factory=dict)
 
     return StudyFields
 
@@ -322,7 +341,9 @@ def _prompt(item: Any, folder: Path, where: str) -> Prompt:
 
 
 def _numbers(expected: Any) -> dict[str, int]:
-    is_right = isinstance(expected, dict) and all(type(n) is int for n in expected.values())
+    is_right = isinstance(expected, dict) and all(
+        type(n) is int and n >= 0 for n in expected.values()
+    )
     if not is_right:
         raise FormatError(f"expected must map nouns to numbers, got {expected!r}")
     return dict(expected)
@@ -355,7 +376,7 @@ def _variants(item: str | dict[str, Any], where: str) -> Iterator[Variant]:
             swept = dict(zip(lists, values, strict=True))
             parts = [f"{SYMBOLS.get(n, n)} = {_short(x)}" for n, x in swept.items()]
             if name is not None or not parts:
-                parts.insert(0, name or _title(fields))
+                parts.insert(0, name or _title(fields) or ("both" if staged else "TAR"))
             changes = _with_tar({**fields, **swept})
             yield Variant(", ".join(parts), changes, staged, swept, fixed)
     except (ValueError, TypeError) as error:
@@ -364,7 +385,7 @@ def _variants(item: str | dict[str, Any], where: str) -> Iterator[Variant]:
 
 def _title(fields: Mapping[str, Any]) -> str:
     named = [f"{SYMBOLS.get(n, n)} = {_short(x)}" for n, x in fields.items() if x is not True]
-    return ", ".join([*(n for n, x in fields.items() if x is True), *named]) or "both"
+    return ", ".join([*(n for n, x in fields.items() if x is True), *named])
 
 
 def _short(value: Any) -> str:
@@ -380,6 +401,8 @@ def _with_tar(fields: dict[str, Any]) -> dict[str, Any]:
     if isinstance(config, str) or fields.get("no_tar"):
         there = "no_tar" if fields.get("no_tar") else "config as a file"
         raise FormatError(f"{', '.join(given)} cannot go with {there}")
+    if config is not None and not isinstance(config, dict):
+        raise FormatError(f"config must be an object, got {type(config).__name__}")
     if config is None:
         preset = fields.pop("preset", None)
         tar = PAPER if preset is None else TARConfig.preset(preset)
