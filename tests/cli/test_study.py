@@ -256,6 +256,12 @@ def test_a_variant_goes_before_the_options_of_all(tmp_path):
         planned(tmp_path, {"options": {"writer": None}, "variants": ["both"]}, writer="m")
 
 
+def test_a_writer_that_a_variant_does_not_ask_is_not_refreshed(tmp_path):
+    content = {"variants": ["baseline", "both"]}
+    baseline, both = planned(tmp_path, content, writer="m", stages=3, refresh=True)
+    assert [x.synopsis.refresh for x in (baseline, both)] == [False, True]
+
+
 def test_a_line_of_a_plot_is_of_one_variant(tmp_path):
     sigma = {"sigma": [0.5, 1], "synopsis": False}
     variants = [

@@ -233,6 +233,8 @@ def test_a_writer(writer):
         ({"seed": 2**32}, ValueError, "seed must be from 0 to 4294967295"),
         ({"seed": -1}, ValueError, "seed must be from 0"),
         ({"prompt": SYNOPSIS, "num_stages": 3}, ValueError, "num_stages .* got a Synopsis"),
+        ({"prompt": SYNOPSIS, "refresh": True}, ValueError, "refresh .* got a Synopsis"),
+        ({"refresh": "no"}, TypeError, "refresh must be True or False, got str"),
         ({"video_length": 3}, ValueError, "video_length is set here: give num_frames"),
         ({"generator": None}, ValueError, "generator is set here: give seed"),
         ({"prompt_embeds": None}, ValueError, "prompt_embeds is set here"),
@@ -268,6 +270,8 @@ def test_wrong_arguments():
     ):
         with pytest.raises(error, match=message):
             vk.VSTAR(*arguments)
+    with pytest.raises(TypeError, match="extend_positions must be True or False, got str"):
+        vk.VSTAR(pipe, extend_positions="no")
     with pytest.raises(TypeError, match="writer must be a SynopsisWriter, got str"):
         vk.VSTAR(pipe, writer="llama")
     with pytest.raises(ValueError, match=r"mode must be .* got 'cubic'"):

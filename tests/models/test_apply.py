@@ -374,6 +374,12 @@ def test_bad_arguments(arguments, error, message):
     assert not model._forward_pre_hooks
 
 
+@pytest.mark.parametrize("name", ["stock_elsewhere", "extend_positions"])
+def test_no_text_is_a_flag(name):
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got str"):
+        vk.apply_tar(None, "64D1", **{name: "no"})
+
+
 def test_a_level_only_the_init_block_would_have_is_refused():
     model = make("UNetSpatioTemporalConditionModel")
     assert {layer.level for layer in temporal_layers(model)} == {0, 1}

@@ -352,6 +352,9 @@ def test_wrong_arguments_are_refused(unet):
         vk.capture_maps(unet, max_rows=0)
     with pytest.raises(TypeError, match="max_rows must be an integer, got float"):
         vk.capture_maps(unet, max_rows=1.5)
+    for name in ("differentiable", "map_heads"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got str"):
+            vk.capture_maps(unet, **{name: "no"})
     with pytest.raises(ValueError, match="a compiled UNet3DConditionModel"):
         vk.capture_maps(torch.compile(unet, backend="eager"))
     with pytest.raises(TypeError, match="got dict"):

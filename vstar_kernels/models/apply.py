@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, overload
 
+from vstar_kernels.attention.bias import check_flag
 from vstar_kernels.models.config import TARConfig, checked_tar
 from vstar_kernels.models.front_end import models_with_temporal_attention
 from vstar_kernels.models.full3d.apply import FramesHandle, apply_frames, find_full3d
@@ -76,12 +77,14 @@ def apply_tar(
         A handle: a context manager, with ``remove()``.
 
     Raises:
-        TypeError: ``pipe_or_model`` or ``config`` is of the wrong kind.
+        TypeError: ``pipe_or_model`` or another argument is of the wrong kind.
         ValueError: There is no temporal attention, a preset is malformed, no layer has one of the
             levels, a model is under ``apply_tar`` already, or has processors that TAR would have to
             discard. At a forward pass: no layer has one of the widths, the step cannot be known, or
             the sample has more frames than the model has positions for.
     """
+    check_flag(stock_elsewhere, "stock_elsewhere")
+    check_flag(extend_positions, "extend_positions")
     if isinstance(config, FrameTAR):
         if extend_positions:
             raise ValueError("extend_positions is for temporal attention, not for a FrameTAR")

@@ -24,6 +24,7 @@ from vstar_kernels.analysis.maps import (
     find_maps,
     mean_map,
 )
+from vstar_kernels.attention.bias import check_flag
 from vstar_kernels.attention.frames.layout import Layout, check_count
 from vstar_kernels.models.conditional import in_conditional_passes
 from vstar_kernels.models.forwards import ForwardPass, ForwardPasses, unwatch, watch
@@ -131,6 +132,8 @@ def capture_maps(
             (``fuse_qkv_projections``), or it was called several times (FreeNoise).
     """
     check_count(max_rows, "max_rows", 1)
+    check_flag(differentiable, "differentiable")
+    check_flag(map_heads, "map_heads")
     wanted = as_indices("steps", steps, "indices of denoising steps or None")
     full3d = find_full3d(pipe_or_model, unknown=layout is not None)
     grids = {} if full3d else find_grids(pipe_or_model)

@@ -111,6 +111,8 @@ def test_wrong_calls(pipe):
         ({"prompt": 3}, TypeError, "prompt must be a text or a Trajectory, got int"),
         ({"num_frames": 0}, ValueError, "num_frames must be at least 1, got 0"),
         ({"seed": -1}, ValueError, "seed must be from 0 to"),
+        ({"refresh": True}, ValueError, "refresh is for a prompt and a writer, got a Trajectory"),
+        ({"refresh": 1}, TypeError, "refresh must be True or False, got int"),
         ({"synopsis": "x"}, TypeError, "synopsis must be a Synopsis or None, got str"),
         ({"steps": 3}, TypeError, "takes no argument 'steps'"),
         ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be at least 1, got 0"),

@@ -340,6 +340,7 @@ def strange_model():
             ValueError,
             "3 frames",
         ),
+        (make, {"stock_elsewhere": "no"}, TypeError, "stock_elsewhere must be True or False"),
         (make, {"embedding": 1}, TypeError, "embedding must be .* got int"),
         (make, {"embedding": vk.GridEmbedding(6)}, ValueError, "of 6 channels, .* have 4"),
         (make, {"fps": 30}, ValueError, "FPSEmbedding.for_unet"),

@@ -47,7 +47,7 @@ SYMBOLS = {"sigma": "σ", "tar_steps": "steps of TAR"}
 WHOLE_LISTS = {"map_steps"}
 OF_STUDIES = {"prompt": "prompts", "seed": "seeds"}
 SOURCES = ("writer", "writer_url", "writer_local")  # of stages that no file has
-WRITERS = (*SOURCES, "stages")
+WRITERS = (*SOURCES, "stages", "key_frames", "refresh")
 PROMPT_COLUMNS = ("prompt", "name", "caption")  # of a table; ChronoMagic-Bench's is name
 MOST_VIDEOS = 100_000
 

@@ -151,7 +151,7 @@ class StarVid:
             FloatingPointError: A loss or its gradient is not finite.
         """
         call = PipelineCall(self._pipe, options)
-        self._check(prompt, num_frames, seed, key_frames, synopsis)
+        self._check(prompt, num_frames, seed, key_frames, synopsis, refresh)
         check_sampling(self._pipe, options, maps)
         seed = secrets.randbelow(SEEDS) if seed is None else seed
         with ExitStack() as stack:
@@ -215,7 +215,13 @@ class StarVid:
         return self._writer.write(prompt, key_frames=key_frames, refresh=refresh)
 
     def _check(
-        self, prompt: Any, num_frames: Any, seed: Any, key_frames: Any, synopsis: Any
+        self,
+        prompt: Any,
+        num_frames: Any,
+        seed: Any,
+        key_frames: Any,
+        synopsis: Any,
+        refresh: Any,
     ) -> None:
         """Raises for what would otherwise be found only after a plan has been paid for."""
         if not isinstance(prompt, str | Trajectory):
@@ -225,7 +231,9 @@ class StarVid:
         check_integer("num_frames", num_frames, 1)
         if seed is not None:
             check_integer("seed", seed, 0, SEEDS - 1)
-        if key_frames is not None and isinstance(prompt, Trajectory):
-            raise ValueError("key_frames is for a prompt and a writer, got a Trajectory")
+        check_flag("refresh", refresh)
+        for name, is_given in (("key_frames", key_frames is not None), ("refresh", refresh)):
+            if is_given and isinstance(prompt, Trajectory):
+                raise ValueError(f"{name} is for a prompt and a writer, got a Trajectory")
         if synopsis is not None and not isinstance(synopsis, Synopsis):
             raise TypeError(f"synopsis must be a Synopsis or None, got {type(synopsis).__name__}")

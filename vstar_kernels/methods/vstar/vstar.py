@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from vstar_kernels.methods.arguments import check_integer
+from vstar_kernels.methods.arguments import check_flag, check_integer
 from vstar_kernels.methods.pipelines import (
     PipelineCall,
     check_pipeline,
@@ -131,6 +131,7 @@ class VSTAR:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
         check_rounding(rounding)
+        check_flag("extend_positions", extend_positions)
         self._pipe = pipe
         self._config = config
         self._writer = writer
@@ -178,7 +179,7 @@ class VSTAR:
             vstar_kernels.methods.vstar.writer.SynopsisError: The writer has no synopsis.
         """
         call = PipelineCall(self._pipe, options)
-        self._check(prompt, num_frames, seed, num_stages)
+        self._check(prompt, num_frames, seed, num_stages, refresh)
         check_sampling(self._pipe, options, maps)
         call.check_frames(num_frames)
         seed = secrets.randbelow(SEEDS) if seed is None else seed
@@ -256,13 +257,19 @@ class VSTAR:
             return Synopsis(prompt, [prompt])
         return self._writer.write(prompt, num_stages=num_stages, refresh=refresh)
 
-    def _check(self, prompt: Any, num_frames: Any, seed: Any, num_stages: Any) -> None:
+    def _check(
+        self, prompt: Any, num_frames: Any, seed: Any, num_stages: Any, refresh: Any
+    ) -> None:
         """Raises for what would otherwise be found only after a synopsis has been paid for."""
         if not isinstance(prompt, str | Synopsis):
             raise TypeError(f"prompt must be a text or a Synopsis, got {type(prompt).__name__}")
         check_integer("num_frames", num_frames, 1)
         if seed is not None:
             check_integer("seed", seed, 0, SEEDS - 1)
-        if num_stages is not None and (isinstance(prompt, Synopsis) or self._writer is None):
-            there = "a Synopsis" if isinstance(prompt, Synopsis) else "no writer"
-            raise ValueError(f"num_stages is for a prompt and a writer, got {there}")
+        check_flag("refresh", refresh)
+        if self._writer is not None and not isinstance(prompt, Synopsis):
+            return
+        there = "a Synopsis" if isinstance(prompt, Synopsis) else "no writer"
+        for name, is_given in (("num_stages", num_stages is not None), ("refresh", refresh)):
+            if is_given:
+                raise ValueError(f"{name} is for a prompt and a writer, got {there}")

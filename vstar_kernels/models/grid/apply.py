@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vstar_kernels.analysis.grids import Order, check_order, grid_shape
 from vstar_kernels.attention import dispatch
+from vstar_kernels.attention.bias import check_flag
 from vstar_kernels.models.apply import RegularizedHandle
 from vstar_kernels.models.config import TARConfig, checked_tar
 from vstar_kernels.models.front_end import modules_of, temporal_layers
@@ -77,6 +78,7 @@ def apply_grid(
     """
     config = None if config is None else checked_tar("config", config)
     check_order(order)
+    check_flag(stock_elsewhere, "stock_elsewhere")
     grid = Grid(*grid_shape(frames, rows=rows), order)
     dispatch.FRAME_ATTENTION.check_name(backend)
     models = _image_models(pipe_or_model)
