@@ -23,11 +23,19 @@ def parser(description: str | None, *, model: str | None) -> argparse.ArgumentPa
             "(default: a tiny pipeline with random weights, whose videos are noise)",
         )
     result.add_argument("--output", type=Path, default=Path("vstar-example"), help="a folder")
-    result.add_argument("--frames", type=int, default=16)
-    result.add_argument("--steps", type=int, default=4, help="of denoising; 25 to 50 for real")
+    result.add_argument("--frames", type=count, default=16)
+    result.add_argument("--steps", type=count, default=4, help="of denoising; 25 to 50 for real")
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return result
+
+
+def count(text: str) -> int:
+    """Reads a number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
 
 
 def load(

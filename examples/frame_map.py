@@ -78,7 +78,7 @@ def main() -> None:
     """Captures, draws, proposes."""
     parser = common.parser(__doc__, model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
     parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--factor", type=int, default=2, help="how many times as long")
+    parser.add_argument("--factor", type=common.count, default=2, help="how many times as long")
     parser.set_defaults(frames=None)
     options = parser.parse_args()
     pipe = common.load(DiffusionPipeline, options, tiny_transformers.wan)

@@ -18,7 +18,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 from PIL import Image
 
-from examples import tiny, tiny_transformers
+from examples import common, tiny, tiny_transformers
 
 EXAMPLES = ROOT / "examples"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,6 +33,14 @@ VIDEOS = {  # what each writes, with how many frames
     "text_to_video": {"stock": 16, "tar": 16},
 }
 SHARED = {"common", "tiny", "tiny_transformers"}
+
+
+@pytest.mark.parametrize("option", ["--frames", "--steps"])
+@pytest.mark.parametrize("number", ["0", "-1", "many"])
+def test_a_number_of_nothing_names_the_option(option, number, capsys):
+    with pytest.raises(SystemExit):
+        common.parser(None, model=None).parse_args([option, number])
+    assert f"argument {option}: " in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -89,6 +89,8 @@ class Installable(Protocol):
 class Handle:
     """What a public function put on a model, as a context manager; :meth:`remove` takes it off."""
 
+    _was_left = False  # a with statement
+
     def remove(self) -> None:
         """Puts everything back as it was, in any order; nothing happens the second time."""
         raise NotImplementedError
@@ -103,9 +105,15 @@ class Handle:
             raise
 
     def __enter__(self) -> Self:
+        if self._was_left:
+            raise RuntimeError(
+                f"this {type(self).__name__} was removed at the end of its with statement, and "
+                "would change nothing in another one: call what returned it again"
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._was_left = True
         self.remove()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
