@@ -246,6 +246,9 @@ def test_histograms_count_pairs_by_their_interval():
 def test_wrong_histograms_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         vk.analysis.similarity_histogram(torch.ones(4, 4), **options)
+    for nothing in ([], torch.ones(0, 4, 4)):
+        with pytest.raises(ValueError, match=r"similarity must be one .* or several, got none"):
+            vk.analysis.similarity_histogram(nothing)
 
 
 def gaussian_embedder(sigma):

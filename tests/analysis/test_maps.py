@@ -160,6 +160,12 @@ def test_band_figures():
     gaussian = vk.GaussianBias(4.0).matrix(400)
     width = vk.analysis.band_width(gaussian / gaussian.sum(-1, keepdim=True))
     assert float(width) == pytest.approx(4, rel=0.02)
+    for figure in (vk.analysis.diagonalness, vk.analysis.band_share, vk.analysis.band_width):
+        with pytest.raises(TypeError, match=r"maps must be a torch.Tensor, got list"):
+            figure([[1.0]])
+        for maps in (torch.ones(4), torch.ones(1, 4), torch.ones(2, 3), torch.eye(2).long()):
+            with pytest.raises(ValueError, match=r"maps must be floating-point \(…, frames, fram"):
+                figure(maps)
     with pytest.raises(ValueError, match="half_width must be at least 0 frames, got -1"):
         vk.analysis.band_share(both, -1)
 

@@ -227,6 +227,8 @@ def _edges(values: Tensor, bins: int, limits: tuple[float, float] | None) -> Ten
 
 
 def _stack(name: str, matrices: Tensor | Sequence[Tensor]) -> Tensor:
+    if len(matrices) == 0:
+        raise ValueError(f"{name} must be one (frames, frames) matrix or several, got none")
     stacked = matrices if isinstance(matrices, Tensor) else torch.stack(list(matrices))
     if stacked.ndim == 2:
         stacked = stacked[None]

@@ -369,7 +369,11 @@ def diagonalness(maps: Tensor) -> Tensor:
 
     Returns:
         ``(…,)``.
+
+    Raises:
+        TypeError, ValueError: ``maps`` is not of that kind or shape.
     """
+    _check_maps(maps)
     weights = maps.double()
     weights = weights / weights.sum((-2, -1), keepdim=True)
     frame = torch.arange(maps.shape[-1], dtype=torch.float64, device=maps.device)
@@ -429,8 +433,9 @@ def band_share(maps: Tensor, half_width: int = 1) -> Tensor:
         ``(…,)``.
 
     Raises:
-        ValueError: ``half_width`` is negative.
+        TypeError, ValueError: ``maps`` is not of that kind or shape, or ``half_width`` is negative.
     """
+    _check_maps(maps)
     if half_width < 0:
         raise ValueError(f"half_width must be at least 0 frames, got {half_width}")
     return (maps * (_distances(maps) <= half_width)).sum(-1).mean(-1)
@@ -446,7 +451,11 @@ def band_width(maps: Tensor) -> Tensor:
 
     Returns:
         ``(…,)``.
+
+    Raises:
+        TypeError, ValueError: ``maps`` is not of that kind or shape.
     """
+    _check_maps(maps)
     return (maps * _distances(maps).square()).sum(-1).mean(-1).sqrt()
 
 
@@ -505,6 +514,17 @@ def delta_matrices(
     if not isinstance(deltas, Mapping):
         deltas = {f"σ = {sigma:g}": GaussianBias(sigma) for sigma in deltas}
     return {name: bias.matrix(num_frames) for name, bias in deltas.items()}
+
+
+def _check_maps(maps: Any) -> None:
+    """Raises for what is no map, or would be repeated to be one."""
+    if not isinstance(maps, Tensor):
+        raise TypeError(f"maps must be a torch.Tensor, got {type(maps).__name__}")
+    if maps.ndim < 2 or maps.shape[-2] != maps.shape[-1] or not maps.is_floating_point():
+        raise ValueError(
+            f"maps must be floating-point (…, frames, frames), got {maps.dtype} of shape "
+            f"{tuple(maps.shape)}"
+        )
 
 
 def _distances(maps: Tensor) -> Tensor:
