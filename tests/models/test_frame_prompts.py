@@ -297,6 +297,8 @@ def test_wrong_arguments_are_refused(unet, embeddings, options, message):
 
 
 def test_wrong_kinds_are_refused(unet):
+    with pytest.raises(TypeError, match="guidance must be True or False, got str"):
+        vk.condition_frames(unet, torch.zeros(4, 3, 32), guidance="no")
     with pytest.raises(TypeError, match=r"embeddings must be a torch\.Tensor, got list"):
         vk.condition_frames(unet, [1.0])
     with pytest.raises(TypeError, match=r"pipe_or_model must be .*got dict"):

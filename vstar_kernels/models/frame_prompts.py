@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vstar_kernels.attention.bias import check_flag
 from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.models.conditional import in_conditional_passes
 from vstar_kernels.models.forwards import (
@@ -100,13 +101,15 @@ def condition_frames(
     Raises:
         ValueError: The model takes no text or has frame prompts already, or an argument is wrong.
             At a forward pass: the embeddings do not fit the sample or the text that is replaced.
-        TypeError: ``pipe_or_model`` or the embeddings are of the wrong kind.
+        TypeError: ``pipe_or_model`` or another argument is of the wrong kind.
     """
     check_embeddings(embeddings, "embeddings")
     check_mask(mask, embeddings, "mask", "embeddings")
     check_mask(negative_mask, negative, "negative_mask", "negative")
     if rule is not None and not isinstance(rule, FrameRule):
         raise TypeError(f"rule must be a FrameRule, got {type(rule).__name__}")
+    if guidance is not None:
+        check_flag(guidance, "guidance")
     if negative is not None:
         check_embeddings(negative, "negative")
         if negative.shape != embeddings.shape:
