@@ -1,6 +1,7 @@
 """VSTAR Synopsis and Write Synopsis."""
 
 import json
+import sys
 import types
 
 import pytest
@@ -96,12 +97,12 @@ def test_what_is_no_synopsis_is_an_error(run, inputs, message):
 @pytest.fixture
 def asked(monkeypatch):
     """What SynopsisWriter is asked for."""
-    asked = types.SimpleNamespace()
+    asked = types.SimpleNamespace(form="stage\n {}")
 
     class Writer:
         def write(self, prompt, *, num_stages):
             asked.prompt = prompt
-            return vk.Synopsis(prompt, [f"stage\n {i}" for i in range(num_stages)])
+            return vk.Synopsis(prompt, [asked.form.format(i) for i in range(num_stages)])
 
     def from_endpoint(model, **settings):
         asked.model, asked.settings = model, settings
@@ -116,6 +117,14 @@ def test_a_language_model_writes_stages(run, asked, monkeypatch):
     (text,) = run("VSTARWriteSynopsis", prompt=" A rose. ", stages=3, model="llama3")
     assert text == "stage 0\nstage 1\nstage 2"
     assert (asked.prompt, asked.model) == ("A rose.", "llama3")
+
+
+def test_stages_that_a_model_numbers_say_no_frame(nodes, run, asked):
+    asked.form = "{}: a bud"
+    (text,) = run("VSTARWriteSynopsis", prompt="A rose.", stages=2)
+    assert text == "Stage 0: a bud\nStage 1: a bud"
+    read = sys.modules[f"{nodes.__name__}.prompts"].read_stages
+    assert read("A rose.", text).anchors is None
 
 
 @pytest.mark.parametrize(

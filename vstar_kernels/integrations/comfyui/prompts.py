@@ -187,12 +187,15 @@ class WriteSynopsis(io.ComfyNode):
 
     @classmethod
     def execute(cls, prompt: str, stages: int, server: str, model: str) -> Any:
-        """Returns the stages, one a line."""
+        """Returns the stages, one a line, none of which says a frame."""
         writer = SynopsisWriter.from_endpoint(
             model.strip() or None, base_url=server.strip() or None, api_key=_key_for(server)
         )
         synopsis = writer.write(prompt.strip(), num_stages=stages)
-        return io.NodeOutput("\n".join(" ".join(stage.split()) for stage in synopsis.stages))
+        lines = [" ".join(stage.split()) for stage in synopsis.stages]
+        # "1: A bud." numbers the stage, where VSTAR Synopsis would read a frame.
+        lines = [f"Stage {line}" if _ANCHORED.fullmatch(line) else line for line in lines]
+        return io.NodeOutput("\n".join(lines))
 
 
 def _key_for(server: str) -> str | None:
