@@ -26,8 +26,8 @@ NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp
 help:
 	@echo "make demo       denoise a video three ways: stock, eager TAR, vstar_kernels"
 	@echo "make test       every test: the C++ ones, pytest, the Triton kernels interpreted"
-	@echo "make test-oldest  the same with the oldest torch and diffusers, make test-newest with the newest"
-	@echo "                torch (gigabytes, where that is CUDA's build)"
+	@echo "make test-oldest  the same with the oldest packages, make test-newest with the newest torch"
+	@echo "                (gigabytes, where that is CUDA's build)"
 	@echo "make test-install  the README's install lines in new virtual environments (minutes;"
 	@echo "                ARGS='--python PATH' for another Python)"
 	@echo "make test-ray   generate --ray on a cluster of two nodes, which loses workers and a node"
@@ -74,20 +74,18 @@ test: native $(STAMP)
 		tests/attention/columns/test_triton.py \
 		$(ARGS) $(OR_NO_TEST)
 
-# The same with the oldest torch and diffusers or the newest torch that pip finds, in an environment of
-# their own.
+# The same with the oldest packages that pyproject.toml allows, or with the newest torch that pip finds, in
+# an environment of their own.
 test-oldest test-newest: test-%: build/%.txt
 	$(MAKE) test VENV=build/$* PYTHON=build/$*/bin/python CONSTRAINTS=$<
 
-# The torch and the diffusers of pyproject.toml; with torch's Triton, and a NumPy that its interpreter knows.
-OLDEST_TORCH = 2.11.0
-OLDEST_TRITON = 3.6.0
-OLDEST_DIFFUSERS = 0.37.0
+# With a NumPy that this Triton's interpreter knows.
+OLDEST = torch==2.11.0 triton==3.6.0 diffusers==0.37.0 openai==3.26.0 pydantic==2.9.0 tyro==1.0.0
+OLDEST_TRITON = $(patsubst triton==%,%,$(filter triton==%,$(OLDEST)))
 build/oldest.txt: constraints.txt Makefile
 	mkdir -p build
-	sed -e 's/^torch==.*/torch==$(OLDEST_TORCH)/' -e 's/^triton==.*/triton==$(OLDEST_TRITON)/' \
-		-e 's/^diffusers==.*/diffusers==$(OLDEST_DIFFUSERS)/' $< >$@
-	echo "numpy<2.4" >>$@
+	grep --invert-match $(foreach pin,$(OLDEST),-e "^$(firstword $(subst ==, ,$(pin)))==") $< >$@
+	printf '%s\n' $(OLDEST) "numpy<2.4" >>$@
 
 # The newest torch asks for its Triton.
 build/newest.txt: constraints.txt Makefile
