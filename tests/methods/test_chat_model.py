@@ -48,6 +48,8 @@ def make_tokenizer(template=TEMPLATE):
         eos_token="<end>",
         additional_special_tokens=["<assistant>"],
         chat_template=template,
+        # As by default up to transformers 4; Llama takes no token types.
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
 
 

@@ -535,9 +535,11 @@ class ChatModel:
             ).to(self._model.device)
             length = inputs["input_ids"].shape[1]
             self._check_length(length)
+            # A tokenizer may return more, such as token types, which not every model takes.
+            taken = {name: inputs[name] for name in ("input_ids", "attention_mask")}
             with torch.no_grad():
                 output = self._model.generate(
-                    **inputs, max_new_tokens=self._max_new_tokens, do_sample=False
+                    **taken, max_new_tokens=self._max_new_tokens, do_sample=False
                 )
         # Templates are programs of their own, which may refuse, say, a system message.
         except (ValueError, TemplateError) as error:
