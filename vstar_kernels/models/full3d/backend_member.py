@@ -225,13 +225,11 @@ def _backend(processor: Any) -> Any:
 def _registry() -> Any:
     """Returns diffusers' backends; raises ImportError where it is too old to have what is used."""
     import diffusers
+    from diffusers.models import attention_dispatch
 
-    try:
-        from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
-
-        registry._supports_context_parallel  # noqa: B018 - which came with what members rely on
-    except (ImportError, AttributeError):
+    registry = attention_dispatch._AttentionBackendRegistry
+    if not hasattr(registry, "_supports_context_parallel"):
         raise ImportError(
             f"diffusers is {diffusers.__version__}; rules for full-3D models need 0.37 or later"
-        ) from None
+        )
     return registry
