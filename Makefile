@@ -80,7 +80,7 @@ test-oldest test-newest: test-%: build/%.txt
 	$(MAKE) test VENV=build/$* PYTHON=build/$*/bin/python CONSTRAINTS=$<
 
 # With a NumPy that this Triton's interpreter knows.
-OLDEST = torch==2.11.0 triton==3.6.0 diffusers==0.37.0 openai==3.26.0 pydantic==2.9.0 tyro==1.0.0
+OLDEST = torch==2.11.0 triton==3.6.0 diffusers==0.37.0 openai==3.26.0 pydantic==2.9.0 tyro==1.0.8
 OLDEST_TRITON = $(patsubst triton==%,%,$(filter triton==%,$(OLDEST)))
 build/oldest.txt: constraints.txt Makefile
 	mkdir -p build

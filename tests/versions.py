@@ -8,11 +8,12 @@ import pytest
 from packaging.version import Version
 
 
-def diffusers_before(version: str) -> bool:
-    """Returns whether the diffusers that is installed is older than that."""
-    return Version(metadata.version("diffusers")) < Version(version)
+def is_before(package: str, version: str) -> bool:
+    """Returns whether the package that is installed is older than that."""
+    return Version(metadata.version(package)) < Version(version)
 
 
 offloads_to_the_cpu = pytest.mark.skipif(
-    diffusers_before("0.41"), reason="before 0.41 diffusers offloads groups on accelerators alone"
+    is_before("diffusers", "0.41"),
+    reason="before 0.41 diffusers offloads groups on accelerators alone",
 )

@@ -9,7 +9,7 @@ from torch import nn
 import vstar_kernels as vk
 from tests.models.full3d.dense import Dense
 from tests.models.full3d.tiny import PLACES, TINY
-from tests.versions import diffusers_before
+from tests.versions import is_before
 
 pytest.importorskip("diffusers")
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -359,7 +359,7 @@ def test_a_model_of_a_class_that_is_not_known(model, stock):
         vk.apply_frames(other, RULE)
 
 
-@pytest.mark.skipif(diffusers_before("0.39"), reason="LTX-2 has no mask before 0.39")
+@pytest.mark.skipif(is_before("diffusers", "0.39"), reason="LTX-2 has no mask before 0.39")
 def test_a_mask_that_nothing_accounts_for_is_an_error():
     tiny = TINY["ltx-2"]
     model, inputs = tiny.make(), tiny.call()

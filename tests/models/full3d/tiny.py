@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import vstar_kernels as vk
-from tests.versions import diffusers_before
+from tests.versions import is_before
 
 HEIGHT, WIDTH, PLACES = 4, 6, 6  # of the latents, and the tokens of a frame at patches of 2 × 2
 BATCH = 2
@@ -60,7 +60,7 @@ class Tiny:
 
     def make(self, seed: int = 0, **changes: Any) -> nn.Module:
         """Returns the model, the same one for the same seed; skips the test where it is too new."""
-        if diffusers_before(self.since):
+        if is_before("diffusers", self.since):
             pytest.skip(f"diffusers has {self.name} since {self.since}")
         import diffusers
 
