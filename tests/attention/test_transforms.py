@@ -264,6 +264,24 @@ def test_vmap_in_a_compiled_function(attend):
         assert_near(one, other)
 
 
+def test_tangents_in_a_compiled_function_are_refused(attend):
+    """Where a graph need not be whole, torch does without one and computes them."""
+    tensors = inputs()
+
+    def tangents(*primals):
+        return torch.func.jvp(attend, primals, primals)[1]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(tangents, backend="aot_eager", fullgraph=True)
+    # Of frame_attention dynamo refuses the layout's tables before, in its own words.
+    words = r"no forward-mode derivative under|conversion to view functorch tensor"
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=words):
+        compiled(*tensors)
+    torch._dynamo.reset()
+    compiled = torch.compile(tangents, backend="aot_eager")
+    assert torch.equal(compiled(*tensors), tangents(*tensors))
+
+
 @pytest.mark.parametrize("option", ["scale", "strength", "sigma"])
 def test_compiled_with_options_that_vary(option):
     """torch.compile makes them symbols when it sees a second value."""

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from vstar_kernels.attention import dispatch, flops
-from vstar_kernels.attention.call import Call, Gradients, Options, Wanted, empty_like, nothing
+from vstar_kernels.attention.call import (
+    Call,
+    Gradients,
+    Options,
+    Wanted,
+    empty_like,
+    follows_tangents,
+    nothing,
+)
 from vstar_kernels.attention.columns.call import (
     ColumnCall,
     ColumnGradients,
@@ -192,6 +200,13 @@ class Operator:
 
         ``backend`` None leaves the choice to the moment when the operator runs.
         """
+        if torch.compiler.is_compiling() and follows_tangents():
+            # A graph would hold the operator, which drops them. Where it need not be whole, torch
+            # runs the function as it is instead.
+            raise NotImplementedError(
+                f"{self.operation.name} has no forward-mode derivative under torch.compile: "
+                "compute tangents (torch.func.jvp, jacfwd) outside of the compiled function"
+            )
         tensors = [getattr(call, name) for name in self.tensors]
         if spread(call):
             from vstar_kernels.attention import dtensor

@@ -89,7 +89,7 @@ class Installable(Protocol):
 class Handle:
     """What a public function put on a model, as a context manager; :meth:`remove` takes it off."""
 
-    _was_left = False  # a with statement
+    _was_left = False  # whether its with statement has ended
 
     def remove(self) -> None:
         """Puts everything back as it was, in any order; nothing happens the second time."""

@@ -186,7 +186,7 @@ def _weigh(call: FrameCall, places: _Places, rows: slice) -> _Rows:
 
     counted = visible & (g >= 0)
     hidden = ~visible
-    # Again, as the tables' largest bias may be one of keys that a band or a length hides.
+    # The tables were raised by their own largest bias, which a band or a length may have hidden.
     logits = scaled if offset is None else scaled + raised(offset.masked_fill(hidden, -math.inf))
     delta, stat = None, phi.new_ones(phi.shape[:-1]).unsqueeze(-1)
     if call.delta is not None:
