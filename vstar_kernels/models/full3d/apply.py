@@ -82,6 +82,7 @@ def apply_frames(
         ValueError: There is no full-3D transformer that is known, one has a rule already, no layer
             is chosen or an index is beyond the last, or its attention cannot be reached. At a
             forward pass: the sequence is not what the call says, or the step cannot be known.
+        ImportError: diffusers is too old.
     """
     if not isinstance(rule, FrameRule) and not callable(rule):
         raise TypeError(

@@ -223,13 +223,14 @@ def _backend(processor: Any) -> Any:
 
 
 def _registry() -> Any:
-    """Returns diffusers' backends; raises ImportError where it is too old to have what is used."""
+    """Returns diffusers' backends; raises ImportError where they are not those that are known."""
     import diffusers
     from diffusers.models import attention_dispatch
 
     registry = attention_dispatch._AttentionBackendRegistry
     if not hasattr(registry, "_supports_context_parallel"):
         raise ImportError(
-            f"diffusers is {diffusers.__version__}; rules for full-3D models need 0.37 or later"
+            f"diffusers is {diffusers.__version__}, whose attention backends are not known here: "
+            "rules for full-3D models need 0.37 or later"
         )
     return registry
