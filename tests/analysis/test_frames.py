@@ -225,6 +225,8 @@ def test_histograms_count_pairs_by_their_interval():
     torch.testing.assert_close(found.means, torch.tensor([0.8, 0.4]))
     both = vk.analysis.similarity_histogram([similarity, 0 * similarity], bins=4)
     assert both.intervals == (1, 2, 3)
+    drawn = vk.analysis.similarity_histogram((x for x in (similarity, 0 * similarity)), bins=4)
+    assert torch.equal(drawn.shares, both.shares)
     torch.testing.assert_close(both.shares.sum(1), torch.ones(3))
     assert (float(both.edges[0]), float(both.edges[-1])) == (0, pytest.approx(0.9))
     assert both.shares[0].tolist() == pytest.approx([3 / 6, 0, 1 / 6, 2 / 6])
@@ -246,6 +248,8 @@ def test_histograms_count_pairs_by_their_interval():
 def test_wrong_histograms_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         vk.analysis.similarity_histogram(torch.ones(4, 4), **options)
+    with pytest.raises(ValueError, match=r"several, got \(\)"):
+        vk.analysis.similarity_histogram(torch.tensor(1.0))
     for nothing in ([], torch.ones(0, 4, 4)):
         with pytest.raises(ValueError, match=r"similarity must be one .* or several, got none"):
             vk.analysis.similarity_histogram(nothing)

@@ -163,9 +163,11 @@ def test_band_figures():
     for figure in (vk.analysis.diagonalness, vk.analysis.band_share, vk.analysis.band_width):
         with pytest.raises(TypeError, match=r"maps must be a torch.Tensor, got list"):
             figure([[1.0]])
-        for maps in (torch.ones(4), torch.ones(1, 4), torch.ones(2, 3), torch.eye(2).long()):
-            with pytest.raises(ValueError, match=r"maps must be floating-point \(…, frames, fram"):
+        for maps in (torch.ones(4), torch.ones(1, 4), torch.ones(2, 3), torch.eye(2).cfloat()):
+            with pytest.raises(ValueError, match=r"maps must be real \(…, frames, frames\), got"):
                 figure(maps)
+        for dtype in (torch.bool, torch.int64):
+            assert figure(torch.eye(2, dtype=dtype)) == figure(torch.eye(2))
     with pytest.raises(ValueError, match="half_width must be at least 0 frames, got -1"):
         vk.analysis.band_share(both, -1)
 

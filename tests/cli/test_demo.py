@@ -28,7 +28,7 @@ from examples import tiny
 from tests.browser import HOSTILE, scripts_run
 from vstar_kernels.analysis import band_share
 from vstar_kernels.cli import measure
-from vstar_kernels.cli.demo import denoise, report
+from vstar_kernels.cli.demo import command, denoise, report
 from vstar_kernels.models.attention_processor import TARAttnProcessor
 from vstar_kernels.models.layers import TemporalLayer
 
@@ -149,6 +149,18 @@ def test_the_report_stands_alone(small):
     assert page.count('<source srcset="data:image/svg+xml;base64,') == 2  # for dark screens
     assert "prefers-color-scheme: dark" in page
     assert "http" not in page
+
+
+def test_the_settings_are_those_that_counted(small, wan):
+    settings = read_results(small)["settings"]
+    assert (settings["width"], settings["prompt"]) == (32, None)
+    settings = read_results(wan)["settings"]
+    assert (settings["width"], settings["prompt"]) == (None, None)
+    prompted = command.DemoOptions(model="a/name").for_model
+    assert prompted == {"prompt": "A landscape turns from spring to winter, time lapse."}
+    page = (small / "report.html").read_text()
+    assert "--width" in page
+    assert "--prompt" not in page
 
 
 def test_a_map_is_drawn_from_its_minimum_to_its_maximum():

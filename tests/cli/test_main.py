@@ -8,7 +8,9 @@ from tests.helpers import run_python
 from vstar_kernels.attention import triton
 from vstar_kernels.cli import info
 from vstar_kernels.cli.main import main
+from vstar_kernels.cli.progress import say
 
+PRINT = (["info"], ["--version"], ["demo", "--help"])
 EXTRAS = ("tyro", "jinja2", "psutil", "cpuinfo")
 
 
@@ -28,22 +30,41 @@ def test_info_names_the_machine():
     assert not facts["processor"].startswith("unknown")
 
 
-@pytest.mark.parametrize("command", ["info", "--version"])
-def test_a_reader_that_has_gone_is_no_error(command, monkeypatch):
+@pytest.mark.parametrize("arguments", PRINT)
+def test_a_reader_that_has_gone_is_no_error(arguments, monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)
-    with open(writing, "w") as output:
-        monkeypatch.setattr(sys, "stdout", output)
-        assert main([command]) == 0
-        monkeypatch.undo()
+    with open(writing, "w") as output, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", output)
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+    assert stopped.value.code == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no such device")
+@pytest.mark.parametrize("arguments", PRINT)
+def test_a_full_disk_is_an_error(arguments, monkeypatch, capsys):
+    with open("/dev/full", "w") as output, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", output)
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert error == "error: [Errno 28] No space left on device\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no such device")
 def test_a_log_on_a_full_disk_is_no_error(monkeypatch):
-    with open("/dev/full", "w") as output:
-        monkeypatch.setattr(sys, "stdout", output)
-        assert main(["info"]) == 0
-        monkeypatch.undo()
+    with open("/dev/full", "w") as output, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", output)
+        say("done")
+
+
+def test_a_closed_output_is_no_error(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        assert main(["info"]) == main(["--version"]) == 0
+        say("done")
 
 
 def test_info_needs_none_of_the_extras(capsys, monkeypatch):

@@ -227,15 +227,19 @@ def _edges(values: Tensor, bins: int, limits: tuple[float, float] | None) -> Ten
 
 
 def _stack(name: str, matrices: Tensor | Sequence[Tensor]) -> Tensor:
-    if len(matrices) == 0:
-        raise ValueError(f"{name} must be one (frames, frames) matrix or several, got none")
-    stacked = matrices if isinstance(matrices, Tensor) else torch.stack(list(matrices))
+    if isinstance(matrices, Tensor):
+        stacked = matrices
+    else:
+        several = list(matrices)
+        stacked = torch.stack(several) if several else torch.empty(0, 0, 0)
     if stacked.ndim == 2:
         stacked = stacked[None]
     if stacked.ndim != 3 or stacked.shape[1] != stacked.shape[2]:
         raise ValueError(
             f"{name} must be one (frames, frames) matrix or several, got {tuple(stacked.shape)}"
         )
+    if stacked.numel() == 0:
+        raise ValueError(f"{name} must be one (frames, frames) matrix or several, got none")
     return stacked.detach()
 
 

@@ -373,7 +373,7 @@ def diagonalness(maps: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: ``maps`` is not of that kind or shape.
     """
-    _check_maps(maps)
+    maps = _checked(maps)
     weights = maps.double()
     weights = weights / weights.sum((-2, -1), keepdim=True)
     frame = torch.arange(maps.shape[-1], dtype=torch.float64, device=maps.device)
@@ -435,7 +435,7 @@ def band_share(maps: Tensor, half_width: int = 1) -> Tensor:
     Raises:
         TypeError, ValueError: ``maps`` is not of that kind or shape, or ``half_width`` is negative.
     """
-    _check_maps(maps)
+    maps = _checked(maps)
     if half_width < 0:
         raise ValueError(f"half_width must be at least 0 frames, got {half_width}")
     return (maps * (_distances(maps) <= half_width)).sum(-1).mean(-1)
@@ -455,7 +455,7 @@ def band_width(maps: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: ``maps`` is not of that kind or shape.
     """
-    _check_maps(maps)
+    maps = _checked(maps)
     return (maps * _distances(maps).square()).sum(-1).mean(-1).sqrt()
 
 
@@ -516,15 +516,15 @@ def delta_matrices(
     return {name: bias.matrix(num_frames) for name, bias in deltas.items()}
 
 
-def _check_maps(maps: Any) -> None:
-    """Raises for what is no map, or would be repeated to be one."""
+def _checked(maps: Any) -> Tensor:
+    """Returns maps in floating point; raises for what is none, or would be repeated to be one."""
     if not isinstance(maps, Tensor):
         raise TypeError(f"maps must be a torch.Tensor, got {type(maps).__name__}")
-    if maps.ndim < 2 or maps.shape[-2] != maps.shape[-1] or not maps.is_floating_point():
+    if maps.ndim < 2 or maps.shape[-2] != maps.shape[-1] or maps.is_complex():
         raise ValueError(
-            f"maps must be floating-point (…, frames, frames), got {maps.dtype} of shape "
-            f"{tuple(maps.shape)}"
+            f"maps must be real (…, frames, frames), got {maps.dtype} of shape {tuple(maps.shape)}"
         )
+    return maps if maps.is_floating_point() else maps.float()
 
 
 def _distances(maps: Tensor) -> Tensor:

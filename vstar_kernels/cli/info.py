@@ -16,7 +16,7 @@ import torch
 from vstar_kernels._version import __version__
 from vstar_kernels.attention import native
 from vstar_kernels.attention.dispatch import available
-from vstar_kernels.cli.progress import say
+from vstar_kernels.cli.progress import whole_output
 
 OPTIONAL_PACKAGES = ("triton", "diffusers", "transformers", "xformers")
 
@@ -29,8 +29,9 @@ class Info:
         """Prints :func:`info`; returns the exit status 0."""
         facts = info()
         width = max(map(len, facts))
-        for name, fact in facts.items():
-            say(f"{name:<{width}}  {fact}")
+        with whole_output():
+            for name, fact in facts.items():
+                print(f"{name:<{width}}  {fact}")
         return 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from vstar_kernels._version import __version__
 from vstar_kernels.cli.info import Info
-from vstar_kernels.cli.progress import say
+from vstar_kernels.cli.progress import whole_output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +26,8 @@ def _run(arguments: Sequence[str]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     # These two answer wherever the package is, with none of its extras.
     if arguments == ["--version"]:
-        say(__version__)
+        with whole_output():
+            print(__version__)
         return 0
     if arguments == ["info"]:
         return Info().run()

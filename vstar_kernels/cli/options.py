@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 import tyro
 
+from vstar_kernels.cli.progress import whole_output
 from vstar_kernels.files import IncompleteError, results_folder
 from vstar_kernels.reading import shorten
 
@@ -53,9 +54,10 @@ def run_command(
     """
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes)
     try:
-        command: Command = tyro.extras.subcommand_cli_from_dict(
-            dict(commands), prog=prog, description=description, args=arguments, config=config
-        )
+        with whole_output():  # of --help
+            command: Command = tyro.extras.subcommand_cli_from_dict(
+                dict(commands), prog=prog, description=description, args=arguments, config=config
+            )
         with _ended_in_order():
             return command.run()
     except CommandError as error:

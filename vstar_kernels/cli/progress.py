@@ -60,12 +60,39 @@ def say(line: str, write: Callable[[str], object] = print) -> None:
         line: What to print, on standard output.
         write: Prints it.
     """
+    if sys.stdout is None:  # closed
+        return
     try:
         write(line)
         sys.stdout.flush()
-    except OSError:  # nor does what the process prints or flushes later
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    except OSError:
+        _write_nowhere()
+
+
+@contextmanager
+def whole_output() -> Iterator[None]:
+    """Ends the process where what the body prints is lost: with 0 if nobody reads on, or with 1.
+
+    It is for what is printed as the result of a command, as :func:`say` is for its log.
+    """
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:  # closed
+                sys.stdout.flush()
+    except OSError as error:
+        _write_nowhere()
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(0) from error
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def _write_nowhere() -> None:
+    """Drops what the process has not written yet, and what it prints later."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 @contextmanager

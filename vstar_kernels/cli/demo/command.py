@@ -114,6 +114,15 @@ class DemoOptions:
                 f"--width, {self.width}, is for the random UNet, not for --model {self.model}"
             )
 
+    @property
+    def for_model(self) -> dict[str, Any]:
+        """What the model needs beside the noise: the random UNet a width, real weights a prompt."""
+        if self.model is None:
+            return {"width": WIDTH if self.width is None else self.width}
+        if self.model == transformer.NAME:
+            return {}
+        return {"prompt": PROMPT if self.prompt is None else self.prompt}
+
     def run(self) -> int:
         """Denoises, prints the table and writes the folder.
 
@@ -130,7 +139,9 @@ class DemoOptions:
             demo = prepare(self)
             _denoise(demo)
             results = {
-                "settings": dataclasses.asdict(self) | {"output": str(self.output)},
+                "settings": dataclasses.asdict(self)
+                | self.for_model
+                | {"output": str(self.output)},
                 **report.results_of(demo),
                 "total_seconds": time.perf_counter() - start,
             }
@@ -200,9 +211,8 @@ def load_model(options: DemoOptions) -> VideoModel:
         "device": options.device,
     }
     if options.model is None:
-        return random_model(WIDTH if options.width is None else options.width, **noise)
-    prompt = PROMPT if options.prompt is None else options.prompt
-    return pretrained_model(options.model, prompt, **noise)
+        return random_model(**options.for_model, **noise)
+    return pretrained_model(options.model, **options.for_model, **noise)
 
 
 def _denoise(demo: Demo | transformer.TransformerDemo) -> None:

@@ -15,7 +15,6 @@ from vstar_kernels.analysis import band_share
 from vstar_kernels.analysis.maps import Level
 from vstar_kernels.analysis.plots import COLOUR_MAP
 from vstar_kernels.cli.demo.denoise import EAGER, KERNELS, STOCK, Demo, Denoising, Panel
-from vstar_kernels.cli.demo.transformer import NAME as WAN
 from vstar_kernels.cli.demo.transformer import TransformerDemo
 from vstar_kernels.cli.info import info
 from vstar_kernels.cli.page import DARK, LIGHT, Colours, data_uri, figure_uri, render
@@ -219,12 +218,10 @@ def _map_row(results: dict[str, Any], key: str, title: str) -> Iterator[dict[str
 
 def _settings(results: dict[str, Any]) -> list[tuple[str, Any]]:
     """Returns the options that counted, and facts of the model."""
-    model = results["settings"]["model"]
-    without_effect = {None: ("prompt",), WAN: ("prompt", "width")}.get(model, ("width",))
     given = (
         (f"--{name}", " ".join(map(str, value)) if isinstance(value, tuple) else value)
         for name, value in results["settings"].items()
-        if value is not None and name not in without_effect
+        if value is not None
     )
     facts = ((name.replace("_", " "), value) for name, value in results["model"].items())
     return [*given, *facts, ("seconds in all", f"{results['total_seconds']:.0f}")]
