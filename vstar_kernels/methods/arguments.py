@@ -28,12 +28,6 @@ def check_seconds(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be more than 0 seconds, and finite, got {_shown(value)}")
 
 
-def check_flag(name: str, value: Any) -> None:
-    """Raises TypeError unless it is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
-
-
 def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
     """Raises ValueError unless it is one of some words."""
     if not isinstance(value, str) or value not in allowed:

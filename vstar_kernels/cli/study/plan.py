@@ -345,7 +345,7 @@ def _numbers(expected: Any) -> dict[str, int]:
         type(n) is int and n >= 0 for n in expected.values()
     )
     if not is_right:
-        raise FormatError(f"expected must map nouns to numbers, got {expected!r}")
+        raise FormatError(f"expected must map nouns to numbers from 0 on, got {expected!r}")
     return dict(expected)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vstar_kernels.methods.arguments import check_flag, check_integer
+from vstar_kernels.attention.bias import check_flag
+from vstar_kernels.methods.arguments import check_integer
 from vstar_kernels.methods.pipelines import (
     PIPELINES,
     PipelineCall,
@@ -106,7 +107,7 @@ class StarVid:
             raise TypeError(f"config must be a GuidanceConfig or None, got {type(config).__name__}")
         if writer is not None and not isinstance(writer, TrajectoryWriter):
             raise TypeError(f"writer must be a TrajectoryWriter, got {type(writer).__name__}")
-        check_flag("checkpointing", checkpointing)
+        check_flag(checkpointing, "checkpointing")
         self._pipe = pipe
         self._config = GuidanceConfig() if config is None else config
         self._writer = writer
@@ -231,7 +232,7 @@ class StarVid:
         check_integer("num_frames", num_frames, 1)
         if seed is not None:
             check_integer("seed", seed, 0, SEEDS - 1)
-        check_flag("refresh", refresh)
+        check_flag(refresh, "refresh")
         for name, is_given in (("key_frames", key_frames is not None), ("refresh", refresh)):
             if is_given and isinstance(prompt, Trajectory):
                 raise ValueError(f"{name} is for a prompt and a writer, got a Trajectory")

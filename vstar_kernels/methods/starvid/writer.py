@@ -8,7 +8,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vstar_kernels.methods.arguments import check_flag, check_integer, check_text
+from vstar_kernels.attention.bias import check_flag
+from vstar_kernels.methods.arguments import check_integer, check_text
 from vstar_kernels.methods.llm import AnswerError, Messages
 from vstar_kernels.methods.starvid.trajectory import Subject, Trajectory, trajectories_of
 from vstar_kernels.methods.writers import Writer
@@ -165,7 +166,7 @@ class TrajectoryWriter(Writer):
                 out of its range.
         """
         check_text("prompt", prompt)
-        check_flag("refresh", refresh)
+        check_flag(refresh, "refresh")
         if key_frames is not None:
             check_integer("key_frames", key_frames, 1, MOST_KEY_FRAMES)
         try:

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from vstar_kernels.methods.arguments import check_flag, check_integer
+from vstar_kernels.attention.bias import check_flag
+from vstar_kernels.methods.arguments import check_integer
 from vstar_kernels.methods.pipelines import (
     PipelineCall,
     check_pipeline,
@@ -131,7 +132,7 @@ class VSTAR:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
         check_rounding(rounding)
-        check_flag("extend_positions", extend_positions)
+        check_flag(extend_positions, "extend_positions")
         self._pipe = pipe
         self._config = config
         self._writer = writer
@@ -266,7 +267,7 @@ class VSTAR:
         check_integer("num_frames", num_frames, 1)
         if seed is not None:
             check_integer("seed", seed, 0, SEEDS - 1)
-        check_flag("refresh", refresh)
+        check_flag(refresh, "refresh")
         if self._writer is not None and not isinstance(prompt, Synopsis):
             return
         there = "a Synopsis" if isinstance(prompt, Synopsis) else "no writer"

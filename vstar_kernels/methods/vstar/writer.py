@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vstar_kernels.methods.arguments import check_flag, check_integer, check_text
+from vstar_kernels.attention.bias import check_flag
+from vstar_kernels.methods.arguments import check_integer, check_text
 from vstar_kernels.methods.llm import AnswerError, LanguageModel, Messages
 from vstar_kernels.methods.vstar.synopsis import Synopsis, synopses_of
 from vstar_kernels.methods.writers import Writer
@@ -148,7 +149,7 @@ class SynopsisWriter(Writer):
                 outside of the limits.
         """
         check_text("prompt", prompt)
-        check_flag("refresh", refresh)
+        check_flag(refresh, "refresh")
         fewest, most = self._limits
         if num_stages is not None:
             check_integer("num_stages", num_stages, fewest, most)
