@@ -28,7 +28,7 @@ COMPILING = 0.4  # of a run's time, at most
 class Run(Selection):
     """Measure, and report."""
 
-    stop_after: Annotated[float, parsed(amount, "SECONDS")] = math.inf
+    stop_after: Annotated[float | None, parsed(amount, "SECONDS"), option()] = None
     """Begin no case after so many seconds."""
     patience: Annotated[float, parsed(amount, "SECONDS")] = run.PATIENCE
     """Give up a peer that takes longer than so many seconds."""
@@ -53,7 +53,7 @@ class Run(Selection):
         print(f"{len(begun.missing)} cases to measure; results in {path}")
         to_go_on = f"To go on: python -m benchmarks run --resume {path}"
         try:
-            seconds = self.stop_after
+            seconds = math.inf if self.stop_after is None else self.stop_after
             if self.compile_jobs and begun.plan.device == "cuda":
                 began = time.monotonic()
                 compile_kernels(path, self.compile_jobs, COMPILING * seconds)

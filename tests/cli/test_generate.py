@@ -472,6 +472,7 @@ def test_errors_name_the_option(generate, output, monkeypatch, arguments, messag
             "Error parsing --stages: must be an integer of at least 2, at most 12, got '13'",
         ),
         (["--seed", "-1"], "Error parsing --seed: must be an integer of at least 0, at most "),
+        (["--seed", "9" * 5000], "Error parsing --seed: must be an integer of at least 0"),
         (["--size", "100x100"], "Error parsing --size: must be HEIGHTxWIDTH in multiples of 8"),
         (
             ["--map-steps", "1", "-1"],
@@ -503,6 +504,8 @@ def test_wrong_options(generate, read_error, output, arguments, message):
 def test_too_little_memory_is_a_line():
     with pytest.raises(CommandError, match="allocate"), errors_of_the_call():
         torch.empty(2**60)
+    with pytest.raises(RuntimeError, match="singular"), errors_of_the_call():  # no other fault is
+        torch.linalg.inv(torch.zeros(2, 2))
 
 
 def test_an_interrupted_import_is_no_missing_package(monkeypatch):

@@ -65,6 +65,9 @@ def test_a_closed_output_is_no_error(monkeypatch):
         patch.setattr(sys, "stdout", None)
         assert main(["info"]) == main(["--version"]) == 0
         say("done")
+        with pytest.raises(SystemExit) as stopped:
+            main(["study", "--help"])
+    assert stopped.value.code == 0
 
 
 def test_info_needs_none_of_the_extras(capsys, monkeypatch):

@@ -183,7 +183,8 @@ def test_scores_of_subjects(study, tmp_path):
             "mt_score": {"retriever": f"{here}:retriever", **sentences},
         },
     }
-    status, printed = study(content, "--writer", "nobody")  # whom nothing is left to plan
+    writer = ["--method", "starvid", "--writer", "nobody", "--key-frames", 3]
+    status, printed = study(content, *writer)  # for whom nothing is left to plan
     assert status == 0, printed
     rows = table(tmp_path / "out/scores.csv")
     assert [float(row["numeracy"]) for row in rows] == [0.5, 1.0]

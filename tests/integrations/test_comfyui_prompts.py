@@ -125,6 +125,10 @@ def test_stages_that_a_model_numbers_say_no_frame(nodes, run, asked):
     assert text == "Stage 0: a bud\nStage 1: a bud"
     read = sys.modules[f"{nodes.__name__}.prompts"].read_stages
     assert read("A rose.", text).anchors is None
+    asked.form = "a bud, {}: red"  # which says no frame either, as it does not begin so
+    (text,) = run("VSTARWriteSynopsis", prompt="A rose.", stages=2)
+    assert text == "a bud, 0: red\na bud, 1: red"
+    assert read("A rose.", text).anchors is None
 
 
 @pytest.mark.parametrize(

@@ -280,6 +280,8 @@ def test_wrong_arguments():
         vk.VSTAR(pipe, rounding=1)
     with pytest.raises(ValueError, match=r"num_stages .* got no writer"):
         vk.VSTAR(pipe)(PROMPT, num_stages=3)
+    with pytest.raises(ValueError, match=r"refresh .* got no writer"):
+        vk.VSTAR(pipe)(PROMPT, refresh=True)
     with pytest.raises(ValueError, match=r"anchors must be below num_frames, 4"):
         vk.VSTAR(pipe)(vk.Synopsis(PROMPT, STAGES, [0, 2, 9]), num_frames=4)
     with pytest.raises(TypeError, match="got StableVideoDiffusionPipeline"):

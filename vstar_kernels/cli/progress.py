@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from vstar_kernels.models.progress import OnStep
@@ -75,12 +75,15 @@ def whole_output() -> Iterator[None]:
 
     It is for what is printed as the result of a command, as :func:`say` is for its log.
     """
+    if sys.stdout is None:  # closed; tyro asks it even so whether it is a terminal
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            yield
+        return
     try:
         try:
             yield
         finally:
-            if sys.stdout is not None:  # closed
-                sys.stdout.flush()
+            sys.stdout.flush()
     except OSError as error:
         _write_nowhere()
         if isinstance(error, BrokenPipeError):
