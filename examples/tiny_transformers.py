@@ -25,6 +25,7 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     CosmosTextToWorldPipeline,
     CosmosTransformer3DModel,
+    DiffusionPipeline,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -82,6 +83,20 @@ def skyreels() -> SkyReelsV2Pipeline:
         UniPCMultistepScheduler(
             flow_shift=8.0, use_flow_sigmas=True, prediction_type="flow_prediction"
         ),
+    )
+
+
+def anyflow() -> DiffusionPipeline:
+    """Makes AnyFlow's, of diffusers 0.39 and later; it is distilled from Wan 2.1."""
+    from diffusers import AnyFlowPipeline, AnyFlowTransformer3DModel, FlowMapEulerDiscreteScheduler
+
+    torch.manual_seed(0)
+    return AnyFlowPipeline(
+        _tokenizer(),
+        UMT5EncoderModel(UMT5Config(**_t5())).eval(),
+        AnyFlowTransformer3DModel(**_wan()).eval(),
+        _wan_vae(),
+        FlowMapEulerDiscreteScheduler(),
     )
 
 

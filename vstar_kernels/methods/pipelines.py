@@ -27,6 +27,7 @@ PIPELINES = (
 TEXT_APART = {
     "WanPipeline": "vae_scale_factor_temporal",
     "SkyReelsV2Pipeline": "vae_scale_factor_temporal",
+    "AnyFlowPipeline": "vae_scale_factor_temporal",
     "LTXPipeline": "vae_temporal_compression_ratio",
     "AllegroPipeline": "vae_scale_factor_temporal",
     "CosmosTextToWorldPipeline": "vae_scale_factor_temporal",

@@ -62,7 +62,8 @@ class Dense:
         return calls
 
     def _answer(self, call: AttentionCall) -> Tensor:
-        if not self._coming or {call.query.shape[2], call.key.shape[2]} != {self._coming[0][2]}:
+        queries, keys = call.query.shape[2], call.key.shape[2] - self.tiny.prompt
+        if not self._coming or {queries, keys} != {self._coming[0][2]}:
             return call.stock()
         name, _, _ = self._coming.pop(0)
         layout = self.tiny.layouts(self.frames)[name]
@@ -73,7 +74,9 @@ class Dense:
     def _attend(
         self, call: AttentionCall, layout: vk.Layout, is_regularized: bool
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = (x.double() for x in (call.query, call.key, call.value))
+        group = call.query.shape[1] // call.key.shape[1]
+        k, v = (x.repeat_interleave(group, 1).double() for x in (call.key, call.value))
+        q = call.query.double()
         logits = q @ k.mT * (call.scale or q.shape[-1] ** -0.5)
         visible = torch.zeros_like(logits)
         if call.attn_mask is not None:
@@ -84,16 +87,17 @@ class Dense:
         frame = torch.tensor([run.frame for run in layout.runs for _ in range(run.start, run.end)])[
             : q.shape[2]
         ]
+        key_frame = torch.cat([frame.new_full((self.tiny.prompt,), -1), frame])
         if is_regularized:
-            logits = logits + self._bias(logits + visible, frame, layout)
+            logits = logits + self._bias(logits + visible, frame, key_frame, layout)
         weights = (logits + visible).softmax(-1).nan_to_num(0.0)  # a query may see nothing
-        onto = [weights[..., frame == g].sum(-1) for g in [*range(layout.frames), -1]]
+        onto = [weights[..., key_frame == g].sum(-1) for g in [*range(layout.frames), -1]]
         rows = torch.stack(onto, dim=-1)
         map_ = torch.stack([rows[:, :, frame == f].mean(2) for f in range(layout.frames)], dim=2)
         return weights @ v, map_.float()
 
-    def _bias(self, logits: Tensor, frame: Tensor, layout: vk.Layout) -> Tensor:
-        by_frame = [logits[..., frame == g] for g in range(layout.frames)]
+    def _bias(self, logits: Tensor, frame: Tensor, key_frame: Tensor, layout: vk.Layout) -> Tensor:
+        by_frame = [logits[..., key_frame == g] for g in range(layout.frames)]
         if self.stat == "row_max":
             stat = torch.cat(by_frame, dim=-1).amax(-1)
         else:
@@ -101,7 +105,8 @@ class Dense:
             means = [x.logsumexp(-1) - n for x, n in zip(by_frame, counts, strict=True)]
             stat = torch.stack(means, dim=-1).amax(-1)
         stat = stat.masked_fill(~stat.isfinite(), 0.0)  # where it sees no frame
-        time = torch.tensor(layout.coordinates, dtype=torch.float64)[frame]
-        delta = torch.exp(-((time[:, None] - time) ** 2) / (2 * self.sigma**2))
-        delta = delta * ((frame[:, None] >= 0) & (frame >= 0))
+        times = torch.tensor(layout.coordinates, dtype=torch.float64)
+        apart = times[frame][:, None] - times[key_frame]
+        delta = torch.exp(-(apart**2) / (2 * self.sigma**2))
+        delta = delta * ((frame[:, None] >= 0) & (key_frame >= 0))
         return self.strength * stat[..., None] * delta

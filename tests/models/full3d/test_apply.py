@@ -198,6 +198,20 @@ def test_some_heads_follow_a_rule(model, stock):
     assert (one - both).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("name", ["cosmos-3", "kandinsky-6"])
+def test_heads_where_modules_call_them_otherwise(name):
+    """All that there are by their indices, and no more."""
+    tiny = TINY[name]
+    model = tiny.make()
+    count = tiny.settings.get("num_attention_heads", 2)
+    with vk.apply_frames(model, RULE):
+        expected = tiny.run(model)
+    with vk.apply_frames(model, RULE, heads=range(count)):
+        torch.testing.assert_close(tiny.run(model), expected, **CLOSE)
+    with pytest.raises(ValueError, match=f"index {count}, .* has {count} heads"):
+        vk.apply_frames(model, RULE, heads=[count])
+
+
 def test_heads_of_a_model_that_masks_by_itself():
     """A rule for some heads, and the model's own mask for all of them."""
     tiny = TINY["skyreels-v2-ar"]

@@ -50,6 +50,7 @@ CASES = [
     ("wan", in_blocks, "before"),
     ("hunyuan", in_blocks, "after"),
     ("skyreels-v2-ar", whole, "after"),
+    ("cosmos-3", in_blocks, "after"),
 ]
 
 

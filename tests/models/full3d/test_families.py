@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.models.full3d.tiny import TINY
 from vstar_kernels.models.full3d.families import FAMILIES, find_family
 from vstar_kernels.models.full3d.layouts import Call
 
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
+# The models of diffusers to which no rule between frames can be applied, or for which it means
+# nothing: docs/full-3d.md says why. Joy's are of images, Latte has attention over time alone.
+OTHERS = {
+    "AnyFlowFARTransformer3DModel",
+    "JoyImageEditPlusTransformer3DModel",
+    "JoyImageEditTransformer3DModel",
+    "Kandinsky6SRTransformer3DModel",
+    "LatteTransformer3DModel",
+    "SanaVideoTransformer3DModel",
+    "SanaWMTransformer3DModel",
+    "SanaWMLTX2RefinerTransformer3DModel",
+    "WanAnimate2Transformer3DModel",
+}
 
 
 def test_every_known_class_has_a_tiny_model():
     known = {name for family in FAMILIES for name in family.classes}
     assert known == {tiny.name for tiny in TINY.values()}
+
+
+def test_every_video_transformer_of_diffusers_is_known_or_known_not_to_be():
+    names = {x for x in dir(diffusers) if re.search("(3DModel|Transformer3D|OmniTransformer)$", x)}
+    known = {name for family in FAMILIES for name in family.classes}
+    assert {x for x in names if "Transformer" in x} - known <= OTHERS
 
 
 @pytest.mark.parametrize("name", TINY)

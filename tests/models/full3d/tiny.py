@@ -39,6 +39,7 @@ class Tiny:
             None where all do.
         causal: How many frames see one another, where later frames are masked; 0 where none are.
         own: The layouts of those layers whose sequence is another than the rest's.
+        prompt: How many tokens of text are keys and no queries, before all others.
         tolerance: By how much its output may differ where attention is computed otherwise.
         setup: What is done to the model once it is made.
         since: The first version of diffusers that has its class.
@@ -54,6 +55,7 @@ class Tiny:
     valid_text: tuple[int, ...] | None = None
     causal: int = 0
     own: dict[str, Callable[[int], vk.Layout]] = field(default_factory=dict)
+    prompt: int = 0
     tolerance: float = 3e-6
     setup: Callable[[Any], object] = field(default=lambda model: None)
     since: str = "0"
@@ -88,7 +90,9 @@ class Tiny:
         """Returns the model's output, of the video where it has others."""
         with torch.no_grad():
             out = model(**self.call(frames, seed))
-        return out[0] if isinstance(out, tuple) else out
+        while isinstance(out, tuple | list):
+            out = out[0]
+        return out
 
 
 def latents(channels: int) -> Callable[[int], dict[str, Any]]:
@@ -374,6 +378,52 @@ def kandinsky(frames: int) -> dict[str, Any]:
     }
 
 
+def kandinsky6(frames: int) -> dict[str, Any]:
+    """Kandinsky 5's, with audio; the last frame is a reference, whose time is the first's."""
+    return {
+        "hidden_states": torch.randn(BATCH, frames, HEIGHT, WIDTH, 9),
+        "audio_hidden_states": torch.randn(BATCH, 5, 4),
+        "encoder_hidden_states": text(7, 16),
+        "timestep": torch.tensor([300.0] * BATCH),
+        "pooled_projections": torch.randn(BATCH, 8),
+        "visual_rope_pos": (kandinsky6_times(frames), torch.arange(2), torch.arange(3)),
+    }
+
+
+def kandinsky6_times(frames: int) -> Tensor:
+    return torch.cat([torch.arange(frames - 1), torch.zeros(1, dtype=torch.long)])
+
+
+def kandinsky6_layout(frames: int) -> vk.Layout:
+    return vk.Layout(vk.Frames(frames - 1, PLACES), vk.Frames(1, PLACES, first=0))
+
+
+def cosmos3(frames: int) -> dict[str, Any]:
+    """A prompt that the rest attends to, a video of which the first frame is given, and sound."""
+    prompt, video, sound = 5, frames * PLACES, 4
+    length = prompt + video + sound
+    noisy = torch.arange(1, frames)
+    return {
+        "input_ids": torch.randint(0, 32, (prompt,)),
+        "text_indexes": torch.arange(prompt),
+        "position_ids": torch.arange(length).expand(3, -1),
+        "und_len": prompt,
+        "sequence_length": length,
+        "vision_tokens": [torch.randn(1, 4, frames, HEIGHT, WIDTH)],
+        "vision_token_shapes": [(frames, HEIGHT // 2, WIDTH // 2)],
+        "vision_sequence_indexes": torch.arange(prompt, prompt + video),
+        "vision_mse_loss_indexes": torch.arange(prompt + PLACES, prompt + video),
+        "vision_timesteps": torch.full((len(noisy) * PLACES,), 300.0),
+        "vision_noisy_frame_indexes": [noisy],
+        "sound_tokens": [torch.randn(4, sound)],
+        "sound_token_shapes": [(sound, 1, 1)],
+        "sound_sequence_indexes": torch.arange(prompt + video, length),
+        "sound_mse_loss_indexes": torch.arange(prompt + video, length),
+        "sound_timesteps": torch.full((sound,), 300.0),
+        "sound_noisy_frame_indexes": [torch.arange(sound)],
+    }
+
+
 def motif(frames: int) -> dict[str, Any]:
     return {
         "encoder_hidden_states": text(8, 16),
@@ -453,6 +503,19 @@ TINY: dict[str, Tiny] = {
         ),
         video,
         ("vace_blocks.0.attn1", *BLOCKS),
+    ),
+    "anyflow": Tiny(
+        "AnyFlowTransformer3DModel",
+        WAN,
+        lambda n: {
+            "hidden_states": torch.randn(BATCH, n, 4, HEIGHT, WIDTH),
+            "timestep": torch.full((BATCH, n), 300.0),
+            "r_timestep": torch.full((BATCH, n), 200.0),
+            **wan_text(n),
+        },
+        video,
+        BLOCKS,
+        since="0.39",
     ),
     "chronoedit": Tiny(
         "ChronoEditTransformer3DModel",
@@ -694,6 +757,29 @@ TINY: dict[str, Tiny] = {
         video,
         named("transformer_blocks.{}.attn1"),
     ),
+    "cosmos-3": Tiny(
+        "Cosmos3OmniTransformer",
+        {
+            "head_dim": 12,
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "latent_channel": 4,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 2,
+            "patch_latent_dim": 16,
+            "rope_axes_dim": (2, 2, 2),
+            "sound_dim": 4,
+            "sound_gen": True,
+            "vocab_size": 32,
+        },
+        cosmos3,
+        video_then_text(4),
+        named("layers.{}.self_attn"),
+        batch=1,
+        prompt=5,
+        since="0.39",
+    ),
     "kandinsky-5": Tiny(
         "Kandinsky5Transformer3DModel",
         {
@@ -713,6 +799,29 @@ TINY: dict[str, Tiny] = {
         video,
         named("visual_transformer_blocks.{}.self_attention"),
         tolerance=5e-4,  # queries and keys are rounded to bfloat16
+    ),
+    "kandinsky-6": Tiny(
+        "Kandinsky6Transformer3DModel",
+        {
+            "in_visual_dim": 4,
+            "out_visual_dim": 4,
+            "in_text_dim": 16,
+            "in_text_dim2": 8,
+            "time_dim": 8,
+            "model_dim": 24,
+            "ff_dim": 32,
+            "num_text_blocks": 1,
+            "num_visual_blocks": 2,
+            "axes_dims": (4, 4, 4),
+            "in_audio_dim": 4,
+            "out_audio_dim": 4,
+            "ca_rope": True,
+            "cross_gates": True,
+        },
+        kandinsky6,
+        kandinsky6_layout,
+        named("visual_transformer_blocks.{}.video_dec_block.self_attention"),
+        since="0.42",
     ),
     "motif": Tiny(
         "MotifVideoTransformer3DModel",

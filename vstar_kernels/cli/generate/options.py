@@ -53,8 +53,9 @@ class VideoOptions:
     model: Annotated[str, option("ID_OR_PATH")]
     """A saved pipeline, or one on the Hugging Face hub: TextToVideoSDPipeline, AnimateDiffPipeline,
     I2VGenXLPipeline or LattePipeline; of full-3D transformers WanPipeline, SkyReelsV2Pipeline,
-    LTXPipeline, AllegroPipeline, CosmosTextToWorldPipeline, CogVideoXPipeline, HunyuanVideoPipeline
-    or MochiPipeline; for --method grid StableDiffusionPipeline or StableDiffusionXLPipeline."""
+    AnyFlowPipeline, LTXPipeline, AllegroPipeline, CosmosTextToWorldPipeline, CogVideoXPipeline,
+    HunyuanVideoPipeline or MochiPipeline; for --method grid StableDiffusionPipeline or
+    StableDiffusionXLPipeline."""
     method: Literal["vstar", "grid", "starvid"] = "vstar"
     """VSTAR, the frames as a grid in one image (ETC), or each subject in its boxes (StarVid)."""
     adapter: Annotated[str | None, option("ID_OR_PATH")] = None

@@ -81,7 +81,7 @@ class VSTAR:
     Args:
         pipe: diffusers' ``TextToVideoSDPipeline``, ``AnimateDiffPipeline``, ``I2VGenXLPipeline`` or
             ``LattePipeline``, on its device; or, of full-3D transformers, ``WanPipeline``,
-            ``SkyReelsV2Pipeline``, ``LTXPipeline``, ``AllegroPipeline``,
+            ``SkyReelsV2Pipeline``, ``AnyFlowPipeline``, ``LTXPipeline``, ``AllegroPipeline``,
             ``CosmosTextToWorldPipeline``, ``CogVideoXPipeline``, ``HunyuanVideoPipeline`` or
             ``MochiPipeline``. The last three take one text for the whole video, as it is one
             sequence with it: a synopsis of one stage.

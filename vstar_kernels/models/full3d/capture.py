@@ -221,11 +221,11 @@ class FrameWatch:
         timestep = self._family.read_timestep(call)
         step = self._capture.steps.find(model, timestep)
         wanted = self._watch_layers() if self._capture.steps.wants(step) else set()
-        is_told = timestep is not None and isinstance(call["hidden_states"], Tensor)
+        is_told = timestep is not None and isinstance(call.sample, Tensor)
         branch = 0
         if is_told:
             scheduler = self._capture.steps.find_scheduler(model)
-            branch = self.passes.turns.branch(call["timestep"], call.sample, scheduler)
+            branch = self.passes.turns.branch(call.timestep, call.sample, scheduler)
         self.passes.begin(
             _WatchedPass(
                 call,

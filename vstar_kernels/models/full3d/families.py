@@ -66,7 +66,7 @@ class Family:
             found = getattr(running_pipeline(call.model), "_current_timestep", None)
             if found is not None:
                 return found
-        timestep = call["timestep"]
+        timestep = call.timestep
         is_many = isinstance(timestep, Tensor) and timestep.numel() > 1
         return timestep.max() if is_many else timestep
 
@@ -116,6 +116,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "ChronoEdit", ("ChronoEditTransformer3DModel",), r"blocks\.\d+\.attn1", layouts.chronoedit
     ),
+    Family("AnyFlow", ("AnyFlowTransformer3DModel",), r"blocks\.\d+\.attn1", layouts.anyflow),
     Family(
         "SkyReels-V2",
         ("SkyReelsV2Transformer3DModel",),
@@ -162,11 +163,18 @@ FAMILIES: tuple[Family, ...] = (
         hook="processor",
         timestep="pipeline",
     ),
+    Family("Cosmos 3", ("Cosmos3OmniTransformer",), r"layers\.\d+\.self_attn", layouts.cosmos3),
     Family(
         "Kandinsky 5",
         ("Kandinsky5Transformer3DModel",),
         r"visual_transformer_blocks\.\d+\.self_attention",
         layouts.kandinsky,
+    ),
+    Family(
+        "Kandinsky 6",
+        ("Kandinsky6Transformer3DModel",),
+        r"visual_transformer_blocks\.\d+\.video_dec_block\.self_attention",
+        layouts.kandinsky6,
     ),
     Family(
         "MotifVideo",

@@ -36,23 +36,30 @@ class Call:
 
     @property
     def sample(self) -> Tensor:
-        """The latents."""
-        found: Tensor = self["hidden_states"]
-        return found
+        """The latents; of Cosmos 3, which takes several videos, those of the first."""
+        found = self["hidden_states"]
+        found = self["vision_tokens"] if found is None else found
+        first: Tensor = found[0] if isinstance(found, list) else found
+        return first
+
+    @property
+    def timestep(self) -> Any:
+        """How noisy the latents are, in the model's measure: all of them, or each token."""
+        found = self["timestep"]
+        return self["vision_timesteps"] if found is None else found
 
     @property
     def config(self) -> Any:
         """The model's configuration."""
         return self.model.config
 
-    def frames(self) -> Frames:
-        """Returns the frames of latents ``(batch, channels, frames, height, width)`` in patches.
+    def frames(self, axes: tuple[int, int, int] = (-3, -2, -1)) -> Frames:
+        """Returns the frames of latents, by default ``(…, frames, height, width)``, in patches.
 
         All three numbers round down, as a convolution without padding has it.
         """
-        frames, height, width = (
-            n // p for n, p in zip(self.sample.shape[-3:], self.patch(), strict=True)
-        )
+        sizes = [self.sample.shape[axis] for axis in axes]
+        frames, height, width = (n // p for n, p in zip(sizes, self.patch(), strict=True))
         return Frames(frames, height * width)
 
     def patch(self) -> tuple[int, int, int]:
@@ -96,6 +103,11 @@ def skyreels(call: Call) -> Reading:
         return call.read(call.frames())
     without = type(call.config)({**call.config, "num_frame_per_block": 1})
     return call.read(call.frames(), rule=FrameRule.causal(block), masked=True, config=without)
+
+
+def anyflow(call: Call) -> Reading:
+    """Reads latents ``(batch, frames, channels, height, width)`` without text among them."""
+    return call.read(call.frames((1, 3, 4)))
 
 
 def cogvideox(call: Call) -> Reading:
@@ -180,10 +192,14 @@ def helios(call: Call) -> Reading:
 
 def kandinsky(call: Call) -> Reading:
     """Reads latents ``(batch, frames, height, width, channels)``."""
-    frames, height, width = (
-        n // p for n, p in zip(call.sample.shape[-4:-1], call.patch(), strict=True)
-    )
-    return call.read(Frames(frames, height * width))
+    return call.read(call.frames((1, 2, 3)))
+
+
+def kandinsky6(call: Call) -> Reading:
+    """Reads what :func:`kandinsky` does; a reference frame may follow the video's, at time 0."""
+    positions = call["visual_rope_pos"]
+    times = None if positions is None else _times(positions[0])
+    return call.read(*_placed(call.frames((1, 2, 3)), times))
 
 
 def ltx(call: Call) -> Reading:
@@ -209,6 +225,28 @@ def minimax_h3(call: Call) -> Reading:
     times, tags = call["position_ids"][:, 0], call["token_tags"]
     source = f"position_ids and token_tags of {len(tags)} tokens"
     return Reading(Layout.from_coordinates(times, text=tags != 0), source)
+
+
+def cosmos3(call: Call) -> Reading:
+    """Reads videos, sound and actions, packed, which attend to themselves and a prompt before them.
+
+    The prompt does not attend to them. Videos follow one another in time.
+    """
+    before = call["und_len"]
+    shapes = call["vision_token_shapes"]
+    source = f"vision_token_shapes {shapes}, und_len={before} and the sequence's length"
+    counts = [height * width for frames, height, width in shapes for _ in range(frames)]
+    places = call["vision_sequence_indexes"].cpu() - before
+    times = torch.zeros(call["sequence_length"] - before, dtype=torch.float64, device="cpu")
+    is_text = torch.ones(times.shape, dtype=torch.bool, device="cpu")
+    times[places] = (
+        torch.arange(len(counts), device="cpu")
+        .double()
+        .repeat_interleave(torch.tensor(counts, device="cpu"))
+    )
+    is_text[places] = False
+    layout = Layout.from_coordinates(times, text=is_text)
+    return Reading(layout, source, key_layout=Layout(Text(before), *layout.segments))
 
 
 def no_layout(call: Call) -> Reading:

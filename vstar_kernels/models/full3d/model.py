@@ -40,6 +40,7 @@ from vstar_kernels.models.schedule import StepGate, timestep_value
 Rule = FrameRule | Callable[[int, float], FrameRule | None]
 Chooses = Callable[[FrameLayer], bool]
 T = TypeVar("T")
+HEAD_COUNTS = ("heads", "num_heads", "num_attention_heads")  # what attention modules call them
 
 _INSTALLING = threading.RLock()
 _KEYS = itertools.count()
@@ -298,13 +299,14 @@ class RuledModel:
 
     def _head_count(self) -> int:
         module = self.all_layers[0].module
-        count: int | None = getattr(module, "heads", getattr(module, "num_heads", None))
-        if count is None:
-            raise ValueError(
-                f"heads= needs to know how many there are, and a {type(module).__name__} has "
-                "neither heads nor num_heads"
-            )
-        return count
+        for name in HEAD_COUNTS:
+            count: int | None = getattr(module, name, None)
+            if count is not None:
+                return count
+        raise ValueError(
+            f"heads= needs to know how many there are, and a {type(module).__name__} has none of "
+            + ", ".join(HEAD_COUNTS)
+        )
 
     def _keep_seats(self) -> None:
         if not all(self._is_in_place(layer) for layer in self.all_layers):

@@ -72,6 +72,7 @@ TEXT_LAYERS = (
         in_turns=True,
     ),
     TextLayers(("CosmosTransformer3DModel",), _BLOCKS, in_turns=True),
+    TextLayers(("AnyFlowTransformer3DModel",), r"blocks\.\d+\.attn2", in_turns=False),
     TextLayers(
         ("LTXVideoTransformer3DModel", "AllegroTransformer3DModel"),
         _BLOCKS,
@@ -252,7 +253,7 @@ class PromptedModel(Handle):
         prompts, guidance = self._prompts, self._prompts.guidance
         if self._text_layers.in_turns:
             scheduler = running_scheduler(self._model)
-            branch = self._passes.turns.branch(call["timestep"], call.sample, scheduler)
+            branch = self._passes.turns.branch(call.timestep, call.sample, scheduler)
             sides = [guidance is False or self._thread.is_conditional(branch, text, guidance)]
         elif guidance is None:
             if len(text) not in (prompts.prompts, 2 * prompts.prompts):
