@@ -46,7 +46,7 @@ help:
 	@echo "                codegen-oldest: some of them, with the oldest Triton"
 	@echo "make tune       choose those configurations: on a GPU by time, without by the code"
 	@echo "make wheel      dist/*.whl, one for every Python and torch, and checks it"
-	@echo "make lint       ruff, mypy, the layers' import contracts, bandit; make format rewrites"
+	@echo "make lint       ruff, mypy, the layers' import contracts, bandit, zizmor; make format rewrites"
 	@echo "make audit      known vulnerabilities of the pinned packages, by pip-audit"
 	@echo "make clean      remove what was built"
 
@@ -200,13 +200,14 @@ wheel: $(STAMP)
 	$(PYTHON) tools/check_wheel.py dist/*.whl $(ARGS)
 
 lint: $(STAMP)
-	$(PIP) -c $(CONSTRAINTS) "bandit[toml]" import-linter mypy ruff
+	$(PIP) -c $(CONSTRAINTS) "bandit[toml]" import-linter mypy ruff zizmor
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(dir $(PYTHON))lint-imports
 	$(PYTHON) -m bandit --quiet --configfile pyproject.toml --recursive \
 		vstar_kernels benchmarks tools examples docs setup.py
+	$(dir $(PYTHON))zizmor --offline --quiet .github
 
 # Strictly: a package that could not be looked up is a failure too.
 audit: | $(PYTHON)
