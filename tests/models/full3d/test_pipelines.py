@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import vstar_kernels as vk
+from tests.versions import is_before
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -65,3 +66,28 @@ def test_both_transformers_of_wan():
     assert models == {"transformer", "transformer_2"}
     assert {item.step for item in capture.maps} == set(range(STEPS))
     assert len(capture.maps) == 2 * STEPS
+
+
+@pytest.mark.skipif(is_before("diffusers", "0.42"), reason="its blocks were others")
+def test_a_modular_pipeline(monkeypatch):
+    """Of blocks, whose guider calls the model for one side of guidance after the other."""
+    from diffusers.modular_pipelines import WanBlocks
+    from diffusers.modular_pipelines.wan import encoders
+
+    fixer = type("ftfy", (), {"fix_text": staticmethod(lambda text: text)})
+    monkeypatch.setattr(encoders, "ftfy", fixer, raising=False)
+    parts, pipe = tiny.wan().components, WanBlocks().init_pipeline()
+    pipe.update_components(**{x: parts[x] for x in pipe.component_names if parts.get(x)})
+
+    def video():
+        settings = {**SETTINGS, "output_type": "pt", "output": "videos", "max_sequence_length": 12}
+        return pipe(prompt="a kite", generator=torch.Generator().manual_seed(3), **settings)
+
+    expected = video()
+    with vk.capture_maps(pipe, steps=[1, 2], layers=[0]) as capture:
+        torch.testing.assert_close(video(), expected, rtol=0.0, atol=0.0)
+    found = [(item.model, item.step, item.branch) for item in capture.maps]
+    assert found == [("transformer", step, side) for step in (1, 2) for side in (0, 1)]
+    with vk.apply_tar(pipe, vk.FrameTAR(strength=20.0, steps=1)):
+        assert (video()[0] - expected[0]).abs().max() > 1e-3
+    torch.testing.assert_close(video(), expected, rtol=0.0, atol=0.0)
