@@ -129,3 +129,30 @@ def test_layers_of_their_own_sequence_are_known_where_blocks_are_compiled():
         with vk.apply_frames(model, rule) as handle:
             assert handle.layers[-1].name == "single_transformer_blocks.1._orig_mod.attn"
             torch.testing.assert_close(motif.run(model), expected)
+
+
+def test_two_videos_of_cosmos_3_follow_one_another():
+    both = read("cosmos-3", vision_token_shapes=[(2, 2, 3), (1, 2, 3)])
+    assert both.layout == vk.Layout(vk.Frames(3, PLACES), vk.Text(4))
+    assert both.key_layout == vk.Layout(vk.Text(5), vk.Frames(3, PLACES), vk.Text(4))
+
+
+def test_where_the_video_of_cosmos_3_is_its_indices_say():
+    places = TINY["cosmos-3"].call()["vision_sequence_indexes"]
+    after = read("cosmos-3", vision_sequence_indexes=places + 4)
+    assert after.layout == vk.Layout(vk.Text(4), vk.Frames(3, PLACES))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 300.0),
+        ({"vision_timesteps": torch.zeros(0), "sound_timesteps": torch.full((4,), 7.0)}, 7.0),
+        ({"vision_timesteps": torch.zeros(0), "sound_timesteps": None}, None),
+    ],
+)
+def test_cosmos_3_is_told_the_timestep_of_what_it_denoises(changes, expected):
+    """Where the video is given whole, that is its sound."""
+    model = TINY["cosmos-3"].make()
+    call = layouts.Call(model, (), TINY["cosmos-3"].call() | changes)
+    assert find_family(model).read_timestep(call) == expected

@@ -288,6 +288,17 @@ def test_fused_projections_and_casts_keep_the_texts():
         assert (run(model, inputs) - expected).float().abs().mean() < 2e-3
 
 
+def test_anyflow_with_an_image_is_refused():
+    """Its cross-attention projects the image's tokens as it does the text's."""
+    model = TINY["anyflow"].make(image_dim=16)
+    inputs = inputs_of("anyflow") | {"encoder_hidden_states_image": torch.randn(2, 9, 16)}
+    with (
+        vk.condition_frames(model, texts_of("anyflow")),
+        pytest.raises(ValueError, match="encoder_hidden_states_image, which must be left out"),
+    ):
+        run(model, inputs)
+
+
 def test_the_copy_of_a_model_is_refused(models):
     with (
         vk.condition_frames(models["wan"], texts_of("wan"), guidance=False),

@@ -44,9 +44,15 @@ class Call:
 
     @property
     def timestep(self) -> Any:
-        """How noisy the latents are, in the model's measure: all of them, or each token."""
+        """How noisy the latents are, in the model's measure: all of them, or each token.
+
+        Cosmos 3 is told it of what it denoises alone, which may be sound or actions to a video.
+        """
         found = self["timestep"]
-        return self["vision_timesteps"] if found is None else found
+        if found is not None:
+            return found
+        told = (self[f"{kind}_timesteps"] for kind in ("vision", "sound", "action"))
+        return next((x for x in told if x is not None and x.numel()), None)
 
     @property
     def config(self) -> Any:
