@@ -186,6 +186,22 @@ class Pipeline:
         call(self.transformer, encoder_hidden_states=torch.randn(2, 7, 16))
 
 
+@pytest.mark.parametrize("name", ["cosmos-3", "kandinsky-6"])
+def test_sides_of_guidance_whose_prompts_differ(name):
+    """Other texts on the same latents, step by step, as the pipelines of these models call them."""
+    tiny = TINY[name]
+    model, inputs = tiny.make(), tiny.call()
+    text = "input_ids" if "input_ids" in inputs else "encoder_hidden_states"
+    told = "vision_timesteps" if "vision_timesteps" in inputs else "timestep"
+    with vk.capture_maps(model, layers=[0], scheduler=Scheduler(300, 100)) as capture:
+        for timestep in (300.0, 100.0):
+            for prompt in (inputs[text], inputs[text].flip(0)):
+                with torch.no_grad():
+                    model(**inputs | {text: prompt, told: torch.full_like(inputs[told], timestep)})
+    found = [(item.step, item.timestep, item.branch) for item in capture.maps]
+    assert found == [(0, 300.0, 0), (0, 300.0, 1), (1, 100.0, 0), (1, 100.0, 1)]
+
+
 def test_a_run_begins_with_the_conditional_side_whatever_came_before(wan):
     pipe = Pipeline(wan)
     with vk.capture_maps(pipe, layers=[0]) as capture:
