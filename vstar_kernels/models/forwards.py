@@ -208,7 +208,7 @@ class ForwardPasses(Generic[P]):
             return None
         number = node._sequence_nr()
         found = [forward for forward in list(self._with_gradients) if forward.holds(number)]
-        if any(not forward.is_like(found[0]) for forward in found):
+        if any(not forward.is_like(found[0]) for forward in found[1:]):
             raise RuntimeError(
                 "gradient checkpointing calls a layer again, and it cannot be told for which of "
                 f"{len(found)} forward passes that differ, as they ran in several threads: use one "

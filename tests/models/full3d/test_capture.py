@@ -202,6 +202,50 @@ def test_sides_of_guidance_whose_prompts_differ(name):
     assert found == [(0, 300.0, 0), (0, 300.0, 1), (1, 100.0, 0), (1, 100.0, 1)]
 
 
+def test_a_side_of_guidance_without_the_controls_is_one_of_the_same_step():
+    """Cosmos 3's transfer calls it with control and target, with the target alone, and again."""
+    tiny = TINY["cosmos-3"]
+    model, alone = tiny.make(), tiny.call()
+    target = alone["vision_tokens"][0]
+    places, frames = alone["vision_sequence_indexes"], target.shape[2]
+    more = len(places)
+    both = alone | {
+        "position_ids": torch.arange(alone["sequence_length"] + more).expand(3, -1),
+        "sequence_length": alone["sequence_length"] + more,
+        "vision_tokens": [torch.randn_like(target), target],
+        "vision_token_shapes": alone["vision_token_shapes"] * 2,
+        "vision_sequence_indexes": torch.cat([places, places + more]),
+        "vision_mse_loss_indexes": alone["vision_mse_loss_indexes"] + more,
+        "vision_noisy_frame_indexes": [torch.arange(0), *alone["vision_noisy_frame_indexes"]],
+        "sound_sequence_indexes": alone["sound_sequence_indexes"] + more,
+        "sound_mse_loss_indexes": alone["sound_mse_loss_indexes"] + more,
+    }
+    with vk.capture_maps(model, layers=[0], scheduler=Scheduler(300)) as capture, torch.no_grad():
+        for inputs in (both, alone, both):
+            model(**inputs)
+    assert [(item.step, item.branch) for item in capture.maps] == [(0, 0), (0, 1), (0, 2)]
+    assert {item.coordinates for item in capture.maps} == {tuple(map(float, range(frames)))}
+
+
+@pytest.mark.parametrize("name", ["wan", "cosmos-3"])
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_checkpoints_under_a_rule(name, differentiable):
+    tiny, gradients = TINY[name], []
+    for is_checkpointed in (False, True):
+        model = tiny.make().train()
+        if is_checkpointed:
+            model.enable_gradient_checkpointing()
+        watching = vk.capture_maps(model, differentiable=differentiable)
+        with vk.apply_frames(model, RULE), watching as capture:
+            out = model(**tiny.call())[0]
+            loss = (out[0] if isinstance(out, list) else out).square().sum()
+            if differentiable:
+                loss = loss + sum(item.map.square().sum() for item in capture.maps)
+            loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0.0, atol=0.0)
+
+
 def test_a_run_begins_with_the_conditional_side_whatever_came_before(wan):
     pipe = Pipeline(wan)
     with vk.capture_maps(pipe, layers=[0]) as capture:

@@ -131,10 +131,18 @@ def test_layers_of_their_own_sequence_are_known_where_blocks_are_compiled():
             torch.testing.assert_close(motif.run(model), expected)
 
 
-def test_two_videos_of_cosmos_3_follow_one_another():
-    both = read("cosmos-3", vision_token_shapes=[(2, 2, 3), (1, 2, 3)])
-    assert both.layout == vk.Layout(vk.Frames(3, PLACES), vk.Text(4))
-    assert both.key_layout == vk.Layout(vk.Text(5), vk.Frames(3, PLACES), vk.Text(4))
+def test_kandinsky_6_without_positions_is_a_video_alone():
+    """Its text-to-video calls tell none; the model counts the frames then."""
+    assert read("kandinsky-6", visual_rope_pos=None).layout == vk.Layout(vk.Frames(3, PLACES))
+
+
+def test_videos_of_cosmos_3_are_of_the_same_time():
+    """As in its transfer, where frame t of a control is at the time of the target's frame t."""
+    both = read("cosmos-3", vision_token_shapes=[(1, 2, 3), (2, 2, 3)])
+    layout = vk.Layout(vk.Frames(1, PLACES), vk.Frames(2, PLACES), vk.Text(4))
+    assert both.layout == layout
+    assert both.layout.coordinates == (0.0, 1.0)
+    assert both.key_layout == vk.Layout(vk.Text(5), *layout.segments)
 
 
 def test_where_the_video_of_cosmos_3_is_its_indices_say():

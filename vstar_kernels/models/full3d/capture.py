@@ -82,6 +82,7 @@ class _WatchedPass(ForwardPass):
             and mine is not None
             and its is not None
             and mine.layout == its.layout
+            and mine.key_layout == its.key_layout
             and mine.key_lengths is its.key_lengths is None
         )
 
@@ -157,7 +158,9 @@ class FrameWatch:
         is_running = forward.ended is None
         if not is_running and not forward.keeps_graph:
             return
-        reading = self._reading(forward) if change is None else change.reading
+        if change is not None:
+            forward.reading = change.reading
+        reading = self._reading(forward)
         reading = reading.of(layer)
         rule = reading.rule if change is None else change.rule
         check(layer, query, key, reading, masked and key_lengths is None)

@@ -36,11 +36,14 @@ class Call:
 
     @property
     def sample(self) -> Tensor:
-        """The latents; of Cosmos 3, which takes several videos, those of the first."""
+        """The latents; of Cosmos 3, which takes several videos, those of the last.
+
+        That is the one it makes: the others control it, and are left out on one side of guidance.
+        """
         found = self["hidden_states"]
         found = self["vision_tokens"] if found is None else found
-        first: Tensor = found[0] if isinstance(found, list) else found
-        return first
+        last: Tensor = found[-1] if isinstance(found, list | tuple) else found
+        return last
 
     @property
     def timestep(self) -> Any:
@@ -236,20 +239,20 @@ def minimax_h3(call: Call) -> Reading:
 def cosmos3(call: Call) -> Reading:
     """Reads videos, sound and actions, packed, which attend to themselves and a prompt before them.
 
-    The prompt does not attend to them. Videos follow one another in time.
+    The prompt does not attend to them. Videos are of the same time: each that controls another has
+    its frames where the other's are.
     """
     before = call["und_len"]
     shapes = call["vision_token_shapes"]
     source = f"vision_token_shapes {shapes}, und_len={before} and the sequence's length"
-    counts = [height * width for frames, height, width in shapes for _ in range(frames)]
     places = call["vision_sequence_indexes"].cpu() - before
     times = torch.zeros(call["sequence_length"] - before, dtype=torch.float64, device="cpu")
     is_text = torch.ones(times.shape, dtype=torch.bool, device="cpu")
-    times[places] = (
-        torch.arange(len(counts), device="cpu")
-        .double()
-        .repeat_interleave(torch.tensor(counts, device="cpu"))
-    )
+    numbers = [
+        torch.arange(frames, dtype=times.dtype, device="cpu").repeat_interleave(height * width)
+        for frames, height, width in shapes
+    ]
+    times[places] = torch.cat(numbers)
     is_text[places] = False
     layout = Layout.from_coordinates(times, text=is_text)
     return Reading(layout, source, key_layout=Layout(Text(before), *layout.segments))
