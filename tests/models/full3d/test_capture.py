@@ -235,8 +235,10 @@ def test_checkpoints_under_a_rule(name, differentiable):
         model = tiny.make().train()
         if is_checkpointed:
             model.enable_gradient_checkpointing()
-        watching = vk.capture_maps(model, differentiable=differentiable)
-        with vk.apply_frames(model, RULE), watching as capture:
+        with (
+            vk.apply_frames(model, RULE),
+            vk.capture_maps(model, differentiable=differentiable) as capture,
+        ):
             out = model(**tiny.call())[0]
             loss = (out[0] if isinstance(out, list) else out).square().sum()
             if differentiable:
