@@ -13,6 +13,7 @@ import itertools
 import os
 import signal
 import subprocess
+import threading
 import time
 import traceback
 import types
@@ -20,6 +21,7 @@ from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
 
 from benchmarks import measure, peers
 from benchmarks.peers import PEERS
@@ -158,6 +160,8 @@ class Worker:
         if self._pid == 0:
             status = 1
             try:
+                # tqdm's is shared with all forks, and stays taken where one is killed that has it.
+                tqdm.set_lock(threading.RLock())
                 gpu = FakeGpu()
                 changed = {name: misbehaving(gpu, name, x) for name, x in faults.items()}
                 with gpu.installed(), mock.patch.dict(peers.PEERS, changed):

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from benchmarks import measure, run, suites
 from benchmarks.cases import Case
@@ -123,6 +124,15 @@ def test_a_run_that_was_cut_off_goes_on(path, started, gpu):
     assert path.read_bytes().startswith(before)
     assert [record.case.frames for record in done.records] == [3, 4, 5]
     assert done.records[1].peers["eager"].reason == "hung for 1.5 s"
+
+
+def test_a_worker_does_not_wait_for_the_lock_of_another(path, started, gpu):
+    """That of tqdm, which a process has for ever that was killed with it."""
+    started({})
+    a_run(path, cases(3))
+    with tqdm.get_lock():
+        (record,) = run.measure(path, patience=20).records
+    assert outcomes(record) == dict.fromkeys(NAMES, MEASURED)
 
 
 def test_what_does_not_fit_is_refused(path, started, gpu, monkeypatch):
