@@ -1,6 +1,7 @@
 """The benchmarks' way through a GPU's suites, on one that is none (``fake_gpu``)."""
 
 import os
+import threading
 
 import pytest
 import torch
@@ -130,8 +131,21 @@ def test_a_worker_does_not_wait_for_the_lock_of_another(path, started, gpu):
     """That of tqdm, which a process has for ever that was killed with it."""
     started({})
     a_run(path, cases(3))
-    with tqdm.get_lock():
-        (record,) = run.measure(path, patience=20).records
+    taken, done = threading.Event(), threading.Event()
+
+    def hold():  # the thread that forks could take it again, and its child too
+        with tqdm.get_lock():
+            taken.set()
+            done.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    taken.wait()
+    try:
+        (record,) = run.measure(path, patience=5).records
+    finally:
+        done.set()
+        holder.join()
     assert outcomes(record) == dict.fromkeys(NAMES, MEASURED)
 
 
