@@ -136,13 +136,14 @@ def test_a_worker_does_not_wait_for_the_lock_of_another(path, started, gpu):
     def hold():  # the thread that forks could take it again, and its child too
         with tqdm.get_lock():
             taken.set()
-            done.wait()
+            done.wait(20)
 
     holder = threading.Thread(target=hold)
     holder.start()
     taken.wait()
     try:
         (record,) = run.measure(path, patience=5).records
+        assert holder.is_alive()
     finally:
         done.set()
         holder.join()
