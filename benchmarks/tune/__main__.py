@@ -44,7 +44,7 @@ class Options(cases.Selection):
     """Whether of outputs or of gradients."""
     times: Path | None = None
     """Measure, and only write this file: JSON lines, to which a later call adds what it lacks."""
-    stop_after: float = math.inf
+    stop_after: float | None = None
     """With --times, begin nothing after so many seconds."""
     take: Path | None = None
     """Choose as such a file says; needs no GPU."""
@@ -63,12 +63,13 @@ def measured(key: Key) -> Entry | None:
 def measure_into(path: Path, keys: list[Key], options: Options) -> None:
     """Adds the choices that a file of times lacks, after their candidates have been compiled."""
     began, known = time.monotonic(), times.read(path)
+    most = math.inf if options.stop_after is None else options.stop_after
     todo = times.in_order_of_value([key for key in keys if key not in known], options.width)
     for first in range(0, len(todo), options.jobs):
         some = todo[first : first + options.jobs]
         in_processes(choose.compiled, some, options.jobs, desc="compile", unit="key")
         for key in some:
-            if time.monotonic() - began > options.stop_after:
+            if time.monotonic() - began > most:
                 return
             times.append(path, key, *choose.measured(key))
 

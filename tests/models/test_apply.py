@@ -374,22 +374,6 @@ def test_bad_arguments(arguments, error, message):
     assert not model._forward_pre_hooks
 
 
-@pytest.mark.parametrize(
-    "apply",
-    [
-        lambda model: vk.apply_tar(model, always()),
-        vk.capture_maps,
-        lambda model: vk.condition_frames(model, torch.zeros(4, 3, 32)),
-    ],
-)
-def test_a_handle_that_was_left_is_not_entered_again(apply):
-    handle = apply(make(UNET))
-    with handle:
-        pass
-    with pytest.raises(RuntimeError, match="was removed at the end of its with statement"), handle:
-        pass
-
-
 @pytest.mark.parametrize("name", ["stock_elsewhere", "extend_positions"])
 def test_no_text_is_a_flag(name):
     with pytest.raises(TypeError, match=f"{name} must be True or False, got str"):

@@ -73,7 +73,8 @@ def say(line: str, write: Callable[[str], object] = print) -> None:
 def whole_output() -> Iterator[None]:
     """Ends the process where what the body prints is lost: with 0 if nobody reads on, or with 1.
 
-    It is for what is printed as the result of a command, as :func:`say` is for its log.
+    It is for what is printed as the result of a command, as :func:`say` is for its log. Standard
+    output that was closed from the start wants nothing, and ends nothing.
     """
     if sys.stdout is None:  # closed; tyro asks it even so whether it is a terminal
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):

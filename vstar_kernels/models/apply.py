@@ -143,6 +143,7 @@ class RegularizedHandle(SteppedHandle):
 
         A module whose processor has been replaced since then keeps the replacement.
         """
+        super().remove()
         put_back(*(model.remove for model in self._models))
 
     def describe_tar(self, config: TARConfig) -> str:

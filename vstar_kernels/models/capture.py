@@ -135,7 +135,7 @@ def capture_maps(
     check_flag(differentiable, "differentiable")
     check_flag(map_heads, "map_heads")
     wanted = as_indices("steps", steps, "indices of denoising steps or None")
-    full3d = find_full3d(pipe_or_model, unknown=layout is not None)
+    full3d = find_full3d(pipe_or_model, layout)
     grids = {} if full3d else find_grids(pipe_or_model)
     models = {name: grid.model for name, grid in grids.items()}
     if not full3d and not grids:
@@ -277,6 +277,7 @@ class MapCapture(SteppedHandle):
 
     def remove(self) -> None:
         """Takes the hooks off, and keeps the maps; nothing happens the second time."""
+        super().remove()
         put_back(*(watch_.remove for watch_ in self._watches))
 
     def add(self, found: Sequence[AttentionMap]) -> None:

@@ -284,6 +284,7 @@ class ColumnCapture(SteppedHandle):
 
     def remove(self) -> None:
         """Puts the layers' attention back and keeps the maps; nothing happens the second time."""
+        super().remove()
         with self._lock:
             put_back(
                 self._close,

@@ -68,10 +68,11 @@ def condition_frames(
 
     It works on ``UNet3DConditionModel`` (ModelScope, Zeroscope; LaVie has one of its own),
     ``I2VGenXLUNet``, ``UNetMotionModel`` (AnimateDiff, PIA) and ``LatteTransformer3DModel``; and on
-    the full-3D transformers with cross-attention to text, Wan's, SkyReels-V2's, LTX's, Allegro's
-    and Cosmos', whose frames are latent ones, ``(num_frames − 1) // 4 + 1`` for Wan. The prompt
-    that the pipeline is given no longer matters; its negative prompt does, unless ``negative``
-    replaces it too, and so do images and IP adapters. Compiled models are compiled anew.
+    the full-3D transformers with cross-attention to text, Wan's, SkyReels-V2's, AnyFlow's, LTX's,
+    Allegro's and Cosmos', whose frames are latent ones, ``(num_frames − 1) // 4 + 1`` for Wan. The
+    prompt that the pipeline is given no longer matters; its negative prompt does, unless
+    ``negative`` replaces it too, and so do images and IP adapters. Compiled models are compiled
+    anew.
 
     Args:
         pipe_or_model: The model, or a pipeline with it as ``unet`` or ``transformer``.
@@ -290,6 +291,7 @@ class FramePromptsHandle(Handle):
 
     def remove(self) -> None:
         """Takes the hooks off; nothing happens the second time."""
+        super().remove()
         put_back(
             self._close,
             self._hooks.remove,

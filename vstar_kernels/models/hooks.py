@@ -87,13 +87,16 @@ class Installable(Protocol):
 
 
 class Handle:
-    """What a public function put on a model, as a context manager; :meth:`remove` takes it off."""
+    """What a public function put on a model, as a context manager; :meth:`remove` takes it off.
 
-    _was_left = False  # whether its with statement has ended
+    Each kind puts back what it changed in a ``remove`` of its own, which calls this one first.
+    """
+
+    _was_removed = False
 
     def remove(self) -> None:
         """Puts everything back as it was, in any order; nothing happens the second time."""
-        raise NotImplementedError
+        self._was_removed = True
 
     def _install_all(self, models: Iterable[Installable]) -> None:
         """Installs what there is for each model; where one fails, all are as they were."""
@@ -105,15 +108,14 @@ class Handle:
             raise
 
     def __enter__(self) -> Self:
-        if self._was_left:
+        if self._was_removed:
             raise RuntimeError(
-                f"this {type(self).__name__} was removed at the end of its with statement, and "
-                "would change nothing in another one: call what returned it again"
+                f"this {type(self).__name__} was removed, by remove() or at the end of a with "
+                "statement, and would change nothing in this one: call what returned it again"
             )
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._was_left = True
         self.remove()
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -364,6 +364,7 @@ class DrawnPositionsHandle(Handle):
 
     def remove(self) -> None:
         """Lets the models read their own positions again; nothing happens the second time."""
+        super().remove()
         put_back(*(model.remove for model in self._models))
 
 

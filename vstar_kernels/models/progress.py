@@ -106,6 +106,7 @@ class StepWatch(Handle):
 
     def remove(self) -> None:
         """Tells nobody any more; nothing happens the second time."""
+        super().remove()
         put_back(*(one.leave for one in self._watches))
 
     def tell(self, model: nn.Module, timestep: Any) -> None:

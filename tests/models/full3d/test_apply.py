@@ -322,7 +322,7 @@ def test_a_configuration_for_temporal_attention_is_refused(model):
 def test_a_layout_that_does_not_fit_is_an_error(model, layout):
     with (
         vk.apply_frames(model, RULE, layout=layout),
-        pytest.raises(ValueError, match=rf"called with 18 queries, but .* say {layout.tokens}"),
+        pytest.raises(ValueError, match=rf"called with 18 queries, but .* says {layout.tokens}"),
     ):
         WAN.run(model)
 

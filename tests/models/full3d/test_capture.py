@@ -164,7 +164,7 @@ def test_the_layout_of_the_caller_goes_before_the_calls(wan):
     with vk.capture_maps(wan, layers=[0], layout=halves) as capture:
         call(wan)
     assert capture.maps[0].map.shape == (2, 6, 6)
-    message = "18 queries, but the layout= of capture_maps say 12"
+    message = "18 queries, but the layout= of capture_maps says 12"
     wrong = vk.Layout(vk.Frames(2, 6))
     with vk.capture_maps(wan, layout=wrong), pytest.raises(ValueError, match=message):
         call(wan)

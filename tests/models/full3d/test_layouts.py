@@ -164,3 +164,26 @@ def test_cosmos_3_is_told_the_timestep_of_what_it_denoises(changes, expected):
     model = TINY["cosmos-3"].make()
     call = layouts.Call(model, (), TINY["cosmos-3"].call() | changes)
     assert find_family(model).read_timestep(call) == expected
+
+
+def test_lengths_of_cosmos_3_may_be_tensors():
+    tiny = TINY["cosmos-3"]
+    lengths = {name: torch.tensor(tiny.call()[name]) for name in ("und_len", "sequence_length")}
+    assert read("cosmos-3", **lengths).layout == read("cosmos-3").layout
+
+
+@pytest.mark.parametrize("apply", [lambda *x, **y: vk.apply_frames(*x, RULE, **y), vk.capture_maps])
+def test_cosmos_3_takes_no_layout_as_its_keys_are_others(apply):
+    model = TINY["cosmos-3"].make()
+    with pytest.raises(ValueError, match="layout must be None for a Cosmos3OmniTransformer"):
+        apply(model, layout=vk.Layout(vk.Frames(4, PLACES)))
+    assert not model._forward_pre_hooks
+
+
+def test_a_layout_that_does_not_fit_is_not_asked_for_again():
+    tiny = TINY["wan"]
+    model, layout = tiny.make(), vk.Layout(vk.Frames(1, 1))
+    with vk.apply_frames(model, RULE, layout=layout), pytest.raises(ValueError) as error:
+        model(**tiny.call())
+    assert "but the layout= of apply_frames says 1: " in str(error.value)
+    assert "Give the layout=" not in str(error.value)

@@ -247,6 +247,7 @@ class GuidanceHandle(Handle):
         While it runs: what a step has updated by then it steps from, and an update that is not
         finished raises a RuntimeError there.
         """
+        super().remove()
         put_back(self._hooks.remove, self._scheduler.remove)
 
     def clear(self) -> None:

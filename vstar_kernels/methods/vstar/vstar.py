@@ -159,10 +159,10 @@ class VSTAR:
             prompt: The video in a sentence, of which the writer makes a synopsis if there is one;
                 or a synopsis.
             num_frames: The video's number of frames. Full-3D pipelines make certain numbers, and
-                others are refused: 1 more than a multiple of 4 (Wan, SkyReels-V2, HunyuanVideo), of
-                6 (Mochi) or of 8 (LTX, Cosmos), which is how many a latent frame is of; a multiple
-                of 8 or 1 more for CogVideoX; an even one or 1 more than a multiple of 4 for
-                Allegro.
+                others are refused: 1 more than a multiple of 4 (Wan, SkyReels-V2, AnyFlow,
+                HunyuanVideo), of 6 (Mochi) or of 8 (LTX, Cosmos), which is how many a latent frame
+                is of; a multiple of 8 or 1 more for CogVideoX; an even one or 1 more than a
+                multiple of 4 for Allegro.
             seed: From 0 to 2³² − 1; None draws one, which the result has.
             num_stages: How many stages the writer makes; None leaves it to the writer.
             refresh: Whether to ask the writer even for what is in its cache.

@@ -55,7 +55,8 @@ def apply_frames(
 
     Caches skip calls, and what they kept of a regularized step (PyramidAttentionBroadcast,
     FasterCache, TaylorSeer) they use again after the last one. Under context parallelism, Ulysses
-    works for rules of all heads, and ring attention is an error.
+    works for rules of all heads, and ring attention is an error. Gradient checkpointing calls the
+    layers again in the backward pass, so remove the handle after that.
 
     Args:
         pipe_or_model: A pipeline, whose every full-3D transformer is treated (both of Wan 2.2), or
@@ -105,7 +106,7 @@ def apply_frames(
             heads=heads,
             backend=backend,
         )
-        for name, (model, family) in full3d_models(pipe_or_model, layout is not None).items()
+        for name, (model, family) in full3d_models(pipe_or_model, layout).items()
     ]
     if not any(model.layers for model in ruled):
         raise ValueError("layers chooses none of the video's self-attention layers")
@@ -161,21 +162,21 @@ class FramesHandle(SteppedHandle):
 
         A processor that has been given another attention backend since then keeps that.
         """
+        super().remove()
         put_back(*(model.remove for model in self._models))
 
 
-def full3d_models(pipe_or_model: Any, unknown: bool = False) -> dict[str, tuple[nn.Module, Family]]:
+def full3d_models(
+    pipe_or_model: Any, layout: Layout | None = None
+) -> dict[str, tuple[nn.Module, Family]]:
     """Returns a pipeline's full-3D transformers and their families by their names.
 
-    Compiled models are unwrapped. A model by itself has the name ``""``. Where none is known and
-    ``unknown`` ones may be, it is the model, or the pipeline's ``transformer`` and what is numbered
-    after that.
+    See :func:`find_full3d`.
 
     Raises:
-        TypeError: It is neither a model nor a pipeline (an object with ``components``).
         ValueError: There is none.
     """
-    found = find_full3d(pipe_or_model, unknown)
+    found = find_full3d(pipe_or_model, layout)
     if not found:
         raise ValueError(
             f"{type(pipe_or_model).__name__} is or holds no full-3D transformer that is known "
@@ -185,12 +186,31 @@ def full3d_models(pipe_or_model: Any, unknown: bool = False) -> dict[str, tuple[
     return found
 
 
-def find_full3d(pipe_or_model: Any, unknown: bool = False) -> dict[str, tuple[nn.Module, Family]]:
-    """Returns what :func:`full3d_models` returns, or nothing where there is none."""
+def find_full3d(
+    pipe_or_model: Any, layout: Layout | None = None
+) -> dict[str, tuple[nn.Module, Family]]:
+    """Returns a pipeline's full-3D transformers and their families by their names, if it has any.
+
+    Compiled models are unwrapped. A model by itself has the name ``""``. Where none is known and
+    the caller gives the ``layout``, it is the model, or the pipeline's ``transformer`` and what is
+    numbered after that.
+
+    Raises:
+        TypeError: It is neither a model nor a pipeline (an object with ``components``).
+        ValueError: The layout says nothing of a model's keys.
+    """
     models = modules_of(pipe_or_model)
     families = {name: find_family(model) for name, model in models.items()}
     known = {name: (models[name], family) for name, family in families.items() if family}
-    if known or not unknown:
+    if layout is None:
+        return known
+    if known:
+        for model, family in known.values():
+            if family.own_keys:
+                raise ValueError(
+                    f"layout must be None for a {type(model).__name__}, of whose keys some are no "
+                    "queries: what it is called with says where each is"
+                )
         return known
     return {
         name: (model, UNKNOWN)

@@ -209,7 +209,9 @@ class FrameWatch:
         """Returns what the model's call says, once a layer asks for it."""
         if forward.reading is None:
             if self._layout is not None:
-                forward.reading = Reading(self._layout, "the layout= of capture_maps")
+                forward.reading = Reading(
+                    self._layout, "the layout= of capture_maps", is_given=True
+                )
             else:
                 assert forward.call is not None
                 forward.reading = self._family.read(forward.call)

@@ -41,6 +41,7 @@ class Family:
         shows_config: Whether the model makes masks that its configuration asks for, and reads
             another where a rule takes their place (``own_masks.py``).
         uniform: Whether all layers attend over the same sequence.
+        own_keys: Whether there are keys that are no queries, of which a ``layout=`` says nothing.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Family:
     timestep: Literal["call", "pipeline"] = "call"
     shows_config: bool = False
     uniform: bool = True
+    own_keys: bool = False
 
     def knows(self, model: nn.Module) -> bool:
         """Returns whether a model, which must not be wrapped, is of this family."""
@@ -163,7 +165,13 @@ FAMILIES: tuple[Family, ...] = (
         hook="processor",
         timestep="pipeline",
     ),
-    Family("Cosmos 3", ("Cosmos3OmniTransformer",), r"layers\.\d+\.self_attn", layouts.cosmos3),
+    Family(
+        "Cosmos 3",
+        ("Cosmos3OmniTransformer",),
+        r"layers\.\d+\.self_attn",
+        layouts.cosmos3,
+        own_keys=True,
+    ),
     Family(
         "Kandinsky 5",
         ("Kandinsky5Transformer3DModel",),

@@ -242,11 +242,11 @@ def cosmos3(call: Call) -> Reading:
     The prompt does not attend to them. Videos are of the same time: each that controls another has
     its frames where the other's are.
     """
-    before = call["und_len"]
+    before = int(call["und_len"])
     shapes = call["vision_token_shapes"]
     source = f"vision_token_shapes {shapes}, und_len={before} and the sequence's length"
     places = call["vision_sequence_indexes"].cpu() - before
-    times = torch.zeros(call["sequence_length"] - before, dtype=torch.float64, device="cpu")
+    times = torch.zeros(int(call["sequence_length"]) - before, dtype=torch.float64, device="cpu")
     is_text = torch.ones(times.shape, dtype=torch.bool, device="cpu")
     numbers = [
         torch.arange(frames, dtype=times.dtype, device="cpu").repeat_interleave(height * width)

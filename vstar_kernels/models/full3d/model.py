@@ -285,7 +285,7 @@ class RuledModel:
 
     def _read(self, call: Call) -> Reading:
         if self._layout is not None:
-            return Reading(self._layout, "the layout= of apply_frames")
+            return Reading(self._layout, "the layout= of apply_frames", is_given=True)
         return self.family.read(call)
 
     def describe(self) -> str:

@@ -115,7 +115,7 @@ def _keys(attn: Any, text: Tensor) -> tuple[Tensor, Tensor]:
 
 def _image_keys(attn: Any, image: Tensor) -> tuple[Tensor, Tensor]:
     """Returns an image's keys and values, as :func:`_keys` does."""
-    if not hasattr(attn, "add_k_proj") and not hasattr(attn, "to_added_kv"):
+    if not hasattr(attn, "add_k_proj"):
         raise ValueError(
             f"this {type(attn).__name__} has one projection for image and text: frame prompts "
             "cannot tell the text from encoder_hidden_states_image, which must be left out"

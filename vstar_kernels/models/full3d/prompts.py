@@ -167,6 +167,7 @@ class PromptedModel(Handle):
 
     def remove(self) -> None:
         """Takes the hook off, and leaves the seats; nothing happens the second time."""
+        super().remove()
         with self._lock:
             put_back(
                 self._close,
@@ -359,6 +360,7 @@ class PromptedModels(Handle):
 
     def remove(self) -> None:
         """Takes the texts off; nothing happens the second time."""
+        super().remove()
         put_back(*(model.remove for model in self._prompted))
 
 

@@ -52,6 +52,7 @@ class Reading:
             that it makes no mask; None: its own.
         layers: Readings for the layers whose sequences are others, by the layers' plain names; of
             the same frames.
+        is_given: Whether the caller gave it, and not the call.
     """
 
     layout: Layout
@@ -62,6 +63,7 @@ class Reading:
     masked: bool = False
     config: Any = None
     layers: Mapping[str, Reading] = field(default_factory=dict)
+    is_given: bool = False
 
     def of(self, layer: FrameLayer) -> Reading:
         """Returns the reading for a layer."""
@@ -268,9 +270,11 @@ def check(layer: FrameLayer, query: Tensor, key: Tensor, reading: Reading, maske
     key_layout = reading.layout if reading.key_layout is None else reading.key_layout
     for name, tensor, layout in (("queries", query, reading.layout), ("keys", key, key_layout)):
         if tensor.shape[1] != layout.tokens:
+            takes_layout = not reading.is_given and reading.key_layout is None
             raise ValueError(
-                f"{layer.name} was called with {tensor.shape[1]} {name}, but {reading.source} say "
-                f"{layout.tokens}: {layout}. Give the layout="
+                f"{layer.name} was called with {tensor.shape[1]} {name}, but {reading.source} "
+                f"{'says' if reading.is_given else 'say'} {layout.tokens}: {layout}"
+                f"{'. Give the layout=' if takes_layout else ''}"
             )
 
 

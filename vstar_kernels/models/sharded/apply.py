@@ -145,4 +145,5 @@ class ShardedHandle(Handle):
 
     def remove(self) -> None:
         """Puts everything back as it was; nothing happens the second time."""
+        super().remove()
         put_back(*(model.remove for model in self._models), self.ranks.close)
