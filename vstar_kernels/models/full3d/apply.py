@@ -204,15 +204,13 @@ def find_full3d(
     known = {name: (models[name], family) for name, family in families.items() if family}
     if layout is None:
         return known
-    if known:
-        for model, family in known.values():
-            if family.own_keys:
-                raise ValueError(
-                    f"layout must be None for a {type(model).__name__}, of whose keys some are no "
-                    "queries: what it is called with says where each is"
-                )
-        return known
-    return {
+    for model, family in known.values():
+        if family.own_keys:
+            raise ValueError(
+                f"layout must be None for a {type(model).__name__}, of whose keys some are no "
+                "queries: what it is called with says where each is"
+            )
+    return known or {
         name: (model, UNKNOWN)
         for name, model in models.items()
         if name == "" or name.startswith("transformer")
