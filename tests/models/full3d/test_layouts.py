@@ -156,11 +156,19 @@ def test_where_the_video_of_cosmos_3_is_its_indices_say():
     [
         ({}, 300.0),
         ({"vision_timesteps": torch.zeros(0), "sound_timesteps": torch.full((4,), 7.0)}, 7.0),
+        (
+            {
+                "vision_timesteps": torch.zeros(0),
+                "sound_timesteps": None,
+                "action_timesteps": torch.full((2,), 5.0),
+            },
+            5.0,
+        ),
         ({"vision_timesteps": torch.zeros(0), "sound_timesteps": None}, None),
     ],
 )
 def test_cosmos_3_is_told_the_timestep_of_what_it_denoises(changes, expected):
-    """Where the video is given whole, that is its sound."""
+    """Where the video is given whole, that is its sound, or the actions in it."""
     model = TINY["cosmos-3"].make()
     call = layouts.Call(model, (), TINY["cosmos-3"].call() | changes)
     assert find_family(model).read_timestep(call) == expected
