@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -160,6 +161,28 @@ def test_times_are_kept_as_they_are_made_and_taken_over(tmp_path, monkeypatch):
     monkeypatch.setattr(tune_main, "explain", taken.append)
     tune_main.main(["--take", str(path)])
     assert taken == [chosen, chosen]
+
+
+@pytest.mark.parametrize(("stop_after", "measured"), [(25.0, 3), (None, 4)])
+def test_nothing_is_measured_after_the_time_that_was_given(
+    tmp_path, monkeypatch, stop_after, measured
+):
+    """Each key takes ten seconds here."""
+    now = 0.0
+
+    def ten_seconds(key):
+        nonlocal now
+        now += 10.0
+        return None, ""
+
+    monkeypatch.setattr(tune_main, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(choose, "compiled", lambda key: None)
+    monkeypatch.setattr(choose, "measured", ten_seconds)
+    monkeypatch.setattr(times, "append", lambda path, key, *_: kept.append(key))
+    kept = []
+    keys = [Key("sm_90", "16-bit", frames, 64) for frames in (16, 32, 64, 128)]
+    tune_main.measure_into(tmp_path / "times.jsonl", keys, tune_main.Options(stop_after=stop_after))
+    assert len(kept) == measured
 
 
 def test_a_missing_tile_has_the_reason_of_the_candidate_that_spills_least(tmp_path, monkeypatch):

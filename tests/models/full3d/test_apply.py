@@ -212,6 +212,15 @@ def test_heads_where_modules_call_them_otherwise(name):
         vk.apply_frames(model, RULE, heads=[count])
 
 
+def test_heads_of_attention_that_does_not_say_how_many_it_has():
+    model = WAN.make()
+    del model.blocks[0].attn1.heads
+    with pytest.raises(ValueError, match=r"heads= needs to know how many .* has none of heads, "):
+        vk.apply_frames(model, RULE, heads=[0])
+    with vk.apply_frames(model, RULE):  # all of them need no number
+        pass
+
+
 def test_heads_of_a_model_that_masks_by_itself():
     """A rule for some heads, and the model's own mask for all of them."""
     tiny = TINY["skyreels-v2-ar"]
