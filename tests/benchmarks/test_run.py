@@ -46,6 +46,18 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, finished):
     assert not results.load(path).missing
 
 
+def test_no_case_begins_after_the_time_that_was_given(tmp_path, capsys):
+    path = tmp_path / "run.jsonl"
+    run.begin(path, few())
+    resume = ["run", "--no-report", "--resume", str(path)]
+    with no_workers():
+        assert main([*resume, "--stop-after", "0"]) == 0
+        assert not results.load(path).records
+        assert "cases are not measured yet" in capsys.readouterr().out
+        assert main(resume) == 0
+    assert not results.load(path).missing
+
+
 def test_a_run_in_another_environment_is_not_resumed(tmp_path, finished):
     path = tmp_path / "run.jsonl"
     header, *rest = finished.read_text().splitlines()
