@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
 from benchmarks.report.tables import Table
-from vstar_kernels.cli.options import integer, parsed, several
+from vstar_kernels.cli.options import integer, parsed, read_options, several
 
 SECONDS = 3.0
 REPORT = shlex.split("perf report --stdio --sort symbol --percent-limit 0.05 --field-separator ;")
@@ -70,7 +68,7 @@ class Options:
     frames: Annotated[tuple[int, ...], several(integer(1), "N")] = (16, 32, 64, 128, 1024)
     head_dim: Annotated[int, parsed(integer(1), "D")] = 64
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    backward: tyro.conf.FlagCreatePairsOff[bool] = False
+    backward: bool = False
     """The backward pass, without the forward pass before it."""
 
 
@@ -101,7 +99,7 @@ def stage_parts(options: Options, frames: int) -> dict[str, float]:
 
 def main() -> None:
     """Prints the table."""
-    options = tyro.cli(Options, prog="python -m benchmarks.breakdown")
+    options = read_options(Options, prog="python -m benchmarks.breakdown")
     if shutil.which("perf") is None:
         raise SystemExit("perf was not found (Debian: linux-perf)")
     try:

@@ -31,7 +31,6 @@ from unittest import mock
 
 import torch
 import triton
-import tyro
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import CompiledKernel
 
@@ -42,7 +41,7 @@ from vstar_kernels.attention import triton as tar
 from vstar_kernels.attention.call_cache import CallCache
 from vstar_kernels.attention.triton import columns, frames
 from vstar_kernels.attention.triton.plan import Launch
-from vstar_kernels.cli.options import integer, parsed
+from vstar_kernels.cli.options import integer, parsed, read_options
 
 HEADS, HEAD_DIM = 8, 64
 Variants = list[tuple[Callable[[], Any], Callable[[], AbstractContextManager[None]]]]
@@ -200,7 +199,7 @@ def measure(options: Options) -> Iterator[list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints the table; returns the exit status."""
-    options = tyro.cli(Options, prog="python -m benchmarks.call_time", args=arguments)
+    options = read_options(Options, arguments, prog="python -m benchmarks.call_time")
     if tar.interpreted():
         print("interpreted kernels are not launched: unset TRITON_INTERPRET", file=sys.stderr)
         return 1

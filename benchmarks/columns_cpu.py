@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 import vstar_kernels as vk
@@ -26,6 +25,7 @@ from benchmarks.column_adapters import PEERS, ColumnAttention, columns_of_words
 from benchmarks.machine import Watch
 from benchmarks.record import write_record
 from benchmarks.report.tables import Table
+from vstar_kernels.cli.options import read_options
 
 OURS = "vstar_kernels"
 WITH_MAPS, WITHOUT_MAPS = "operator with maps", "operator without maps"
@@ -144,7 +144,7 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints the table and writes the file."""
-    options = tyro.cli(Options, prog="python -m benchmarks.columns_cpu", args=arguments)
+    options = read_options(Options, arguments, prog="python -m benchmarks.columns_cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import tyro
 
 import vstar_kernels as vk
 from benchmarks.report.tables import Table
 from vstar_kernels.attention import dispatch, triton
+from vstar_kernels.cli.options import read_options
 from vstar_kernels.testing import eager_frames, inputs, largest_error
 
 RULES = {
@@ -90,7 +90,7 @@ def _is_truncated(backend: str, dtype: str) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints the table."""
-    options = tyro.cli(Options, prog="python -m benchmarks.frames_accuracy", args=arguments)
+    options = read_options(Options, arguments, prog="python -m benchmarks.frames_accuracy")
     head = ["type", "rule", "dense formula", *backends()]
     if triton.interpreted():
         head = ["triton, interpreted" if name == "triton" else name for name in head]

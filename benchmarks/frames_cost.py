@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import tyro
 
 from benchmarks.frames import RULES, layout_of
 from benchmarks.report.tables import Table
@@ -27,6 +26,7 @@ from benchmarks.suites import WORKLOADS
 from vstar_kernels.attention.frames.call import check_call
 from vstar_kernels.attention.frames.cost import kept_pairs
 from vstar_kernels.attention.triton import configs, frames_plan, frames_slots
+from vstar_kernels.cli.options import read_options
 
 MODELS = WORKLOADS["dit"]["models"]
 ITEMSIZE = 2
@@ -87,7 +87,7 @@ def measure(options: Options) -> Iterator[list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Counts and prints the table."""
-    options = tyro.cli(Options, prog="python -m benchmarks.frames_cost", args=arguments)
+    options = read_options(Options, arguments, prog="python -m benchmarks.frames_cost")
     print(Table("", HEAD, list(measure(options)), words=2).markdown())
 
 

@@ -18,13 +18,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 
 import vstar_kernels as vk
 from benchmarks.clock import CpuClock, TimedCall, time_in_turn
 from benchmarks.machine import Watch, peak_bytes
 from benchmarks.record import write_record
 from benchmarks.report.tables import Table
+from vstar_kernels.cli.options import read_options
 
 MATRIX = 2048  # of the product that is timed
 COPY = 1 << 24  # floats that are copied
@@ -145,7 +145,7 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints the table and writes the file."""
-    options = tyro.cli(Options, prog="python -m benchmarks.frames_cpu", args=arguments)
+    options = read_options(Options, arguments, prog="python -m benchmarks.frames_cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)

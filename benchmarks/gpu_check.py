@@ -21,13 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
 from tyro.conf import Positional
 
 from benchmarks import json_lines, pytest_lines, results
 from benchmarks.machine import ROOT, end_with_parent
 from benchmarks.results import ResultsError
-from vstar_kernels.cli.options import integer, number, parsed, several
+from vstar_kernels.cli.options import integer, number, parsed, read_options, several
 
 MOST_JOBS = 16
 PATIENCE = 90.0  # seconds for one peer of a case, or one test, kernels compiled by then
@@ -131,7 +130,7 @@ class Options:
     """Seconds for all."""
     device: Literal["cuda", "cpu"] = "cuda"
     """A CPU, for a dry run."""
-    quick: tyro.conf.FlagCreatePairsOff[bool] = False
+    quick: bool = False
     """Do little of each stage."""
     jobs: Annotated[int, parsed(integer(1), "N")] = min(MOST_JOBS, os.cpu_count() or 1)
     """Processes that compile and test."""
@@ -364,7 +363,7 @@ def started(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the stages that are asked for."""
-    options = tyro.cli(Options, args=arguments, prog="benchmarks/gpu_check.sh")
+    options = read_options(Options, arguments, prog="benchmarks/gpu_check.sh")
 
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)

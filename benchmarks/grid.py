@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
 import vstar_kernels as vk
@@ -29,6 +28,7 @@ from benchmarks.machine import Watch, peak_bytes
 from benchmarks.record import write_record
 from benchmarks.report.tables import Table
 from vstar_kernels.analysis import attention_cost, grid_layout, grid_shape
+from vstar_kernels.cli.options import read_options
 
 # Table 3: frames and the height and width of a frame, in tokens. Its "Res 512" has 2,048 tokens.
 SETTINGS = {
@@ -190,7 +190,7 @@ def sweep_table(results: Sequence[dict[str, Any]]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints the tables and writes the file."""
-    options = tyro.cli(Options, prog="python -m benchmarks.grid", args=arguments)
+    options = read_options(Options, arguments, prog="python -m benchmarks.grid")
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import tyro
 from torch import Tensor
 
 import vstar_kernels as vk
@@ -26,7 +25,7 @@ from benchmarks.machine import peak_bytes
 from benchmarks.record import write_record
 from benchmarks.report.tables import Table
 from benchmarks.unet import TEXT_TOKENS, unet3d
-from vstar_kernels.cli.options import parsed, size
+from vstar_kernels.cli.options import parsed, read_options, size
 from vstar_kernels.methods.starvid.guidance import GuidanceHandle
 from vstar_kernels.methods.starvid.words import PlanWords
 from vstar_kernels.models.front_end import cross_layers
@@ -163,7 +162,7 @@ def table(results: Sequence[dict[str, Any]], options: Options) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints the table and writes the file."""
-    options = tyro.cli(Options, prog="python -m benchmarks.guidance", args=arguments)
+    options = read_options(Options, arguments, prog="python -m benchmarks.guidance")
     results = measure(options)
     print(table(results, options).markdown())
     write_record(options, results)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 import vstar_kernels as vk
+from vstar_kernels.cli.options import read_options
 
 HEADS = 3
 # Frames of a tile of several sequences, of tiles that are not full, and of a stream.
@@ -83,7 +83,7 @@ def calls(options: Options) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Makes the calls, and says which."""
-    options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.kernel_calls")
+    options = read_options(Options, arguments, prog="python -m benchmarks.kernel_calls")
     torch.manual_seed(0)
     for name, call in calls(options):
         print(name, flush=True)

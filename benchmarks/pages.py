@@ -17,11 +17,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import tyro
-
 from benchmarks.machine import ROOT, environment
 from benchmarks.report.tables import Table
 from benchmarks.run import WARM
+from vstar_kernels.cli.options import read_options
 
 CALLS = 15  # of a process, after three that are not timed
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -122,7 +121,7 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints the table and writes the file."""
-    options = tyro.cli(Options, prog="python -m benchmarks.pages", args=arguments)
+    options = read_options(Options, arguments, prog="python -m benchmarks.pages")
     found: dict[str, list[Any]] = {name: [] for name in SETTINGS}
     for _ in range(options.rounds):
         for name, setting in SETTINGS.items():

@@ -22,13 +22,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 import vstar_kernels as vk
 from benchmarks.clock import TimedCall, clock_for, time_in_turn
 from benchmarks.report.tables import Table
 from benchmarks.unet import PIXELS_PER_LATENT, TEXT_TOKENS, UNetOptions, motion, unet3d
+from vstar_kernels.cli.options import read_options
 from vstar_kernels.models.hooks import Argument
 
 TRANSFORMERS = ("TransformerTemporalModel", "AnimateDiffTransformer3D")
@@ -148,7 +148,7 @@ def table(models: dict[str, Any]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints, writes."""
-    options = tyro.cli(Options, prog="python -m benchmarks.permute_copies", args=arguments)
+    options = read_options(Options, arguments, prog="python -m benchmarks.permute_copies")
     settings = {key: x for key, x in asdict(options).items() if key not in ("json", "models")}
     results = {
         "settings": settings,

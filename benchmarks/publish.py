@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-import tyro
 
 from benchmarks import pages, pytest_lines, results
 from benchmarks.gpu_check import STAGES
@@ -24,6 +23,7 @@ from benchmarks.report import figures, plots
 from benchmarks.report.page import describe
 from benchmarks.report.tables import Table, all_tables, of_frame, percent
 from benchmarks.results import ResultsError, Run
+from vstar_kernels.cli.options import read_options
 
 KEPT = ROOT / "benchmarks/results"
 RESULTS = KEPT / "cpu-amd-epyc-zen5-2-cores"
@@ -242,7 +242,7 @@ class Options:
 
 def main(arguments: list[str] | None = None) -> None:
     """Writes all tables and pictures."""
-    options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.publish")
+    options = read_options(Options, arguments, prog="python -m benchmarks.publish")
     if options.keep is not None:
         print(keep(options.keep))
     replace(ROOT / "README.md", "cpu", margins())

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vstar_kernels as vk
 from benchmarks.report.tables import Table
 from benchmarks.unet import SAMPLES, TEXT_TOKENS, unet3d
+from vstar_kernels.cli.options import read_options
 from vstar_kernels.models.sharded.apply import spread
 from vstar_kernels.models.sharded.ranks import Ranks
 
@@ -317,7 +317,7 @@ def _most(sizes: Iterator[int]) -> str:
 
 def main() -> None:
     """Prints both tables."""
-    options = tyro.cli(Options, description=__doc__)
+    options = read_options(Options, prog="python -m benchmarks.sharding")
     counts = []
     for name in options.models:
         for frames in options.frames:

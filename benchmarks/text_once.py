@@ -19,12 +19,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-import tyro
 
 import vstar_kernels as vk
 from benchmarks.clock import TimedCall, clock_for, time_in_turn
 from benchmarks.report.tables import Table
 from benchmarks.unet import PIXELS_PER_LATENT, TEXT_TOKENS, UNetOptions, unet3d
+from vstar_kernels.cli.options import read_options
 from vstar_kernels.models import text as sharing
 from vstar_kernels.models.front_end import cross_layers
 
@@ -105,7 +105,7 @@ def table(result: dict[str, Any]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints, writes."""
-    options = tyro.cli(Options, prog="python -m benchmarks.text_once", args=arguments)
+    options = read_options(Options, arguments, prog="python -m benchmarks.text_once")
     result = measure(options)
     print(table(result).markdown())
     if options.json:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import triton
-import tyro
 
 from benchmarks.codegen import cases, column_cases, frame_cases, report, without_tile
 from benchmarks.codegen.compile import in_processes
+from vstar_kernels.cli.options import read_options
 
 FAMILIES = ("tile", "stream", "frames", "columns")
 TABLES = (*frame_cases.VARIANTS, *column_cases.TABLES)
@@ -33,13 +33,13 @@ class Options(cases.Selection):
     """Families of kernels."""
     table: tuple[Literal[TABLES], ...] = TABLES
     """Of the frames' and the columns' kernels, the tables of configurations."""
-    subset: tyro.conf.FlagCreatePairsOff[bool] = False
+    subset: bool = False
     """Compile only those that `make test` compiles."""
     json: Path | None = None
     """Write the data here, and the tables beside it, as .md."""
-    update: tyro.conf.FlagCreatePairsOff[bool] = False
+    update: bool = False
     """Keep what that file has of other kernels, if their configurations are shipped still."""
-    other_triton: tyro.conf.FlagCreatePairsOff[bool] = False
+    other_triton: bool = False
     """This Triton is another than the configurations were chosen with. It may spill a few bytes
     more, and take more shared memory than they say, within what the target has."""
 
@@ -51,7 +51,7 @@ class Options(cases.Selection):
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints the tables, and writes them and the data with ``--json``."""
-    options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.codegen")
+    options = read_options(Options, arguments, prog="python -m benchmarks.codegen")
     todo: list[Any] = [case for entry in cases.entries() for case in cases.shipped(entry)]
     of_frames = [x for entry in frame_cases.entries() for x in frame_cases.shipped(entry)]
     of_columns = [x for entry in column_cases.entries() for x in column_cases.shipped(entry)]

@@ -22,21 +22,21 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
 from benchmarks.codegen import cases, without_tile
 from benchmarks.codegen.cases import Entry, Key
 from benchmarks.codegen.compile import in_processes
 from benchmarks.tune import choose, times
+from vstar_kernels.cli.options import read_options
 
 
 @dataclass(frozen=True)
 class Options(cases.Selection):
     """Which configurations to choose, and how."""
 
-    predict: tyro.conf.FlagCreatePairsOff[bool] = False
+    predict: bool = False
     """Choose by compiled code, for every target, without a GPU."""
-    repair: tyro.conf.FlagCreatePairsOff[bool] = False
+    repair: bool = False
     """Choose only those that are not fit."""
     kernel: tuple[Literal["tile", "stream"], ...] = ("tile", "stream")
     """Families of kernels."""
@@ -86,7 +86,7 @@ def explain(chosen: Mapping[Key, Entry | None]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Rewrites the files of configurations, after each architecture."""
-    options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.tune")
+    options = read_options(Options, arguments, prog="python -m benchmarks.tune")
     if options.take is not None:
         chosen = times.read(options.take)
         if not chosen:

@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from benchmarks.codegen import cases, column_cases
 from benchmarks.codegen.column_cases import TABLES, ColumnEntry
 from benchmarks.codegen.compile import in_processes
@@ -22,6 +20,7 @@ from benchmarks.codegen.targets import TARGETS
 from benchmarks.tune.choose import LEAST_SHARED, inspect_fit, write_tables
 from vstar_kernels.attention.triton import configs
 from vstar_kernels.attention.triton.configs import ColumnsConfig
+from vstar_kernels.cli.options import read_options
 
 SIZES = json.loads(Path(__file__).with_name("column_candidates.json").read_text())
 
@@ -109,7 +108,7 @@ def _line(entry: ColumnEntry) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Rewrites the file, after each kind and width."""
-    options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.tune.columns")
+    options = read_options(Options, arguments, prog="python -m benchmarks.tune.columns")
     missing = []
     for kind in options.kind:
         for width in options.width:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
 from benchmarks.codegen import cases, frame_cases, report
 from benchmarks.codegen.compile import in_processes, inspect
@@ -31,6 +30,7 @@ from benchmarks.tune.candidates import LEAST_BYTES, itemsize
 from benchmarks.tune.choose import LEAST_SHARED, inspect_fit, write_tables
 from vstar_kernels.attention.triton import configs
 from vstar_kernels.attention.triton.configs import FramesConfig
+from vstar_kernels.cli.options import read_options
 
 SIZES = json.loads(Path(__file__).with_name("frame_candidates.json").read_text())
 
@@ -47,9 +47,9 @@ class Options(cases.Selection):
 
     table: tuple[Literal[tuple(VARIANTS)], ...] = tuple(VARIANTS)
     """Tables of the file."""
-    predict: tyro.conf.FlagCreatePairsOff[bool] = False
+    predict: bool = False
     """Choose by compiled code, for every target, without a GPU."""
-    repair: tyro.conf.FlagCreatePairsOff[bool] = False
+    repair: bool = False
     """Keep those that are fit; without a GPU."""
 
 
@@ -209,7 +209,7 @@ def _line(entry: FrameEntry) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Rewrites the file, after each kind and width."""
-    options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.tune.frames")
+    options = read_options(Options, arguments, prog="python -m benchmarks.tune.frames")
     choose, revisit, jobs = predicted, predicted_revisit, options.jobs
     if options.repair:
         choose = repaired

@@ -1,5 +1,7 @@
 import os
 import sys
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
@@ -8,9 +10,19 @@ from tests.helpers import run_python
 from vstar_kernels.attention import triton
 from vstar_kernels.cli import info
 from vstar_kernels.cli.main import main
+from vstar_kernels.cli.options import read_options
 from vstar_kernels.cli.progress import say
 
-PRINT = (["info"], ["--version"], ["demo", "--help"])
+
+@dataclass
+class Options:
+    """What a program without commands is told."""
+
+    fast: bool = False
+
+
+read = partial(read_options, Options, prog="program")
+PRINT = [(main, ["info"]), (main, ["--version"]), (main, ["demo", "--help"]), (read, ["--help"])]
 EXTRAS = ("tyro", "jinja2", "psutil", "cpuinfo")
 
 
@@ -30,24 +42,24 @@ def test_info_names_the_machine():
     assert not facts["processor"].startswith("unknown")
 
 
-@pytest.mark.parametrize("arguments", PRINT)
-def test_a_reader_that_has_gone_is_no_error(arguments, monkeypatch):
+@pytest.mark.parametrize(("program", "arguments"), PRINT)
+def test_a_reader_that_has_gone_is_no_error(program, arguments, monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as output, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", output)
         with pytest.raises(SystemExit) as stopped:
-            main(arguments)
+            program(arguments)
     assert stopped.value.code == 0
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no such device")
-@pytest.mark.parametrize("arguments", PRINT)
-def test_a_full_disk_is_an_error(arguments, monkeypatch, capsys):
+@pytest.mark.parametrize(("program", "arguments"), PRINT)
+def test_a_full_disk_is_an_error(program, arguments, monkeypatch, capsys):
     with open("/dev/full", "w") as output, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", output)
         with pytest.raises(SystemExit) as stopped:
-            main(arguments)
+            program(arguments)
     assert stopped.value.code == 1
     error = capsys.readouterr().err
     assert error == "error: [Errno 28] No space left on device\n"
@@ -65,9 +77,17 @@ def test_a_closed_output_is_no_error(monkeypatch):
         patch.setattr(sys, "stdout", None)
         assert main(["info"]) == main(["--version"]) == 0
         say("done")
-        with pytest.raises(SystemExit) as stopped:
-            main(["study", "--help"])
-    assert stopped.value.code == 0
+        for program, arguments in [(main, ["study", "--help"]), (read, ["--help"])]:
+            with pytest.raises(SystemExit) as stopped:
+                program(arguments)
+            assert stopped.value.code == 0
+
+
+def test_a_flag_has_no_opposite(capsys):
+    assert read(["--fast"]).fast
+    with pytest.raises(SystemExit):
+        read(["--no-fast"])
+    assert "--no-fast" in capsys.readouterr().err
 
 
 def test_info_needs_none_of_the_extras(capsys, monkeypatch):

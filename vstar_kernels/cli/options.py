@@ -24,6 +24,7 @@ from vstar_kernels.files import IncompleteError, results_folder
 from vstar_kernels.reading import shorten
 
 T = TypeVar("T")
+STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes)
 SHOWN = 2000  # characters of a message
 MAX_STEPS = 1000  # of the schedulers' training
 MOST_DIGITS = 20  # of an integer: what Python reads has its own limit, and names no option
@@ -40,6 +41,20 @@ class Command(Protocol):
         """Does it; returns the exit status."""
 
 
+def read_options(options: type[T], arguments: Sequence[str] | None = None, *, prog: str) -> T:
+    """Reads the options of a program that has no commands.
+
+    It ends the process as `run_command` does where they cannot be read, and for ``--help``.
+
+    Args:
+        options: A dataclass of them.
+        arguments: The command line, or None for the process's own.
+        prog: How the program is called.
+    """
+    with whole_output():  # of --help
+        return tyro.cli(options, prog=prog, args=arguments, config=STYLE)
+
+
 def run_command(
     commands: Mapping[str, Callable[..., Command]],
     arguments: Sequence[str],
@@ -52,11 +67,10 @@ def run_command(
     Options that cannot be read end the process with status 2, as ``--help`` does with 0. A command
     that cannot go on has status 2 too, one that Ctrl-C interrupts 130.
     """
-    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes)
     try:
         with whole_output():  # of --help
             command: Command = tyro.extras.subcommand_cli_from_dict(
-                dict(commands), prog=prog, description=description, args=arguments, config=config
+                dict(commands), prog=prog, description=description, args=arguments, config=STYLE
             )
         with _ended_in_order():
             return command.run()

@@ -272,6 +272,19 @@ def test_a_call_that_fails_is_no_side_of_guidance(wan):
     assert [item.branch for item in capture.maps] == [0]
 
 
+def test_frames_at_other_timesteps_are_no_side_of_guidance(wan):
+    """Diffusion forcing: the noisiest frame of both steps is the same, and so are the latents."""
+    tokens = wan.patch_embedding(WAN.call()["hidden_states"])[0, 0].numel()
+    one, other = torch.full((2, 2, tokens), 300.0)
+    other[:, : tokens // 2] = 0.0
+    with vk.capture_maps(wan, layers=[0]) as capture:
+        for timestep in (one, other, other):
+            with torch.no_grad():
+                wan(**WAN.call() | {"timestep": timestep})
+    assert {item.timestep for item in capture.maps} == {300.0}
+    assert [(item.branch, item.calls) for item in capture.maps] == [(0, 2), (1, 1)]
+
+
 def test_an_unknown_model_is_captured_by_the_layout_of_the_caller():
     """With a rule and without; it is told no timestep."""
     torch.manual_seed(0)
@@ -292,6 +305,26 @@ def test_an_unknown_model_is_captured_by_the_layout_of_the_caller():
             assert not torch.equal(out, expected)
             handle.remove()
     assert torch.equal(model(x), expected)
+
+
+class OwnNames(nn.Module):
+    """A model of nobody's that may be called without a timestep, or with no latents by that name."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = OwnAttention()
+
+    def forward(self, x, timestep=None, hidden_states=None):
+        return self.attention(x if hidden_states is None else hidden_states)
+
+
+@pytest.mark.parametrize("given", ["timestep", "hidden_states"])
+def test_calls_that_do_not_tell_the_side_of_guidance_are_all_the_first(given):
+    told = {"timestep": 300.0, "hidden_states": torch.randn(2, 11, 8)}
+    with vk.capture_maps(model := OwnNames(), layout=LAYOUT) as capture:
+        for _ in range(2):
+            model(torch.randn(2, 11, 8), **{given: told[given]})
+    assert [(item.branch, item.calls) for item in capture.maps] == [(0, 2)]
 
 
 def test_what_cannot_be_captured_is_an_error(wan):
