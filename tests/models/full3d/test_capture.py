@@ -308,7 +308,7 @@ def test_an_unknown_model_is_captured_by_the_layout_of_the_caller():
 
 
 class OwnNames(nn.Module):
-    """A model of nobody's that may be called without a timestep, or with no latents by that name."""
+    """A model that may be called without a timestep, or with latents by a name of its own."""
 
     def __init__(self):
         super().__init__()
