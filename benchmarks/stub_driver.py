@@ -89,6 +89,10 @@ CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute attribute, int gi
   return CUDA_SUCCESS;
 }
 CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache config) { return CUDA_SUCCESS; }
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *found) {
+  *found = CU_STREAM_CAPTURE_STATUS_NONE;
+  return CUDA_SUCCESS;
+}
 CUresult cuOccupancyMaxActiveClusters(int *found, CUfunction f, const CUlaunchConfig *config) {
   *found = 1;
   return CUDA_SUCCESS;

@@ -38,7 +38,7 @@ def source(case: Case) -> tuple[ASTSource, dict[str, Any]]:
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     tensors = [dtype and MockTensor(dtype) for dtype in case.tensor_types]
     arguments = launch.call_arguments(launch.needed._make(tensors))
-    bound, specialization, options = bind(*arguments, **launch.constants)
+    bound, specialization, options = bind(*arguments, **launch.keywords)
     options, signature, constants, attributes = kernel._pack_args(
         backend, options, bound, specialization, options
     )

@@ -78,6 +78,7 @@ class StubGpu(TorchDispatchMode):
         self.searched = 0  # how often Triton has looked for a compiled kernel by all arguments
         self.kernels = []  # those that were launched, by their place in ``compiled``
         self.compiled = []  # what Triton would have compiled, in its order
+        self.options = []  # that it would have been compiled with
         self.described = 0  # descriptors that the latest launch was given
         self.copies = True  # between the CPU and the GPU, which a first call may make
         self._functions = set()
@@ -172,9 +173,10 @@ class StubGpu(TorchDispatchMode):
         from vstar_kernels.attention import autograd, triton
         from vstar_kernels.attention.triton import plan
 
-        def compiled(function, key, signature, device, *args, **kwargs):
+        def compiled(function, key, signature, device, constants, options, *args):
             kernels, *_ = function.device_caches[device]
             kernels[key] = self._compiled(function)
+            self.options.append(options)
             return kernels[key]
 
         search = jit.JITFunction.run

@@ -89,8 +89,8 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_a_call_and_its_gradients_wait_for_nothing(name, gpu):
+def with_gradients(name, gpu):
+    """Returns what runs a call and its gradients, and returns the kernels that it launched."""
     operation, make, wanted = CALLS[name]
     call = make()
 
@@ -103,6 +103,12 @@ def test_a_call_and_its_gradients_wait_for_nothing(name, gpu):
         operation.run_backward("triton", call, there, saved, grad_out, grad_map, wanted)
         return list(gpu.launched)
 
+    return run
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_and_its_gradients_wait_for_nothing(name, gpu):
+    run = with_gradients(name, gpu)
     first = run()  # makes its plans, and puts their tables on the GPU
     gpu.copies = False
     assert run() == first
@@ -247,25 +253,39 @@ def test_a_table_of_another_type_is_another_kernels(gpu):
     assert gpu.kernels == [0, 1, 0]
 
 
-SETTINGS = {
-    "debug": ("runtime", "debug", True),
-    "instrumentation": ("compilation", "instrumentation_mode", "default"),
-}
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_kernel_that_is_compiled_otherwise_is_another(name, gpu):
-    """As where a profiler begins to instrument kernels that have been launched before."""
+def test_a_kernel_for_debugging_is_another(gpu):
     import triton
 
-    knobs, setting, value = SETTINGS[name]
     a_launch()
-    with mock.patch.object(getattr(triton.knobs, knobs), setting, value):
+    with mock.patch.object(triton.knobs.runtime, "debug", True):
         a_launch()
         assert gpu.searched == 2
     a_launch()
     assert gpu.kernels[0] == gpu.kernels[2] == 0
     assert gpu.searched == 2
+
+
+def test_while_kernels_are_instrumented_triton_is_asked_at_every_launch(gpu):
+    """As where a profiler begins with kernels that have been launched before."""
+    import triton
+
+    a_launch()
+    with mock.patch.object(triton.knobs.compilation, "instrumentation_mode", "default"):
+        a_launch()
+        a_launch()
+    assert gpu.searched == 3
+    a_launch()
+    assert gpu.kernels == [0, 1, 1, 0]
+    assert gpu.searched == 3
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_kernel_multiplies_and_adds_at_once(name, gpu, monkeypatch):
+    """Whatever Triton's default is, which it warns of from 3.9 on."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    with_gradients(name, gpu)()
+    assert len(gpu.options) == len(gpu.compiled) >= 2
+    assert all(options.enable_fp_fusion for options in gpu.options)
 
 
 def test_hooks_see_every_launch(gpu):
@@ -331,7 +351,7 @@ def test_where_triton_goes_by_more_it_is_asked_at_every_launch(gpu, monkeypatch)
     assert gpu.kernels == [0, 0, 0]
 
 
-@pytest.mark.parametrize("version", ["3.9.0", "4.3.6", "3.60.0"])
+@pytest.mark.parametrize("version", ["3.10.0", "4.3.6", "3.60.0"])
 def test_a_triton_that_nobody_has_read_is_asked_at_every_launch(version, gpu, monkeypatch):
     found = plan._triton()._replace(version=version)
     monkeypatch.setattr(plan, "_triton", lambda: found)
@@ -359,7 +379,7 @@ def answers(launch, tensors, backend):
     for name, given in tensors._asdict().items():
         for other in tensors_otherwise() if given is not None else ():
             changed = tensors._replace(**{name: other})
-            _, specialization, _ = search(*launch.call_arguments(changed), **launch.constants)
+            _, specialization, _ = search(*launch.call_arguments(changed), **launch.keywords)
             yield launch._specialization(changed), specialization
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,37 +13,43 @@ from torch import Tensor
 from vstar_kernels.attention.triton import frames_plan, plan
 from vstar_kernels.attention.triton.frames_plan import FramesKey
 from vstar_kernels.attention.triton.frames_slots import TileTables
-from vstar_kernels.attention.triton.plan import DeviceTables
+from vstar_kernels.attention.triton.plan import DeviceTables, Launch
+
+
+class Tensors(NamedTuple):
+    """What the kernel reads and writes."""
+
+    mass: Any  # (batch · heads, entries, columns): what each tile leaves for its rows' frames
+    first: Any  # (frames + 1,): where each query frame's entries begin in ``entry``
+    entry: Any  # the entries, by query frames
+    weight: Any  # (frames,): of a frame's sum
+    map: Any  # (batch, [heads,] frames, columns)
 
 
 @triton.jit(do_not_specialize=["summed_heads", "entries", "frames", "columns"])
-def map_kernel(
-    p_mass, p_first, p_entry, p_weight, p_map, summed_heads, entries, frames, columns,
-    COLUMNS: tl.constexpr,
-):  # fmt: skip
+def map_kernel(t, summed_heads, entries, frames, columns, COLUMNS: tl.constexpr):
     """One row of the frame map: sums a query frame's entries over ``summed_heads`` heads."""
     i_frame = tl.program_id(0) % frames
     i_map = (tl.program_id(0) // frames).to(tl.int64)  # (batch, heads / summed_heads)
-    first = tl.load(p_first + i_frame)
-    end = tl.load(p_first + i_frame + 1)
-    weight = tl.load(p_weight + i_frame)
+    first = tl.load(t.first + i_frame)
+    end = tl.load(t.first + i_frame + 1)
+    weight = tl.load(t.weight + i_frame)
     for start in tl.range(0, columns, COLUMNS, num_stages=1):
         o_column = start + tl.arange(0, COLUMNS)
         b_sum = tl.zeros((COLUMNS,), tl.float32)
         for n in tl.range(i_map * summed_heads, (i_map + 1) * summed_heads, num_stages=1):
             for i in tl.range(first, end, num_stages=1):
-                o_mass = (n * entries + tl.load(p_entry + i)) * columns + o_column
-                b_sum += tl.load(p_mass + o_mass, mask=o_column < columns, other=0.0)
+                o_mass = (n * entries + tl.load(t.entry + i)) * columns + o_column
+                b_sum += tl.load(t.mass + o_mass, mask=o_column < columns, other=0.0)
         o_map = (i_map * frames + i_frame) * columns + o_column
-        tl.store(p_map + o_map, b_sum * weight, mask=o_column < columns)
+        tl.store(t.map + o_map, b_sum * weight, mask=o_column < columns)
 
 
 @dataclass(frozen=True)
 class MapPlan:
     """The map's sums over entries and heads: one launch, after the masses are there."""
 
-    programs: int
-    arguments: tuple[int, ...]
+    launch: Launch
     tables: DeviceTables
     mass: tuple[int, ...]  # the shape of the masses
 
@@ -57,27 +64,24 @@ class MapPlan:
     def sums(self, mass: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Returns the map."""
         found = plan.new(mass, *shape)
-        columns = self.mass[-1]
-        block = min(128, triton.next_power_of_2(columns))
-        tables = self.tables.in_use().values()
-        map_kernel[(self.programs,)](
-            mass, *tables, found, *self.arguments, columns, COLUMNS=block, num_warps=1
-        )
+        self.launch.on(mass=mass, map=found, **self.tables.in_use())
         return found
 
 
 def plan_map(key: FramesKey, made: TileTables) -> MapPlan:
     """Returns the launch that sums a call's map."""
     summed = key.heads if key.options.mean_map == "mean" else 1
-    entries = made.entry_frame.numel()
+    entries, columns = made.entry_frame.numel(), key.key_frames + 1
     tables = {
-        "p_first": made.frame_first,
-        "p_entry": made.frame_entries,
-        "p_weight": frames_plan.frame_weights(key),
+        "first": made.frame_first,
+        "entry": made.frame_entries,
+        "weight": frames_plan.frame_weights(key),
     }
-    return MapPlan(
+    launch = Launch(
+        map_kernel,
         key.batch * key.heads // summed * key.frames,
-        (summed, entries, key.frames),
-        DeviceTables(tables),
-        (key.batch, key.heads, entries, key.key_frames + 1),
+        Tensors(*(True for _ in Tensors._fields)),
+        (summed, entries, key.frames, columns),
+        {"COLUMNS": min(128, triton.next_power_of_2(columns)), "num_warps": 1},
     )
+    return MapPlan(launch, DeviceTables(tables), (key.batch, key.heads, entries, columns))

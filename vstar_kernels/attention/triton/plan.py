@@ -26,7 +26,10 @@ KEPT_TENSORS = 64
 KEPT_BYTES = 2**20
 # Versions of Triton whose choice of a kernel has been read: it is documented nowhere, and another
 # version may go by more than :class:`Launch` knows.
-READ_VERSIONS = ("3.6.", "3.7.", "3.8.")
+READ_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")
+# What is asked of Triton's compiler: products that are added to in one instruction. Triton warns
+# from 3.9 on where nobody says so, as that will be its default no longer.
+COMPILER = {"enable_fp_fusion": True}
 
 Strides = tuple[int, ...]
 
@@ -516,8 +519,8 @@ class Launch:
         """Returns what Triton compiles a kernel anew for, of what changes between launches.
 
         Of a tensor that is its type and whether it is aligned to 16 bytes; a plan's numbers and the
-        grid stay. Then the current device, and settings of Triton's, as what its profiler
-        instruments. None where Triton is asked at every launch.
+        grid stay. Then the current device, and whether Triton debugs. None where Triton is asked at
+        every launch.
         """
         if not self._keeps:
             return None
@@ -526,10 +529,12 @@ class Launch:
         # only the second one's answer says which kernel it is.
         if self.kernel.pre_run_hooks or triton.runtime.add_stages_inspection_hook is not None:
             return None
+        # Instrumented kernels are compiled by settings of their own, which grow with Triton.
+        if triton.compilation.instrumentation_mode:
+            return None
         return (
             triton.driver.active.get_current_device(),
             triton.runtime.debug,
-            triton.compilation.instrumentation_mode,
             *[x if x is None else (x.dtype, x.data_ptr() % VECTOR_BYTES == 0) for x in tensors],
         )
 
@@ -541,7 +546,7 @@ class Launch:
                 given = "none is" if needed else "it is"
                 raise ValueError(f"{self.kernel.__name__} {fault} {name}, {given} given")
         arguments = self.call_arguments(tensors)
-        compiled = self.kernel[(self.programs,)](*arguments, **self.constants)
+        compiled = self.kernel[(self.programs,)](*arguments, **self.keywords)
         if key is not None and isinstance(compiled, _triton().CompiledKernel):
             signature = self.kernel.signature
             named = {x: y for x, y in self.constants.items() if x in signature.parameters}
@@ -549,6 +554,11 @@ class Launch:
             bound.apply_defaults()
             rest = tuple(bound.arguments.values())[len(self._of_tensors(tensors)) :]
             self._compiled[key] = compiled[(self.programs, 1, 1)], rest
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What Triton is given besides :meth:`call_arguments`."""
+        return {**self.constants, **COMPILER}
 
     def call_arguments(self, tensors: Any) -> tuple[Any, ...]:
         """Returns all arguments but constants of a launch on these tensors."""

@@ -24,9 +24,13 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from vstar_kernels.attention.triton import interpreter
+
 LOG2E = tl.constexpr(1.4426950408889634)
 # The interpreter multiplies bfloat16 as the integers that store it; float32 holds it exactly.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+if INTERPRETED.value:
+    interpreter.take_masks_of_numbers()
 
 
 class Sizes(NamedTuple):

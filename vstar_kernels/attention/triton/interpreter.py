@@ -1,0 +1,32 @@
+"""What Triton's interpreter lacks that these kernels need; nothing of it is used on a GPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+
+def take_masks_of_numbers() -> None:
+    """Makes the interpreter take masks that the comparison of two numbers is part of.
+
+    It stores such a one as integers when it is spread over a block, and from Triton 3.9 on its
+    loads and stores refuse a mask of integers.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    builder: Any = InterpreterBuilder
+    builder.create_masked_load = _with_mask_at(1, builder.create_masked_load)  # pointers, mask, …
+    builder.create_masked_store = _with_mask_at(2, builder.create_masked_store)  # …, values, mask
+
+
+def _with_mask_at(place: int, method: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a method that has its mask, which comes at a place, as truth values."""
+
+    @functools.wraps(method)
+    def run(self: Any, *arguments: Any, **named: Any) -> Any:
+        mask = arguments[place]
+        mask.data = mask.data.astype(bool, copy=False)
+        return method(self, *arguments, **named)
+
+    return run
