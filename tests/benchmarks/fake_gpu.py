@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from benchmarks import measure, peers
 from benchmarks.peers import PEERS
+from vstar_kernels.attention import triton
 
 LAUNCH = 1e-6  # seconds that a graph takes to start
 
@@ -129,6 +130,8 @@ class FakeGpu:
             for name, fake in found.items():
                 stack.enter_context(mock.patch.object(torch.cuda, name, fake))
             stack.enter_context(mock.patch.dict(measure.MATRIX_SIZE, {"cuda": 64}))
+            # It keeps its answer, which later tests in this process would be told.
+            stack.enter_context(mock.patch.object(triton, "unavailable", list))
             stack.enter_context(OnTheCpu())
             yield self
 

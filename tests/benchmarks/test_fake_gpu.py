@@ -7,6 +7,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
+import vstar_kernels as vk
 from benchmarks import measure, run, suites
 from benchmarks.cases import Case
 from benchmarks.clock import MOST_CALLS, SHORTEST, CaptureError, GpuClock, TimedCall
@@ -14,6 +15,7 @@ from benchmarks.progress import Progress
 from benchmarks.results import FAILED, MEASURED, REFUSED
 from tests.benchmarks.conftest import a_plan
 from tests.benchmarks.fake_gpu import LAUNCH, FakeGpu, Worker
+from vstar_kernels.attention import triton
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -225,3 +227,15 @@ def test_what_cannot_be_captured_says_so():
             clock.warm_up(TimedCall("b", lambda x: x), [(0,)])
     with FakeGpu().installed() as gpu:
         assert GpuClock().warm_up(TimedCall("a", synchronising, capture=False), [(0,)]).calls == 1
+
+
+def test_no_later_test_is_told_that_there_is_a_gpu():
+    """Where the backends are asked on a fake GPU first, which keep what they answer."""
+    triton.unavailable.cache_clear()
+    before = vk.backends.available()
+    triton.unavailable.cache_clear()
+    with FakeGpu().installed():
+        vk.backends.available()
+    found = vk.backends.available()
+    triton.unavailable.cache_clear()
+    assert found == before
