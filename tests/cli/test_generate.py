@@ -545,11 +545,98 @@ def test_a_full_3d_transformer(generate, output, tmp_path):
     assert vk.FrameTAR.load(output / "config.json") == config
 
 
+@pytest.mark.parametrize(
+    ("config", "options", "expected"),
+    [
+        (None, ["--sigma", 2, "--strength", 3.5], vk.FrameTAR(2.0, 3.5)),
+        (None, ["--tar-steps", 0], vk.FrameTAR(steps=0)),
+        ({"sigma": 2}, [], vk.FrameTAR(2.0)),
+        ({"sigma": 2, "heads": [0]}, ["--tar-steps", 1.0], vk.FrameTAR(2.0, steps=1.0, heads=[0])),
+    ],
+)
+def test_changes_of_tar_on_a_full_3d_transformer(
+    generate, output, tmp_path, config, options, expected
+):
+    """What says no kind is of the model's."""
+    if config is not None:
+        (tmp_path / "config").write_text(json.dumps(config))
+        options = ["--config", tmp_path / "config", *options]
+    status, printed = generate(*FULL3D, "--no-maps", *options, model="wan", frames=5)
+    assert status == 0, printed
+    assert vk.FrameTAR.load(output / "config.json") == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--sigma", 2], {"sigma": 2.0, "steps": 0.56}),
+        (
+            ["--sigma", '{"0": 2, "1": 4}', "--tar-steps", 1],
+            {"sigma": {0: 2.0, 1: 4.0}, "steps": 1},
+        ),
+        (
+            ["--preset", "8D1", "--strength", 2],
+            {"by_width": {8: 1.0}, "strength": 2.0, "steps": 13},
+        ),
+        (["--preset", "8D1", "--sigma", 2], {"sigma": 2.0, "by_width": None, "steps": 13}),
+    ],
+)
+def test_changes_of_tar_on_a_unet(generate, output, options, expected):
+    status, printed = generate("--prompt", PROMPT, "--size", "16x16", "--no-maps", *options)
+    assert status == 0, printed
+    config = vk.TARConfig.load(output / "config.json")
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_a_rule_between_frames(generate, output, tmp_path):
+    rule = vk.FrameRule.window(1) + vk.FrameRule.attenuate(0.9, window=1)
+    rule.save(tmp_path / "rule")
+    given = (*FULL3D, "--no-maps", "--config", tmp_path / "rule")
+    status, printed = generate(*given, model="wan", frames=5)
+    assert status == 0, printed
+    assert "a rule on 2 layers" in printed
+    assert (output / "config.json").read_text() == (tmp_path / "rule").read_text()
+    status, printed = generate(*given, "--sigma", 1, "--overwrite", model="wan", frames=5)
+    assert status == 2
+    assert "--config: sigma can be changed of TAR alone" in printed
+    status, printed = generate("--prompt", PROMPT, "--size", "16x16", "--overwrite", *given[-2:])
+    assert status == 2
+    assert "--config: a TextToVideoSDPipeline takes a TARConfig: " in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sigma", "wide"], "--sigma"),
+        (["--sigma", -1], "sigma"),
+        (["--tar-steps", 1.5], "steps"),
+        (["--tar-steps", "null"], "must be a step or a share of them, got null"),
+        (["--no-tar", "--strength", 2], "--strength cannot go with --no-tar"),
+        (["--config", "{folder}/rule"], "--config: terms[0]"),
+        (["--config", "{folder}/layers"], "--config: layers"),
+        (["--config", "{folder}/sigma"], "--config: sigma"),
+    ],
+)
+def test_wrong_changes_of_tar(generate, output, tmp_path, capsys, options, message):
+    """They are found before a model is loaded, and told of the kind that they look like."""
+    (tmp_path / "rule").write_text('{"terms": [{"term": "window", "reach": -1}]}')
+    (tmp_path / "layers").write_text('{"layers": ["first"]}')
+    (tmp_path / "sigma").write_text('{"sigma": "wide"}')
+    given = [str(x).replace("{folder}", str(tmp_path)) for x in options]
+    try:
+        status, printed = generate("--prompt", PROMPT, *given, model="text_to_video")
+    except SystemExit as ended:
+        status, printed = ended.code, capsys.readouterr().err
+    assert status == 2
+    assert message in " ".join(printed.replace("│", " ").split())
+    assert not output.exists()
+
+
 def test_what_a_full_3d_transformer_does_not_take(generate, output):
     status, printed = generate(*FULL3D, model="wan", frames=6)
     assert status == 2
     assert "a number of frames that WanPipeline makes, such as 5 or 9, got 6" in printed
     status, printed = generate(*FULL3D, "--preset", "64D1", model="wan", frames=5)
     assert status == 2
-    assert "config must be a FrameTAR or None, got TARConfig" in printed
+    assert "--preset: a WanPipeline takes a FrameTAR or a FrameRule: levels" in printed
     assert not output.exists()

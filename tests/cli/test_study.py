@@ -156,13 +156,44 @@ def test_a_sweep_with_failures(study, tmp_path):
     names = ["σ = 0.5, strength = 1", "σ = 0.5, strength = 8.5", "σ = 2, strength = 1"]
     assert [row["variant"] for row in rows[1:4]] == names
     config = vk.TARConfig.load(tmp_path / "out" / rows[2]["folder"] / "config.json")
-    assert (config.sigma, config.strength, config.steps) == ({0: 0.5}, 8.5, 0.56)
+    assert (config.sigma, config.strength, config.steps) == (0.5, 8.5, 0.56)
     page = (tmp_path / "out/study.html").read_text(encoding="utf-8")
     for part in ("Scores over σ", "Scores over strength", "wrong: <span", "action_binding: no mod"):
         assert part in page
     assert HOSTILE not in page
     assert "<script" not in page
     assert (tmp_path / "out/over-sigma.png").exists()
+
+
+def test_a_full_3d_transformer(model, study, tmp_path):
+    """The variants of a sweep are FrameTAR's there, beside rules between frames."""
+    from examples import tiny_transformers
+
+    tiny_transformers.wan().save_pretrained(tmp_path / "wan")
+    vk.FrameRule.window(1).save(tmp_path / "window.json")
+    vk.FrameTAR(heads=[0]).save(tmp_path / "one-head.json")
+    variants = [
+        {"strength": [0.5, 2]},
+        {"name": "window", "config": "window.json"},
+        {"name": "far keys", "config": json.loads(vk.FrameRule.attenuate(0.9, window=1).to_json())},
+        {"name": "one head", "config": "one-head.json", "sigma": 2},
+    ]
+    content = {"prompts": ["a"], "variants": [{**x, "synopsis": False} for x in variants]}
+    given = ("--model", tmp_path / "wan", "--frames", 5, "--size", "32x32")
+    status, printed = study(content, *given)
+    assert status == 0, printed
+    configs = {x["variant"]: x["folder"] for x in table(tmp_path / "out/scores.csv")}
+    found = {name: (tmp_path / "out" / x / "config.json") for name, x in configs.items()}
+    assert vk.FrameTAR.load(found["strength = 2"]) == vk.FrameTAR(strength=2.0)
+    assert vk.FrameTAR.load(found["one head"]) == vk.FrameTAR(2.0, heads=[0])
+    assert vk.FrameRule.load(found["window"]).to_json() == vk.FrameRule.window(1).to_json()
+    assert "attenuate" in found["far keys"].read_text()
+
+
+def test_a_variants_tar_takes_the_place_of_the_options(tmp_path):
+    content = {"options": {"sigma": 2}, "variants": ["baseline", "64D1", {"strength": 3}]}
+    tasks = planned(tmp_path, content, writer="m")
+    assert [x.regularization.sigma for x in tasks] == [None, None, 2]
 
 
 def test_scores_of_subjects(study, tmp_path):
@@ -322,16 +353,16 @@ def test_only_figures_that_a_study_wrote_go(tmp_path):
         ({"prompts": ["a"], "scores": 5}, "scores: it must be a list of names, or an object with"),
         ([{"prompt": "a", "expected": {"cat": -1}}], "prompts[0]: expected must map nouns"),
         (
-            {"prompts": ["a"], "variants": [{"preset": 5, "sigma": 1}]},
-            "variants[0]: a preset must be a text, got int",
+            {"prompts": ["a"], "variants": [{"preset": 5, "sigma": 1, "synopsis": False}]},
+            "variant 'preset = 5, σ = 1': preset must be a text, got 5",
         ),
         (
             {"prompts": ["a"], "variants": [{"preset": "64", "synopsis": False}]},
             "variant 'preset = 64': --preset: a preset must be <width>D<sigma>",
         ),
         (
-            {"prompts": ["a"], "variants": [{"config": 5, "sigma": 1}]},
-            "variants[0]: config must be an object, got int",
+            {"prompts": ["a"], "variants": [{"config": 5, "sigma": 1, "synopsis": False}]},
+            "config is wrong: ",
         ),
         ({"prompts": ["a"], "seeds": [0, 0]}, "seeds must have each once, got 0 twice"),
         ({"prompts": "study.json"}, "prompts: study.json must hold a list, got dict"),
@@ -342,8 +373,11 @@ def test_only_figures_that_a_study_wrote_go(tmp_path):
         ({"prompts": ["a"], "variants": ["64"]}, "variants[0]: "),
         ({"prompts": ["a"], "variants": ["TAR", "TAR"]}, "variants must have different names"),
         ({"prompts": ["a"], "variants": ["both"]}, "variant 'both' has stages, and 'a' has none"),
-        ({"prompts": ["a"], "variants": [{"sigma": -1, "synopsis": False}]}, "config is wrong"),
-        ({"prompts": ["a"], "variants": [{"sigma": 1, "no_tar": True}]}, "sigma cannot go with"),
+        ({"prompts": ["a"], "variants": [{"sigma": -1, "synopsis": False}]}, "sigma must be"),
+        (
+            {"prompts": ["a"], "variants": [{"sigma": 1, "no_tar": True, "synopsis": False}]},
+            "--sigma cannot go with --no-tar",
+        ),
         ({"prompts": ["a"], "variants": [{"sead": 1, "synopsis": False}]}, "no option 'sead'"),
         ({"prompts": ["a"], "options": {"seed": 3}}, "options: seed cannot be here: the study has"),
         ({"prompts": ["a"], "variants": [{"prompt": "b"}]}, "a variant: prompt cannot be here"),

@@ -66,6 +66,21 @@ def test_each_pipeline(make, name):
     assert torch.equal(native(pipe, settings, num_frames=frames), before)
 
 
+def test_a_rule_between_frames(make):
+    """At every step, as ``apply_frames`` puts it on."""
+    pipe, settings = make("wan")
+    rule = vk.FrameRule.window(1)
+    before = native(pipe, settings)
+    with vk.apply_frames(pipe, rule):
+        expected = native(pipe, settings)
+    found = vk.VSTAR(pipe, rule)(PROMPT, num_frames=FRAMES, seed=3, **settings)
+    assert torch.equal(found.frames, expected)
+    assert (expected - before).abs().max() > 1e-5
+    assert found.config is rule
+    assert len(found.layers) == 2
+    assert torch.equal(native(pipe, settings), before)
+
+
 @pytest.mark.parametrize("name", APART)
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
 def test_stages_in_latent_frames(make, name, guidance_scale):
@@ -169,7 +184,7 @@ def test_its_own_default_is_a_frame_tar(make):
     [
         (
             lambda pipe: vk.VSTAR(pipe, "64D1"),
-            "config must be a FrameTAR or None, got TARConfig, for a Wan",
+            "config must be a FrameTAR, a FrameRule or None, got TARConfig, for a Wan",
         ),
         (lambda pipe: vk.VSTAR(pipe, extend_positions=True), "extend_positions is for models with"),
     ],

@@ -36,13 +36,14 @@ from vstar_kernels.attention.frames.terms import (
     Window,
     pairs,
 )
+from vstar_kernels.documents import Document
 from vstar_kernels.reading import require_pydantic
 
 STATS = ("frame_max", "row_max", "none")
 
 
 @dataclass(frozen=True, eq=False)  # tensors of a statistic have no truth value
-class FrameRule:
+class FrameRule(Document):
     """What is done to the attention between frames; ``FrameRule()`` changes nothing.
 
     Rules are made by the functions below and joined by ``+``: biases add, masks are all obeyed,

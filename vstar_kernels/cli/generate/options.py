@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from tyro.conf import create_mutex_group
 
+from vstar_kernels.cli.generate.regularization import RegularizationOptions
 from vstar_kernels.cli.generate.starvid import PlanOptions
 from vstar_kernels.cli.options import (
     MAX_STEPS,
@@ -29,8 +30,6 @@ from vstar_kernels.methods.vstar.embeddings import Interpolation, Rounding
 from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.methods.vstar.writer import LEAST_STAGES, MOST_STAGES
 from vstar_kernels.methods.writers import Writer
-from vstar_kernels.models.config import TARConfig
-from vstar_kernels.models.full3d.config import FrameTAR
 from vstar_kernels.models.progress import OnStep
 
 AnyWriter = TypeVar("AnyWriter", bound=Writer)
@@ -42,7 +41,6 @@ MAX_SEED = 2**32 - 1
 MAX_FPS = 120
 MAX_FRAMES = 10_000
 
-one_config = create_mutex_group(required=False, title="temporal attention regularization: one of")
 one_choice_of_maps = create_mutex_group(required=False, title="attention maps: one of")
 
 
@@ -145,39 +143,6 @@ class SynopsisOptions:
 def _local_model(name: str) -> ChatModel:
     """Returns a language model that is run here, and is loaded once for many videos."""
     return ChatModel(name)
-
-
-@dataclass(frozen=True)
-class RegularizationOptions:
-    """Temporal attention regularization (TAR)."""
-
-    preset: Annotated[
-        str | None,
-        one_config,
-        option(
-            "NAME",
-            default="sigma 1 at the finest level in the first 56 percent of the steps; none for "
-            "--method grid",
-        ),
-    ] = None
-    """Such as 64D1_32D8: sigma 1 at width 64 and 8 at width 32, in steps 0 to 13. Full-3D
-    transformers have none; their default is sigma 1 in the first 30 percent."""
-    config: Annotated[
-        Path | TARConfig | FrameTAR | None, one_config, parsed(Path, "FILE"), option()
-    ] = None
-    """JSON that TARConfig.save wrote, or for a full-3D transformer FrameTAR.save."""
-    no_tar: Annotated[bool, one_config] = False
-    """Sample without it: the baseline, or with stages synopsis prompting alone."""
-    extend_positions: bool = False
-    """Allow more frames than AnimateDiff or Latte have positions for."""
-
-    def __post_init__(self) -> None:
-        """Raises CommandError for a preset that is none."""
-        try:
-            if self.preset is not None:
-                TARConfig.preset(self.preset)
-        except ValueError as error:
-            raise CommandError(f"--preset: {error}") from error
 
 
 @dataclass(frozen=True)

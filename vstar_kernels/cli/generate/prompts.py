@@ -15,7 +15,7 @@ from typing import Any
 from tyro.constructors import PrimitiveConstructorSpec
 
 from vstar_kernels.cli.generate.options import GenerateOptions
-from vstar_kernels.cli.generate.video import config_from_json
+from vstar_kernels.cli.generate.regularization import CHANGES, ConfigText
 from vstar_kernels.cli.jobs import Job
 from vstar_kernels.cli.options import CommandError
 from vstar_kernels.documents import Document
@@ -23,7 +23,6 @@ from vstar_kernels.methods.llm import MODEL_VARIABLE
 from vstar_kernels.methods.starvid.config import GuidanceConfig
 from vstar_kernels.methods.starvid.trajectory import Trajectory
 from vstar_kernels.methods.vstar.synopsis import Synopsis
-from vstar_kernels.models.config import TARConfig
 from vstar_kernels.models.grid.embedding import LARGEST_EMBEDDING
 from vstar_kernels.reading import FormatError, decode, read_bytes, read_text, shorten
 
@@ -32,8 +31,9 @@ GROUPS = ("video", "synopsis", "regularization", "grid", "plan", "output")
 COMMON = {"model", "adapter", "device", "output", "overwrite"}
 # What does not decide what comes out.
 IRRELEVANT = {"device", "output", "overwrite", "refresh", "writer_url"}
-# Of each at most one is given, and in a line it takes the place of the command's.
-ALTERNATIVES = (("preset", "config", "no_tar"), ("map_steps", "no_maps"))
+# Of each at most one is given, and in a line it takes the place of the command's, and of what the
+# command changes of that.
+ALTERNATIVES = {("preset", "config", "no_tar"): tuple(CHANGES), ("map_steps", "no_maps"): ()}
 MOST_LINES = 100_000
 # Of files whose lines are no prompts, by the ends of their names.
 NOT_OF_LINES = {".json": "JSON", ".csv": "a table", ".tsv": "a table"} | dict.fromkeys(
@@ -128,9 +128,9 @@ def with_changes(
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other: give one")
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
-    for names in ALTERNATIVES:
+    for names, of_these in ALTERNATIVES.items():
         if not changes.keys().isdisjoint(names):
-            for name in names:
+            for name in (*names, *of_these):
                 groups[known[name][0]][name] = _default(base, known[name][0], name)
     for name, value in changes.items():
         group, hint = known[name]
@@ -150,7 +150,10 @@ def with_changes(
 def without_alternatives(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns options but those in whose place others come: a ``preset``, where ``no_tar`` does."""
     replaced = {
-        name for names in ALTERNATIVES if not given.keys().isdisjoint(names) for name in names
+        name
+        for names, of_these in ALTERNATIVES.items()
+        if not given.keys().isdisjoint(names)
+        for name in (*names, *of_these)
     }
     return {name: value for name, value in options.items() if name not in replaced}
 
@@ -205,8 +208,7 @@ def _read(name: str, hint: Any, value: Any, changes: Mapping[str, Any], folder: 
         is_list = spec.nargs == "*"
         if is_list != isinstance(value, list):
             raise ValueError(f"must be {'a' if is_list else 'no'} list, got {value!r}")
-        texts = [str(item) for item in value] if is_list else [str(value)]
-        return spec.instance_from_str(texts)
+        return spec.instance_from_str(list(map(_as_text, value if is_list else [value])))
     allowed = [text for kind in kinds for text in typing.get_args(kind)]
     if allowed:
         if value not in allowed:
@@ -217,6 +219,11 @@ def _read(name: str, hint: Any, value: Any, changes: Mapping[str, Any], folder: 
         expected = {bool: "true or false", str: "a text"}[kind]
         raise ValueError(f"must be {expected}, got {shorten(repr(value), SHOWN)}")
     return value
+
+
+def _as_text(value: Any) -> str:
+    """Returns a value of JSON as the command line has it."""
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def _kinds(hint: Any) -> tuple[list[Any], Any]:
@@ -244,7 +251,7 @@ _DOCUMENTS: dict[Any, Callable[[Any, Mapping[str, Any]], Any]] = {
     Synopsis: _read_synopsis,
     Trajectory: lambda value, _: Trajectory.from_json(json.dumps(value)),
     GuidanceConfig: lambda value, _: GuidanceConfig.from_json(json.dumps(value)),
-    TARConfig: lambda value, _: config_from_json(json.dumps(value)),  # or a FrameTAR
+    ConfigText: lambda value, _: ConfigText.from_json(json.dumps(value)),
 }
 
 

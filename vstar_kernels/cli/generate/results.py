@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vstar_kernels.analysis.maps import mean_maps
 from vstar_kernels.analysis.plots import plot_maps
+from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.cli.generate.options import GenerateOptions
 from vstar_kernels.cli.generate.starvid import FILES as PLAN_FILES
 from vstar_kernels.cli.generate.starvid import record_of, writers_of
@@ -39,7 +40,8 @@ def told(generation: Generation | GuidedVideo) -> list[str]:
         updates = sum(update.applied for update in generation.updates)
         return [f"seed {generation.seed}, {updates} updates of the latents"]
     stages = enumerate(generation.synopsis.stages, start=1)
-    tar = f"TAR on {len(generation.layers)} layers" if generation.config else "no TAR"
+    what = "a rule" if isinstance(generation.config, FrameRule) else "TAR"
+    tar = f"{what} on {len(generation.layers)} layers" if generation.config else "no TAR"
     told = [f"stage {index}: {shorten(stage, SHOWN)}" for index, stage in stages]
     return [*told, f"seed {generation.seed}, {tar}"]
 

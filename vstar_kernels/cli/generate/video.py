@@ -8,26 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vstar_kernels.cli.generate.options import (
-    GenerateOptions,
-    RegularizationOptions,
-    VideoOptions,
-)
+from vstar_kernels.cli.generate.options import GenerateOptions, VideoOptions
+from vstar_kernels.cli.generate.regularization import Regularization
 from vstar_kernels.cli.generate.starvid import starvid
 from vstar_kernels.cli.options import CommandError
 from vstar_kernels.methods.grid.video import GridVideo
 from vstar_kernels.methods.starvid.starvid import GuidedVideo
 from vstar_kernels.methods.starvid.writer import PlanError
 from vstar_kernels.methods.vstar.synopsis import Synopsis
-from vstar_kernels.methods.vstar.vstar import PAPER, VSTAR, Generation
+from vstar_kernels.methods.vstar.vstar import VSTAR, Generation
 from vstar_kernels.methods.vstar.writer import SynopsisError, SynopsisWriter
-from vstar_kernels.models.config import TARConfig
-from vstar_kernels.models.full3d.config import FrameTAR
 from vstar_kernels.models.grid.embedding import GridEmbedding
 from vstar_kernels.models.progress import OnStep
-from vstar_kernels.reading import decode, read_bytes, read_text, shorten
+from vstar_kernels.reading import read_bytes, shorten
 
-ONLY_FRAME_TAR = ("layers", "heads")  # fields, which FrameTAR.save always writes
 Sample = Callable[[Any, OnStep], "Generation | GuidedVideo"]  # of a pipeline
 
 
@@ -91,14 +85,14 @@ def sampler(options: GenerateOptions) -> Sample:
 
 def _vstar(options: GenerateOptions) -> Sample:
     """Returns what makes the video from a pipeline by VSTAR, all files read."""
-    config = _config(options.regularization, PAPER)
+    regularization = Regularization.read(options.regularization)
     writer = options.synopsis.make_writer(SynopsisWriter)
     prompt, image = _prompt(options), _image(options.video.image)
 
     def make(pipe: Any, on_step: OnStep) -> Generation:
         vstar = VSTAR(
             pipe,
-            config,
+            regularization.of_model(pipe),
             writer=writer,
             mode=options.synopsis.mode,
             rounding=options.synopsis.rounding,
@@ -118,7 +112,8 @@ def _vstar(options: GenerateOptions) -> Sample:
 
 def _grid(options: GenerateOptions) -> Sample:
     """Returns what makes the video from a pipeline as a grid of frames, all files read."""
-    config, grid = _tar_config(options.regularization, "a grid"), options.grid
+    config = Regularization.read(options.regularization).of_method("a grid")
+    grid = options.grid
     embedding: bool | GridEmbedding = True
     if grid.embedding is not None:
         try:
@@ -140,7 +135,7 @@ def _grid(options: GenerateOptions) -> Sample:
 
 def _starvid(options: GenerateOptions) -> Sample:
     """Returns what makes the video from a pipeline by StarVid, all files read."""
-    tar = _tar_config(options.regularization, "StarVid")
+    tar = Regularization.read(options.regularization).of_method("StarVid")
     return starvid(options, tar, _image(options.video.image))
 
 
@@ -149,44 +144,6 @@ METHODS: dict[str, Callable[[GenerateOptions], Sample]] = {
     "grid": _grid,
     "starvid": _starvid,
 }
-
-
-def _config(
-    options: RegularizationOptions, default: TARConfig | None
-) -> TARConfig | FrameTAR | None:
-    """Returns the configuration; PAPER, where none is given, is full-3D transformers' own too."""
-    if options.no_tar:
-        return None
-    if options.preset is not None:
-        return TARConfig.preset(options.preset)
-    try:
-        if isinstance(options.config, Path):
-            return config_from_json(read_text(options.config))
-        return default if options.config is None else options.config
-    except (OSError, ValueError, TypeError) as error:
-        raise CommandError(f"--config: {error}") from error
-
-
-def _tar_config(options: RegularizationOptions, method: str) -> TARConfig | None:
-    """Returns the configuration of a method that has none by default, and no full-3D models."""
-    config = _config(options, None)
-    if isinstance(config, FrameTAR):
-        raise CommandError(
-            f"--config: FrameTAR is for full-3D transformers, {method} has TARConfig"
-        )
-    return config
-
-
-def config_from_json(text: str) -> TARConfig | FrameTAR:
-    """Returns the configuration in JSON, of the kind that its fields are of.
-
-    Raises:
-        ValueError: See :meth:`TARConfig.from_json`.
-    """
-    fields = decode(text)
-    if isinstance(fields, dict) and not fields.keys().isdisjoint(ONLY_FRAME_TAR):
-        return FrameTAR.from_json(text)
-    return TARConfig.from_json(text)
 
 
 def _prompt(options: GenerateOptions) -> str | Synopsis:

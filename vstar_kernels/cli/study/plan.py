@@ -18,7 +18,6 @@ from vstar_kernels.cli.jobs import Job
 from vstar_kernels.cli.options import CommandError
 from vstar_kernels.methods.starvid.trajectory import Trajectory
 from vstar_kernels.methods.vstar.synopsis import Synopsis, synopses_of
-from vstar_kernels.methods.vstar.vstar import PAPER
 from vstar_kernels.models.config import TARConfig
 from vstar_kernels.reading import (
     FormatError,
@@ -40,8 +39,6 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "TAR": {"synopsis": False},
     "both": {},
 }
-# Fields of a variant that make its TARConfig, and the field of that.
-TAR_FIELDS = {"sigma": "sigma", "strength": "strength", "tar_steps": "steps"}
 SYMBOLS = {"sigma": "σ", "tar_steps": "steps of TAR"}
 # Lists that are one value, not one after another.
 WHOLE_LISTS = {"map_steps"}
@@ -377,8 +374,7 @@ def _variants(item: str | dict[str, Any], where: str) -> Iterator[Variant]:
             parts = [f"{SYMBOLS.get(n, n)} = {_short(x)}" for n, x in swept.items()]
             if name is not None or not parts:
                 parts.insert(0, name or _title(fields) or ("both" if staged else "TAR"))
-            changes = _with_tar({**fields, **swept})
-            yield Variant(", ".join(parts), changes, staged, swept, fixed)
+            yield Variant(", ".join(parts), {**fields, **swept}, staged, swept, fixed)
     except (ValueError, TypeError) as error:
         raise FormatError(f"{where}: {error}") from None
 
@@ -390,23 +386,3 @@ def _title(fields: Mapping[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _with_tar(fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns a variant's options, σ and others of TAR as the configuration that has them."""
-    given = {TAR_FIELDS[n]: fields.pop(n) for n in TAR_FIELDS if n in fields}
-    if not given:
-        return fields
-    config = fields.get("config")
-    if isinstance(config, str) or fields.get("no_tar"):
-        there = "no_tar" if fields.get("no_tar") else "config as a file"
-        raise FormatError(f"{', '.join(given)} cannot go with {there}")
-    if config is not None and not isinstance(config, dict):
-        raise FormatError(f"config must be an object, got {type(config).__name__}")
-    if config is None:
-        preset = fields.pop("preset", None)
-        tar = PAPER if preset is None else TARConfig.preset(preset)
-        config = json.loads(tar.to_json())
-        if "sigma" in given and not isinstance(given["sigma"], dict):
-            given["sigma"], given["by_width"] = {"0": given["sigma"]}, None
-    return {**fields, "config": {**config, **given}}

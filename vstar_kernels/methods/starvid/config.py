@@ -19,7 +19,7 @@ from vstar_kernels.methods.starvid.losses import (
     Form,
     Normalize,
 )
-from vstar_kernels.reading import FormatError, decode, require_pydantic, validate
+from vstar_kernels.reading import build, decode, require_pydantic, validate
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -189,10 +189,7 @@ class GuidanceConfig(Document):
             ImportError: ``pydantic`` is not installed.
         """
         form: Any = validate(_form(), decode(text))
-        try:
-            return cls(**{name: getattr(form, name) for name in form.model_fields_set})
-        except ValueError as error:
-            raise FormatError(str(error)) from None
+        return build(cls, {name: getattr(form, name) for name in form.model_fields_set})
 
 
 @functools.cache

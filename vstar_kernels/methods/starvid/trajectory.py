@@ -195,12 +195,12 @@ def _from_fields(fields: Any) -> Trajectory:
         try:
             made = Subject(subject.noun, subject.verb, subject.phrase, boxes=subject.boxes)
         except ValueError as error:
-            raise FormatError(f"subjects[{index}]: {error}") from None
+            raise FormatError(shorten(f"subjects[{index}]: {error}")) from None
         subjects.append(made)
     try:
         return Trajectory(read.prompt, subjects, read.background)
     except ValueError as error:
-        raise FormatError(str(error)) from None
+        raise FormatError(shorten(str(error))) from None
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vstar_kernels.attention.bias import check_flag
+from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.methods.arguments import check_integer
 from vstar_kernels.methods.pipelines import (
     PipelineCall,
@@ -30,7 +31,7 @@ from vstar_kernels.models.apply import TARHandle, apply_tar
 from vstar_kernels.models.capture import MapCapture, capture_maps
 from vstar_kernels.models.config import TARConfig
 from vstar_kernels.models.frame_prompts import condition_frames
-from vstar_kernels.models.full3d.apply import FramesHandle, RuledLayer
+from vstar_kernels.models.full3d.apply import FramesHandle, RuledLayer, apply_frames
 from vstar_kernels.models.full3d.config import FrameTAR
 from vstar_kernels.models.hooks import Handle
 from vstar_kernels.models.layers import RegularizedLayer
@@ -61,7 +62,7 @@ class Generation:
 
     frames: Any
     synopsis: Synopsis
-    config: TARConfig | FrameTAR | None
+    config: TARConfig | FrameTAR | FrameRule | None
     seed: int
     layers: list[RegularizedLayer] | list[RuledLayer]
     maps: MapCapture | None
@@ -87,7 +88,8 @@ class VSTAR:
             sequence with it: a synopsis of one stage.
         config: A :class:`TARConfig` or a preset such as ``"64D1_32D8"``; by default σ = 1 at level
             0, as in the paper, in the first 56 % of the steps, the official code's 14 of 25. For a
-            full-3D transformer a :class:`FrameTAR`, by default ``FrameTAR()``. None samples without
+            full-3D transformer a :class:`FrameTAR`, by default ``FrameTAR()``, or any
+            :class:`vstar_kernels.FrameRule`, which is then on at all steps. None samples without
             regularization: the baseline, and with a synopsis VSP alone, which are two of the
             paper's four columns (Table 2).
         writer: Writes the synopses of prompts; without one, all frames have the prompt.
@@ -102,7 +104,7 @@ class VSTAR:
     def __init__(
         self,
         pipe: Any,
-        config: TARConfig | FrameTAR | str | None = PAPER,
+        config: TARConfig | FrameTAR | FrameRule | str | None = PAPER,
         *,
         writer: SynopsisWriter | None = None,
         mode: Interpolation = "linear",
@@ -122,11 +124,11 @@ class VSTAR:
                     f"extend_positions is for models with temporal layers, got a "
                     f"{type(pipe).__name__}"
                 )
-        kind, name = (FrameTAR, "FrameTAR") if is_full3d(pipe) else (TARConfig, "TARConfig")
-        if config is not None and not isinstance(config, kind):
-            presets = "" if is_full3d(pipe) else ", a preset"
+        kinds = (FrameTAR, FrameRule) if is_full3d(pipe) else (TARConfig,)
+        if config is not None and not isinstance(config, kinds):
+            allowed = "FrameTAR, a FrameRule" if is_full3d(pipe) else "TARConfig, a preset"
             raise TypeError(
-                f"config must be a {name}{presets} or None, got {type(config).__name__}, for a "
+                f"config must be a {allowed} or None, got {type(config).__name__}, for a "
                 f"{type(pipe).__name__}"
             )
         if mode not in MODES:
@@ -244,6 +246,8 @@ class VSTAR:
             return nullcontext()
         if isinstance(self._config, FrameTAR):
             return apply_tar(self._pipe, self._config, backend=self._backend)
+        if isinstance(self._config, FrameRule):
+            return apply_frames(self._pipe, self._config, backend=self._backend)
         return apply_tar(
             self._pipe,
             NEVER if self._config is None else self._config,

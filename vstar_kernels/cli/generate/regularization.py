@@ -1,0 +1,234 @@
+"""What regularizes a video: the options of it, and what they come to on a model of some kind.
+
+``{"sigma": 2}`` is a ``TARConfig`` of a UNet and a ``FrameTAR`` of a full-3D transformer. The model
+is not there yet when options are read, so that they are read as every kind that they fit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import create_mutex_group
+
+from vstar_kernels.attention.frames.rules import FrameRule
+from vstar_kernels.cli.options import CommandError, number, option, parsed
+from vstar_kernels.documents import Document
+from vstar_kernels.methods.pipelines import is_full3d
+from vstar_kernels.methods.vstar.vstar import FULL3D_DEFAULT, PAPER
+from vstar_kernels.models.config import TARConfig
+from vstar_kernels.models.full3d.config import FrameTAR
+from vstar_kernels.reading import FormatError, decode, read_text
+
+Config = TARConfig | FrameTAR | FrameRule
+# What configurations of a kind alone have, by which one that fits none is told to be of it.
+OWN_FIELDS: dict[type[Config], set[str]] = {
+    FrameRule: {"terms"},
+    FrameTAR: {"layers", "heads"},
+    TARConfig: set(),
+}
+OF_FULL3D = (FrameTAR, FrameRule)  # in the order of preference
+DEFAULTS: dict[type[Config], Config] = {TARConfig: PAPER, FrameTAR: FULL3D_DEFAULT}
+# Options that change a configuration, and its fields.
+CHANGES = {"sigma": "sigma", "strength": "strength", "tar_steps": "steps"}
+
+one_config = create_mutex_group(required=False, title="temporal attention regularization: one of")
+
+
+@dataclass(frozen=True)
+class ConfigText(Document):
+    """A configuration in JSON, of a kind that need not be known yet.
+
+    Attributes:
+        text: The JSON, which is one of some kind.
+    """
+
+    text: str
+
+    def to_json(self) -> str:
+        """Returns the text."""
+        return self.text
+
+    @classmethod
+    def from_json(cls, text: str) -> ConfigText:
+        """Takes a text.
+
+        Raises:
+            ValueError: It is a configuration of no kind; the message names the field.
+        """
+        _configs(text, {})
+        return cls(text)
+
+
+def _sigma(text: str) -> Any:
+    """Reads σ: a number, or a JSON object of one for each level."""
+    value = decode(text)
+    TARConfig.from_json(json.dumps({"sigma": value}))
+    return value
+
+
+def _steps(text: str) -> int | float:
+    """Reads the last step, or a share of them."""
+    value = decode(text)
+    FrameTAR.from_json(json.dumps({"steps": value}))
+    if value is None:
+        raise ValueError("must be a step or a share of them, got null")
+    return value
+
+
+@dataclass(frozen=True)
+class RegularizationOptions:
+    """Temporal attention regularization (TAR)."""
+
+    preset: Annotated[
+        str | None,
+        one_config,
+        option(
+            "NAME",
+            default="sigma 1 at the finest level in the first 56 percent of the steps; none for "
+            "--method grid",
+        ),
+    ] = None
+    """Such as 64D1_32D8: sigma 1 at width 64 and 8 at width 32, in steps 0 to 13. Full-3D
+    transformers have none; their default is sigma 1 in the first 30 percent."""
+    config: Annotated[Path | ConfigText | None, one_config, parsed(Path, "FILE"), option()] = None
+    """JSON that TARConfig.save wrote; for a full-3D transformer FrameTAR.save, or FrameRule.save of
+    any rule between frames."""
+    no_tar: Annotated[bool, one_config] = False
+    """Sample without it: the baseline, or with stages synopsis prompting alone."""
+    sigma: Annotated[Any, parsed(_sigma, "X"), option(default="that of the configuration")] = None
+    """Sigma in frames, of a full-3D transformer in latent ones; of a UNet at the finest level, or
+    JSON by level: {"0": 1, "1": 8}."""
+    strength: Annotated[
+        float | None, parsed(number, "X"), option(default="that of the configuration")
+    ] = None
+    """Factor on the bias."""
+    tar_steps: Annotated[
+        int | float | None, parsed(_steps, "N"), option(default="that of the configuration")
+    ] = None
+    """The last step with TAR; or a share of the steps, such as 0.56."""
+    extend_positions: bool = False
+    """Allow more frames than AnimateDiff or Latte have positions for."""
+
+    def __post_init__(self) -> None:
+        """Raises CommandError for a preset that is none, and for changes of nothing."""
+        try:
+            if self.preset is not None:
+                TARConfig.preset(self.preset)
+        except ValueError as error:
+            raise CommandError(f"--preset: {error}") from error
+        if self.no_tar and self.changes:
+            raise CommandError(f"{self.changed} cannot go with --no-tar")
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields of the configuration that options change."""
+        given = {name: getattr(self, option) for option, name in CHANGES.items()}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def changed(self) -> str:
+        """The options that change the configuration, as the command has them."""
+        given = [name for name in CHANGES if getattr(self, name) is not None]
+        return " and ".join(f"--{name.replace('_', '-')}" for name in given)
+
+
+@dataclass(frozen=True)
+class Regularization:
+    """What the options come to, all files read.
+
+    Attributes:
+        of_kinds: The configuration of each kind, or why they come to none of it. Empty where there
+            is to be none.
+        origin: The options that say so; empty where none does.
+    """
+
+    of_kinds: Mapping[type[Config], Config | str]
+    origin: str = ""
+
+    @classmethod
+    def read(cls, options: RegularizationOptions) -> Regularization:
+        """Reads what the options name.
+
+        Raises:
+            CommandError: It cannot be read, or comes to a configuration of no kind.
+        """
+        if options.no_tar:
+            return cls({})
+        changes, config = options.changes, options.config
+        if config is not None:
+            try:
+                text = config.text if isinstance(config, ConfigText) else read_text(config)
+                return cls(_configs(text, changes), "--config")
+            except (OSError, ValueError) as error:
+                raise CommandError(f"--config: {error}") from error
+        written, origin = DEFAULTS, options.changed
+        if options.preset is not None:
+            written, origin = {TARConfig: TARConfig.preset(options.preset)}, "--preset"
+        if not changes:
+            return cls(written, origin)
+        return cls({k: _config(k, x.to_json(), changes) for k, x in written.items()}, origin)
+
+    def of_model(self, pipe: Any) -> Config | None:
+        """Returns the configuration of a pipeline's kind; None where there is to be none.
+
+        Raises:
+            CommandError: They come to none of its kind.
+        """
+        kinds = OF_FULL3D if is_full3d(pipe) else (TARConfig,)
+        return self._first(kinds, f"a {type(pipe).__name__}")
+
+    def of_method(self, method: str) -> TARConfig | None:
+        """Returns the TARConfig of a method that has none by default.
+
+        Raises:
+            CommandError: They come to none.
+        """
+        if not self.origin:
+            return None
+        found = self._first((TARConfig,), method)
+        assert found is None or isinstance(found, TARConfig)
+        return found
+
+    def _first(self, kinds: tuple[type[Config], ...], whose: str) -> Config | None:
+        if not self.of_kinds:
+            return None
+        found = [self.of_kinds[kind] for kind in kinds if kind in self.of_kinds]
+        if configs := [x for x in found if not isinstance(x, str)]:
+            return configs[0]
+        names = " or a ".join(kind.__name__ for kind in kinds)
+        reasons = "; ".join(map(str, found)) or "levels and widths are a UNet's"
+        raise CommandError(f"{self.origin}: {whose} takes a {names}: {reasons}")
+
+
+def _configs(text: str, changes: Mapping[str, Any]) -> dict[type[Config], Config | str]:
+    """Returns a text as each kind, with some fields changed, or why it is none of it.
+
+    Raises:
+        FormatError: It is of no kind; the message is of the one that its fields speak for.
+    """
+    fields = decode(text)
+    found = {kind: _config(kind, text, changes) for kind in OWN_FIELDS}
+    if all(isinstance(x, str) for x in found.values()):
+        given = set(fields) if isinstance(fields, dict) else set()
+        kind = next(kind for kind, own in OWN_FIELDS.items() if own <= given or own & given)
+        raise FormatError(found[kind])
+    return found
+
+
+def _config(kind: type[Config], text: str, changes: Mapping[str, Any]) -> Config | str:
+    """Returns a text as a kind, with some fields changed, or why it is none of it."""
+    try:
+        if not changes:
+            return kind.from_json(text)
+        if kind is FrameRule:
+            raise FormatError(f"{', '.join(changes)} can be changed of TAR alone")
+        fields = {**decode(text), **changes}
+        if "sigma" in changes and "by_width" in fields:
+            fields["by_width"] = None  # the same σ, by widths
+        return kind.from_json(json.dumps(fields))
+    except (ValueError, TypeError) as error:
+        return str(error)
