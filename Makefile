@@ -20,7 +20,7 @@ STAMP := build/setup$(subst /,-,$(abspath $(PYTHON)))
 NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp cmake/*)
 
 .PHONY: help demo test test-oldest test-newest test-sharded test-install test-ray native native-neon sanitize fuzz setup \
-	packages kernels lint audit format bench bench-pytest gpu-wheels codegen codegen-oldest tune wheel clean transformations \
+	packages kernels lint audit docs format bench bench-pytest gpu-wheels codegen codegen-oldest tune wheel clean transformations \
 	diffusers-tests
 
 help:
@@ -47,6 +47,7 @@ help:
 	@echo "make tune       choose those configurations: on a GPU by time, without by the code"
 	@echo "make wheel      dist/*.whl, one for every Python and torch, and checks it"
 	@echo "make lint       ruff, mypy, the layers' import contracts, bandit, zizmor; make format rewrites"
+	@echo "make docs       these pages and the interface as a site, in build/docs"
 	@echo "make audit      known vulnerabilities of the pinned packages, by pip-audit"
 	@echo "make clean      remove what was built"
 
@@ -208,6 +209,10 @@ lint: $(STAMP)
 	$(PYTHON) -m bandit --quiet --configfile pyproject.toml --recursive \
 		vstar_kernels benchmarks tools examples docs setup.py
 	$(dir $(PYTHON))zizmor --offline --quiet .github
+
+docs: $(STAMP)
+	$(PIP) -c $(CONSTRAINTS) furo myst-parser sphinx
+	$(PYTHON) -m sphinx --quiet --fail-on-warning --jobs auto --builder html docs build/docs
 
 # Strictly: a package that could not be looked up is a failure too.
 audit: | $(PYTHON)

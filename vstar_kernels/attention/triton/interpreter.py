@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
 
 def take_masks_of_numbers() -> None:
     """Makes the interpreter take masks that the comparison of two numbers is part of.
@@ -13,8 +15,6 @@ def take_masks_of_numbers() -> None:
     It stores such a one as integers when it is spread over a block, and from Triton 3.9 on its
     loads and stores refuse a mask of integers.
     """
-    from triton.runtime.interpreter import InterpreterBuilder
-
     builder: Any = InterpreterBuilder
     builder.create_masked_load = _with_mask_at(1, builder.create_masked_load)  # pointers, mask, …
     builder.create_masked_store = _with_mask_at(2, builder.create_masked_store)  # …, values, mask
@@ -26,7 +26,8 @@ def _with_mask_at(place: int, method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def run(self: Any, *arguments: Any, **named: Any) -> Any:
         mask = arguments[place]
-        mask.data = mask.data.astype(bool, copy=False)
+        if isinstance(mask, TensorHandle):  # descriptors have truth values by themselves
+            mask.data = mask.data.astype(bool, copy=False)
         return method(self, *arguments, **named)
 
     return run
