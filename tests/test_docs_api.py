@@ -1,5 +1,6 @@
 """The site's pages: every public name is on one, and every page is in its contents."""
 
+import operator
 import re
 
 import pytest
@@ -25,7 +26,9 @@ def test_every_public_name_is_on_one_page(name):
 
 def test_pages_name_what_there_is():
     for page, kind, name in API:
-        shown = getattr(vk, name.removeprefix("vstar_kernels."))
+        if name == "_Bias":  # whose text the public ones share
+            continue
+        shown = operator.attrgetter(name.removeprefix("vstar_kernels."))(vk)
         kinds = {
             "function": callable(shown) and not isinstance(shown, type),
             "class": isinstance(shown, type),
