@@ -361,6 +361,15 @@ def test_a_triton_that_nobody_has_read_is_asked_at_every_launch(version, gpu, mo
     assert gpu.kernels == [0, 0, 0]
 
 
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1", "3.8.0", "3.9.0"])
+def test_a_triton_that_was_read_is_asked_once(version, gpu, monkeypatch):
+    found = plan._triton()._replace(version=version)
+    monkeypatch.setattr(plan, "_triton", lambda: found)
+    for _ in range(3):
+        a_launch()
+    assert gpu.searched == 1
+
+
 def tensors_otherwise():
     """Yields tensors that differ in all that Triton may ask of one."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.int32)

@@ -963,3 +963,17 @@ def test_infinite_keys_mask(tiled, frames, monkeypatch):
 @on_the_cpu
 def test_infinities_in_delta_mask_keys(frames):
     not_finite.assert_masks("triton", frames)
+
+
+def test_masks_of_numbers_become_truth_values():
+    """As Triton 3.9's interpreter wants them where a number's comparison is part of a mask."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    from vstar_kernels.attention.triton.interpreter import _with_mask_at
+
+    mask = TensorHandle(np.array([1, 0], dtype=np.int32), tl.int32)
+    seen = _with_mask_at(1, lambda builder, pointers, mask, other: mask.data.tolist())
+    assert seen(None, None, mask, other=0.0) == [True, False]
+    assert mask.data.dtype == np.bool_

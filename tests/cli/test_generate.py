@@ -607,9 +607,15 @@ def test_a_rule_between_frames(generate, output, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sigma", "wide"], "--sigma"),
-        (["--sigma", -1], "sigma"),
-        (["--tar-steps", 1.5], "steps"),
+        (["--sigma", -1], "sigma must be"),
+        (["--sigma", "{}"], "must be a number, or an object of one for each level, got {}"),
+        (["--strength", 1e300], "--strength: "),
+        (["--tar-steps", 1.5], "share of the schedule"),
+        (
+            ["--config", "{folder}/list", "--sigma", 1],
+            "--config: it must be a JSON object, got list",
+        ),
+        (["--config", "{folder}/bias", "--sigma", 1], "sigma cannot be changed of a configuration"),
         (["--tar-steps", "null"], "must be a step or a share of them, got null"),
         (["--no-tar", "--strength", 2], "--strength cannot go with --no-tar"),
         (["--config", "{folder}/rule"], "--config: terms[0]"),
@@ -617,8 +623,11 @@ def test_a_rule_between_frames(generate, output, tmp_path):
         (["--config", "{folder}/sigma"], "--config: sigma"),
     ],
 )
-def test_wrong_changes_of_tar(generate, output, tmp_path, capsys, options, message):
+def test_wrong_changes_of_tar(generate, output, tmp_path, capsys, monkeypatch, options, message):
     """They are found before a model is loaded, and told of the kind that they look like."""
+    monkeypatch.setattr("vstar_kernels.cli.generate.command.load_pipeline", None)
+    (tmp_path / "list").write_text("[1]")
+    vk.TARConfig(bias=vk.ToeplitzBias(torch.tensor([1.0, 0.5, 0.2]))).save(tmp_path / "bias")
     (tmp_path / "rule").write_text('{"terms": [{"term": "window", "reach": -1}]}')
     (tmp_path / "layers").write_text('{"layers": ["first"]}')
     (tmp_path / "sigma").write_text('{"sigma": "wide"}')

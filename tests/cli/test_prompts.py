@@ -107,6 +107,23 @@ def test_lines_end_where_json_lines_do(generate, monkeypatch):
     assert (status, [job.name for job in jobs]) == (0, [text]), printed
 
 
+def test_a_lines_tar_takes_the_place_of_the_commands(generate, monkeypatch):
+    """With the command's changes of it; and what changes nothing is not in a job's key."""
+    jobs = []
+    monkeypatch.setattr(
+        "vstar_kernels.cli.generate.command.make_all",
+        lambda found, *_, **__: jobs.extend(found) or [],
+    )
+    by_level = {"0": 1, "1": 8}
+    lines = [{}, {"no_tar": True}, {"preset": "8D1"}, {"strength": 3}, {"sigma": by_level}]
+    given = [{"prompt": "a kite", **line} for line in lines]
+    status, printed = generate(given, "--sigma", 2)
+    assert status == 0, printed
+    assert [job.task.regularization.sigma for job in jobs] == [2, None, None, 2, {"0": 1, "1": 8}]
+    assert ["sigma" in job.key for job in jobs] == [True, False, False, True, True]
+    assert not {"strength", "tar_steps"} & set(jobs[0].key)
+
+
 def test_nothing_is_loaded_for_nothing(generate, tmp_path, monkeypatch):
     status, printed = generate(["a kite", "", "  a dog "])
     assert status == 0, printed

@@ -15,7 +15,7 @@ from typing import Any
 from tyro.constructors import PrimitiveConstructorSpec
 
 from vstar_kernels.cli.generate.options import GenerateOptions
-from vstar_kernels.cli.generate.regularization import CHANGES, ConfigText
+from vstar_kernels.cli.generate.regularization import CHANGES, ConfigText, Regularization
 from vstar_kernels.cli.jobs import Job
 from vstar_kernels.cli.options import CommandError
 from vstar_kernels.documents import Document
@@ -31,8 +31,8 @@ GROUPS = ("video", "synopsis", "regularization", "grid", "plan", "output")
 COMMON = {"model", "adapter", "device", "output", "overwrite"}
 # What does not decide what comes out.
 IRRELEVANT = {"device", "output", "overwrite", "refresh", "writer_url"}
-# Of each at most one is given, and in a line it takes the place of the command's, and of what the
-# command changes of that.
+# Of each at most one is given, and in a line it takes the place of the command's, whose changes of
+# it are dropped, too.
 ALTERNATIVES = {("preset", "config", "no_tar"): tuple(CHANGES), ("map_steps", "no_maps"): ()}
 MOST_LINES = 100_000
 # Of files whose lines are no prompts, by the ends of their names.
@@ -104,6 +104,8 @@ def make_job(base: GenerateOptions, changes: Mapping[str, Any], folder: Path) ->
         raise ValueError(f"name must be a text, got {name!r}")
     options = with_changes(base, changes, folder)
     options.check_complete()
+    if not isinstance(options.regularization.config, Path):
+        Regularization.read(options.regularization)
     return Job(_title(options) if name is None else name, options, key_of(options))
 
 
@@ -166,6 +168,8 @@ def key_of(options: GenerateOptions) -> dict[str, Any]:
         for field in fields(getattr(options, group))
         if field.name not in IRRELEVANT
     }
+    # They came later than folders that have a key.
+    key = {name: x for name, x in key.items() if x is not None or name not in CHANGES}
     if options.synopsis.has_endpoint and key["writer"] is None:
         key["writer"] = os.environ.get(MODEL_VARIABLE, "")  # --writer-url alone is a writer, too
     return key
@@ -223,7 +227,7 @@ def _read(name: str, hint: Any, value: Any, changes: Mapping[str, Any], folder: 
 
 def _as_text(value: Any) -> str:
     """Returns a value of JSON as the command line has it."""
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+    return json.dumps(value) if isinstance(value, dict | bool) else str(value)
 
 
 def _kinds(hint: Any) -> tuple[list[Any], Any]:

@@ -66,8 +66,10 @@ class ConfigText(Document):
 def _sigma(text: str) -> Any:
     """Reads σ: a number, or a JSON object of one for each level."""
     value = decode(text)
+    if not value and value != 0:
+        raise ValueError(f"must be a number, or an object of one for each level, got {text}")
     TARConfig.from_json(json.dumps({"sigma": value}))
-    return value
+    return {k: float(x) for k, x in value.items()} if isinstance(value, dict) else float(value)
 
 
 def _steps(text: str) -> int | float:
@@ -170,7 +172,10 @@ class Regularization:
             written, origin = {TARConfig: TARConfig.preset(options.preset)}, "--preset"
         if not changes:
             return cls(written, origin)
-        return cls({k: _config(k, x.to_json(), changes) for k, x in written.items()}, origin)
+        found = {k: _config(k, x.to_json(), changes) for k, x in written.items()}
+        if all(isinstance(x, str) for x in found.values()):
+            raise CommandError(f"{options.changed}: {found[TARConfig]}")
+        return cls(found, origin)
 
     def of_model(self, pipe: Any) -> Config | None:
         """Returns the configuration of a pipeline's kind; None where there is to be none.
@@ -214,7 +219,7 @@ def _configs(text: str, changes: Mapping[str, Any]) -> dict[type[Config], Config
     found = {kind: _config(kind, text, changes) for kind in OWN_FIELDS}
     if all(isinstance(x, str) for x in found.values()):
         given = set(fields) if isinstance(fields, dict) else set()
-        kind = next(kind for kind, own in OWN_FIELDS.items() if own <= given or own & given)
+        kind = next((kind for kind, own in OWN_FIELDS.items() if own & given), TARConfig)
         raise FormatError(found[kind])
     return found
 
@@ -222,10 +227,13 @@ def _configs(text: str, changes: Mapping[str, Any]) -> dict[type[Config], Config
 def _config(kind: type[Config], text: str, changes: Mapping[str, Any]) -> Config | str:
     """Returns a text as a kind, with some fields changed, or why it is none of it."""
     try:
+        made = kind.from_json(text)
         if not changes:
-            return kind.from_json(text)
+            return made
         if kind is FrameRule:
             raise FormatError(f"{', '.join(changes)} can be changed of TAR alone")
+        if "sigma" in changes and getattr(made, "bias", None) is not None:
+            raise FormatError("sigma cannot be changed of a configuration that has a bias instead")
         fields = {**decode(text), **changes}
         if "sigma" in changes and "by_width" in fields:
             fields["by_width"] = None  # the same σ, by widths
