@@ -122,6 +122,13 @@ def test_a_lines_tar_takes_the_place_of_the_commands(generate, monkeypatch):
     assert [job.task.regularization.sigma for job in jobs] == [2, None, None, 2, {"0": 1, "1": 8}]
     assert ["sigma" in job.key for job in jobs] == [True, False, False, True, True]
     assert not {"strength", "tar_steps"} & set(jobs[0].key)
+    jobs.clear()
+    configs = [{"sigma": 1}, {"sigma": 1.0, "strength": 1}, {"sigma": 1, "layers": None}]
+    status, printed = generate([{"prompt": "a kite", "config": x} for x in configs])
+    assert status == 0, printed
+    keys = [job.key["config"] for job in jobs]
+    assert keys[0] == keys[1] == json.loads(vk.TARConfig(1.0).to_json())
+    assert keys[2] == json.loads(vk.FrameTAR(1.0).to_json())
 
 
 def test_nothing_is_loaded_for_nothing(generate, tmp_path, monkeypatch):

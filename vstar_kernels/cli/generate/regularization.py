@@ -49,8 +49,15 @@ class ConfigText(Document):
     text: str
 
     def to_json(self) -> str:
-        """Returns the text."""
-        return self.text
+        """Returns the configuration as the first kind that it is of writes it.
+
+        So two spellings of one are the same in the key of a job.
+        """
+        found = _configs(self.text, {})
+        made = (
+            x for x in map(found.get, (TARConfig, FrameTAR, FrameRule)) if isinstance(x, Config)
+        )
+        return next(made).to_json()
 
     @classmethod
     def from_json(cls, text: str) -> ConfigText:
