@@ -6,7 +6,7 @@ stream besides, and allocates from torch's own pool. Prints a Markdown table, in
 
 - *call*: the whole call;
 - *launch*: what of it Triton's launch of a compiled kernel takes;
-- *output*: allocating the output, by itself;
+- *torch*: torch's operators in it, by themselves: allocations, and with columns two more;
 - *rest*: what is left, this package's own;
 - *checked*, with ``--compare``: the whole call, where it is not known again but checked every time;
 - *searched*, with ``--compare``: and where Triton searches for its kernel every time, too.
@@ -40,12 +40,12 @@ from benchmarks.stub_driver import installed
 from vstar_kernels.attention import triton as tar
 from vstar_kernels.attention.call_cache import CallCache
 from vstar_kernels.attention.triton import columns, frames
-from vstar_kernels.attention.triton.plan import Launch
+from vstar_kernels.attention.triton.launches import Launch
 from vstar_kernels.cli.options import integer, parsed, read_options
 
 HEADS, HEAD_DIM = 8, 64
 Variants = list[tuple[Callable[[], Any], Callable[[], AbstractContextManager[None]]]]
-HEAD = ["call", "call, µs", "launch", "output", "rest"]
+HEAD = ["call", "call, µs", "launch", "torch", "rest"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,18 @@ def tensors(*tokens: int) -> list[torch.Tensor]:
     return [torch.zeros(2, n, HEADS, HEAD_DIM, dtype=torch.bfloat16) for n in tokens]
 
 
-def cases() -> Iterator[tuple[str, list[torch.Tensor], Callable[[], Any]]]:
-    """Yields the names of calls, their tensors, of which the output is like the first, and them."""
+@dataclass(frozen=True)
+class Case:
+    """A call, its tensors, and torch's operators in it."""
+
+    name: str
+    tensors: list[torch.Tensor]
+    call: Callable[[], Any]
+    of_torch: Callable[[], Any]
+
+
+def cases() -> Iterator[Case]:
+    """Yields the calls."""
     bias, table = vk.GaussianBias(1.0), vk.ToeplitzBias(torch.rand(16))
     for name, length, given in (
         ("tar_attention, 16 frames", 16, bias),
@@ -77,20 +87,31 @@ def cases() -> Iterator[tuple[str, list[torch.Tensor], Callable[[], Any]]]:
         def attend(qkv: Any = qkv, given: Any = given) -> Any:
             return vk.tar_attention(*qkv, given, backend="triton")
 
-        yield name, qkv, attend
+        yield Case(name, qkv, attend, functools.partial(torch.empty_like, qkv[0]))
     query, key, value = tensors(256, 77, 77)
     weights = torch.rand(77, 4)
-    yield (
+    # The maps of a share of the heads, which are added up, as there are few queries for this GPU.
+    maps = torch.empty(HEADS, 2, 256, 4)
+
+    def of_columns() -> None:
+        torch.empty_like(query)
+        torch.empty(maps.shape, dtype=torch.float32, device=query.device)
+        weights.expand(2, 77, 4)
+        maps.sum(0)
+
+    yield Case(
         "column_attention, 77 keys",
         [query, key, value, weights],
         lambda: vk.column_attention(query, key, value, weights, backend="triton"),
+        of_columns,
     )
     layout, rule = vk.Layout(vk.Frames(4, 64)), vk.FrameRule.window(1)
     video = tensors(256, 256, 256)
-    yield (
+    yield Case(
         "frame_attention, a window",
         video,
         lambda: vk.frame_attention(*video, layout, rule, backend="triton"),
+        functools.partial(torch.empty_like, video[0]),
     )
 
 
@@ -183,18 +204,18 @@ def microseconds(variants: Variants, options: Options) -> list[float]:
 @torch.no_grad()
 def measure(options: Options) -> Iterator[list[str]]:
     """Yields a row for each call."""
-    for name, given, call in cases():
-        check(call, given)
+    for case in cases():
+        check(case.call, case.tensors)
         variants: Variants = [
-            (call, nullcontext),
-            (call, keeping_nothing_to_launch),
-            (functools.partial(torch.empty_like, given[0]), nullcontext),
+            (case.call, nullcontext),
+            (case.call, keeping_nothing_to_launch),
+            (case.of_torch, nullcontext),
         ]
         if options.compare:
-            variants += [(call, checking), (call, searching)]
-        whole, without, output, *compared = microseconds(variants, options)
-        figures = (whole, whole - without, output, without - output, *compared)
-        yield [name, *(f"{x:.1f}" for x in figures)]
+            variants += [(case.call, checking), (case.call, searching)]
+        whole, without, of_torch, *compared = microseconds(variants, options)
+        figures = (whole, whole - without, of_torch, without - of_torch, *compared)
+        yield [case.name, *(f"{x:.1f}" for x in figures)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

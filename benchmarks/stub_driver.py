@@ -21,10 +21,10 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
 from vstar_kernels.attention import triton as backend
-from vstar_kernels.attention.triton import plan
+from vstar_kernels.attention.triton import devices
 
 CAPABILITY = (9, 0)
-GPU = plan.Device("sm_90", shared=232448, processors=132)
+GPU = devices.Device("sm_90", shared=232448, processors=132)
 HEADERS = Path(nvidia.__file__).parent / "include"
 SOURCE = r"""
 #include <cuda.h>
@@ -104,7 +104,7 @@ def _takes_cpu_tensors() -> bool:
     return True
 
 
-def _device_of(device: torch.device) -> plan.Device:
+def _device_of(device: torch.device) -> devices.Device:
     return GPU
 
 
@@ -143,6 +143,6 @@ def installed(folder: Path) -> Iterator[None]:
             mock.patch.object(driver, "_active", stub),
             mock.patch.object(backend, "interpreted", _takes_cpu_tensors),
             mock.patch.object(backend, "unavailable", list),
-            mock.patch.object(plan, "device_of", _device_of),
+            mock.patch.object(devices, "device_of", _device_of),
         ):
             yield

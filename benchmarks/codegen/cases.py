@@ -18,6 +18,7 @@ from benchmarks.codegen.targets import TARGETS
 from vstar_kernels.attention.call import Call, Gradients, Options, Wanted
 from vstar_kernels.attention.triton import (
     configs,
+    devices,
     maps,
     plan,
     stream,
@@ -26,7 +27,9 @@ from vstar_kernels.attention.triton import (
     tile_backward,
 )
 from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
-from vstar_kernels.attention.triton.plan import Device, Launch, PlanKey
+from vstar_kernels.attention.triton.devices import Device
+from vstar_kernels.attention.triton.launches import Launch
+from vstar_kernels.attention.triton.plan import PlanKey
 from vstar_kernels.cli.options import integer, parsed
 
 BATCH, HEADS = 4096, 5  # a call of another number of heads takes the same kernels
@@ -256,7 +259,7 @@ def plan_key(entry: Entry, variant: Variant, head_dim: int) -> PlanKey:
 
 def this_gpu() -> Device:
     """Returns the package's description of the first GPU."""
-    return plan.device_of(torch.device("cuda", 0))
+    return devices.device_of(torch.device("cuda", 0))
 
 
 def shipped(entry: Entry) -> list[Case]:

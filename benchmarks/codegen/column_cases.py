@@ -17,7 +17,8 @@ from benchmarks.codegen.targets import TARGETS
 from vstar_kernels.attention.triton import columns_backward, columns_forward, configs
 from vstar_kernels.attention.triton.columns_plan import ColumnsKey
 from vstar_kernels.attention.triton.configs import ColumnsConfig
-from vstar_kernels.attention.triton.plan import Device, Launch
+from vstar_kernels.attention.triton.devices import Device
+from vstar_kernels.attention.triton.launches import Launch
 
 BATCH, QUERIES, HEADS, COLUMNS = 32, 2560, 5, 4
 KEYS = {"80": 77, "128": 120, "stream": 226}  # of calls, by the end of a table's name

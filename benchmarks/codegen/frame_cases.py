@@ -20,8 +20,9 @@ from benchmarks.codegen.targets import TARGETS
 from vstar_kernels.attention.frames.call import FrameOptions
 from vstar_kernels.attention.triton import configs, frames_backward, frames_forward, frames_slots
 from vstar_kernels.attention.triton.configs import FramesConfig
+from vstar_kernels.attention.triton.devices import Contents, Device
 from vstar_kernels.attention.triton.frames_plan import FramesKey, Tables
-from vstar_kernels.attention.triton.plan import Contents, Device, Launch
+from vstar_kernels.attention.triton.launches import Launch
 
 BATCH, HEADS, KEY_HEADS = 2, 12, 4
 FRAMES, TOKENS, TEXT = 21, 1560, 100  # of one frame, and of text
@@ -143,7 +144,7 @@ def _launch(case: FrameCase) -> Launch:
         return frames_forward.plan_frames(key, config, case.way).launch
     made = frames_backward.plan_frames(key, config, config)
     by_rows = case.entry.table.startswith("grad_query")
-    return (made.grad_query if by_rows else made.grad_key).launch
+    return made.grad_query if by_rows else made.grad_key
 
 
 def entries() -> list[FrameEntry]:

@@ -171,7 +171,7 @@ class StubGpu(TorchDispatchMode):
         from triton.runtime import driver, jit
 
         from vstar_kernels.attention import autograd, triton
-        from vstar_kernels.attention.triton import plan
+        from vstar_kernels.attention.triton import devices
 
         def compiled(function, key, signature, device, constants, options, *args):
             kernels, *_ = function.device_caches[device]
@@ -202,7 +202,7 @@ class StubGpu(TorchDispatchMode):
             mock.patch.object(torch.cuda, "current_stream", return_value=stream),
             mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
             mock.patch.object(torch.cuda, "get_device_capability", return_value=self.capability),
-            mock.patch.object(plan, "CAPTURED", set()),
+            mock.patch.object(devices, "CAPTURED", set()),
             mock.patch.object(triton, "interpreted", return_value=False),
             mock.patch.object(triton, "unavailable", list),
             # The mode that is on here is no one's who wants to see operators.

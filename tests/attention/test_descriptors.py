@@ -18,13 +18,13 @@ from vstar_kernels.testing import assert_as_exact_as_eager, inputs
 if not backend.interpreted():
     pytest.skip("says that the CPU is a GPU", allow_module_level=True)
 
-from vstar_kernels.attention.triton import configs, descriptors, plan, stream
+from vstar_kernels.attention.triton import configs, descriptors, devices, plan, stream
 from vstar_kernels.attention.triton.configs import StreamConfig
 from vstar_kernels.attention.triton.descriptors import DescribedLaunch
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.bfloat16, torch.float16]
-HOPPER = plan.Device("sm_90", sys.maxsize, 1)
+HOPPER = devices.Device("sm_90", sys.maxsize, 1)
 pytestmark = pytest.mark.usefixtures("poison", "hopper")
 
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("poison", "hopper")
 def hopper(monkeypatch):
     """A GPU with descriptors, where short sequences stream."""
     small = StreamConfig(queries=32, keys=16, warps=4, stages=1, shared=0)
-    monkeypatch.setattr(plan, "device_of", lambda device: HOPPER)
+    monkeypatch.setattr(devices, "device_of", lambda device: HOPPER)
     monkeypatch.setattr(configs, "tile", lambda *args: None)
     monkeypatch.setattr(configs, "stream", lambda *args: small)
     backend._forward_plan.cache_clear()

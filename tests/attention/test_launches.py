@@ -6,6 +6,7 @@ graphs.
 
 import itertools
 import os
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -20,8 +21,11 @@ from vstar_kernels.attention.frames.call import FrameWanted
 from vstar_kernels.attention.frames.call import check_call as check_frames
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
 from tests.attention.stub_gpu import OnGpu, StubGpu, WaitedError
-from vstar_kernels.attention.triton import plan, tile
+from vstar_kernels.attention.triton import devices, launches, plan, tile
 
 pytestmark = [
     pytest.mark.skipif(
@@ -184,7 +188,7 @@ def test_numbers_that_change_in_place_are_copied_again(gpu):
     table = torch.zeros(16)
     for number in range(3):
         table.numpy()[:] = number  # which torch does not see
-        found = plan.on_device(table, query.device)
+        found = devices.on_device(table, query.device)
         assert torch.equal(found.held, table)
     vk.tar_attention(query, key, value, vk.ToeplitzBias(table))
 
@@ -192,7 +196,7 @@ def test_numbers_that_change_in_place_are_copied_again(gpu):
 def test_a_large_table_is_copied_at_every_call(gpu, monkeypatch):
     """docs/operation.md says to put it on the GPU."""
     query, key, value = (on_gpu(2, 16, 3, 40) for _ in range(3))
-    monkeypatch.setattr(plan, "KEPT_BYTES", 4 * 16 * 16)
+    monkeypatch.setattr(devices, "KEPT_BYTES", 4 * 16 * 16)
     kept, copied = torch.rand(16, 16), torch.rand(3, 16, 16)
     for delta in (kept, copied):
         vk.tar_attention(query, key, value, vk.DenseBias(delta))
@@ -254,8 +258,6 @@ def test_a_table_of_another_type_is_another_kernels(gpu):
 
 
 def test_a_kernel_for_debugging_is_another(gpu):
-    import triton
-
     a_launch()
     with mock.patch.object(triton.knobs.runtime, "debug", True):
         a_launch()
@@ -267,8 +269,6 @@ def test_a_kernel_for_debugging_is_another(gpu):
 
 def test_while_kernels_are_instrumented_triton_is_asked_at_every_launch(gpu):
     """As where a profiler begins with kernels that have been launched before."""
-    import triton
-
     a_launch()
     with mock.patch.object(triton.knobs.compilation, "instrumentation_mode", "default"):
         a_launch()
@@ -289,8 +289,6 @@ def test_every_kernel_multiplies_and_adds_at_once(name, gpu, monkeypatch):
 
 
 def test_hooks_see_every_launch(gpu):
-    import triton
-
     from vstar_kernels.attention.triton.tile import tile_kernel
 
     a_launch()
@@ -318,7 +316,6 @@ def test_hooks_see_every_launch(gpu):
 
 def test_a_hook_that_names_the_compilers_passes_is_asked_at_every_launch(gpu):
     """Its answers, of which Triton makes the kernel's key, may be others at each."""
-    import triton
 
     class Hook:
         __hash__ = None  # which nothing needs
@@ -343,6 +340,36 @@ def test_a_hook_that_names_the_compilers_passes_is_asked_at_every_launch(gpu):
     assert gpu.searched == 4
 
 
+@triton.jit
+def copy_kernel(t, size, block: tl.constexpr):
+    i = tl.arange(0, block)
+    tl.store(t.out + i, tl.load(t.table + i, mask=i < size), mask=i < size)
+
+
+class Copied(NamedTuple):
+    table: Any
+    out: Any
+    other: Any = False
+
+
+def test_a_launch_has_its_own_tables(gpu):
+    """Of a single tensor besides, which is found again by its alignment like any other."""
+    table, out = OnGpu(torch.randn(8).bfloat16()), OnGpu(torch.randn(16).bfloat16())
+    tables = devices.DeviceTables({"table": table})
+    launch = launches.Launch(copy_kernel, 1, Copied(True, True), (8,), {"block": 8}, tables)
+    taken = []
+    with mock.patch.object(launches.Launch, "__call__", autospec=True) as called:
+        called.side_effect = lambda self, tensors: taken.append(tensors)
+        launch.on(out=out, other=out)
+    assert [id(x) for x in taken[0]] == [id(table), id(out), id(None)]
+    for given in (out, out[1:], out, out[8:]):
+        launch.on(out=given)
+    assert gpu.kernels == [0, 1, 0, 0]
+    assert gpu.searched == 2
+    with pytest.raises(ValueError, match="copy_kernel needs out, none is given"):
+        launch.on(other=out)
+
+
 def test_where_triton_goes_by_more_it_is_asked_at_every_launch(gpu, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     for _ in range(3):
@@ -361,8 +388,8 @@ def test_where_triton_goes_by_more_it_is_asked_at_every_launch(gpu, monkeypatch)
 def test_a_triton_that_nobody_has_read_is_asked_at_every_launch(
     version, searched, gpu, monkeypatch
 ):
-    found = plan._triton()._replace(version=version)
-    monkeypatch.setattr(plan, "_triton", lambda: found)
+    found = launches._triton()._replace(version=version)
+    monkeypatch.setattr(launches, "_triton", lambda: found)
     for _ in range(3):
         a_launch()
     assert gpu.searched == searched
@@ -398,8 +425,8 @@ def test_of_tensors_triton_goes_by_nothing_else(target, gpu):
     from triton.compiler import make_backend
 
     taken = []
-    launch = plan.Launch.__call__
-    with mock.patch.object(plan.Launch, "__call__", autospec=True) as called:
+    launch = launches.Launch.__call__
+    with mock.patch.object(launches.Launch, "__call__", autospec=True) as called:
         called.side_effect = lambda *given: (taken.append(given), launch(*given))
         a_launch()
     ((launch, given),) = taken
@@ -419,7 +446,7 @@ def test_of_tensors_triton_goes_by_nothing_else(target, gpu):
 def test_the_maximum_of_a_large_map_streams_on_sm_100(architecture, frames):
     """Triton does not compile it for tiles there."""
     strides = (frames * 128, 128, 64, 1)
-    device = plan.Device(architecture, shared=232448, processors=132)
+    device = devices.Device(architecture, shared=232448, processors=132)
     options = Options("gaussian", 1.0, 1.0, "map_max", False, False, 0.125, 0)
     shape = (8, frames, 2, 64)
     key = plan.PlanKey(device, torch.bfloat16, False, shape, options, *[strides] * 4)

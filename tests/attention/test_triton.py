@@ -26,6 +26,8 @@ if backend.unavailable():
 
 from vstar_kernels.attention.triton import (
     configs,
+    devices,
+    launches,
     maps,
     plan,
     primitives,
@@ -481,13 +483,13 @@ def test_gradients_of_large_heads_by_kernels_with_their_own_blocks(monkeypatch, 
 def launched(monkeypatch):
     """The launches that there are, in order."""
     found = []
-    launch = plan.Launch.__call__
+    launch = launches.Launch.__call__
 
     def recorded(self, tensors):
         found.append(self)
         launch(self, tensors)
 
-    monkeypatch.setattr(plan.Launch, "__call__", recorded)
+    monkeypatch.setattr(launches.Launch, "__call__", recorded)
     return found
 
 
@@ -726,8 +728,8 @@ def test_a_launch_without_a_tensor_that_it_writes_is_an_error():
 def plan_key(shape, dtype=torch.bfloat16, strides=None, bias=None, map_block=0, **changes):
     tensor = torch.empty(shape, dtype=dtype, device="meta")
     call = make_call(tensor, tensor, tensor, bias, 1.0, map_block)
-    on_device = plan.device_of(torch.device(DEVICE))
-    with mock.patch.object(plan, "device_of", return_value=on_device):
+    on_device = devices.device_of(torch.device(DEVICE))
+    with mock.patch.object(devices, "device_of", return_value=on_device):
         made = plan.forward_key(call, tensor)
     if strides:
         made = made._replace(query=strides, key=strides, value=strides, out=strides)
@@ -838,7 +840,7 @@ def test_as_many_programs_as_the_gpu_holds_share_a_call(
 ):
     config = TileConfig(queries=16, sequences=2, warps=1, programs=4)
     monkeypatch.setattr(configs, "tile", lambda *args: config)
-    gpu = plan.Device("sm_90", shared=2**18, processors=10)
+    gpu = devices.Device("sm_90", shared=2**18, processors=10)
     bias = BIASES[form](16, shape[2])
     key = plan_key(shape, bias=bias, map_block=int(with_map), device=gpu)
     assert backend._forward_plan(key).launch.programs == programs

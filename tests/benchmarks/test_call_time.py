@@ -79,7 +79,7 @@ BROKEN = f"""
 import tempfile
 from pathlib import Path
 from benchmarks import call_time, stub_driver
-from vstar_kernels.attention.triton.plan import Launch
+from vstar_kernels.attention.triton.launches import Launch
 
 keep = Launch._by_triton
 with tempfile.TemporaryDirectory() as folder, stub_driver.installed(Path(folder)):

@@ -17,7 +17,7 @@ from benchmarks.tune import __main__ as tune_main
 from benchmarks.tune import candidates, choose, frame_times, times
 from benchmarks.tune import frames as tune_frames
 from vstar_kernels.attention.frames import composed, reference
-from vstar_kernels.attention.triton import configs, frames, frames_forward, plan
+from vstar_kernels.attention.triton import configs, devices, frames, frames_forward
 from vstar_kernels.attention.triton.configs import FramesConfig, StreamConfig, TileConfig
 
 
@@ -311,7 +311,7 @@ def test_a_gpu_chooses_the_fastest_of_the_fit(frames_file, monkeypatch):
         return tokens if entry.table == "revisit" else 48
 
     monkeypatch.setattr(tune_frames.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cases, "this_gpu", lambda: plan.Device("sm_80", 2**17, 108))
+    monkeypatch.setattr(cases, "this_gpu", lambda: devices.Device("sm_80", 2**17, 108))
     monkeypatch.setattr(tune_frames, "fit", lambda x: x if x.config.rows > 16 else None)
     monkeypatch.setattr(frame_times, "seconds", seconds)
     tune_frames.main(["--kind", "16-bit", "--width", "64", "--table", "forward"])

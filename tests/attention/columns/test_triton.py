@@ -26,6 +26,7 @@ from vstar_kernels.attention.triton import (
     columns_forward,
     columns_plan,
     configs,
+    devices,
     log_sums,
     plan,
 )
@@ -58,8 +59,8 @@ def processors(monkeypatch):
     """Has kernels planned for a device with so many processors, on which programs share work."""
 
     def choose(count):
-        found = plan.device_of(torch.device(DEVICE))._replace(processors=count)
-        monkeypatch.setattr(plan, "device_of", lambda device: found)
+        found = devices.device_of(torch.device(DEVICE))._replace(processors=count)
+        monkeypatch.setattr(devices, "device_of", lambda device: found)
 
     return choose
 

@@ -21,7 +21,7 @@ if backend.unavailable():
     pytest.skip("; ".join(backend.unavailable()), allow_module_level=True)
 
 from vstar_kernels.attention.frames import reference
-from vstar_kernels.attention.triton import configs, frames, frames_plan, frames_slots, plan
+from vstar_kernels.attention.triton import configs, devices, frames, frames_plan, frames_slots, plan
 from vstar_kernels.attention.triton.configs import FramesConfig
 
 DEVICE = "cpu" if backend.interpreted() else "cuda:0"
@@ -345,7 +345,7 @@ def test_parts_of_heads_in_nvidias_gradients():
             ({"ieee": True}, ieee.get(head_dim, usual)),
             ({"dtype": torch.float16}, usual),
             ({"grad_out": ()}, usual),
-            ({"device": plan.Device("gfx942", 2**16, 1)}, usual),
+            ({"device": devices.Device("gfx942", 2**16, 1)}, usual),
         ):
             head = of_size._replace(**changes).head()
             assert wanted == (head.MAIN, head.REST), (head_dim, changes)
@@ -440,7 +440,8 @@ def test_plans_are_made_on_the_cpu_whatever_the_default_device():
     finally:
         torch.set_default_device(None)
     assert {
-        x.device.type for x in [*made.tables.in_use().values(), *made.map.tables.in_use().values()]
+        x.device.type
+        for x in [*made.launch.tables.in_use().values(), *made.map.launch.tables.in_use().values()]
     } == {"cpu"}
 
 
@@ -460,16 +461,16 @@ def test_tables_of_a_forgotten_plan_outlive_the_kernels_that_read_them(monkeypat
     stream = types.SimpleNamespace(cuda_stream=1)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: stream.cuda_stream == 3)
-    monkeypatch.setattr(plan, "CAPTURED", set())
-    made = plan.DeviceTables({"slots": OnGPU(), "ranges": OnGPU()})
+    monkeypatch.setattr(devices, "CAPTURED", set())
+    made = devices.DeviceTables({"slots": OnGPU(), "ranges": OnGPU()})
     for number in (1, 2, 1, 2):
         stream.cuda_stream = number
         assert made.in_use() is made.tensors
     assert [table.waits_for for table in made.tensors.values()] == [[1, 2], [1, 2]]
-    assert not plan.CAPTURED
+    assert not devices.CAPTURED
     stream.cuda_stream = 3  # a graph is captured, which reads them whenever it is replayed
     made.in_use()
-    assert {made} == plan.CAPTURED
+    assert {made} == devices.CAPTURED
 
 
 # ---- what kernels must not do ----

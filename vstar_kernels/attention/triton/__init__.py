@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vstar_kernels.attention.call import Call, Forward, Gradients, Wanted, empty_like
-from vstar_kernels.attention.triton import plan
+from vstar_kernels.attention.triton import devices, plan
 from vstar_kernels.attention.triton.plan import PlanKey
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 MAX_MAP_FRAMES = 4096  # 64 MiB for each batch element
 MAX_ROWS = 2**31 - 1  # no grid has more programs than a call has such rows
+HERE = contextlib.nullcontext()  # where kernels are launched already
 OLDEST_GPU = (8, 0)  # the compute capability from which on there is bfloat16
 
 
@@ -171,7 +172,7 @@ def _with_delta_here(call: Call) -> Call:
     """Returns the call with Δ's entries on its device, those of a row side by side."""
     if call.delta is None:
         return call
-    delta = plan.on_device(call.delta, call.device)
+    delta = devices.on_device(call.delta, call.device)
     if delta.stride(-1) != 1 and delta.shape[-1] > 1:
         delta = delta.contiguous()
     return call if delta is call.delta else dataclasses.replace(call, delta=delta)
@@ -180,7 +181,7 @@ def _with_delta_here(call: Call) -> Call:
 def on(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Returns a context in which Triton launches on the device."""
     if device.index is None or device.index == torch.cuda.current_device():  # None: the CPU's
-        return contextlib.nullcontext()
+        return HERE
     return torch.cuda.device(device)
 
 

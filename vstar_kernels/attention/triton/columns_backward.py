@@ -27,8 +27,8 @@ from vstar_kernels.attention.triton import plan
 from vstar_kernels.attention.triton.columns_forward import load_column, products
 from vstar_kernels.attention.triton.columns_plan import ColumnsKey
 from vstar_kernels.attention.triton.configs import ColumnsConfig
+from vstar_kernels.attention.triton.launches import Launch
 from vstar_kernels.attention.triton.log_sums import probabilities
-from vstar_kernels.attention.triton.plan import Launch
 from vstar_kernels.attention.triton.primitives import (
     add_weighted_sums,
     inner_products,

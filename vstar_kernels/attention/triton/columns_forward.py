@@ -28,8 +28,8 @@ from vstar_kernels.attention.call import Forward, nothing
 from vstar_kernels.attention.triton import plan
 from vstar_kernels.attention.triton.columns_plan import ColumnsKey
 from vstar_kernels.attention.triton.configs import ColumnsConfig
+from vstar_kernels.attention.triton.launches import Launch
 from vstar_kernels.attention.triton.log_sums import log_sum, probabilities
-from vstar_kernels.attention.triton.plan import Launch
 from vstar_kernels.attention.triton.primitives import (
     add_weighted_sums,
     exponentials,
@@ -286,25 +286,26 @@ class ColumnsPlan:
 
     rows: Launch
     maps: Launch | None
-    parts: tuple[int, ...]  # the shape of the maps before they are added up; () where none are
+    parts: tuple[int, ...]  # the shape of the maps, or of parts to add up; () where none are
     lse: tuple[int, ...]  # the shape of the rows' log-sum-exps, where they are wanted
 
     def run(self, call: ColumnCall, out: Tensor | None, *, save: bool) -> Forward:
         """Fills ``out``, and returns it with the maps and what backward needs."""
         found = plan.new(call.query, *self.parts) if self.parts else None
         lse = plan.new(call.query, *self.lse) if self.lse else None
-        for launch in filter(None, (self.rows, self.maps)):
-            launch.on(
-                q=call.query,
-                k=call.key,
-                v=call.value,
-                out=out,
-                columns=call.columns,
-                maps=found,
-                lse=lse,
-            )
-        if found is not None:
-            found = found[0] if self.parts[0] == 1 else found.sum(0)
+        for launch in (self.rows, self.maps):
+            if launch is not None:
+                launch.on(
+                    q=call.query,
+                    k=call.key,
+                    v=call.value,
+                    out=out,
+                    columns=call.columns,
+                    maps=found,
+                    lse=lse,
+                )
+        if found is not None and found.ndim > len(call.map_shape):
+            found = found.sum(0)
         saved = (lse,) if save and lse is not None else ()
         return Forward(nothing(call.query) if out is None else out, found, saved)
 
@@ -407,8 +408,11 @@ def _plan_stream(key: ColumnsKey, config: ColumnsConfig) -> ColumnsPlan:
 
 
 def _parts(key: ColumnsKey, count: int) -> tuple[int, ...]:
-    """Returns the shape of the parts of the maps, if these are wanted."""
-    return (count, key.batch, key.queries, key.columns) if key.has_map else ()
+    """Returns the shape of the maps, if these are wanted, with the parts first where some are."""
+    shape = (key.batch, key.queries, key.columns)
+    if not key.has_map:
+        return ()
+    return shape if count == 1 else (count, *shape)
 
 
 def _rows(key: ColumnsKey) -> tuple[int, ...]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from vstar_kernels.attention.triton import configs, plan
+from vstar_kernels.attention.triton import configs, devices, launches, plan
 from vstar_kernels.attention.triton.configs import ColumnsConfig
-from vstar_kernels.attention.triton.plan import Device, Head, Strides
+from vstar_kernels.attention.triton.devices import Device
+from vstar_kernels.attention.triton.plan import Head, Strides
 
 if TYPE_CHECKING:
     from vstar_kernels.attention.columns.call import ColumnCall
@@ -120,7 +121,7 @@ class ColumnsKey(NamedTuple):
 
     def _unit(self) -> int:
         """Returns the largest number of a vector's elements that divides every stride."""
-        longest = plan.VECTOR_BYTES // self.dtype.itemsize
+        longest = launches.VECTOR_BYTES // self.dtype.itemsize
         every = itertools.chain(*self._of_queries(), *self._of_keys())
         return math.gcd(longest, *every)
 
@@ -143,7 +144,7 @@ def forward_key(
 ) -> ColumnsKey:
     """Returns the key of a forward pass; ``out`` is None where only maps or sums are wanted."""
     return ColumnsKey(
-        device=plan.device_of(call.device),
+        device=devices.device_of(call.device),
         dtype=call.dtype,
         ieee=plan.ieee_products(call.dtype),
         batch=call.batch,

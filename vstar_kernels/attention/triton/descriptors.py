@@ -7,6 +7,7 @@ part, arrives as zeros. Triton has descriptors as arguments of their own only, n
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vstar_kernels.attention.triton.plan import VECTOR_BYTES, Launch, PlanKey, Strides
+from vstar_kernels.attention.triton.launches import VECTOR_BYTES, Launch
+from vstar_kernels.attention.triton.plan import PlanKey, Strides
 from vstar_kernels.attention.triton.primitives import frame_offsets, load_heads
 
 ARCHITECTURES = ("sm_90", "sm_100")
@@ -61,18 +63,25 @@ class DescribedLaunch(Launch):
 
     def __call__(self, tensors: Any) -> None:
         """Launches the kernel on a tuple of tensors; by pointers where one is not aligned."""
-        if any(getattr(tensors, name).data_ptr() % VECTOR_BYTES for name in self.parts):
-            self.pointers(tensors)
-        else:
-            super().__call__(tensors)
+        for place, _ in self._described:
+            if tensors[place].data_ptr() % VECTOR_BYTES:
+                self.pointers(tensors)
+                return
+        super().__call__(tensors)
 
     def _of_tensors(self, tensors: Any) -> tuple[Any, ...]:
         made = [
-            part and _descriptor(getattr(tensors, name), part)
-            for name, parts in self.parts.items()
+            part and _descriptor(tensors[place], part)
+            for place, parts in self._described
             for part in parts
         ]
         return (tensors, *made)
+
+    @functools.cached_property
+    def _described(self) -> list[tuple[int, tuple[dict[str, Any] | None, ...]]]:
+        """The parts with their tensor's place."""
+        places = {name: place for place, name in enumerate(self.needed._fields)}
+        return [(places[name], parts) for name, parts in self.parts.items()]
 
 
 def possible(key: PlanKey) -> bool:
@@ -132,5 +141,5 @@ def _part(key: PlanKey, strides: Strides, frames: int, width: int) -> dict[str, 
 def _descriptor(tensor: Tensor, part: dict[str, Any]) -> TensorDescriptor:
     """Returns the descriptor of a part of a tensor, whose checks the plan has made."""
     made = object.__new__(TensorDescriptor)
-    made.__dict__.update(part, base=tensor)
+    made.__dict__ = {**part, "base": tensor}
     return made

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vstar_kernels.attention.triton import frames_plan, frames_slots, plan
 from vstar_kernels.attention.triton.configs import FramesConfig
+from vstar_kernels.attention.triton.devices import DeviceTables
 from vstar_kernels.attention.triton.frames_plan import FramesKey
 from vstar_kernels.attention.triton.frames_primitives import (
     bias,
@@ -37,8 +38,8 @@ from vstar_kernels.attention.triton.frames_primitives import (
     unit,
 )
 from vstar_kernels.attention.triton.frames_slots import RuleTables
+from vstar_kernels.attention.triton.launches import Launch
 from vstar_kernels.attention.triton.log_sums import probabilities
-from vstar_kernels.attention.triton.plan import DeviceTables, Launch
 from vstar_kernels.attention.triton.primitives import (
     add_weighted_sums,
     inner_products,
@@ -432,23 +433,11 @@ def grad_key_kernel(
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """One of the two launches, with its tables on the device."""
-
-    launch: Launch
-    tables: DeviceTables
-
-    def to(self, device: torch.device) -> Sweep:
-        """Returns the same with the tables on a device."""
-        return replace(self, tables=self.tables.to(device))
-
-
-@dataclass(frozen=True)
 class FramesBackwardPlan:
     """dQ first, which leaves what dK needs of the rows."""
 
-    grad_query: Sweep
-    grad_key: Sweep
+    grad_query: Launch
+    grad_key: Launch
     saved: tuple[str, ...]  # the names of what the forward pass saved
 
     def run(
@@ -462,7 +451,7 @@ class FramesBackwardPlan:
     ) -> None:
         """Fills the gradients; that of a statistic is a view of (batch, heads, tokens)."""
         rows = (call.batch, call.heads, call.tokens)
-        needed = self.grad_query.launch.needed
+        needed = self.grad_query.needed
         if gradients.stat is not None and not needed.grad_stat:  # it weighs nothing
             gradients.stat.zero_()
         tensors = {
@@ -483,8 +472,8 @@ class FramesBackwardPlan:
             "grad_row": plan.new(out, *rows) if needed.grad_row else None,
             "argmax": plan.new(out, *rows, dtype=torch.int32) if needed.argmax else None,
         }
-        for sweep in (self.grad_query, self.grad_key):
-            sweep.launch.on(**{**tensors, **sweep.tables.in_use()})
+        self.grad_query.on(**tensors)
+        self.grad_key.on(**tensors)
 
 
 def make_plan(key: FramesKey, device: torch.device) -> FramesBackwardPlan:
@@ -521,7 +510,7 @@ def _plan_sweep(
     named: set[str],
     *,
     by_keys: bool,
-) -> Sweep:
+) -> Launch:
     """Returns a launch with a program for each tile of queries, or of keys, of each head."""
     query_runs, key_runs = (x.tensor().tolist() for x in key.tables[:2])
     rows, others = (key_runs, query_runs) if by_keys else (query_runs, key_runs)
@@ -546,7 +535,7 @@ def _plan_sweep(
     else:
         strides += [key.out, key.grad_out, key.grad_query]
     named = named | set(tables)
-    launch = Launch(
+    return Launch(
         grad_key_kernel if by_keys else grad_query_kernel,
         key.batch * heads * tiles,
         Tensors(*(name in named for name in Tensors._fields)),
@@ -574,5 +563,5 @@ def _plan_sweep(
             "GRAD_MAP": key.grad_map,
             **config.constants(),
         },
+        DeviceTables(tables),
     )
-    return Sweep(launch, DeviceTables(tables))

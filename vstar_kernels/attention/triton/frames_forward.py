@@ -39,6 +39,7 @@ from torch import Tensor
 from vstar_kernels.attention.call import Forward
 from vstar_kernels.attention.triton import configs, frames_map, frames_plan, frames_slots, plan
 from vstar_kernels.attention.triton.configs import FramesConfig
+from vstar_kernels.attention.triton.devices import DeviceTables
 from vstar_kernels.attention.triton.frames_map import MapPlan
 from vstar_kernels.attention.triton.frames_plan import FramesKey
 from vstar_kernels.attention.triton.frames_primitives import (
@@ -52,8 +53,8 @@ from vstar_kernels.attention.triton.frames_primitives import (
     unit,
 )
 from vstar_kernels.attention.triton.frames_slots import RuleTables, TileTables
+from vstar_kernels.attention.triton.launches import Launch
 from vstar_kernels.attention.triton.log_sums import capped_exp2, log_sum
-from vstar_kernels.attention.triton.plan import DeviceTables, Launch
 from vstar_kernels.attention.triton.primitives import (
     add_weighted_sums,
     exponentials,
@@ -476,10 +477,9 @@ Allocation = tuple[tuple[int, ...], torch.dtype]  # shape and type
 
 @dataclass(frozen=True)
 class FramesPlan:
-    """One launch, with its tables on the device, and one more for the map."""
+    """One launch, and one more for the map."""
 
     launch: Launch
-    tables: DeviceTables
     filled: dict[str, Allocation]  # what is allocated for the kernel: scratch, and what is saved
     saved: tuple[str, ...]  # of these, what is for backward
     map: MapPlan | None
@@ -498,7 +498,6 @@ class FramesPlan:
             key_lengths=call.key_lengths,
             stat=call.stat,
             mass=mass,
-            **self.tables.in_use(),
             **filled,
         )
         found = self.map.sums(mass, call.map_shape) if self.map and mass is not None else None
@@ -520,7 +519,7 @@ def make_plan(key: FramesKey, device: torch.device) -> FramesPlan:
         config = key.config("revisit", rule)
         seen = _tile_tables(key, rule, config)
     made = _plan(key, rule, config, way, seen)
-    return replace(made, tables=made.tables.to(device), map=made.map and made.map.to(device))
+    return replace(made, launch=made.launch.to(device), map=made.map and made.map.to(device))
 
 
 def plan_frames(key: FramesKey, config: FramesConfig, way: str) -> FramesPlan:
@@ -602,10 +601,10 @@ def _plan(
             "SAVE": key.save,
             **config.constants(),
         },
+        DeviceTables(tables),
     )
     return FramesPlan(
         launch,
-        DeviceTables(tables),
         filled,
         saved,
         frames_map.plan_map(key, seen) if key.has_map else None,

@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from vstar_kernels.attention.triton import frames_plan, plan
+from vstar_kernels.attention.triton.devices import DeviceTables
 from vstar_kernels.attention.triton.frames_plan import FramesKey
 from vstar_kernels.attention.triton.frames_slots import TileTables
-from vstar_kernels.attention.triton.plan import DeviceTables, Launch
+from vstar_kernels.attention.triton.launches import Launch
 
 
 class Tensors(NamedTuple):
@@ -50,12 +51,11 @@ class MapPlan:
     """The map's sums over entries and heads: one launch, after the masses are there."""
 
     launch: Launch
-    tables: DeviceTables
     mass: tuple[int, ...]  # the shape of the masses
 
     def to(self, device: torch.device) -> MapPlan:
         """Returns the same with the tables on a device."""
-        return replace(self, tables=self.tables.to(device))
+        return replace(self, launch=self.launch.to(device))
 
     def zeros(self, device: torch.device) -> Tensor:
         """Returns masses for the forward pass to fill, where slots are."""
@@ -64,7 +64,7 @@ class MapPlan:
     def sums(self, mass: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Returns the map."""
         found = plan.new(mass, *shape)
-        self.launch.on(mass=mass, map=found, **self.tables.in_use())
+        self.launch.on(mass=mass, map=found)
         return found
 
 
@@ -83,5 +83,6 @@ def plan_map(key: FramesKey, made: TileTables) -> MapPlan:
         Tensors(*(True for _ in Tensors._fields)),
         (summed, entries, key.frames, columns),
         {"COLUMNS": min(128, triton.next_power_of_2(columns)), "num_warps": 1},
+        DeviceTables(tables),
     )
-    return MapPlan(launch, DeviceTables(tables), (key.batch, key.heads, entries, columns))
+    return MapPlan(launch, (key.batch, key.heads, entries, columns))

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from vstar_kernels.attention.triton import configs, plan
+from vstar_kernels.attention.triton import configs, devices, launches, plan
 from vstar_kernels.attention.triton.configs import FramesConfig
+from vstar_kernels.attention.triton.devices import Contents, Device
 from vstar_kernels.attention.triton.frames_slots import TEXT, RuleTables, TileTables, interleaved
-from vstar_kernels.attention.triton.plan import Contents, Device, Head, Strides
+from vstar_kernels.attention.triton.plan import Head, Strides
 
 if TYPE_CHECKING:
     from vstar_kernels.attention.frames.call import FrameCall, FrameGradients, FrameOptions
@@ -175,7 +176,7 @@ class FramesKey(NamedTuple):
 
     def _unit(self) -> int:
         """Returns the largest number of a vector's elements that divides every stride."""
-        longest = plan.VECTOR_BYTES // self.dtype.itemsize
+        longest = launches.VECTOR_BYTES // self.dtype.itemsize
         of_rows = (*self.query, *self.out, *self.grad_out, *self.grad_query)
         return math.gcd(longest, *of_rows, *self.key, *self.value, *self.grad_key, *self.grad_value)
 
@@ -197,7 +198,7 @@ class FramesKey(NamedTuple):
 def frames_key(call: FrameCall, out: Tensor, *, save: bool = False) -> FramesKey:
     """Returns the key of a forward pass."""
     return FramesKey(
-        device=plan.device_of(call.device),
+        device=devices.device_of(call.device),
         dtype=call.dtype,
         ieee=plan.ieee_products(call.dtype),
         batch=call.batch,

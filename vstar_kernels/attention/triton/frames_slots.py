@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vstar_kernels.attention.triton.plan import Contents
+from vstar_kernels.attention.triton.devices import Contents
 
 TEXT = -1  # the frame of what belongs to none
 INTERLEAVED = 1.25  # how many times the blocks may be that the same frames would fill in order

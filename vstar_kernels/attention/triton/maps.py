@@ -18,7 +18,8 @@ from torch import Tensor
 from vstar_kernels.attention.call import Call, block_sums
 from vstar_kernels.attention.triton import configs, plan
 from vstar_kernels.attention.triton.configs import StreamConfig
-from vstar_kernels.attention.triton.plan import Launch, PlanKey, Strides
+from vstar_kernels.attention.triton.launches import Launch
+from vstar_kernels.attention.triton.plan import PlanKey, Strides
 from vstar_kernels.attention.triton.primitives import (
     LOG2E,
     Sizes,

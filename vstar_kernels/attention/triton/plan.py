@@ -1,67 +1,25 @@
-"""What every family's kernels are planned from, what they are told, and how one is launched."""
+"""What every family's kernels are planned from, and what they are told."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
-import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vstar_kernels.attention.call import Call, Forward, Gradients, Options, Wanted
-from vstar_kernels.attention.triton import configs
+from vstar_kernels.attention.triton import configs, devices
 from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
+from vstar_kernels.attention.triton.devices import Device
+from vstar_kernels.attention.triton.launches import VECTOR_BYTES
 
 LOG2E = math.log2(math.e)
 NEGLIGIBLE = 2.0**-26  # of a statistic, in units of itself: below float32's resolution
-VECTOR_BYTES = 16  # the widest load of one thread
 INT32_MAX = 2**31 - 1
-# Of the CPU's tensors that stay on a device: the most there are, and how large each may be.
-KEPT_TENSORS = 64
-KEPT_BYTES = 2**20
-# Versions of Triton whose choice of a kernel has been read: it is documented nowhere, and another
-# version may go by more than :class:`Launch` knows.
-READ_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")
-# What is asked of Triton's compiler: products that are added to in one instruction. Triton warns
-# from 3.9 on where nobody says so, as that will be its default no longer.
-COMPILER = {"enable_fp_fusion": True}
-
 Strides = tuple[int, ...]
-
-
-class Device(NamedTuple):
-    """What matters of a GPU: ``shared`` bytes of memory for one program, ``processors``."""
-
-    architecture: str
-    shared: int
-    processors: int
-
-
-class Contents(NamedTuple):
-    """A tensor by its contents, so that it is the key of what is made of it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    data: bytes
-
-    @classmethod
-    def of(cls, tensor: Tensor | None) -> Contents | None:
-        """Returns the contents of a contiguous CPU tensor."""
-        if tensor is None:
-            return None
-        data = ctypes.string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
-        return cls(tuple(tensor.shape), tensor.dtype, data)
-
-    def tensor(self) -> Tensor:
-        """Returns the tensor again."""
-        if not self.data:
-            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
-        return torch.frombuffer(bytearray(self.data), dtype=self.dtype).view(self.shape)
 
 
 class PlanKey(NamedTuple):
@@ -208,7 +166,7 @@ def forward_key(call: Call, out: Tensor, *, save: bool = False) -> PlanKey:
     query, delta, stat = call.query, call.delta, call.stat
     dtype = query.dtype
     return PlanKey(  # by place, which is faster
-        device_of(query.device),
+        devices.device_of(query.device),
         dtype,
         ieee_products(dtype),
         query.shape,
@@ -469,194 +427,6 @@ def _strides_4d(strides: Strides, key: PlanKey) -> Strides:
     )
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One kernel with its grid and all of its arguments but the tensors.
-
-    ``needed`` is a tuple of the kernel's tensors, which says of each whether the kernel touches it.
-    The others have to be None: then a kernel that touches one of them after all does not compile.
-
-    A kernel that Triton has compiled is kept, as Triton's search for it takes longer than a small
-    kernel runs. Triton chooses a kernel by types, alignment, device and settings; its other inputs
-    are the plan's. A launch does not see that Triton's own caches are emptied or sources change:
-    the plans' ``cache_clear`` forgets their kernels.
-    """
-
-    kernel: Any
-    programs: int
-    needed: Any
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
-    _compiled: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[Any, ...]]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-
-    def __call__(self, tensors: Any) -> None:
-        """Launches the kernel on a tuple of tensors of the type of ``needed``.
-
-        Raises:
-            ValueError: A tensor that the kernel needs is None, or one that it leaves alone is not.
-        """
-        key = self._specialization(tensors)
-        kept = None if key is None else self._compiled.get(key)
-        if kept is None:
-            self._by_triton(key, tensors)
-        else:
-            launch, rest = kept
-            launch(*self._of_tensors(tensors), *rest)
-
-    @functools.cached_property
-    def _keeps(self) -> bool:
-        """Whether the kernel is compiled, and for nothing else than :meth:`_specialization` says.
-
-        On AMD Triton goes by the size of each tensor's memory too.
-        """
-        triton = _triton()
-        was_read = triton.version.startswith(READ_VERSIONS)
-        return isinstance(self.kernel, triton.JITFunction) and was_read and not torch.version.hip
-
-    def _specialization(self, tensors: Any) -> tuple[Any, ...] | None:
-        """Returns what Triton compiles a kernel anew for, of what changes between launches.
-
-        Of a tensor that is its type and whether it is aligned to 16 bytes; a plan's numbers and the
-        grid stay. Then the current device, and whether Triton debugs. None where Triton is asked at
-        every launch.
-        """
-        if not self._keeps:
-            return None
-        triton = _triton()
-        # Triton calls these as it searches: a kernel that is launched by itself calls neither, and
-        # only the second one's answer says which kernel it is.
-        if self.kernel.pre_run_hooks or triton.runtime.add_stages_inspection_hook is not None:
-            return None
-        # Instrumented kernels are compiled by settings of their own, which grow with Triton.
-        if triton.compilation.instrumentation_mode:
-            return None
-        return (
-            triton.driver.active.get_current_device(),
-            triton.runtime.debug,
-            *[x if x is None else (x.dtype, x.data_ptr() % VECTOR_BYTES == 0) for x in tensors],
-        )
-
-    def _by_triton(self, key: tuple[Any, ...] | None, tensors: Any) -> None:
-        """Launches the kernel as Triton finds or compiles it, and keeps what is compiled."""
-        for name, tensor, needed in zip(self.needed._fields, tensors, self.needed, strict=True):
-            if (tensor is None) == needed:
-                fault = "needs" if needed else "leaves alone"
-                given = "none is" if needed else "it is"
-                raise ValueError(f"{self.kernel.__name__} {fault} {name}, {given} given")
-        arguments = self.call_arguments(tensors)
-        compiled = self.kernel[(self.programs,)](*arguments, **self.keywords)
-        if key is not None and isinstance(compiled, _triton().CompiledKernel):
-            signature = self.kernel.signature
-            named = {x: y for x, y in self.constants.items() if x in signature.parameters}
-            bound = signature.bind(*arguments, **named)
-            bound.apply_defaults()
-            rest = tuple(bound.arguments.values())[len(self._of_tensors(tensors)) :]
-            self._compiled[key] = compiled[(self.programs, 1, 1)], rest
-
-    @property
-    def keywords(self) -> dict[str, Any]:
-        """What Triton is given besides :meth:`call_arguments`."""
-        return {**self.constants, **COMPILER}
-
-    def call_arguments(self, tensors: Any) -> tuple[Any, ...]:
-        """Returns all arguments but constants of a launch on these tensors."""
-        made = self._of_tensors(tensors)
-        return (*made, *self.arguments[len(made) - 1 :])
-
-    def _of_tensors(self, tensors: Any) -> tuple[Any, ...]:
-        """Returns the first arguments, those that are others at the next launch."""
-        return (tensors,)
-
-    def on(self, **tensors: Tensor | None) -> None:
-        """Launches the kernel on those of the named tensors that it needs.
-
-        Raises:
-            ValueError: One of them is not there.
-        """
-        get = tensors.get
-        self(self.needed._make([get(name) for name in self._needed_names]))
-
-    @functools.cached_property
-    def _needed_names(self) -> list[str]:
-        """The name of each tensor; "" in the place of one that the kernel leaves alone."""
-        return [name if needed else "" for name, needed in self.needed._asdict().items()]
-
-
-class _Triton(NamedTuple):
-    """What a launch asks of Triton, which nothing imports before it is used."""
-
-    version: str
-    driver: Any
-    runtime: Any  # settings
-    compilation: Any
-    JITFunction: Any
-    CompiledKernel: Any
-
-
-@functools.cache
-def _triton() -> _Triton:
-    from triton import __version__, knobs
-    from triton.compiler import CompiledKernel
-    from triton.runtime import JITFunction, driver
-
-    settings = knobs.runtime, knobs.compilation
-    return _Triton(__version__, driver, *settings, JITFunction, CompiledKernel)
-
-
-@dataclass(frozen=True, eq=False)
-class DeviceTables:
-    """Tables that a plan keeps on a device, for as long as anything there may read them.
-
-    Plans are forgotten while other streams than the tables' own have yet to run kernels that read
-    them, whose memory would be given away at once; and graphs read them whenever they are replayed.
-    """
-
-    tensors: dict[str, Tensor]
-    streams: set[int] = field(default_factory=set)  # that are known to the tables' memory
-
-    def to(self, device: torch.device) -> DeviceTables:
-        """Returns the tables on a device."""
-        return DeviceTables({name: x.to(device) for name, x in self.tensors.items()})
-
-    def in_use(self) -> dict[str, Tensor]:
-        """Returns the tables by name, for a kernel that is launched on the current stream."""
-        device = next(iter(self.tensors.values())).device
-        if device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
-                CAPTURED.add(self)
-            stream = torch.cuda.current_stream(device)
-            if stream.cuda_stream not in self.streams:
-                for tensor in self.tensors.values():
-                    tensor.record_stream(stream)
-                self.streams.add(stream.cuda_stream)
-        return self.tensors
-
-
-CAPTURED = set[DeviceTables]()  # by graphs, which do not say when they are gone
-
-
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns a tensor on a device; one of the CPU's that is small stays there for later calls.
-
-    It is found again by its contents: copying it would make the CPU wait, and fail while a graph is
-    captured.
-    """
-    if tensor.device == device:
-        return tensor
-    if tensor.device.type != "cpu" or tensor.numel() * tensor.element_size() > KEPT_BYTES:
-        return tensor.to(device)
-    contents = Contents.of(tensor.contiguous())
-    assert contents is not None  # as there is a tensor
-    return _kept_on(device, contents).in_use()["kept"]
-
-
-@functools.lru_cache(maxsize=KEPT_TENSORS)
-def _kept_on(device: torch.device, contents: Contents) -> DeviceTables:
-    return DeviceTables({"kept": contents.tensor()}).to(device)
-
-
 def strides_3d(tensor: Tensor) -> Strides:
     """Returns strides of the first three dimensions; 0 for sizes of 1, where any would do."""
     sizes, strides = tensor.shape[:3], tensor.stride()[:3]
@@ -679,26 +449,3 @@ def row_shape(call: Call) -> tuple[int, int]:
 def new(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Returns a tensor for a kernel to fill."""
     return torch.empty(shape, dtype=dtype, device=like.device)
-
-
-@functools.cache
-def device_of(device: torch.device) -> Device:
-    """Returns what matters of a device."""
-    if device.type != "cuda":  # interpreted, or only planned: any architecture's configuration does
-        return Device("sm_80", shared=sys.maxsize, processors=1)
-    from triton.runtime import driver
-
-    properties = driver.active.utils.get_device_properties(device.index)
-    return Device(
-        _architecture(device), properties["max_shared_mem"], properties["multiprocessor_count"]
-    )
-
-
-def _architecture(device: torch.device) -> str:
-    """Returns the one of ``configs.ARCHITECTURES`` whose configurations suit a GPU."""
-    if torch.version.hip:
-        return "gfx942"
-    generation = torch.cuda.get_device_capability(device)[0]
-    if generation in (9, 10):
-        return f"sm_{generation}0"
-    return "sm_80"  # 12.x, consumer Blackwell, has the memory and the matrix instructions of 8.x

@@ -27,8 +27,9 @@ from vstar_kernels.attention.call import Call, Forward
 from vstar_kernels.attention.triton import configs, descriptors, maps, plan
 from vstar_kernels.attention.triton.configs import StreamConfig
 from vstar_kernels.attention.triton.descriptors import Frames, load_block
+from vstar_kernels.attention.triton.launches import Launch
 from vstar_kernels.attention.triton.maps import MapSums
-from vstar_kernels.attention.triton.plan import Launch, PlanKey, Strides
+from vstar_kernels.attention.triton.plan import PlanKey, Strides
 from vstar_kernels.attention.triton.primitives import (
     LOG2E,
     Sizes,
@@ -226,9 +227,8 @@ class StreamPlan:
             stat = plan.new(out, self.map_max.programs)
             self.map_max.on(q=call.query, k=call.key, maxima=stat)
         needed = self.attention.needed
-        rows = plan.row_shape(call)
-        normalizer = plan.new(out, *rows, 2) if needed.normalizer else None
-        row_stat = plan.new(out, *rows) if needed.row_stat else None
+        normalizer = plan.new(out, *plan.row_shape(call), 2) if needed.normalizer else None
+        row_stat = plan.new(out, *plan.row_shape(call)) if needed.row_stat else None
         self.attention(
             Tensors(call.query, call.key, call.value, out, call.delta, stat, normalizer, row_stat)
         )

@@ -25,8 +25,9 @@ from torch import Tensor
 from vstar_kernels.attention.call import Call, Gradients
 from vstar_kernels.attention.triton import configs, maps, plan, stream
 from vstar_kernels.attention.triton.configs import StreamConfig
+from vstar_kernels.attention.triton.launches import Launch
 from vstar_kernels.attention.triton.maps import MapSums
-from vstar_kernels.attention.triton.plan import Launch, PlanKey, Strides
+from vstar_kernels.attention.triton.plan import PlanKey, Strides
 from vstar_kernels.attention.triton.primitives import (
     LOG2E,
     Normalizer,
