@@ -181,6 +181,17 @@ def test_yaml():
         "again": {"x": 1, "y": 1},
     }
     assert decode_yaml("") is None
+    assert decode_yaml("[1e3, -.5E-1, 1.e+2, 1e, e3, 'x1e3', '1e3']") == [
+        1000.0,
+        -0.05,
+        100.0,
+        "1e",
+        "e3",
+        "x1e3",
+        "1e3",
+    ]
+    with pytest.raises(FormatError):
+        decode_yaml("1e999")
     assert decode_yaml("[{a: 1}, {a: 2}]") == [{"a": 1}, {"a": 2}]
 
 

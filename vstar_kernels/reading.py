@@ -6,6 +6,7 @@ is a :class:`FormatError` with the path to the field, whatever it was that came.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -173,7 +174,7 @@ def decode_yaml(text: str) -> Any:
         raise ImportError(f"YAML needs PyYAML ({error}); JSON needs nothing") from error
     loader: Any = None
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _yaml_loader()(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -190,6 +191,17 @@ def decode_yaml(text: str) -> Any:
     finally:
         if loader is not None:
             loader.dispose()
+
+
+@functools.cache
+def _yaml_loader() -> Any:
+    """Returns PyYAML's safe loader, which reads 1e30 as a number, as YAML 1.2 and JSON have it."""
+    import yaml
+
+    loader: Any = type("Loader", (yaml.SafeLoader,), {})
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return loader
 
 
 def _check_keys(loader: Any, root: Any) -> None:

@@ -426,7 +426,7 @@ def test_a_video_of_odd_size(tmp_path):
         (["--prompt", "p", "--synopsis", "f", "--writer", "m"], "--synopsis and --writer"),
         (["--prompt", "p", "--map-steps", "2"], "--map-steps must be below --steps, 2, got 2"),
         (["--prompt", "p", "--preset", "64"], "--preset: a preset must be"),
-        (["--prompt", "p", "--config", "/no/where"], "--config: "),
+        (["--prompt", "p", "--config", "/no/where"], "--config /no/where: "),
         (["--prompt", "p", "--image", "/no/where"], "--image: "),
         (
             ["--prompt", "p", "--synopsis", "/no/where"],
@@ -598,29 +598,37 @@ def test_a_rule_between_frames(generate, output, tmp_path):
     assert (output / "config.json").read_text() == (tmp_path / "rule").read_text()
     status, printed = generate(*given, "--sigma", 1, "--overwrite", model="wan", frames=5)
     assert status == 2
-    assert "--config: sigma can be changed of TAR alone" in printed
+    assert "--sigma: sigma can be changed of TAR alone" in printed
     status, printed = generate("--prompt", PROMPT, "--size", "16x16", "--overwrite", *given[-2:])
     assert status == 2
-    assert "--config: a TextToVideoSDPipeline takes a TARConfig: " in printed
+    assert "/rule is a FrameRule, and a TextToVideoSDPipeline takes a TARConfig" in printed
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sigma", -1], "sigma must be"),
-        (["--sigma", "{}"], "must be a number, or an object of one for each level, got {}"),
+        (
+            ["--sigma", -1],
+            "must be a finite number of at least 0, or a JSON object of one for each",
+        ),
+        (["--sigma", "wide"], "level, got wide"),
+        (["--sigma", "{}"], "level, got {}"),
         (["--strength", 1e300], "--strength: "),
-        (["--tar-steps", 1.5], "share of the schedule"),
+        (["--tar-steps", 1.5], "or a share of the steps from 0.0 to 1.0, got 1.5"),
+        (["--tar-steps", "half"], "must be the index of a step from 0, or a share of the steps"),
         (
             ["--config", "{folder}/list", "--sigma", 1],
-            "--config: it must be a JSON object, got list",
+            "/list: it must be a JSON object, got list",
         ),
-        (["--config", "{folder}/bias", "--sigma", 1], "sigma cannot be changed of a configuration"),
-        (["--tar-steps", "null"], "must be a step or a share of them, got null"),
+        (
+            ["--config", "{folder}/bias", "--sigma", 1],
+            "--sigma: sigma cannot be changed of a configuration that has a bias",
+        ),
+        (["--tar-steps", "null"], "from 0.0 to 1.0, got null"),
         (["--no-tar", "--strength", 2], "--strength cannot go with --no-tar"),
-        (["--config", "{folder}/rule"], "--config: terms[0]"),
-        (["--config", "{folder}/layers"], "--config: layers"),
-        (["--config", "{folder}/sigma"], "--config: sigma"),
+        (["--config", "{folder}/rule"], "/rule: terms[0]"),
+        (["--config", "{folder}/layers"], "/layers: layers"),
+        (["--config", "{folder}/sigma"], "/sigma: sigma"),
     ],
 )
 def test_wrong_changes_of_tar(generate, output, tmp_path, capsys, monkeypatch, options, message):
@@ -647,5 +655,9 @@ def test_what_a_full_3d_transformer_does_not_take(generate, output):
     assert "a number of frames that WanPipeline makes, such as 5 or 9, got 6" in printed
     status, printed = generate(*FULL3D, "--preset", "64D1", model="wan", frames=5)
     assert status == 2
-    assert "--preset: a WanPipeline takes a FrameTAR or a FrameRule: levels" in printed
+    expected = "--preset 64D1 is a TARConfig, and a WanPipeline takes a FrameTAR or a FrameRule"
+    assert expected in printed
+    status, printed = generate(*FULL3D, "--sigma", '{"0": 1}', model="wan", frames=5)
+    assert status == 2
+    assert "--sigma: a WanPipeline takes a FrameTAR or a FrameRule, and sigma" in printed
     assert not output.exists()

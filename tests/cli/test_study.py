@@ -30,7 +30,7 @@ from vstar_kernels.cli.generate.options import (
 from vstar_kernels.cli.generate.starvid import PlanOptions
 from vstar_kernels.cli.options import CommandError
 from vstar_kernels.cli.study import scores as scores_module
-from vstar_kernels.cli.study.figures import labels_of, plot_sweep
+from vstar_kernels.cli.study.figures import labels_of, plot_sweep, swept_names
 from vstar_kernels.cli.study.plan import Prompt, Variant, Video, read_study
 from vstar_kernels.cli.study.report import write_report
 from vstar_kernels.cli.study.scores import Scored, named, score_video
@@ -314,6 +314,29 @@ def test_a_line_of_a_plot_is_of_one_variant(tmp_path):
         "guidance_scale = 3, without stages, strength = 3": [4, 5],
         "guidance_scale = 3, without stages, strength = 4": [6, 7],
     }
+
+
+def test_values_that_are_no_numbers_have_no_place_on_an_axis(tmp_path):
+    variants = [
+        {"sigma": [{"0": 1, "1": 8}, None], "synopsis": False},
+        {"name": "weak", "strength": 0.5, "sigma": [1, 2], "no_maps": [True, False]},
+    ]
+    (tmp_path / "study.json").write_text(json.dumps({"prompts": ["a"], "variants": variants}))
+    variants = read_study(tmp_path / "study.json").variants
+    assert [x.name for x in variants[:2]] == ["σ = {'0': 1, '1': 8}", "σ = default"]
+    rows = [Row(i, "", "a", x, 0, {"score": float(i)}, {}, {}) for i, x in enumerate(variants)]
+    assert swept_names(rows) == ["sigma"]
+    assert swept_names(rows[:2]) == []
+    (axes,) = plot_sweep(rows, ["score"], "sigma", "σ").axes
+    assert [list(line.get_xdata()) for line in axes.lines] == [[1, 2], [1, 2]]
+
+
+def test_a_step_and_a_share_have_different_names(tmp_path):
+    text = "prompts: [a]\nvariants: [{tar_steps: [1, 1.0], sigma: 1e1, synopsis: false}]"
+    (tmp_path / "study.yaml").write_text(text)
+    variants = read_study(tmp_path / "study.yaml").variants
+    assert [x.name for x in variants] == ["steps of TAR = 1", "steps of TAR = 1.0"]
+    assert [x.changes["sigma"] for x in variants] == [10, 10]
 
 
 def test_only_figures_that_a_study_wrote_go(tmp_path):

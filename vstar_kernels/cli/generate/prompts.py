@@ -104,8 +104,7 @@ def make_job(base: GenerateOptions, changes: Mapping[str, Any], folder: Path) ->
         raise ValueError(f"name must be a text, got {name!r}")
     options = with_changes(base, changes, folder)
     options.check_complete()
-    if not isinstance(options.regularization.config, Path):
-        Regularization.read(options.regularization)
+    Regularization.read(options.regularization)
     return Job(_title(options) if name is None else name, options, key_of(options))
 
 

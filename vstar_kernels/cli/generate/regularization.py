@@ -7,7 +7,7 @@ is not there yet when options are read, so that they are read as every kind that
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,17 +21,15 @@ from vstar_kernels.methods.pipelines import is_full3d
 from vstar_kernels.methods.vstar.vstar import FULL3D_DEFAULT, PAPER
 from vstar_kernels.models.config import TARConfig
 from vstar_kernels.models.full3d.config import FrameTAR
-from vstar_kernels.reading import FormatError, decode, read_text
+from vstar_kernels.reading import FormatError, decode, read_text, shorten
 
 Config = TARConfig | FrameTAR | FrameRule
-# What configurations of a kind alone have, by which one that fits none is told to be of it.
-OWN_FIELDS: dict[type[Config], set[str]] = {
-    FrameRule: {"terms"},
-    FrameTAR: {"layers", "heads"},
-    TARConfig: set(),
-}
+KINDS: tuple[type[Config], ...] = (TARConfig, FrameTAR, FrameRule)
+# What configurations of a kind alone have, by which one that is of none is told to be of it.
+OWN_FIELDS: dict[type[Config], set[str]] = {FrameRule: {"terms"}, FrameTAR: {"layers", "heads"}}
 OF_FULL3D = (FrameTAR, FrameRule)  # in the order of preference
 DEFAULTS: dict[type[Config], Config] = {TARConfig: PAPER, FrameTAR: FULL3D_DEFAULT}
+SHOWN = 60  # characters of an option's value
 # Options that change a configuration, and its fields.
 CHANGES = {"sigma": "sigma", "strength": "strength", "tar_steps": "steps"}
 
@@ -53,11 +51,7 @@ class ConfigText(Document):
 
         So two spellings of one are the same in the key of a job.
         """
-        found = _configs(self.text, {})
-        made = (
-            x for x in map(found.get, (TARConfig, FrameTAR, FrameRule)) if isinstance(x, Config)
-        )
-        return next(made).to_json()
+        return next(iter(_configs(self.text).values())).to_json()
 
     @classmethod
     def from_json(cls, text: str) -> ConfigText:
@@ -66,25 +60,37 @@ class ConfigText(Document):
         Raises:
             ValueError: It is a configuration of no kind; the message names the field.
         """
-        _configs(text, {})
+        _configs(text)
         return cls(text)
 
 
 def _sigma(text: str) -> Any:
     """Reads σ: a number, or a JSON object of one for each level."""
-    value = decode(text)
-    if not value and value != 0:
-        raise ValueError(f"must be a number, or an object of one for each level, got {text}")
-    TARConfig.from_json(json.dumps({"sigma": value}))
+    try:
+        value = decode(text)
+        if not value and value != 0:  # nothing of a UNet is regularized, which is no change
+            raise ValueError
+        TARConfig.from_json(json.dumps({"sigma": value}))
+    except ValueError:
+        raise ValueError(
+            "must be a finite number of at least 0, or a JSON object of one for each level, got "
+            f"{shorten(text, SHOWN)}"
+        ) from None
     return {k: float(x) for k, x in value.items()} if isinstance(value, dict) else float(value)
 
 
 def _steps(text: str) -> int | float:
     """Reads the last step, or a share of them."""
-    value = decode(text)
-    FrameTAR.from_json(json.dumps({"steps": value}))
-    if value is None:
-        raise ValueError("must be a step or a share of them, got null")
+    try:
+        value = decode(text)
+        if value is None:  # FrameTAR's of every step, which 1.0 says
+            raise ValueError
+        FrameTAR.from_json(json.dumps({"steps": value}))
+    except ValueError:
+        raise ValueError(
+            "must be the index of a step from 0, or a share of the steps from 0.0 to 1.0, got "
+            f"{shorten(text, SHOWN)}"
+        ) from None
     return value
 
 
@@ -98,7 +104,7 @@ class RegularizationOptions:
         option(
             "NAME",
             default="sigma 1 at the finest level in the first 56 percent of the steps; none for "
-            "--method grid",
+            "--method grid and starvid",
         ),
     ] = None
     """Such as 64D1_32D8: sigma 1 at width 64 and 8 at width 32, in steps 0 to 13. Full-3D
@@ -150,13 +156,15 @@ class Regularization:
     """What the options come to, all files read.
 
     Attributes:
-        of_kinds: The configuration of each kind, or why they come to none of it. Empty where there
-            is to be none.
-        origin: The options that say so; empty where none does.
+        of_kinds: The configuration of each kind that the options are of, or why it cannot be
+            changed as they say. Empty where there is to be none.
+        origin: What they name, as messages have it; empty where they name none.
+        changed: The options that change it, likewise.
     """
 
     of_kinds: Mapping[type[Config], Config | str]
     origin: str = ""
+    changed: str = ""
 
     @classmethod
     def read(cls, options: RegularizationOptions) -> Regularization:
@@ -167,22 +175,22 @@ class Regularization:
         """
         if options.no_tar:
             return cls({})
-        changes, config = options.changes, options.config
-        if config is not None:
-            try:
-                text = config.text if isinstance(config, ConfigText) else read_text(config)
-                return cls(_configs(text, changes), "--config")
-            except (OSError, ValueError) as error:
-                raise CommandError(f"--config: {error}") from error
-        written, origin = DEFAULTS, options.changed
+        written, origin = dict(DEFAULTS), ""
         if options.preset is not None:
-            written, origin = {TARConfig: TARConfig.preset(options.preset)}, "--preset"
-        if not changes:
-            return cls(written, origin)
-        found = {k: _config(k, x.to_json(), changes) for k, x in written.items()}
+            written = {TARConfig: TARConfig.preset(options.preset)}
+            origin = f"--preset {options.preset}"
+        if (config := options.config) is not None:
+            origin = "--config" if isinstance(config, ConfigText) else f"--config {config}"
+            try:
+                written = _configs(
+                    config.text if isinstance(config, ConfigText) else read_text(config)
+                )
+            except (OSError, ValueError) as error:
+                raise CommandError(f"{origin}: {error}") from error
+        found = {kind: _changed(config, options.changes) for kind, config in written.items()}
         if all(isinstance(x, str) for x in found.values()):
-            raise CommandError(f"{options.changed}: {found[TARConfig]}")
-        return cls(found, origin)
+            raise CommandError(f"{options.changed}: {next(iter(found.values()))}")
+        return cls(found, origin, options.changed)
 
     def of_model(self, pipe: Any) -> Config | None:
         """Returns the configuration of a pipeline's kind; None where there is to be none.
@@ -199,7 +207,7 @@ class Regularization:
         Raises:
             CommandError: They come to none.
         """
-        if not self.origin:
+        if not self.origin and not self.changed:
             return None
         found = self._first((TARConfig,), method)
         assert found is None or isinstance(found, TARConfig)
@@ -209,41 +217,52 @@ class Regularization:
         if not self.of_kinds:
             return None
         found = [self.of_kinds[kind] for kind in kinds if kind in self.of_kinds]
+        if not found:
+            raise CommandError(
+                f"{self.origin} is a {_names(self.of_kinds)}, and {whose} takes a {_names(kinds)}"
+            )
         if configs := [x for x in found if not isinstance(x, str)]:
             return configs[0]
-        names = " or a ".join(kind.__name__ for kind in kinds)
-        reasons = "; ".join(map(str, found)) or "levels and widths are a UNet's"
-        raise CommandError(f"{self.origin}: {whose} takes a {names}: {reasons}")
+        raise CommandError(f"{self.changed}: {whose} takes a {_names(kinds)}, and {found[0]}")
 
 
-def _configs(text: str, changes: Mapping[str, Any]) -> dict[type[Config], Config | str]:
-    """Returns a text as each kind, with some fields changed, or why it is none of it.
+def _names(kinds: Iterable[type[Config]]) -> str:
+    return " or a ".join(kind.__name__ for kind in kinds)
+
+
+def _configs(text: str) -> dict[type[Config], Config]:
+    """Returns a text as each kind that it is of, of at least one.
 
     Raises:
-        FormatError: It is of no kind; the message is of the one that its fields speak for.
+        ValueError: It is of none; the message is of the one that its fields speak for.
     """
-    fields = decode(text)
-    found = {kind: _config(kind, text, changes) for kind in OWN_FIELDS}
-    if all(isinstance(x, str) for x in found.values()):
+    found: dict[type[Config], Config] = {}
+    reasons: dict[type[Config], Exception] = {}
+    for kind in KINDS:
+        try:
+            found[kind] = kind.from_json(text)
+        except (ValueError, TypeError) as error:
+            reasons[kind] = error
+    if not found:
+        fields = decode(text)
         given = set(fields) if isinstance(fields, dict) else set()
         kind = next((kind for kind, own in OWN_FIELDS.items() if own & given), TARConfig)
-        raise FormatError(found[kind])
+        raise FormatError(str(reasons[kind])) from reasons[kind]
     return found
 
 
-def _config(kind: type[Config], text: str, changes: Mapping[str, Any]) -> Config | str:
-    """Returns a text as a kind, with some fields changed, or why it is none of it."""
+def _changed(config: Config, changes: Mapping[str, Any]) -> Config | str:
+    """Returns a configuration with some fields changed, or why they cannot be."""
+    if not changes:
+        return config
+    if isinstance(config, FrameRule):
+        return f"{', '.join(changes)} can be changed of TAR alone"
+    if "sigma" in changes and getattr(config, "bias", None) is not None:
+        return "sigma cannot be changed of a configuration that has a bias instead"
+    fields = {**decode(config.to_json()), **changes}
+    if "sigma" in changes and "by_width" in fields:
+        fields["by_width"] = None  # the same σ, by widths
     try:
-        made = kind.from_json(text)
-        if not changes:
-            return made
-        if kind is FrameRule:
-            raise FormatError(f"{', '.join(changes)} can be changed of TAR alone")
-        if "sigma" in changes and getattr(made, "bias", None) is not None:
-            raise FormatError("sigma cannot be changed of a configuration that has a bias instead")
-        fields = {**decode(text), **changes}
-        if "sigma" in changes and "by_width" in fields:
-            fields["by_width"] = None  # the same σ, by widths
-        return kind.from_json(json.dumps(fields))
+        return type(config).from_json(json.dumps(fields))
     except (ValueError, TypeError) as error:
         return str(error)

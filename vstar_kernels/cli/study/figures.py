@@ -57,22 +57,20 @@ def plot_variants(rows: Sequence[Row], columns: Sequence[Column]) -> Figure:
 
 
 def swept_names(rows: Sequence[Row]) -> list[str]:
-    """Returns the names of the options of which several numbers were tried."""
-    names = dict.fromkeys(name for row in rows for name in row.variant.swept)
-    return [
-        name
-        for name in names
-        if all(
-            isinstance(row.variant.swept[name], int | float)
-            for row in rows
-            if name in row.variant.swept
-        )
-    ]
+    """Returns the names of the options of which numbers were tried, from lists."""
+    found = (pair for row in rows for pair in row.variant.swept.items())
+    return list(dict.fromkeys(name for name, value in found if _is_number(value)))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @styled
 def plot_sweep(rows: Sequence[Row], columns: Sequence[Column], name: str, label: str) -> Figure:
     """Draws each score's mean over the values of an option, a line for each of what else varies.
+
+    Values that are no numbers, such as a σ for each level, have no place on the axis.
 
     Args:
         rows, columns: The scores.
@@ -80,7 +78,7 @@ def plot_sweep(rows: Sequence[Row], columns: Sequence[Column], name: str, label:
         label: What it is called on the axis.
     """
     figure, panels = _panels(len(columns), 3.0)
-    swept = [row for row in rows if name in row.variant.swept]
+    swept = [row for row in rows if _is_number(row.variant.swept.get(name))]
     groups = list(dict.fromkeys(_others(row, name) for row in swept))
     labels = labels_of(groups, LONGEST_LINE)
     for axes, column in zip(panels, columns, strict=False):

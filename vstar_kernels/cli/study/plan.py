@@ -40,6 +40,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "both": {},
 }
 SYMBOLS = {"sigma": "σ", "tar_steps": "steps of TAR"}
+BY_TYPE = {"tar_steps"}  # options whose 1 and 1.0 are not the same
 # Lists that are one value, not one after another.
 WHOLE_LISTS = {"map_steps"}
 OF_STUDIES = {"prompt": "prompts", "seed": "seeds"}
@@ -371,7 +372,7 @@ def _variants(item: str | dict[str, Any], where: str) -> Iterator[Variant]:
         )
         for values in itertools.product(*(fields[n] for n in lists)):
             swept = dict(zip(lists, values, strict=True))
-            parts = [f"{SYMBOLS.get(n, n)} = {_short(x)}" for n, x in swept.items()]
+            parts = [_said(n, x) for n, x in swept.items()]
             if name is not None or not parts:
                 parts.insert(0, name or _title(fields) or ("both" if staged else "TAR"))
             yield Variant(", ".join(parts), {**fields, **swept}, staged, swept, fixed)
@@ -380,9 +381,14 @@ def _variants(item: str | dict[str, Any], where: str) -> Iterator[Variant]:
 
 
 def _title(fields: Mapping[str, Any]) -> str:
-    named = [f"{SYMBOLS.get(n, n)} = {_short(x)}" for n, x in fields.items() if x is not True]
+    named = [_said(n, x) for n, x in fields.items() if x is not True]
     return ", ".join([*(n for n, x in fields.items() if x is True), *named])
 
 
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _said(name: str, value: Any) -> str:
+    """Returns an option and its value in words."""
+    if value is None:
+        value = "default"
+    elif isinstance(value, float) and name not in BY_TYPE:
+        value = f"{value:g}"
+    return f"{SYMBOLS.get(name, name)} = {value}"
