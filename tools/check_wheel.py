@@ -2,8 +2,10 @@
 
 - It holds the package and nothing else, and its tag is no lower than the glibc it needs.
 - Its library needs nothing but torch's C functions in ``torch_symbols.txt`` and the system's
-  libraries, exports only what Python calls, and knows no path of the machine that built it.
+  libraries, exports only what is called of it, and knows no path of the machine that built it.
 - Installed in a new virtual environment, it computes.
+
+One without the library, of tag ``py3-none-any``, computes by the reference and says why.
 
 ``--python`` installs it for another Python, with that one's torch. ``--torch-lib`` looks torch's
 functions up in a ``libtorch_cpu.so``, for a torch that cannot be imported here.
@@ -29,17 +31,23 @@ ROOT = Path(__file__).resolve().parents[1]
 SYMBOLS = Path(__file__).with_name("torch_symbols.txt")
 LIBRARY = "vstar_kernels/lib/libvstar_kernels.so"
 TORCH = "libtorch_cpu.so"
+ANY = "py3-none-any"  # the tag of a wheel without the library
 SYSTEM = re.compile(r"(libc|libm|libpthread|libgcc_s|libstdc\+\+|ld-linux-[\w-]+)\.so\.\d+")
+# What native.py does not call: a program without Python, and who wants to know what that one gets.
+WITHOUT_PYTHON = {"vstar_kernels_define_operators", "vstar_kernels_schema"}
 # Left over from every compiler's start-up files; nobody provides them and nobody minds.
 WEAK = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
 
-# Runs where nothing but the wheel's package and torch can be imported.
-USE = """
+# Where nothing but the wheel's package and torch can be imported.
+IMPORT = """
 import sys, torch
 import vstar_kernels as vk
 from vstar_kernels.attention import native
 
 assert vk.__file__.startswith(sys.prefix), f"imported {vk.__file__}, not the wheel"
+version = f"Python {'.'.join(map(str, sys.version_info[:3]))}, torch {torch.__version__}"
+"""
+USE = """
 library = native.load()
 assert not library.problems, library.problems
 for isa in library.isas:
@@ -54,14 +62,22 @@ for isa in library.isas:
 # An exception on its way from the library's C++ through torch's into Python.
 try:
     torch.ops.vstar_kernels.cpu_forward(
-        q, None, q, k.double(), v, None, None, 0, 0.0, 0, False, 1.0, 1
+        q, None, q, k.double(), v, None, None, 0, 0.0, 0, False, 1.0, 1, False
     )
 except RuntimeError as error:
     assert "key must have query's type" in str(error), error
 else:
     raise AssertionError("the operator took a key of another type")
-version = ".".join(map(str, sys.version_info[:3]))
-print(f"Python {version}, torch {torch.__version__}: computes with {', '.join(library.isas)}")
+print(f"{version}: computes with {', '.join(library.isas)}")
+"""
+USE_WITHOUT_LIBRARY = """
+(problem,) = native.load().problems
+assert "VSTAR_KERNELS_NATIVE=off" in problem, problem
+q, k, v = torch.randn(3, 2, 21, 3, 40).unbind()
+out = vk.tar_attention(q, k, v, vk.GaussianBias(1.0))
+exact = vk.tar_attention(q.double(), k.double(), v.double(), vk.GaussianBias(1.0))
+assert (out - exact).abs().max().item() < 1e-5
+print(f"{version}: computes by the reference: {problem}")
 """
 
 
@@ -82,8 +98,8 @@ class Imports:
         return max((tuple(map(int, v.split("."))) for v in found), default=(0,))
 
 
-def check_files(wheel: zipfile.ZipFile, version: str) -> None:
-    """Checks that the wheel holds the package with the library, its metadata, and nothing else."""
+def check_files(wheel: zipfile.ZipFile, version: str, *, library: bool) -> None:
+    """Checks that the wheel holds the package, its metadata, the library or none, nothing else."""
     names = [name for name in wheel.namelist() if not name.endswith("/")]
     allowed = ("vstar_kernels/", f"vstar_kernels-{version}.dist-info/")
     strangers = [name for name in names if not name.startswith(allowed)]
@@ -92,7 +108,9 @@ def check_files(wheel: zipfile.ZipFile, version: str) -> None:
         raise WheelError(f"it holds more than the package: {some(strangers)}")
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("vstar_kernels/**/*.py")}
     templates = {str(path.relative_to(ROOT)) for path in ROOT.glob("vstar_kernels/**/*.html")}
-    wanted = sources | templates | {LIBRARY, "vstar_kernels/py.typed"}
+    wanted = sources | templates | {"vstar_kernels/py.typed"} | ({LIBRARY} if library else set())
+    if not library and LIBRARY in names:
+        raise WheelError("it holds the library, and its tag is that of every platform")
     if missing := wanted - set(names):
         raise WheelError(f"it lacks {some(missing)}")
     if extra := {name for name in names if name.endswith(".py")} - sources:
@@ -120,8 +138,10 @@ def dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-def check_library(path: Path, called: set[str]) -> Imports:
+def check_library(path: Path) -> Imports:
     """Checks what the library needs and what it offers; returns the former."""
+    source = (ROOT / "vstar_kernels/attention/native.py").read_text()
+    called = set(re.findall(r"\bhandle(?:\.|, \")(vstar_kernels_\w+)", source)) | WITHOUT_PYTHON
     if paths := re.findall(rb"\0(/[\w.+~/ -]+\.(?:h|hpp|cpp|cc))\0", path.read_bytes()):
         first = paths[0].decode()
         raise WheelError(f"the library names files of the build machine, such as {first}")
@@ -153,7 +173,7 @@ def check_library(path: Path, called: set[str]) -> Imports:
                 system.add(version)
     if exports != called:
         odd = some(exports ^ called)
-        raise WheelError(f"the library must export what native.py calls and no more, not {odd}")
+        raise WheelError(f"the library must export what is called of it and no more, not {odd}")
     return Imports(frozenset(torch), frozenset(system))
 
 
@@ -191,8 +211,8 @@ def record(torch: frozenset[str], versions: list[str]) -> None:
     SYMBOLS.write_text("\n".join([*head, *sorted(torch)]) + "\n")
 
 
-def check_use(wheel: Path, python: str, tests: bool) -> None:
-    """Installs the wheel beside ``python``'s torch, away from the source tree, and computes."""
+def check_use(wheel: Path, python: str, program: str, *, tests: bool) -> None:
+    """Installs the wheel beside ``python``'s torch, away from the source, and runs a program."""
     if (found := shutil.which(python)) is None:
         raise WheelError(f"there is no Python at {python} to use it with")
     python = os.path.abspath(found)
@@ -216,7 +236,7 @@ def check_use(wheel: Path, python: str, tests: bool) -> None:
         # installed beside it stays hidden, since only a site folder's own .pth files are read.
         site = next(root.glob("venv/lib/python*/site-packages"))
         (site / "torch.pth").write_text(f"{Path(torch.stdout.strip()).parent}\n")
-        run(new, "-W", "ignore", "-c", USE)
+        run(new, "-W", "ignore", "-c", IMPORT + program)
         if tests:
             shutil.copytree(ROOT / "tests", root / "tests")
             run(new, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/attention/test_cpu.py")
@@ -253,11 +273,16 @@ def main() -> int:
 def check(args: argparse.Namespace) -> None:
     """Makes all checks, in the order of what they cost."""
     _, version, tag = args.wheel.stem.split("-", 2)
+    pythons = args.python or [sys.executable]
+    if tag == ANY:
+        with zipfile.ZipFile(args.wheel) as wheel:
+            check_files(wheel, version, library=False)
+        for python in pythons:
+            check_use(args.wheel.resolve(), python, USE_WITHOUT_LIBRARY, tests=False)
+        return
     with zipfile.ZipFile(args.wheel) as wheel, tempfile.TemporaryDirectory() as folder:
-        check_files(wheel, version)
-        source = wheel.read("vstar_kernels/attention/native.py").decode()
-        called = set(re.findall(r"\bhandle(?:\.|, \")(vstar_kernels_\w+)", source))
-        imports = check_library(Path(wheel.extract(LIBRARY, folder)), called)
+        check_files(wheel, version, library=True)
+        imports = check_library(Path(wheel.extract(LIBRARY, folder)))
     check_tag(tag, imports)
     newest = {name: dotted(imports.newest(name)) for name in ("GLIBC", "GLIBCXX", "CXXABI")}
     print(f"{args.wheel.name}: needs", ", ".join(f"{k}_{v}" for k, v in newest.items()))
@@ -268,8 +293,8 @@ def check(args: argparse.Namespace) -> None:
     known = check_known(imports.torch)
     versions = ", ".join(dict.fromkeys([*known, *seen]))
     print(f"its {len(imports.torch)} imports from torch are in torch {versions}")
-    for python in args.python or [sys.executable]:
-        check_use(args.wheel.resolve(), python, args.tests)
+    for python in pythons:
+        check_use(args.wheel.resolve(), python, USE, tests=args.tests)
 
 
 if __name__ == "__main__":
