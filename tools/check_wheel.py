@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SYMBOLS = Path(__file__).with_name("torch_symbols.txt")
 LIBRARY = "vstar_kernels/lib/libvstar_kernels.so"
 TORCH = "libtorch_cpu.so"
+# What torch's own wheels need of a system, manylinux_2_28.
+OLDEST_SYSTEM = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}
 ANY = "py3-none-any"  # the tag of a wheel without the library
 SYSTEM = re.compile(r"(libc|libm|libpthread|libgcc_s|libstdc\+\+|ld-linux-[\w-]+)\.so\.\d+")
 # What native.py does not call: a program without Python, and who wants to know what that one gets.
@@ -123,6 +125,8 @@ def check_tag(tag: str, imports: Imports) -> None:
     if match is None:
         raise WheelError(f"its tag is {tag}, not py3-none-manylinux_…: did auditwheel repair it?")
     promised = tuple(map(int, match.groups()))
+    if promised > OLDEST_SYSTEM["GLIBC"]:
+        raise WheelError(f"torch runs on glibc {dotted(OLDEST_SYSTEM['GLIBC'])}, its tag is {tag}")
     if imports.newest("GLIBC") > promised:
         raise WheelError(f"it needs glibc {dotted(imports.newest('GLIBC'))}, and its tag is {tag}")
 
@@ -175,6 +179,13 @@ def check_library(path: Path) -> Imports:
         odd = some(exports ^ called)
         raise WheelError(f"the library must export what is called of it and no more, not {odd}")
     return Imports(frozenset(torch), frozenset(system))
+
+
+def check_systems(imports: Imports) -> None:
+    """Checks that the library runs on every system that torch's own wheels run on."""
+    for name, there in OLDEST_SYSTEM.items():
+        if (newest := imports.newest(name)) > there:
+            raise WheelError(f"it needs {name}_{dotted(newest)}, and torch {name}_{dotted(there)}")
 
 
 def check_known(torch: frozenset[str]) -> list[str]:
@@ -283,6 +294,7 @@ def check(args: argparse.Namespace) -> None:
     with zipfile.ZipFile(args.wheel) as wheel, tempfile.TemporaryDirectory() as folder:
         check_files(wheel, version, library=True)
         imports = check_library(Path(wheel.extract(LIBRARY, folder)))
+    check_systems(imports)
     check_tag(tag, imports)
     newest = {name: dotted(imports.newest(name)) for name in ("GLIBC", "GLIBCXX", "CXXABI")}
     print(f"{args.wheel.name}: needs", ", ".join(f"{k}_{v}" for k, v in newest.items()))
