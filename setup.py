@@ -34,6 +34,11 @@ class CannotBuildError(Exception):
 
 # pip keeps the wheel that it built of an archive, and what is installed already.
 AGAIN = "then this package again, with pip's --no-cache-dir --force-reinstall --no-deps"
+# Of this repository's wheel for every platform, too, whose users may have what it takes.
+WITHOUT = (
+    "built without them, by VSTAR_KERNELS_NATIVE=off: pip install --force-reinstall --no-deps "
+    "--no-binary vstar-kernels vstar-kernels compiles them"
+)
 FIND_TORCH = "import importlib.util as u; s = u.find_spec('torch'); print(s and s.origin or '')"
 OLDEST_TORCH = (2, 11)
 
@@ -119,7 +124,7 @@ class BuildNative(build_ext):
         (target / LIBRARY).unlink(missing_ok=True)
         try:
             if MODE == "off":
-                raise CannotBuildError("VSTAR_KERNELS_NATIVE=off")
+                raise CannotBuildError(WITHOUT)
             folder = BUILD_FOLDER or Path(self.build_temp) / "vstar_kernels"
             library = build_library(Path(folder).resolve())
             shutil.copy2(library, target / LIBRARY)

@@ -12,8 +12,8 @@ extern "C" __attribute__((visibility("hidden"))) char __libc_single_threaded = 0
 template class std::basic_stringstream<char>;
 template class std::basic_ostringstream<char>;
 
-// std::allocator refuses too many elements by this function, which came with GCC 11. By its name in
-// the library, as it is declared nowhere that another definition could follow.
+// std::allocator refuses too many elements by this function, which came with GCC 11. It is here by
+// its name in the library, as older compilers' headers do not declare it.
 extern "C" [[noreturn]] __attribute__((visibility("hidden"))) void
 _ZSt28__throw_bad_array_new_lengthv() {
   throw std::bad_array_new_length();

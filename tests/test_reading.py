@@ -181,7 +181,9 @@ def test_yaml():
         "again": {"x": 1, "y": 1},
     }
     assert decode_yaml("") is None
-    assert decode_yaml("[1e3, -.5E-1, 1.e+2, 1e, e3, 'x1e3', '1e3']") == [
+    assert decode_yaml(
+        "[1e3, -.5E-1, 1.e+2, 1e, e3, x1e3, '1e3', 2e5 cats, 1e3x, 1e5.5, 7e1f]"
+    ) == [
         1000.0,
         -0.05,
         100.0,
@@ -189,6 +191,10 @@ def test_yaml():
         "e3",
         "x1e3",
         "1e3",
+        "2e5 cats",
+        "1e3x",
+        "1e5.5",
+        "7e1f",
     ]
     with pytest.raises(FormatError):
         decode_yaml("1e999")

@@ -11,8 +11,8 @@ tool = pytest.importorskip("tools.check_release", reason="not a source checkout"
 NAMES = [
     "vstar_kernels-1.2.0.tar.gz",
     "vstar_kernels-1.2.0-py3-none-any.whl",
-    "vstar_kernels-1.2.0-py3-none-manylinux_2_34_x86_64.whl",
-    "vstar_kernels-1.2.0-py3-none-manylinux_2_17_aarch64.manylinux2014_aarch64.whl",
+    "vstar_kernels-1.2.0-py3-none-manylinux_2_27_x86_64.manylinux_2_28_x86_64.whl",
+    "vstar_kernels-1.2.0-py3-none-manylinux_2_27_aarch64.manylinux_2_28_aarch64.whl",
 ]
 
 
@@ -22,7 +22,7 @@ def test_the_package_and_the_node_pack_have_one_version():
 
 
 def test_every_place_has_the_tags_version(tmp_path):
-    for place in tool.PLACES:
+    for place, _ in tool.PLACES:
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / place, tmp_path / place)
     (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n## [{__version__}] - 2026-12-01\n")
@@ -42,10 +42,10 @@ def test_every_place_has_the_tags_version(tmp_path):
         (lambda folder: (folder / NAMES[3]).unlink(), "must hold a wheel for Arm, once, and has 0"),
         (
             lambda folder: (folder / NAMES[2].replace("1.2.0", "1.1.0")).touch(),
-            "-1.1.0-py3-none-manylinux_2_34_x86_64.whl, which is of no release v1.2.0",
+            "manylinux_2_28_x86_64.whl, which is of no release v1.2.0",
         ),
         (
-            lambda folder: (folder / NAMES[2].replace("2_34", "2_28")).touch(),
+            lambda folder: (folder / NAMES[2].replace("2_27", "2_17")).touch(),
             "must hold a wheel for x86-64, once, and has 2",
         ),
     ],
@@ -57,3 +57,11 @@ def test_archives(tmp_path, change, message):
     wrong = tool.wrong_archives("v1.2.0", tmp_path)
     assert len(wrong) == (message is not None)
     assert message is None or message in wrong[0]
+
+
+def test_an_archive_of_another_processor_is_of_no_release(tmp_path):
+    for name in NAMES:
+        (tmp_path / name.replace("aarch64", "ppc64le")).touch()
+    missing, besides = tool.wrong_archives("v1.2.0", tmp_path)
+    assert "must hold a wheel for Arm, once, and has 0" in missing
+    assert "ppc64le.whl, which is of no release" in besides

@@ -40,7 +40,10 @@ NO_COMPILER = f"cmake found no working C++ compiler: install GCC or Clang, {AGAI
     ("mode", "message"),
     [
         ("auto", f"installing without the CPU kernels: {NO_COMPILER}"),
-        ("off", "installing without the CPU kernels: VSTAR_KERNELS_NATIVE=off"),
+        (
+            "off",
+            "installing without the CPU kernels: built without them, by VSTAR_KERNELS_NATIVE=off",
+        ),
         ("require", f"VSTAR_KERNELS_NATIVE=require, but {NO_COMPILER}"),
         ("maybe", "VSTAR_KERNELS_NATIVE must be one of auto, require, off, got 'maybe'"),
     ],

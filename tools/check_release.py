@@ -12,12 +12,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Where a version stands, and between what.
-PLACES = {
-    "vstar_kernels/_version.py": r'^__version__ = "(.+)"$',
-    "CHANGELOG.md": r"^## \[?([^\]\s]+)\]?",
-    "integrations/comfyui/pyproject.toml": r'^version = "(.+?)"',
-}
+# Where the version stands, and between what.
+PLACES = (
+    ("vstar_kernels/_version.py", r'^__version__ = "(.+)"$'),
+    ("CHANGELOG.md", r"^## \[?([^\]\s]+)\]?"),
+    ("integrations/comfyui/pyproject.toml", r'^version = "(.+?)"'),
+    ("integrations/comfyui/pyproject.toml", r'^dependencies = \["vstar-kernels\[.+\]>=(.+?)"'),
+)
 ARCHIVES = {
     "the sources": r"\.tar\.gz",
     "a wheel for x86-64": r"-py3-none-manylinux[\w.]*_x86_64\.whl",
@@ -28,12 +29,9 @@ ARCHIVES = {
 
 def wrong_versions(tag: str, root: Path) -> list[str]:
     """Returns what says another version than the tag, with that one."""
-    wrong = (
-        []
-        if re.fullmatch(r"v\d+\.\d+\.\d+((a|b|rc)\d+)?", tag)
-        else [f"the tag {tag} is no version"]
-    )
-    for place, pattern in PLACES.items():
+    is_version = re.fullmatch(r"v\d+\.\d+\.\d+((a|b|rc)\d+)?", tag)
+    wrong = [] if is_version else [f"the tag {tag} is no version"]
+    for place, pattern in PLACES:
         match = re.search(pattern, (root / place).read_text(encoding="utf-8"), re.M)
         version = match[1] if match else "none"
         if f"v{version}" != tag:

@@ -121,10 +121,10 @@ def check_files(wheel: zipfile.ZipFile, version: str, *, library: bool) -> None:
 
 def check_tag(tag: str, imports: Imports) -> None:
     """Checks the tag, ``py3-none-manylinux_2_N_ARCH``, and that no newer glibc is needed."""
-    match = re.fullmatch(r"py3-none-(?:\w+\.)*manylinux_(\d+)_(\d+)_\w+", tag)
-    if match is None:
+    found = re.findall(r"\bmanylinux_(\d+)_(\d+)_", tag)
+    if not (tag.startswith("py3-none-") and found):
         raise WheelError(f"its tag is {tag}, not py3-none-manylinux_…: did auditwheel repair it?")
-    promised = tuple(map(int, match.groups()))
+    promised = min(tuple(map(int, version)) for version in found)
     if promised > OLDEST_SYSTEM["GLIBC"]:
         raise WheelError(f"torch runs on glibc {dotted(OLDEST_SYSTEM['GLIBC'])}, its tag is {tag}")
     if imports.newest("GLIBC") > promised:

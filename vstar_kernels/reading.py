@@ -199,7 +199,7 @@ def _yaml_loader() -> Any:
     import yaml
 
     loader: Any = type("Loader", (yaml.SafeLoader,), {})
-    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     return loader
 

@@ -307,7 +307,8 @@ def test_gradients_must_fit(index, value, message):
     dtype=st.sampled_from(DTYPES),
     form=st.sampled_from(["signed", "symmetric", "dense", "none"]),
     stat=st.sampled_from(STATS),
-    strength=st.floats(-1, 2, width=32),
+    # Δ's gradient is in proportion to it, and has fewer digits below float32's normal numbers.
+    strength=st.floats(-1, 2, width=32).map(lambda x: x if abs(x) > 1e-6 else 0.0),
     clamp=st.booleans(),
     detach=st.booleans(),
     seed=st.integers(0, 1 << 30),

@@ -358,7 +358,7 @@ def test_a_launch_has_its_own_tables(gpu):
     tables = devices.DeviceTables({"table": table})
     launch = launches.Launch(copy_kernel, 1, Copied(True, True), (8,), {"block": 8}, tables)
     taken = []
-    with mock.patch.object(launches.Launch, "__call__", autospec=True) as called:
+    with mock.patch.object(launches.Launch, "_launch", autospec=True) as called:
         called.side_effect = lambda self, tensors: taken.append(tensors)
         launch.on(out=out, other=out)
     assert [id(x) for x in taken[0]] == [id(table), id(out), id(None)]
@@ -366,8 +366,20 @@ def test_a_launch_has_its_own_tables(gpu):
         launch.on(out=given)
     assert gpu.kernels == [0, 1, 0, 0]
     assert gpu.searched == 2
+    assert tables in devices.CAPTURED  # as the stub's graph reads them again
     with pytest.raises(ValueError, match="copy_kernel needs out, none is given"):
         launch.on(other=out)
+
+
+@pytest.mark.parametrize("with_map", [False, True])
+def test_every_launch_of_frames_keeps_its_tables_for_a_graph(gpu, with_map):
+    operation, make, wanted = frames(vk.FrameRule.tar(1.0), return_map=with_map)
+    call = make()
+    out, mean_map, saved = operation.run("triton", call, save=True)
+    assert len(devices.CAPTURED) == 1 + with_map
+    grad_map = None if mean_map is None else torch.ones_like(mean_map)
+    operation.run_backward("triton", call, out, saved, torch.ones_like(out), grad_map, wanted)
+    assert len(devices.CAPTURED) == 3 + with_map
 
 
 def test_where_triton_goes_by_more_it_is_asked_at_every_launch(gpu, monkeypatch):
@@ -425,12 +437,12 @@ def test_of_tensors_triton_goes_by_nothing_else(target, gpu):
     from triton.compiler import make_backend
 
     taken = []
-    launch = launches.Launch.__call__
-    with mock.patch.object(launches.Launch, "__call__", autospec=True) as called:
+    launch = launches.Launch._launch
+    with mock.patch.object(launches.Launch, "_launch", autospec=True) as called:
         called.side_effect = lambda *given: (taken.append(given), launch(*given))
         a_launch()
     ((launch, given),) = taken
-    tensors = given._make(x if x is None else torch.empty(24, dtype=x.dtype) for x in given)
+    tensors = launch.needed._make(x if x is None else torch.empty(24, dtype=x.dtype) for x in given)
     backend = make_backend(
         GPUTarget("cuda", 80, 32) if target == "cuda" else GPUTarget("hip", "gfx942", 64)
     )

@@ -71,9 +71,9 @@ def test_interpreted_kernels_are_refused(monkeypatch, capsys):
 
 CHANGES = {
     "a number": "launch, (rest[0], rest[1] + 1, *rest[2:])",
-    "an address": "lambda x, *rest: launch(x._replace(k=x.v, v=x.k), *rest), rest",
-    "a type": "lambda x, *rest: launch(x._replace(out=x.out.half()), *rest), rest",
-    "none": "lambda x, *rest: launch(x._replace(out=None), *rest), rest",
+    "an address": "lambda x, *rest: launch((x[0], x[2], x[1], *x[3:]), *rest), rest",
+    "a type": "lambda x, *rest: launch((*x[:3], x[3].half(), *x[4:]), *rest), rest",
+    "none": "lambda x, *rest: launch((*x[:3], None, *x[4:]), *rest), rest",
 }
 BROKEN = f"""
 import tempfile

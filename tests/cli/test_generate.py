@@ -7,11 +7,18 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import vstar_kernels as vk
+from vstar_kernels.cli.generate import regularization
+from vstar_kernels.cli.generate.regularization import (
+    ConfigText,
+    Regularization,
+    RegularizationOptions,
+)
 from vstar_kernels.cli.generate.results import write_mp4
 from vstar_kernels.cli.generate.video import errors_of_the_call
 from vstar_kernels.cli.main import main
@@ -614,7 +621,7 @@ def test_a_rule_between_frames(generate, output, tmp_path):
         (["--sigma", "wide"], "level, got wide"),
         (["--sigma", "{}"], "level, got {}"),
         (["--strength", 1e300], "--strength: "),
-        (["--tar-steps", 1.5], "or a share of the steps from 0.0 to 1.0, got 1.5"),
+        (["--tar-steps", 1.5], "or a share of the steps above 0.0, to 1.0, got 1.5"),
         (["--tar-steps", "half"], "must be the index of a step from 0, or a share of the steps"),
         (
             ["--config", "{folder}/list", "--sigma", 1],
@@ -624,7 +631,7 @@ def test_a_rule_between_frames(generate, output, tmp_path):
             ["--config", "{folder}/bias", "--sigma", 1],
             "--sigma: sigma cannot be changed of a configuration that has a bias",
         ),
-        (["--tar-steps", "null"], "from 0.0 to 1.0, got null"),
+        (["--tar-steps", "null"], "above 0.0, to 1.0, got null"),
         (["--no-tar", "--strength", 2], "--strength cannot go with --no-tar"),
         (["--config", "{folder}/rule"], "/rule: terms[0]"),
         (["--config", "{folder}/layers"], "/layers: layers"),
@@ -647,6 +654,47 @@ def test_wrong_changes_of_tar(generate, output, tmp_path, capsys, monkeypatch, o
     assert status == 2
     assert message in " ".join(printed.replace("│", " ").split())
     assert not output.exists()
+
+
+def test_a_configuration_of_another_kind_is_told_by_its_kind():
+    wan, unet = type("WanPipeline", (), {}), type("UNetPipeline", (), {})
+
+    def said(text, pipe, **changes):
+        options = RegularizationOptions(config=ConfigText.from_json(text), **changes)
+        with (
+            mock.patch.object(regularization, "is_full3d", lambda x: isinstance(x, wan)),
+            pytest.raises(CommandError) as error,
+        ):
+            Regularization.read(options).of_model(pipe())
+        return str(error.value)
+
+    takes = "and a UNetPipeline takes a TARConfig"
+    # A UNet's without its sigma, perhaps: it may have been meant to be one.
+    assert said('{"strength": 2}', unet) == (
+        f"--config is a FrameTAR, {takes}; as a TARConfig: the configuration regularizes nothing: "
+        "give sigma, by_width, bias or override"
+    )
+    assert said('{"heads": [0]}', unet) == f"--config is a FrameTAR, {takes}"
+    rule = vk.FrameRule.window(1).to_json()
+    assert said(rule, unet) == f"--config is a FrameRule, {takes}"
+    takes = "a WanPipeline takes a FrameTAR or a FrameRule"
+    assert said('{"sigma": {"0": 1}}', wan).startswith(
+        f"--config is a TARConfig, and {takes}; as a FrameTAR: sigma"
+    )
+    assert said('{"sigma": 2}', wan, sigma={"0": 1}).startswith(f"--sigma: {takes}, and sigma")
+
+
+def test_methods_without_tar_have_it_where_an_option_says_so():
+    def of_method(**options):
+        return Regularization.read(RegularizationOptions(**options)).of_method("a grid")
+
+    assert of_method() is None
+    assert of_method(no_tar=True) is None
+    assert of_method(sigma=2.0).sigma == 2.0
+    assert of_method(preset="8D1") == vk.TARConfig.preset("8D1")
+    assert of_method(config=ConfigText('{"sigma": 3}')).sigma == 3
+    with pytest.raises(CommandError, match="a grid takes a TARConfig"):
+        of_method(config=ConfigText(vk.FrameRule.window(1).to_json()))
 
 
 def test_what_a_full_3d_transformer_does_not_take(generate, output):

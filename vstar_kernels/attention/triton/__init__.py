@@ -32,7 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 MAX_MAP_FRAMES = 4096  # 64 MiB for each batch element
 MAX_ROWS = 2**31 - 1  # no grid has more programs than a call has such rows
-HERE = contextlib.nullcontext()  # where kernels are launched already
+HERE = contextlib.nullcontext()  # where the current device is the call's already
 OLDEST_GPU = (8, 0)  # the compute capability from which on there is bfloat16
 
 

@@ -8,7 +8,7 @@ part, arrives as zeros. Triton has descriptors as arguments of their own only, n
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -61,13 +61,17 @@ class DescribedLaunch(Launch):
     parts: dict[str, tuple[dict[str, Any] | None, ...]]
     pointers: Launch  # the same by pointers, for tensors that are not aligned to 16 bytes
 
-    def __call__(self, tensors: Any) -> None:
-        """Launches the kernel on a tuple of tensors; by pointers where one is not aligned."""
+    def to(self, device: torch.device) -> Launch:
+        """Returns the same launch with its tables on a device."""
+        tables = self.tables and self.tables.to(device)
+        return replace(self, tables=tables, pointers=self.pointers.to(device))
+
+    def _launch(self, tensors: tuple[Any, ...]) -> None:
         for place, _ in self._described:
             if tensors[place].data_ptr() % VECTOR_BYTES:
-                self.pointers(tensors)
+                self.pointers._launch(tensors)
                 return
-        super().__call__(tensors)
+        super()._launch(tensors)
 
     def _of_tensors(self, tensors: Any) -> tuple[Any, ...]:
         made = [

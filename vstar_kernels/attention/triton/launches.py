@@ -51,12 +51,21 @@ class Launch:
         """Returns the same launch with its tables on a device."""
         return self if self.tables is None else replace(self, tables=self.tables.to(device))
 
-    def __call__(self, tensors: Any) -> None:
-        """Launches the kernel on tensors in the order of ``needed``, tables among them.
+    def on(self, **tensors: Tensor | None) -> None:
+        """Launches the kernel on its tables, and those of the named tensors that it needs.
 
         Raises:
-            ValueError: A tensor that the kernel needs is None, or one that it leaves alone is not.
+            ValueError: One of them is not there.
         """
+        if self.tables is not None:
+            self.tables.in_use()
+        given, get = self._own.copy(), tensors.get
+        for name, place in self._places.items():
+            given[place] = get(name)
+        self._launch(tuple(given))
+
+    def _launch(self, tensors: tuple[Tensor | None, ...]) -> None:
+        """Launches the kernel on tensors in the order of ``needed``, of others None."""
         key = self._specialization(tensors)
         kept = None if key is None else self._compiled.get(key)
         if kept is None:
@@ -108,11 +117,9 @@ class Launch:
 
     def _by_triton(self, key: tuple[Any, ...] | None, tensors: Any) -> None:
         """Launches the kernel as Triton finds or compiles it, and keeps what is compiled."""
-        for name, tensor, needed in zip(self.needed._fields, tensors, self.needed, strict=True):
-            if (tensor is None) == needed:
-                fault = "needs" if needed else "leaves alone"
-                given = "none is" if needed else "it is"
-                raise ValueError(f"{self.kernel.__name__} {fault} {name}, {given} given")
+        for name, place in self._places.items():
+            if tensors[place] is None:
+                raise ValueError(f"{self.kernel.__name__} needs {name}, none is given")
         arguments = self.call_arguments(self.needed._make(tensors))  # kernels go by their names
         compiled = self.kernel[(self.programs,)](*arguments, **self.keywords)
         if key is not None and isinstance(compiled, _triton().CompiledKernel):
@@ -136,19 +143,6 @@ class Launch:
     def _of_tensors(self, tensors: Any) -> tuple[Any, ...]:
         """Returns the first arguments, those that are others at the next launch."""
         return (tensors,)
-
-    def on(self, **tensors: Tensor | None) -> None:
-        """Launches the kernel on its tables, and those of the named tensors that it needs.
-
-        Raises:
-            ValueError: One of them is not there.
-        """
-        if self.tables is not None:
-            self.tables.in_use()
-        given, get = self._own.copy(), tensors.get
-        for name, place in self._places.items():
-            given[place] = get(name)
-        self(tuple(given))
 
     @functools.cached_property
     def _own(self) -> list[Tensor | None]:

@@ -229,8 +229,15 @@ class StreamPlan:
         needed = self.attention.needed
         normalizer = plan.new(out, *plan.row_shape(call), 2) if needed.normalizer else None
         row_stat = plan.new(out, *plan.row_shape(call)) if needed.row_stat else None
-        self.attention(
-            Tensors(call.query, call.key, call.value, out, call.delta, stat, normalizer, row_stat)
+        self.attention.on(
+            q=call.query,
+            k=call.key,
+            v=call.value,
+            out=out,
+            delta=call.delta,
+            stat=stat,
+            normalizer=normalizer,
+            row_stat=row_stat,
         )
         if normalizer is not None and self.maps:
             mean_map = maps.mean_map(self.maps, call, normalizer, row_stat)

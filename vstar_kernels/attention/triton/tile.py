@@ -182,7 +182,15 @@ class TilePlan:
     def run(self, call: Call, out: Tensor) -> Forward:
         """Fills ``out``. Nothing is saved: see :mod:`tile_backward`."""
         sums = plan.new(out, *self.map_sums) if self.map_sums else None
-        self.launch(Tensors(call.query, call.key, call.value, out, call.delta, call.stat, sums))
+        self.launch.on(
+            q=call.query,
+            k=call.key,
+            v=call.value,
+            out=out,
+            delta=call.delta,
+            stat=call.stat,
+            map_sums=sums,
+        )
         if sums is None:
             return Forward(out, None, ())
         mean = sums.sum(1)[:, : call.frames, : call.frames] * plan.map_weight(call)

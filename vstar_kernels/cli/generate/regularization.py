@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,7 +51,7 @@ class ConfigText(Document):
 
         So two spellings of one are the same in the key of a job.
         """
-        return next(iter(_configs(self.text).values())).to_json()
+        return next(iter(_configs(self.text)[0].values())).to_json()
 
     @classmethod
     def from_json(cls, text: str) -> ConfigText:
@@ -68,8 +68,6 @@ def _sigma(text: str) -> Any:
     """Reads σ: a number, or a JSON object of one for each level."""
     try:
         value = decode(text)
-        if not value and value != 0:  # nothing of a UNet is regularized, which is no change
-            raise ValueError
         TARConfig.from_json(json.dumps({"sigma": value}))
     except ValueError:
         raise ValueError(
@@ -88,7 +86,7 @@ def _steps(text: str) -> int | float:
         FrameTAR.from_json(json.dumps({"steps": value}))
     except ValueError:
         raise ValueError(
-            "must be the index of a step from 0, or a share of the steps from 0.0 to 1.0, got "
+            "must be the index of a step from 0, or a share of the steps above 0.0, to 1.0, got "
             f"{shorten(text, SHOWN)}"
         ) from None
     return value
@@ -160,11 +158,13 @@ class Regularization:
             changed as they say. Empty where there is to be none.
         origin: What they name, as messages have it; empty where they name none.
         changed: The options that change it, likewise.
+        reasons: Why it is of none of the other kinds, where it may have been meant to be.
     """
 
     of_kinds: Mapping[type[Config], Config | str]
     origin: str = ""
     changed: str = ""
+    reasons: Mapping[type[Config], str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, options: RegularizationOptions) -> Regularization:
@@ -176,21 +176,23 @@ class Regularization:
         if options.no_tar:
             return cls({})
         written, origin = dict(DEFAULTS), ""
+        reasons: Mapping[type[Config], str] = {}
         if options.preset is not None:
             written = {TARConfig: TARConfig.preset(options.preset)}
             origin = f"--preset {options.preset}"
         if (config := options.config) is not None:
             origin = "--config" if isinstance(config, ConfigText) else f"--config {config}"
             try:
-                written = _configs(
-                    config.text if isinstance(config, ConfigText) else read_text(config)
-                )
-            except (OSError, ValueError) as error:
+                text = config.text if isinstance(config, ConfigText) else read_text(config)
+                written, reasons = _configs(text)
+            except OSError as error:
+                raise CommandError(f"{origin}: {error.strerror or error}") from error
+            except ValueError as error:
                 raise CommandError(f"{origin}: {error}") from error
         found = {kind: _changed(config, options.changes) for kind, config in written.items()}
         if all(isinstance(x, str) for x in found.values()):
             raise CommandError(f"{options.changed}: {next(iter(found.values()))}")
-        return cls(found, origin, options.changed)
+        return cls(found, origin, options.changed, reasons)
 
     def of_model(self, pipe: Any) -> Config | None:
         """Returns the configuration of a pipeline's kind; None where there is to be none.
@@ -218,8 +220,10 @@ class Regularization:
             return None
         found = [self.of_kinds[kind] for kind in kinds if kind in self.of_kinds]
         if not found:
+            reason = self.reasons.get(kinds[0])
             raise CommandError(
                 f"{self.origin} is a {_names(self.of_kinds)}, and {whose} takes a {_names(kinds)}"
+                + (f"; as a {kinds[0].__name__}: {reason}" if reason else "")
             )
         if configs := [x for x in found if not isinstance(x, str)]:
             return configs[0]
@@ -230,25 +234,27 @@ def _names(kinds: Iterable[type[Config]]) -> str:
     return " or a ".join(kind.__name__ for kind in kinds)
 
 
-def _configs(text: str) -> dict[type[Config], Config]:
-    """Returns a text as each kind that it is of, of at least one.
+def _configs(text: str) -> tuple[dict[type[Config], Config], dict[type[Config], str]]:
+    """Returns a text as each kind that it is of, at least one, and why it is not of the others.
+
+    There are no reasons where its fields say what it was meant to be.
 
     Raises:
         ValueError: It is of none; the message is of the one that its fields speak for.
     """
     found: dict[type[Config], Config] = {}
-    reasons: dict[type[Config], Exception] = {}
+    reasons: dict[type[Config], str] = {}
     for kind in KINDS:
         try:
             found[kind] = kind.from_json(text)
         except (ValueError, TypeError) as error:
-            reasons[kind] = error
+            reasons[kind] = str(error)
+    fields = decode(text)
+    given = set(fields) if isinstance(fields, dict) else set()
+    meant = next((kind for kind, own in OWN_FIELDS.items() if own & given), None)
     if not found:
-        fields = decode(text)
-        given = set(fields) if isinstance(fields, dict) else set()
-        kind = next((kind for kind, own in OWN_FIELDS.items() if own & given), TARConfig)
-        raise FormatError(str(reasons[kind])) from reasons[kind]
-    return found
+        raise FormatError(reasons[meant or TARConfig])
+    return found, {} if meant else reasons
 
 
 def _changed(config: Config, changes: Mapping[str, Any]) -> Config | str:
