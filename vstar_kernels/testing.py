@@ -522,11 +522,13 @@ def assert_gradients(
     squares of two such norms have a ratio above 4 by chance with the probability of Fisher's
     F(n, n) > 4: 4 % for n = 7, 5e-8 for n = 64. Where PyTorch's error is made of fewer than 64 (a
     table of a few entries, head_dim 1), PyTorch may be lucky where another order of summation is
-    not. There, and only there, 4 times PyTorch's error without the luck comes on top: the root mean
+    not. There, and only there, 6 times PyTorch's error without the luck comes on top: the root mean
     square, over some draws, of its float32 error on inputs of which each has changed by ± eps of
     its own. That has in it what a rounding of each input does, which no float32 computation is
     better than, and what the formula's own steps round: where a weight is almost 1, dA′ − rowsum
-    cancels by much more than the inputs' roundings show. Errors of uneven sizes eᵢ count as
+    cancels by much more than the inputs' roundings show. (Three errors exceed 4 times what 8 draws
+    of them show with the probability of F(3, 24) > 16, 6e-6, which thousands of drawn cases meet;
+    6 times, with 5e-9.) Errors of uneven sizes eᵢ count as
     n = 3 (Σ eᵢ²)² / Σ eᵢ⁴, which is as many normal ones of one size.
 
     **Cosine.** 1 − cos(found, g) ≤ (that bound / ‖g‖)². A perpendicular error of relative size r
@@ -573,7 +575,7 @@ def assert_gradients(
             allowed += vanishing
             if error > allowed and _independent(plain_e) < FEW:
                 noise = noise or _errors_nearby(compute, exact)
-                allowed += 4 * noise[name]
+                allowed += 6 * noise[name]
             assert error <= allowed, (
                 f"{name}: relative error {error / (size or 1):.3g}, "
                 f"allowed {allowed / (size or 1):.3g}"

@@ -257,7 +257,9 @@ def test_programs_share_out_the_gradients(programs, form, options, monkeypatch):
     _, expected = gradients(vk.reference.tar_attention, exact, bias, weights, **options)
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
-        assert largest_error(gradient.cpu(), expected[name]) <= 1e-4, name
+        # That of a table in 16 bits may be rounded to the number beside the expected one.
+        rounding = 0.0 if gradient.dtype == torch.float32 else torch.finfo(gradient.dtype).eps
+        assert largest_error(gradient.cpu(), expected[name]) <= 1e-4 + rounding, name
 
 
 def test_what_a_tile_is_unfit_for_is_streamed(monkeypatch):
@@ -713,13 +715,9 @@ def test_a_launch_without_a_tensor_that_it_writes_is_an_error():
     query, key, value = (x.to(DEVICE) for x in inputs(1, 16, 1, 16, dtype=torch.bfloat16))
     made = backend._forward_plan(plan_key(tuple(query.shape), query.dtype))
     before = query.clone()
-    tensors = tile.Tensors(query, key, value, out=None, delta=None, stat=None, map_sums=None)
     with pytest.raises(ValueError, match="tile_kernel needs out, none is given"):
-        made.launch(tensors)
+        made.launch.on(q=query, k=key, v=value, stat=query)
     assert torch.equal(query, before)
-    tensors = tensors._replace(out=torch.empty_like(query), stat=query)
-    with pytest.raises(ValueError, match="tile_kernel leaves alone stat, it is given"):
-        made.launch(tensors)
 
 
 # ---- plans ----
