@@ -6,7 +6,8 @@ import torch
 import vstar_kernels as vk
 from tests.integrations import comfy
 from tests.integrations.test_comfyui_tar import is_plain
-from vstar_kernels.models.full3d.comfyui import OVERRIDE, FrameRuleWrapper
+from vstar_kernels.models.full3d.comfyui import FrameRuleWrapper
+from vstar_kernels.models.full3d.comfyui_model import OVERRIDE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
