@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vstar_kernels.attention.frames.layout import Frames, Layout
 from vstar_kernels.attention.frames.rules import FrameRule
 from vstar_kernels.models.forwards import ForwardPasses, called_without_hooks, unwatch, watch
 from vstar_kernels.models.full3d.families import Family, find_family
@@ -35,6 +34,7 @@ from vstar_kernels.models.full3d.seats import (
     Traced,
     seat_of,
 )
+from vstar_kernels.models.full3d.stages import stage_layout
 from vstar_kernels.models.hooks import Argument, Handle, Hooks, plain_name, put_back
 from vstar_kernels.models.schedule import running_scheduler
 
@@ -371,7 +371,7 @@ def _groups(exists: Tensor | None, times: Sequence[float], tokens: int) -> list[
         ValueError: A text has no token.
     """
     if exists is None:
-        return [Group(None, None, Layout(*(Frames(1, tokens, first=time) for time in times)))]
+        return [Group(None, None, stage_layout([tokens] * len(times), times))]
     counts = exists.sum(-1)
     if not bool((counts > 0).all()):
         raise ValueError("mask must leave each text a token at least")
@@ -380,8 +380,7 @@ def _groups(exists: Tensor | None, times: Sequence[float], tokens: int) -> list[
     for kind, keep in enumerate(kinds):
         rows = None if len(kinds) == 1 else (kind_of == kind).nonzero().flatten()
         sizes = keep.view(len(times), tokens).sum(-1).tolist()
-        stages = (Frames(1, n, first=time) for n, time in zip(sizes, times, strict=True))
-        groups.append(Group(rows, keep.nonzero().flatten(), Layout(*stages)))
+        groups.append(Group(rows, keep.nonzero().flatten(), stage_layout(sizes, times)))
     return groups
 
 
