@@ -6,6 +6,7 @@ They are written from what the interfaces promise, not from ComfyUI's code, whic
 
 from __future__ import annotations
 
+import math
 import types
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 DIFFUSION_MODEL = "diffusion_model"
 HEADS, DIM_HEAD = 2, 8
 CHANNELS = HEADS * DIM_HEAD
+TEXT_CHANNELS = 6
 
 
 def attention_pytorch(q, k, v, heads, mask=None, **kwargs):
@@ -244,7 +246,53 @@ class ModelPatcher:
         found = [wrapper for of_key in outer.values() for wrapper in of_key]
         return WrapperExecutor(run, self, found).execute()
 
-    def call(self, latents, sigma, sigmas, frames=None, sides=(1, 0), options=None, **kwargs):
+    def guide(self, latents, sigmas, *, repeated=False, options=None, **conditionings):
+        """Returns what the model says of each conditioning, by its name, at each sigma.
+
+        Those of equally many tokens are one batch, the last first. Others are, too, where they may
+        be ``repeated`` until they are; else the model is called for each.
+        """
+        conds = {
+            name: [{"cross_attn": text, **more} for text, more in conditioning]
+            for name, conditioning in conditionings.items()
+        }
+        sides = list(enumerate(cond for (cond,) in conds.values()))[::-1]
+
+        def run():
+            return [each(sigma) for sigma in sigmas[:-1]]
+
+        def each(sigma):
+            length = math.lcm(*(cond["cross_attn"].shape[1] for _, cond in sides))
+            batches: dict[Any, Any] = {}
+            for side, cond in sides:
+                text, mask = cond["cross_attn"], cond.get("attention_mask")
+                text = text.repeat(1, length // text.shape[1], 1) if repeated else text
+                batch = batches.setdefault((text.shape, mask is None), [])
+                batch.append((side, text.expand(len(latents), -1, -1), mask))
+            outs = {}
+            for batch in batches.values():
+                numbers, texts, masks = zip(*batch, strict=True)
+                more = {} if masks[0] is None else {"attention_mask": torch.cat(masks)}
+                more |= {"context": torch.cat(texts), "sides": numbers, "options": options}
+                out = self.call(latents, sigma, sigmas, **more).chunk(len(batch))
+                outs |= dict(zip(numbers, out, strict=True))
+            return {name: outs[side] for side, name in enumerate(conds)}
+
+        outer = self.wrappers.get("outer_sample", {})
+        found = [wrapper for of_key in outer.values() for wrapper in of_key]
+        return WrapperExecutor(run, types.SimpleNamespace(conds=conds), found).execute()
+
+    def call(
+        self,
+        latents,
+        sigma,
+        sigmas,
+        frames=None,
+        sides=(1, 0),
+        options=None,
+        context=None,
+        **kwargs,
+    ):
         unet = self.model.diffusion_model
         transformer_options = {
             **self.model_options["transformer_options"],
@@ -260,7 +308,7 @@ class ModelPatcher:
         timesteps = transformer_options["sigmas"].expand(len(x))
         with torch.inference_mode():
             return unet(
-                x, timesteps, context=None, transformer_options=transformer_options, **kwargs
+                x, timesteps, context=context, transformer_options=transformer_options, **kwargs
             )
 
 
@@ -356,22 +404,27 @@ class WanSelfAttention(nn.Module):
         super().__init__()
         self.q, self.k, self.v = (nn.Linear(CHANNELS, CHANNELS) for _ in range(3))
 
-    def forward(self, x, context=None, transformer_options=None):
+    def forward(self, x, context=None, mask=None, image=None, transformer_options=None):
         context = x if context is None else context
         q, k, v = self.q(x), self.k(context), self.v(context)
-        return optimized_attention(q, k, v, heads=HEADS, transformer_options=transformer_options)
+        more = {"heads": HEADS, "transformer_options": transformer_options}
+        if image is None:
+            return optimized_attention(q, k, v, mask=mask, **more)
+        seen = optimized_attention(q, self.k(image), self.v(image), **more)  # first, as Wan does
+        return seen + optimized_attention(q, k, v, mask=mask, **more)
 
 
 class WanAttentionBlock(nn.Module):
-    """Its cross-attention is to as many tokens as the video has."""
+    """Its cross-attention, where there is no text, is to as many tokens as the video has."""
 
     def __init__(self):
         super().__init__()
         self.self_attn, self.cross_attn = WanSelfAttention(), WanSelfAttention()
 
-    def forward(self, x, options):
+    def forward(self, x, options, context=None, image=None):
         x = x + self.self_attn(x, transformer_options=options)
-        return x + self.cross_attn(x, x.flip(1), transformer_options=options)
+        context = x.flip(1) if context is None else context
+        return x + self.cross_attn(x, context, image=image, transformer_options=options)
 
 
 class Transformer(nn.Module):
@@ -382,6 +435,7 @@ class Transformer(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Conv3d(4, CHANNELS, self.patch_size, self.patch_size)
+        self.text_embedding = nn.Linear(TEXT_CHANNELS, CHANNELS)
 
     def forward(self, x, timestep, context=None, transformer_options={}, **kwargs):  # noqa: B006
         wrappers = transformer_options.get("wrappers", {}).get(DIFFUSION_MODEL, {})
@@ -393,6 +447,8 @@ class Transformer(nn.Module):
         # To whole patches, as ComfyUI pads.
         pad = [-size % step for size, step in zip(x.shape[2:], self.patch_size, strict=True)]
         x = F.pad(x, (0, pad[2], 0, pad[1], 0, pad[0]))
+        if context is not None:
+            kwargs["context"] = self.text_embedding(context)
         return self.blocks_of(self.embed(x).flatten(2).mT, transformer_options, **kwargs)
 
 
@@ -401,11 +457,21 @@ class WanModel(Transformer):
         super().__init__()
         self.blocks = nn.ModuleList([WanAttentionBlock(), WanAttentionBlock()])
 
-    def blocks_of(self, x, options, reference=0, **kwargs):
+    def blocks_of(self, x, options, reference=0, context=None, clip_fea=None, **kwargs):
         x = torch.cat([x[:, :reference].flip(1), x], dim=1)  # a reference image comes first
         for block in self.blocks:
-            x = block(x, options)
+            x = block(x, options, context, clip_fea)
         return x[:, reference:]
+
+
+class VaceWanModel(WanModel):
+    def __init__(self):
+        super().__init__()
+        self.vace_blocks = nn.ModuleList([WanAttentionBlock()])
+
+    def blocks_of(self, x, options, context=None, **kwargs):
+        x = x + self.vace_blocks[0](x.flip(1), options, context)
+        return super().blocks_of(x, options, context=context, **kwargs)
 
 
 class DoubleStreamBlock(nn.Module):
@@ -440,9 +506,10 @@ class LTXBlock(nn.Module):
         super().__init__()
         self.attn1, self.attn2 = WanSelfAttention(), WanSelfAttention()
 
-    def forward(self, x, options):
+    def forward(self, x, options, context=None, mask=None):
         x = x + self.attn1(x, transformer_options=options)
-        return x + self.attn2(x, x.flip(1), transformer_options=options)
+        context = x.flip(1) if context is None else context
+        return x + self.attn2(x, context, mask, transformer_options=options)
 
 
 class LTXVModel(Transformer):
@@ -452,8 +519,11 @@ class LTXVModel(Transformer):
         super().__init__()
         self.transformer_blocks = nn.ModuleList([LTXBlock(), LTXBlock()])
 
-    def blocks_of(self, x, options, extra=0, **kwargs):
+    def blocks_of(self, x, options, extra=0, context=None, attention_mask=None, **kwargs):
         x = torch.cat([x, x[:, :extra]], dim=1)
+        mask = attention_mask
+        if mask is not None:
+            mask = (mask - 1).to(x.dtype)[:, None] * torch.finfo(x.dtype).max
         for block in self.transformer_blocks:
-            x = block(x, options)
+            x = block(x, options, context, mask)
         return x[:, : x.shape[1] - extra]

@@ -21,6 +21,7 @@ NAMES = {
     "VSTARShowMaps": "VSTAR Show Maps",
     "VSTARShowSimilarity": "VSTAR Show Similarity",
     "VSTARApplyFrameRule": "VSTAR Apply Frame Rule",
+    "VSTARApplyPrompts": "VSTAR Apply Prompts over Time",
 }
 
 

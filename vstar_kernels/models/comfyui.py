@@ -296,13 +296,14 @@ class ComfyGate:
     Args:
         steps: As of a :class:`TARConfig`; a share is of the steps that the sampler runs.
         start: The share of those steps before the first one that is regularized.
-        what: What regularizes, for the log.
+        what: What regularizes, and counts the frames of each context window from 0, for the log;
+            None where it counts those of the whole video.
 
     Raises:
         ValueError: ``start`` is not in [0, 1).
     """
 
-    def __init__(self, steps: Any, start: float, what: str) -> None:
+    def __init__(self, steps: Any, start: float, what: str | None) -> None:
         if not 0 <= start < 1:
             raise ValueError(f"start must be in [0, 1), the share of steps before it, got {start}")
         self._start = start
@@ -318,7 +319,7 @@ class ComfyGate:
         """
         if not self._is_on(model, sampling):
             return False
-        if sampling.in_window and not self._has_told_of_windows:
+        if sampling.in_window and self._what and not self._has_told_of_windows:
             self._has_told_of_windows = True
             LOGGER.info(
                 "VSTAR: the frames of %s are counted within each context window", self._what

@@ -11,6 +11,7 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension
 
+from vstar_kernels.integrations.comfyui.apply_prompts import ApplyPrompts
 from vstar_kernels.integrations.comfyui.frame_rule import ApplyFrameRule
 from vstar_kernels.integrations.comfyui.maps import CaptureMaps, ShowMaps, ShowSimilarity
 from vstar_kernels.integrations.comfyui.prompts import MakeSynopsis, WriteSynopsis
@@ -26,6 +27,7 @@ NODES = [
     ShowMaps,
     ShowSimilarity,
     ApplyFrameRule,
+    ApplyPrompts,
 ]
 
 

@@ -21,11 +21,17 @@ Bias = io.Custom("VSTAR_BIAS")
 Maps = io.Custom("VSTAR_MAPS")
 
 
-def wrapped(model: Any, key: str, wrapper: Any) -> Any:
-    """Returns a clone of a model with one wrapper of its diffusion model of this key."""
+def wrapped(model: Any, key: str, wrapper: Any, begin: Any = None) -> Any:
+    """Returns a clone of a model with one wrapper of its diffusion model of this key.
+
+    With ``begin``, there is one wrapper of this key of each run of a sampler, too.
+    """
     model = model.clone()
-    model.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, key)
-    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, key, wrapper)
+    kinds = [(WrappersMP.DIFFUSION_MODEL, wrapper)]
+    kinds += [] if begin is None else [(WrappersMP.OUTER_SAMPLE, begin)]
+    for kind, added in kinds:
+        model.remove_wrappers_with_key(kind, key)
+        model.add_wrapper_with_key(kind, key, added)
     return model
 
 

@@ -6,7 +6,6 @@ from io import BytesIO
 from typing import Any
 
 import torch
-from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io, ui
 from torch import Tensor
 
@@ -71,10 +70,7 @@ class CaptureMaps(io.ComfyNode):
     def execute(cls, model: Any, steps: str, levels: str) -> Any:
         """Returns a clone of the model that is watched, and what its maps will be in."""
         wrapper = MapsWrapper(read_indices("steps", steps), read_indices("levels", levels))
-        model = wrapped(model, MAPS_KEY, wrapper)
-        model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, MAPS_KEY)
-        model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, MAPS_KEY, wrapper.begin)
-        return io.NodeOutput(model, wrapper.capture)
+        return io.NodeOutput(wrapped(model, MAPS_KEY, wrapper, wrapper.begin), wrapper.capture)
 
 
 class ShowMaps(io.ComfyNode):

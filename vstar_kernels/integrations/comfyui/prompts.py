@@ -88,7 +88,7 @@ class MakeSynopsis(io.ComfyNode):
     def execute(cls, clip: Any, prompt: str, stages: str, frames: int, mode: Any) -> Any:
         """Returns the conditioning, with a row for each frame, and the synopsis as JSON."""
         synopsis = read_stages(prompt, stages)
-        encoded = [_encode(clip, stage) for stage in synopsis.stages]
+        encoded = [encode(clip, stage, "VSTAR Synopsis") for stage in synopsis.stages]
         lengths = [text.shape[1] for text, _ in encoded]
         length = math.lcm(*lengths)
         if length > MOST_TOKENS:
@@ -132,13 +132,17 @@ def read_stages(prompt: str, stages: str) -> Synopsis:
     return Synopsis(prompt or texts[0], texts, [int(match["frame"]) for match in found if match])
 
 
-def _encode(clip: Any, text: str) -> tuple[Tensor, dict[str, Any]]:
-    """Returns a text's encoding ``(1, tokens, channels)``, and what else ComfyUI keeps with it."""
+def encode(clip: Any, text: str, node: str) -> tuple[Tensor, dict[str, Any]]:
+    """Returns a text's encoding ``(1, tokens, channels)``, and what else ComfyUI keeps with it.
+
+    Raises:
+        ValueError: It has several, of which the node of this name cannot make use.
+    """
     encoded = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     if len(encoded) != 1:
         raise ValueError(
             f"this CLIP encodes a text in {len(encoded)} parts, as its hooks are scheduled, and "
-            "VSTAR Synopsis needs one: schedule the hooks of the model alone"
+            f"{node} needs one: schedule the hooks of the model alone"
         )
     return encoded[0][0], encoded[0][1]
 
