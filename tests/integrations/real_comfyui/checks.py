@@ -27,10 +27,12 @@ from .run import (
     Run,
     assert_differ,
     assert_formula,
+    assert_relay,
     assert_rule,
     assert_same,
     both,
     difference,
+    records,
 )
 from .server import KEY, PACK, FailedError
 
@@ -286,6 +288,136 @@ def hunyuan_rules(run: Run) -> str:
 def ltx_rules(run: Run) -> str:
     """LTX-Video: every rule is the formula, and leaves no trace."""
     return check_full_3d(run, graphs.LTX)
+
+
+# ---- prompts over time in full-3D transformers ----
+
+Prompts = Callable[[Graph, Link, Link], tuple[Link, Link]]  # from model and CLIP to model, positive
+STAGES = "0: a candle is lit\n{begin}: a candle burns down to the end"
+CLIP_TOKENS = 77  # of each text, from the tiny encoder; LTX's leaves out those that its mask hides
+RELAY = vk.FrameRule.relay([(0, 0), (1, 2)], None, 0.5)  # of the stages' latent frames
+
+
+def prompts(run: Run, file: str, **inputs: Any) -> Prompts:
+    """Returns what puts VSTAR Apply Prompts over Time, for half of the steps, behind a model."""
+    stages = STAGES.format(begin=8 if file == graphs.LTX else 4)
+    inputs = {"prompt": "", "stages": stages, "end": 0.5, **inputs}
+
+    def make(graph: Graph, model: Link, clip: Link) -> tuple[Link, Link]:
+        ours = run.node("VSTARApplyPrompts", clip=clip, **inputs)(graph, model)
+        return ours, [ours[0], 1]
+
+    return make
+
+
+def stage_tokens(file: str) -> list[int]:
+    """Returns how many tokens each stage has: of LTX, its words and the two around them."""
+    words = [len(line.split()) - 1 for line in STAGES.splitlines()]  # without its frame
+    return [n + 2 for n in words] if file == graphs.LTX else [CLIP_TOKENS] * len(words)
+
+
+def two_texts(graph: Graph, clip: Link) -> Link:
+    """Makes a conditioning of as many tokens as two stages: ComfyUI has both sides in a batch."""
+    parts = [text(words)(graph, clip) for words in ("blurry", "bad")]
+    return graph.add("ConditioningConcat", conditioning_to=parts[0], conditioning_from=parts[1])
+
+
+def check_sides(run: Run, file: str, negative: Callable[[Graph, Link], Link]) -> int:
+    """Checks the formula of the stages, and that the negative side stays, bit for bit.
+
+    It is compared in the first step, as the latents differ from then on. Returns how many
+    attentions of the stages there were.
+    """
+    ours, results, negatives = prompts(run, file), [], []
+
+    def off(graph: Graph, model: Link, clip: Link) -> tuple[Link, Link]:
+        return model, ours(graph, model, clip)[1]
+
+    ruled = 0
+    for made in (ours, off):
+        watched, folder = run.watched()
+        results += run.latents(graphs.full_3d(file, watched, made, negative))
+        if made is ours:
+            ruled = assert_relay(folder, RELAY, stage_tokens(file), end=0.5)
+        rows = {}
+        for facts, found in records(folder):
+            if facts["step"] == 0 and 1 in facts["sides"]:
+                row = facts["sides"].index(1)
+                rows |= {name: parts[-1][row] for name, parts in found.items()}
+        assert rows, "no attention of the negative side was recorded"
+        negatives.append(rows)
+    assert_differ(*results)
+    on, plain = negatives
+    assert on.keys() == plain.keys()
+    assert all(torch.equal(on[name], plain[name]) for name in on), "the negative side is changed"
+    return ruled
+
+
+def check_prompts(run: Run, file: str) -> str:
+    """Checks the formula, beside a frame rule too, that it leaves no trace, and what must fail."""
+    said = [f"{check_sides(run, file, text(''))} attentions"]
+    if file != graphs.LTX:  # whose texts side by side would have the mask of one
+        said.append(f"{check_sides(run, file, two_texts)} in one batch with the negative")
+    ours = prompts(run, file)
+
+    rule = run.node("VSTARApplyFrameRule", rule="window", window=1, end=0.5)
+    watched, folder = run.watched(rule)
+    run.latents(graphs.full_3d(file, watched, ours))
+    assert_rule(folder, vk.FrameRule.window(1), end=0.5)
+    said.append(f"{assert_relay(folder, RELAY, stage_tokens(file), end=0.5)} beside a frame rule")
+
+    def make(patch: Patch) -> Made:
+        return graphs.full_3d(file, patch)
+
+    plain = run.plain(make)
+    fails = run.fails(graphs.full_3d(file, run.node("VSTARTestFail"), ours))
+    assert "fails on purpose" in fails, fails
+    assert torch.equal(run.latents(make(run.watched()[0]))[0], plain)
+
+    def other(graph: Graph, model: Link, clip: Link) -> tuple[Link, Link]:
+        return ours(graph, model, clip)[0], text(DAY)(graph, clip)
+
+    fails = run.fails(graphs.full_3d(file, graphs.plain, other))
+    assert "positive must be the conditioning" in fails, fails
+    fails = run.fails(graphs.full_3d(file, graphs.plain, ours, latent_frames=1))
+    assert "stages must be as many as the video has latent frames at most, 1" in fails, fails
+    return f"{', '.join(said)}; plain after a failure, bit for bit"
+
+
+@check
+def wan_prompts(run: Run) -> str:
+    """Wan: prompts over time are the formula, and leave the negative side and no trace."""
+    return check_prompts(run, graphs.WAN)
+
+
+@check
+def ltx_prompts(run: Run) -> str:
+    """LTX-Video: prompts over time are the formula, and leave the negative side and no trace."""
+    return check_prompts(run, graphs.LTX)
+
+
+@check
+def wan_prompts_in_windows(run: Run) -> str:
+    """Wan: prompts over time in context windows are those of the video's frames."""
+    inputs = {"context_length": 13, "context_overlap": 5, "context_schedule": "standard_static"}
+    more = {"context_stride": 1, "closed_loop": False, "fuse_method": "pyramid", "freenoise": False}
+    watched, folder = run.watched(run.node("WanContextWindowsManual", **inputs, **more))
+    ours = prompts(run, graphs.WAN, stages="a candle\na torch\na fire")
+    run.latents(graphs.full_3d(graphs.WAN, watched, ours, latent_frames=6))
+    rule = vk.FrameRule.relay([(0, 1), (2, 3), (4, 5)], None, 0.5)
+    ruled = assert_relay(folder, rule, [CLIP_TOKENS] * 3, end=0.5)
+    windows = {tuple(facts["times"]) for facts, _ in records(folder)}
+    assert len(windows) > 1, windows
+    return f"in {ruled} attentions of {len(windows)} windows"
+
+
+@check
+def hunyuan_refuses_prompts(run: Run) -> str:
+    """HunyuanVideo: prompts over time are an error that names the models that take them."""
+    ours = prompts(run, graphs.HUNYUAN)
+    said = run.fails(graphs.full_3d(graphs.HUNYUAN, graphs.plain, ours))
+    assert "takes no HunyuanVideo as model: it is for Wan" in said, said
+    return said
 
 
 # ---- texts, maps, other videos ----

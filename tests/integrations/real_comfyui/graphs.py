@@ -160,18 +160,35 @@ def images(
     return graph, [graph.sample(patch(graph, model), texts, text, latent)]
 
 
-def full_3d(file: str, patch: Patch) -> tuple[Graph, list[str]]:
-    """Returns the graph of a transformer over all tokens of a video of three latent frames."""
+def full_3d(
+    file: str,
+    patch: Patch,
+    prompts: Callable[[Graph, Link, Link], tuple[Link, Link]] | None = None,
+    negative: Callable[[Graph, Link], Link] | None = None,
+    latent_frames: int = 3,
+) -> tuple[Graph, list[str]]:
+    """Returns the graph of a transformer over all tokens of a video.
+
+    Args:
+        file: Of the model.
+        patch: What is done to the model.
+        prompts: Makes the model, before that, and the positive conditioning of model and CLIP.
+        negative: Makes the negative conditioning of the CLIP.
+        latent_frames: How many.
+    """
     graph = Graph(steps=2)
     model = graph.add("UNETLoader", unet_name=file, weight_dtype="default")
     name, kind = (LTX_TEXT, "ltxv") if file == LTX else (WAN_TEXT, "wan")
     clip = graph.add("CLIPLoader", clip_name=name, type=kind, device="default")
-    positive = graph.add("CLIPTextEncode", text="a candle burns down", clip=clip)
-    negative = graph.add("CLIPTextEncode", text="", clip=clip)
+    if prompts is None:
+        positive = graph.add("CLIPTextEncode", text="a candle burns down", clip=clip)
+    else:
+        model, positive = prompts(graph, model, clip)
+    make = negative or (lambda graph, clip: graph.add("CLIPTextEncode", text="", clip=clip))
     if file == LTX:
-        size = {"width": 2 * SIZE, "height": 2 * SIZE, "length": 17}
+        size = {"width": 2 * SIZE, "height": 2 * SIZE, "length": 8 * latent_frames - 7}
         latent = graph.add("EmptyLTXVLatentVideo", **size, batch_size=1)
     else:
-        size = {"width": SIZE, "height": SIZE, "length": 9}
+        size = {"width": SIZE, "height": SIZE, "length": 4 * latent_frames - 3}
         latent = graph.add("EmptyHunyuanLatentVideo", **size, batch_size=1)
-    return graph, [graph.sample(patch(graph, model), positive, negative, latent)]
+    return graph, [graph.sample(patch(graph, model), positive, make(graph, clip), latent)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
@@ -177,6 +177,8 @@ def assert_rule(folder: Path, rule: vk.FrameRule, end: float) -> tuple[int, int]
         frames, height, width = facts["grid"]
         on = facts["step"] < math.ceil(end * facts["steps"])
         for name, (query, key, value, out) in found.items():
+            if name.startswith("cross"):
+                continue
             parts: list[Any] = [vk.Frames(frames, height * width)]
             if text := query.shape[1] - frames * height * width:
                 parts.insert(0, vk.Text(text))
@@ -188,3 +190,41 @@ def assert_rule(folder: Path, rule: vk.FrameRule, end: float) -> tuple[int, int]
             total, ruled = total + 1, ruled + on
     assert 0 < ruled < total, f"{ruled} of {total} attentions were under the rule"
     return ruled, total
+
+
+def assert_relay(folder: Path, rule: vk.FrameRule, tokens: Sequence[int], end: float) -> int:
+    """Asserts a rule between frames and stages for all recorded attention to the text.
+
+    It is to be on in the rows of the positive side, and these alone.
+
+    Args:
+        folder: Of the records.
+        rule: The rule.
+        tokens: How many each stage has.
+        end: The share of the steps with it.
+
+    Returns:
+        How many sequences were under it.
+    """
+    texts = vk.Layout(*(vk.Frames(1, n, first=stage) for stage, n in enumerate(tokens)))
+    ruled = other = 0
+    for facts, found in records(folder):
+        _, height, width = facts["grid"]
+        video = vk.Layout(*(vk.Frames(1, height * width, first=time) for time in facts["times"]))
+        for name, parts in found.items():
+            if not name.startswith("cross"):
+                continue
+            rows = zip(*(part.split(1) for part in parts), facts["sides"], strict=True)
+            for query, key, value, out, side in rows:
+                on = side == 0 and facts["step"] < math.ceil(end * facts["steps"])
+                lay = {"key_layout": texts if on else vk.Layout(vk.Text(key.shape[1]))}
+                try:
+                    testing.assert_frames(
+                        out, query, key, value, video, rule if on else None, **lay
+                    )
+                except AssertionError as error:
+                    raise AssertionError(f"step {facts['step']}, {name}: {error}") from None
+                ruled, other = ruled + on, other + (not on)
+    assert ruled, "no attention to the stages was recorded"
+    assert other, "no attention to other texts was recorded"
+    return ruled

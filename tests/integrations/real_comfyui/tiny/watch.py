@@ -57,6 +57,9 @@ class Recorder:
             facts["grid"] = [size // step for size, step in sizes]
             context = next(a for a in (*args, *kw.values()) if isinstance(a, Tensor))
             facts["text"] = context.shape[1]
+            facts["sides"] = options["cond_or_uncond"]
+            window = options.get("context_window")
+            facts["times"] = list(window.index_list if window else range(facts["grid"][0]))
             inner = options.get("optimized_attention_override")
             options["optimized_attention_override"] = partial(self.override, inner, tensors, facts)
         try:
@@ -101,13 +104,22 @@ class Recorder:
     ) -> Tensor:
         """Computes an attention of a full-3D model as it was to be computed.
 
-        It keeps that of all tokens of the video to one another, and to the text's before them.
+        It keeps that of all tokens of the video to one another, and to the text's before them; and
+        their cross-attention to the text, of which it leaves out what a mask hides from the batch.
         """
         attention = func if inner is None else partial(inner, func)
         out = attention(q, k, v, heads, *args, **kw)
         video = math.prod(facts["grid"])
-        if q.shape == k.shape and q.shape[-2] in (video, video + facts["text"]):
-            name = f"attention{len(facts['heads'])}"
+        kinds = {
+            "attention": q.shape == k.shape and q.shape[-2] in (video, video + facts["text"]),
+            "cross": q.shape[-2] == video and k.shape[-2] == facts["text"] != video,
+        }
+        mask = args[0] if args else kw.get("mask")
+        if mask is not None and kinds["cross"]:
+            shown = (mask == 0).reshape(-1, mask.shape[-1]).any(0)
+            k, v = k[..., shown, :], v[..., shown, :]
+        for kind in (kind for kind, is_one in kinds.items() if is_one):
+            name = f"{kind}{len(facts['heads'])}"
             facts["heads"][name] = heads
             for part, tensor in zip(("q", "k", "v", "out"), (q, k, v, out), strict=True):
                 flat = tensor.transpose(1, 2).flatten(2) if tensor.ndim == 4 else tensor
