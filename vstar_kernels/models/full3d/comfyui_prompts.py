@@ -240,6 +240,7 @@ class _PromptedAttention(AttentionChange):
         self._heard, self._rule, self._backend = heard, rule, backend
         self._video = [Frames(1, frames.tokens, first=time) for time in times]
         self._texts = heard.texts.layout
+        self._open_mask: Tensor | None = None  # all layers have the same: a look at it waits once
 
     def attend(self, attention: Attention, plain: Callable[[], Tensor]) -> Tensor:
         """Returns the attention of a layer, to the texts under the rule in the rows with them.
@@ -285,8 +286,9 @@ class _PromptedAttention(AttentionChange):
 
     def _refuse_mask(self, mask: Tensor | None) -> None:
         """Raises ValueError where a mask hides a token of the texts, or weighs one."""
-        if mask is None:
+        if mask is None or mask is self._open_mask:
             return
+        given = mask
         if len(mask) == self._heard.batch:
             mask = mask[self._heard.rows]
         if not bool((mask if mask.dtype == torch.bool else mask == 0).all()):
@@ -294,3 +296,4 @@ class _PromptedAttention(AttentionChange):
                 f"{self._layer} masks its attention to the text, {tuple(mask.shape)}: {WHAT} "
                 "cannot be part of that"
             )
+        self._open_mask = given
