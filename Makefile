@@ -219,7 +219,7 @@ lint: $(STAMP)
 	$(dir $(PYTHON))lint-imports
 	$(PYTHON) -m bandit --quiet --configfile pyproject.toml --recursive \
 		vstar_kernels benchmarks tools examples docs setup.py
-	$(dir $(PYTHON))zizmor --offline --quiet .github
+	$(dir $(PYTHON))zizmor --offline --quiet --strict-collection .github
 
 docs: $(STAMP)
 	$(PIP) -c $(CONSTRAINTS) furo myst-parser sphinx
