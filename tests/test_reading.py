@@ -196,8 +196,9 @@ def test_yaml():
         "1e5.5",
         "7e1f",
     ]
-    with pytest.raises(FormatError):
-        decode_yaml("1e999")
+    for unreadable in ("1e999", r'"\UFFFFFFFF"', "1" + 200 * ":0" + ":0."):
+        with pytest.raises(FormatError):
+            decode_yaml(unreadable)
     assert decode_yaml("[{a: 1}, {a: 2}]") == [{"a": 1}, {"a": 2}]
 
 

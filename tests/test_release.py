@@ -59,6 +59,11 @@ def test_archives(tmp_path, change, message):
     assert message is None or message in wrong[0]
 
 
+def test_no_folder_is_told(tmp_path):
+    (wrong,) = tool.wrong_archives("v1.2.0", tmp_path / "none")
+    assert wrong.endswith("must be the folder of the archives, and is none")
+
+
 def test_an_archive_of_another_processor_is_of_no_release(tmp_path):
     for name in NAMES:
         (tmp_path / name.replace("aarch64", "ppc64le")).touch()

@@ -41,6 +41,8 @@ def wrong_versions(tag: str, root: Path) -> list[str]:
 
 def wrong_archives(tag: str, folder: Path) -> list[str]:
     """Returns what a folder lacks of a release, and what it has besides."""
+    if not folder.is_dir():
+        return [f"{folder} must be the folder of the archives, and is none"]
     names = sorted(path.name for path in folder.iterdir())
     stem = re.escape(f"vstar_kernels-{tag.removeprefix('v')}")
     wrong = []

@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,11 +104,8 @@ class Imports:
 def check_files(wheel: zipfile.ZipFile, version: str, *, library: bool) -> None:
     """Checks that the wheel holds the package, its metadata, the library or none, nothing else."""
     names = [name for name in wheel.namelist() if not name.endswith("/")]
-    allowed = ("vstar_kernels/", f"vstar_kernels-{version}.dist-info/")
-    strangers = [name for name in names if not name.startswith(allowed)]
-    strangers += [name for name in names if name.endswith((".cpp", ".h", ".pyc"))]
-    if strangers:
-        raise WheelError(f"it holds more than the package: {some(strangers)}")
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise WheelError(f"it holds {some(twice)} twice")
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("vstar_kernels/**/*.py")}
     templates = {str(path.relative_to(ROOT)) for path in ROOT.glob("vstar_kernels/**/*.html")}
     wanted = sources | templates | {"vstar_kernels/py.typed"} | ({LIBRARY} if library else set())
@@ -115,8 +113,11 @@ def check_files(wheel: zipfile.ZipFile, version: str, *, library: bool) -> None:
         raise WheelError("it holds the library, and its tag is that of every platform")
     if missing := wanted - set(names):
         raise WheelError(f"it lacks {some(missing)}")
-    if extra := {name for name in names if name.endswith(".py")} - sources:
-        raise WheelError(f"it holds modules that are no longer there: {some(extra)}")
+    tables = {str(path.relative_to(ROOT)) for path in ROOT.glob("vstar_kernels/**/configs*.json")}
+    allowed = wanted | tables | {"vstar_kernels/lib/build.json"}
+    metadata = f"vstar_kernels-{version}.dist-info/"
+    if extra := {name for name in names if not name.startswith(metadata)} - allowed:
+        raise WheelError(f"it holds more than the package, or what is no longer: {some(extra)}")
 
 
 def check_tag(tag: str, imports: Imports) -> None:
@@ -275,7 +276,7 @@ def main() -> int:
         parser.error("--record needs a --torch-lib to look the functions up in")
     try:
         check(args)
-    except WheelError as error:
+    except (WheelError, OSError, zipfile.BadZipFile, ELFError) as error:
         print(f"{args.wheel.name}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -283,7 +284,10 @@ def main() -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Makes all checks, in the order of what they cost."""
-    _, version, tag = args.wheel.stem.split("-", 2)
+    match = re.fullmatch(r"vstar_kernels-([^-]+)-([^-]+-[^-]+-[^-]+)\.whl", args.wheel.name)
+    if match is None:
+        raise WheelError("its name is not vstar_kernels-VERSION-TAG.whl")
+    version, tag = match.groups()
     pythons = args.python or [sys.executable]
     if tag == ANY:
         with zipfile.ZipFile(args.wheel) as wheel:

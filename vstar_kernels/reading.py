@@ -186,7 +186,14 @@ def decode_yaml(text: str) -> Any:
     except FormatError:
         raise
     # PyYAML raises whatever comes of a text that is not what its tag says; dates are not of JSON.
-    except (yaml.YAMLError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except (
+        yaml.YAMLError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
         raise FormatError(f"it is not YAML of texts, numbers, lists and objects: {error}") from None
     finally:
         if loader is not None:

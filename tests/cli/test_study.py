@@ -337,6 +337,11 @@ def test_a_step_and_a_share_have_different_names(tmp_path):
     variants = read_study(tmp_path / "study.yaml").variants
     assert [x.name for x in variants] == ["steps of TAR = 1", "steps of TAR = 1.0"]
     assert [x.changes["sigma"] for x in variants] == [10, 10]
+    rows = [Row(i, "", "a", x, 0, {"score": float(i)}, {}, {}) for i, x in enumerate(variants)]
+    (axes,) = plot_sweep(rows, ["score"], "tar_steps", "steps of TAR").axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert list(lines.values()) == [[0], [1]]
+    assert [label.rpartition(" ")[2] for label in lines] == ["(indices)", "(shares)"]
 
 
 def test_only_figures_that_a_study_wrote_go(tmp_path):

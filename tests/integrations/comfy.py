@@ -258,7 +258,7 @@ class ModelPatcher:
         }
         sides = list(enumerate(cond for (cond,) in conds.values()))[::-1]
 
-        def run():
+        def run(noise):
             return [each(sigma) for sigma in sigmas[:-1]]
 
         def each(sigma):
@@ -280,7 +280,7 @@ class ModelPatcher:
 
         outer = self.wrappers.get("outer_sample", {})
         found = [wrapper for of_key in outer.values() for wrapper in of_key]
-        return WrapperExecutor(run, types.SimpleNamespace(conds=conds), found).execute()
+        return WrapperExecutor(run, types.SimpleNamespace(conds=conds), found).execute(latents)
 
     def call(
         self,

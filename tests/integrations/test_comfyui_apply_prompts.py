@@ -242,6 +242,37 @@ def test_context_windows_keep_the_times_of_their_frames(run, transformer):
     with pytest.raises(ValueError, match="window of 4 latent frames is sampled with 5"):
         ours.guide(video(5), SIGMAS[-2:], **more)
 
+    window.dim = 3
+    with pytest.raises(ValueError, match="must be of the video's frames, dimension 2 of the lat"):
+        ours.guide(video(4), SIGMAS[-2:], **more)
+
+
+def test_a_part_of_the_video_has_no_times(run, transformer):
+    """As of an area that is a share of the video's length."""
+    model = comfy.ModelPatcher(transformer)
+    ours, positive = run("VSTARApplyPrompts", model=model, clip=CLIP(), stages=STAGES)
+    crop, call = slice(2, None), ours.call
+    ours.call = lambda latents, *args, **more: call(latents[:, :, crop], *args, **more)
+    with pytest.raises(ValueError, match=r"whole video, 6 latent frames, .* an area of 4 of them"):
+        ours.guide(video(), SIGMAS[-2:], positive=positive)
+    assert is_plain(transformer)
+
+
+@pytest.mark.parametrize("wrapped", [1, 2])
+def test_blocks_that_something_is_around_are_refused(run, transformer, wrapped):
+    """Whose layers have other names: some, or all of them, would go without a word."""
+    (blocks,) = (x for name, x in transformer.named_children() if name.endswith("blocks"))
+    model = comfy.ModelPatcher(transformer)
+    ours, positive = run("VSTARApplyPrompts", model=model, clip=CLIP(), stages=STAGES)
+    (ruled,) = run("VSTARApplyFrameRule", model=model, rule="window", window=1, end=1.0)
+    for index in range(wrapped):
+        blocks[index] = torch.nn.Sequential(blocks[index])
+    found = f"finds its layers in {len(blocks) - wrapped} of the {len(blocks)} blocks"
+    for node in (ours, ruled):
+        with pytest.raises(ValueError, match=found):
+            node.guide(video(), SIGMAS[-2:], positive=positive)
+    assert is_plain(transformer)
+
 
 def test_a_reference_image_before_the_video_hears_all_stages(run):
     torch.manual_seed(0)
@@ -383,6 +414,9 @@ def test_a_text_that_is_changed_on_its_way_is_no_silence(run, transformer):
     ours.wrappers[comfy.DIFFUSION_MODEL] = of_all
     with pytest.raises(RuntimeError, match="another node changes what the model is conditioned on"):
         ours.guide(video(), SIGMAS, positive=positive, negative=NEGATIVE)
+    # Of a range of the schedule, the sampler may have run none, and given the model others.
+    positive[0][1]["start_percent"] = 0.5
+    assert ours.guide(video(), SIGMAS, positive=positive, negative=NEGATIVE)
 
 
 def test_a_mask_of_the_texts_is_refused(run):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vstar_kernels.analysis.plots import COLOURS, INK, LINES, MARKERS, new_figure, styled
-from vstar_kernels.cli.study.plan import SYMBOLS
+from vstar_kernels.cli.study.plan import BY_TYPE, SYMBOLS
 from vstar_kernels.cli.study.table import Column, Row, mean_of
 from vstar_kernels.reading import shorten
 
@@ -79,13 +79,22 @@ def plot_sweep(rows: Sequence[Row], columns: Sequence[Column], name: str, label:
     """
     figure, panels = _panels(len(columns), 3.0)
     swept = [row for row in rows if _is_number(row.variant.swept.get(name))]
-    groups = list(dict.fromkeys(_others(row, name) for row in swept))
+    kinds = {type(row.variant.swept[name]) for row in swept} if name in BY_TYPE else set()
+
+    def line_of(row: Row) -> str:
+        """Returns which line a row is of: shares and indices of steps are not of one."""
+        kind = ""
+        if len(kinds) > 1:
+            kind = " (shares)" if isinstance(row.variant.swept[name], float) else " (indices)"
+        return _others(row, name) + kind
+
+    groups = list(dict.fromkeys(line_of(row) for row in swept))
     labels = labels_of(groups, LONGEST_LINE)
     for axes, column in zip(panels, columns, strict=False):
         for index, group in enumerate(groups):
             values: dict[float, list[float]] = {}
             for row in swept:
-                if _others(row, name) == group and column in row.values:
+                if line_of(row) == group and column in row.values:
                     values.setdefault(row.variant.swept[name], []).append(row.values[column])
             places = sorted(values)
             axes.plot(

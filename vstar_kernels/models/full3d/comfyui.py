@@ -92,7 +92,7 @@ class FrameRuleWrapper:
             return executor(*args, **kwargs)
 
     def _layers(self, family: ComfyFamily, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        found = layers_named(model, family.layers)
+        found = layers_named(model, family.layers, WHAT)
         if family.text_last and any(getattr(x, family.text_last, False) for _, x in found):
             raise ValueError(
                 f"this ComfyUI puts the text of {family.name} after the video, and a frame rule "

@@ -121,9 +121,28 @@ def listed(families: tuple[ComfyFamily, ...]) -> str:
     return ", ".join(f"{family.name} ({', '.join(family.models)})" for family in families)
 
 
-def layers_named(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
-    """Returns the modules whose names match as a whole, in the model's order."""
-    return [x for x in model.named_modules() if re.fullmatch(pattern, x[0])]
+def layers_named(model: nn.Module, pattern: str, what: str) -> list[tuple[str, nn.Module]]:
+    """Returns the modules whose names match as a whole, in the model's order, one of each block.
+
+    Args:
+        model: Whose they are.
+        pattern: Begins with the lists of the model's blocks.
+        what: What is to change them, for errors.
+
+    Raises:
+        ValueError: A block has none, as where something else has been put around it.
+    """
+    found = [x for x in model.named_modules() if re.fullmatch(pattern, x[0])]
+    lists = pattern.partition(r"\.")[0]
+    blocks = [x for name, x in model.named_children() if re.fullmatch(lists, name)]
+    count = sum(len(x) for x in blocks if isinstance(x, nn.ModuleList))
+    if len(found) != count or not found:
+        raise ValueError(
+            f"{what} finds its layers in {len(found)} of the {count} blocks of this "
+            f"{type(model).__name__}: another node has put something around the others, such as "
+            "torch.compile around each block, and the two cannot be on together"
+        )
+    return found
 
 
 def options_of(

@@ -34,6 +34,9 @@ from vstar_kernels.models.hooks import Argument
 from vstar_kernels.models.schedule import Steps
 
 WHAT = "VSTAR Apply Prompts over Time"
+TIME = 2  # the dimension of latents, (batch, channels, frames, height, width)
+# What a conditioning has that is not for all of the schedule.
+RANGE = ("start_percent", "end_percent", "clip_start_percent", "clip_end_percent")
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +132,7 @@ class PromptsWrapper:
         self._gate = ComfyGate(steps, start, None)
         self._backend = backend
         self._was_on = self._was_heard = False
+        self._latent_frames: int | None = None  # of the video that is sampled, where it is known
 
     def begin(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs a sampler (``WrappersMP.OUTER_SAMPLE``), if it is given the stages' texts.
@@ -139,14 +143,18 @@ class PromptsWrapper:
         """
         given = executor.class_obj.conds
         positive = given.get("positive", list(itertools.chain(*given.values())))
-        if not any(self._texts.rows_in(x.get("cross_attn")) for x in positive):
+        ours = [x for x in positive if self._texts.rows_in(x.get("cross_attn"))]
+        if not ours:
             raise ValueError(
                 f"positive must be the conditioning that {WHAT} returned with this model: the "
                 "sampler was given another text"
             )
+        # Those of a range of the schedule are rightly not there at other steps.
+        is_always = any(all(x.get(name) is None for name in RANGE) for x in ours)
+        self._latent_frames = _frames_of(args[0] if args else kwargs.get("noise"))
         self._was_on = self._was_heard = False
         out = executor(*args, **kwargs)
-        if self._was_on and not self._was_heard:
+        if is_always and self._was_on and not self._was_heard:
             raise RuntimeError(
                 f"the model was not called with the texts of {WHAT}, though the sampler was given "
                 "them: another node changes what the model is conditioned on, and prompts over "
@@ -168,37 +176,53 @@ class PromptsWrapper:
         sampling = Sampling.of_call(model, args, kwargs)
         if not self._gate.is_on(model, sampling):
             return executor(*args, **kwargs)
-        self._was_on = True
         context = Argument(model, "context").get(args, kwargs)
         rows = self._texts.rows_in(context)
+        self._was_on = True
         if not rows:
             return executor(*args, **kwargs)
         self._was_heard = True
         options = options_of(model, args, kwargs, WHAT)
         frames = family.frames(model, args, kwargs, WHAT)
-        times, total = _times(frames, options.get("context_window"))
+        times, total = _times(frames, options.get("context_window"), self._latent_frames)
         stages, anchors = len(self._texts.tokens), self._texts.anchors
         segments = stage_segments(stages, total, anchors, family.every)
         rule = FrameRule.relay(segments, self._w, self._sigma)
         heard = _Heard(self._texts, rows, *context.shape[:2])
         change = _PromptedAttention(family, frames, times, heard, rule, self._backend)
         assert family.text_layers is not None
-        with change.inside(layers_named(model, family.text_layers), options):
+        with change.inside(layers_named(model, family.text_layers, WHAT), options):
             return executor(*args, **kwargs)
 
 
-def _times(frames: Frames, window: Any) -> tuple[list[int], int]:
+def _frames_of(latents: Any) -> int | None:
+    """Returns how many frames latents of one video have, ``(batch, channels, frames, …)``."""
+    return latents.shape[2] if isinstance(latents, Tensor) and latents.ndim == 5 else None
+
+
+def _times(frames: Frames, window: Any, sampled: int | None) -> tuple[list[int], int]:
     """Returns the times of the latent frames in a call, and how many the whole video has.
 
     Args:
         frames: Of the call.
         window: ComfyUI's context window, of some of the video's frames; None where there is none.
+        sampled: How many latent frames are sampled; None where that is not known.
 
     Raises:
-        ValueError: The window is of other frames.
+        ValueError: The window is of other frames, or there are not all frames without one.
     """
     if window is None:
+        if sampled not in (None, frames.count):
+            raise ValueError(
+                f"positive must be for the whole video, {sampled} latent frames, and not for an "
+                f"area of {frames.count} of them, whose times {WHAT} does not know"
+            )
         return list(range(frames.count)), frames.count
+    if getattr(window, "dim", TIME) != TIME:
+        raise ValueError(
+            f"a context window must be of the video's frames, dimension {TIME} of the latents, "
+            f"and is of dimension {window.dim}"
+        )
     times = list(window.index_list)
     if len(times) != frames.count:
         raise ValueError(
