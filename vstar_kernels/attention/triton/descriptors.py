@@ -8,7 +8,7 @@ part, arrives as zeros. Triton has descriptors as arguments of their own only, n
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -60,11 +60,6 @@ class DescribedLaunch(Launch):
     # For tensors by name, all that the descriptors of their two parts are but the tensor.
     parts: dict[str, tuple[dict[str, Any] | None, ...]]
     pointers: Launch  # the same by pointers, for tensors that are not aligned to 16 bytes
-
-    def to(self, device: torch.device) -> Launch:
-        """Returns the same launch with its tables on a device."""
-        tables = self.tables and self.tables.to(device)
-        return replace(self, tables=tables, pointers=self.pointers.to(device))
 
     def _launch(self, tensors: tuple[Any, ...]) -> None:
         for place, _ in self._described:

@@ -66,30 +66,32 @@ class ConfigText(Document):
 
 def _sigma(text: str) -> Any:
     """Reads σ: a number, or a JSON object of one for each level."""
-    try:
-        value = decode(text)
-        TARConfig.from_json(json.dumps({"sigma": value}))
-    except ValueError:
-        raise ValueError(
-            "must be a finite number of at least 0, or a JSON object of one for each level, got "
-            f"{shorten(text, SHOWN)}"
-        ) from None
+    allowed = "a finite number of at least 0, or a JSON object of one for each level"
+    value = _field(TARConfig, "sigma", text, allowed)
     return {k: float(x) for k, x in value.items()} if isinstance(value, dict) else float(value)
 
 
 def _steps(text: str) -> int | float:
     """Reads the last step, or a share of them."""
+    allowed = "the index of a step from 0, or a share of the steps above 0.0, to 1.0"
+    value: int | float = _field(FrameTAR, "steps", text, allowed)
+    return value
+
+
+def _field(kind: type[Config], name: str, text: str, allowed: str) -> Any:
+    """Returns a value in JSON that a field of a kind may have; null is none, but no change of it.
+
+    Raises:
+        ValueError: It may not; the message says what is allowed.
+    """
     try:
         value = decode(text)
-        if value is None:  # FrameTAR's of every step, which 1.0 says
-            raise ValueError
-        FrameTAR.from_json(json.dumps({"steps": value}))
+        if value is not None:
+            kind.from_json(json.dumps({name: value}))
+            return value
     except ValueError:
-        raise ValueError(
-            "must be the index of a step from 0, or a share of the steps above 0.0, to 1.0, got "
-            f"{shorten(text, SHOWN)}"
-        ) from None
-    return value
+        pass
+    raise ValueError(f"must be {allowed}, got {shorten(text, SHOWN)}")
 
 
 @dataclass(frozen=True)
