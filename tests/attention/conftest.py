@@ -1,5 +1,9 @@
+import atexit
+import contextlib
 import importlib.util
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,14 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     from tests.attention import interpreter
 
     interpreter.leave_out_the_needless()
+
+if architecture := os.environ.get("EMULATED_GPU"):
+    from benchmarks.emulator.driver import EmulatedGPU
+
+    entered = contextlib.ExitStack()
+    folder = entered.enter_context(tempfile.TemporaryDirectory(prefix="emulated-"))
+    entered.enter_context(EmulatedGPU(architecture).installed(Path(folder)))
+    atexit.register(entered.close)
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from vstar_kernels.attention.triton import (
     devices,
     log_sums,
     plan,
+    primitives,
 )
 from vstar_kernels.attention.triton.configs import ColumnsConfig
 
@@ -324,7 +325,7 @@ def test_where_there_is_no_tile_few_keys_stream(monkeypatch):
     assert_gradients(made.by(OnDevice), made.autograd)
 
 
-@pytest.mark.skipif(not backend.interpreted(), reason="on a GPU no line can be watched")
+@pytest.mark.skipif(not primitives.INTERPRETED.value, reason="compiled, no line can be watched")
 def test_every_line_of_the_kernels_runs(processors):
     """No statement is left to chance; a new one needs a case here and among the options."""
     processors(4)

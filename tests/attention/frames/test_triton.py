@@ -21,7 +21,15 @@ if backend.unavailable():
     pytest.skip("; ".join(backend.unavailable()), allow_module_level=True)
 
 from vstar_kernels.attention.frames import reference
-from vstar_kernels.attention.triton import configs, devices, frames, frames_plan, frames_slots, plan
+from vstar_kernels.attention.triton import (
+    configs,
+    devices,
+    frames,
+    frames_plan,
+    frames_slots,
+    plan,
+    primitives,
+)
 from vstar_kernels.attention.triton.configs import FramesConfig
 
 DEVICE = "cpu" if backend.interpreted() else "cuda:0"
@@ -280,7 +288,7 @@ def test_gradients_of_heads_whose_parts_are_others(head_dim, ieee, monkeypatch):
         for name, device in (("triton", DEVICE), ("reference", "cpu"))
     )
     # TF32 keeps ten bits of its operands; the interpreter does not compute in it.
-    tolerance = 1e-4 if ieee or backend.interpreted() else 2e-2
+    tolerance = 1e-4 if ieee or primitives.INTERPRETED.value else 2e-2
     torch.testing.assert_close(found.cpu(), expected, rtol=tolerance, atol=tolerance)
 
 

@@ -1,0 +1,155 @@
+"""Triton's driver above an emulated GPU: kernels are compiled for it, launched, and run.
+
+``installed`` makes the package take it for a GPU, with tensors of the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from triton import knobs
+from triton.backends.nvidia.driver import CudaLauncher
+
+from benchmarks import stub_driver
+from benchmarks.emulator import arithmetic, matrices, ptx, tensor_memory, transfers
+from benchmarks.emulator.block import Block, Step
+from benchmarks.emulator.memory import Memory
+from benchmarks.emulator.ptx import Instruction, Kernel, PTXError
+from vstar_kernels.attention.triton.devices import Device
+
+DECODERS = {
+    **arithmetic.DECODERS,
+    **transfers.DECODERS,
+    **matrices.DECODERS,
+    **tensor_memory.DECODERS,
+}
+LAUNCH_FAILED = 719  # CUDA_ERROR_LAUNCH_FAILED
+NOTHING = {"bra", "ret", "exit"}  # which the block does itself
+
+
+def decode(instruction: Instruction) -> Step | None:
+    """Returns what runs an instruction.
+
+    Raises:
+        PTXError: It is not emulated.
+    """
+    if instruction.name in NOTHING:
+        return None
+    if instruction.name not in DECODERS:
+        raise PTXError(f"{instruction.text} is not emulated")
+    return DECODERS[instruction.name](instruction)
+
+
+class Program:
+    """A kernel whose instructions are decoded."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.steps = [decode(x) for x in kernel.instructions]
+
+    def run(self, grid: int, threads: int, shared: int, parameters: bytes, memory: Memory) -> None:
+        """Runs all programs of a launch, one after the other.
+
+        Raises:
+            FaultError: One does what a GPU would fail at, or compute wrongly by chance.
+        """
+        kernel, epoch = self.kernel, 1
+        data = np.frombuffer(parameters, np.uint8).copy()
+        memory.add("parameters", data.ctypes.data, len(data))
+        with np.errstate(all="ignore"):
+            for number in range(grid):
+                block = Block(number, grid, threads, shared, memory, epoch)
+                for x in kernel.parameters:
+                    block.add_parameter(x.name, data[x.offset : x.offset + x.size])
+                block.run(kernel, self.steps)
+                epoch = block.epoch + 1
+
+
+class EmulatedGPU:
+    """A GPU of an architecture, with so many processors; few make persistent programs loop."""
+
+    def __init__(self, architecture: str = "sm_90", processors: int = 2) -> None:
+        shared = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}[architecture]
+        self.device = Device(architecture, shared, processors)
+        self.launches: list[str] = []  # the names of the kernels that ran
+        self.tensors: list[tuple[int, int]] = []  # of the launch: addresses, bytes
+        self.fault: Exception | None = None
+        self.kernels: dict[int, Program] = {}  # by their handles
+
+    def at_launch(self, programs: int, threads: int, shared: int, handle: int, given: Any) -> int:
+        """Runs a launch; returns the driver's result."""
+        try:
+            program = self.kernels[handle]
+            kernel, memory = program.kernel, Memory()
+            data = bytearray(kernel.parameter_bytes)
+            for x, address in zip(kernel.parameters, given, strict=False):
+                data[x.offset : x.offset + x.size] = ctypes.string_at(address, x.size)
+            for address, size in self.tensors:
+                memory.add("a tensor", address, size)
+            program.run(programs, threads, shared, bytes(data), memory)
+            self.launches.append(kernel.name)
+        except Exception as error:  # ctypes would print it, and go on
+            self.fault = error
+            return LAUNCH_FAILED
+        return 0
+
+    def loaded(self, module: Any, handle: int, name: str, files: dict[str, str], key: str) -> None:
+        """Notes the PTX of a kernel that Triton loads."""
+        (path,) = (x for x in files.values() if x.endswith(".ptx"))
+        self.kernels[handle] = program_of(Path(path).read_text())
+
+    @contextlib.contextmanager
+    def installed(self, folder: Path) -> Iterator[None]:
+        """A context in which Triton's kernels run on this GPU, on tensors of the CPU.
+
+        Raises:
+            RuntimeError: There is no C compiler, or it fails.
+        """
+        launch, gpu = CudaLauncher.__call__, self
+
+        def launched(self: CudaLauncher, *arguments: Any) -> None:
+            gpu.tensors = list(storages(arguments))
+            gpu.fault = None
+            try:
+                launch(self, *arguments)
+            except RuntimeError:
+                if gpu.fault is None:
+                    raise
+            if gpu.fault is not None:
+                raise gpu.fault
+
+        with (
+            stub_driver.installed(folder, self.device, self.at_launch),
+            knobs.runtime.scope(),
+            mock.patch.object(CudaLauncher, "__call__", launched),
+        ):
+            knobs.runtime.kernel_load_end_hook.add(self.loaded)
+            try:
+                yield
+            finally:
+                knobs.runtime.kernel_load_end_hook.remove(self.loaded)
+
+
+@functools.lru_cache(maxsize=256)
+def program_of(text: str) -> Program:
+    """Returns the program of some PTX."""
+    return Program(ptx.read(text))
+
+
+def storages(arguments: Any) -> Iterator[tuple[int, int]]:
+    """Yields the memory of tensors among a launch's arguments, those of descriptors too."""
+    for x in arguments:
+        if isinstance(x, torch.Tensor):
+            yield x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
+        elif isinstance(x, tuple):
+            yield from storages(x)
+        elif isinstance(base := getattr(x, "base", None), torch.Tensor):
+            yield from storages((base,))
