@@ -155,6 +155,14 @@ def decode_arithmetic(x: Instruction) -> Step:
     if "hi" in x.modifiers:
         raise PTXError(f"{x.text} is not emulated")
     count = len(x.operands) - 1
+    if kind in HALVES:  # all but the last are of 16 bits
+        if x.modifiers[-2] != "f32":
+            raise PTXError(f"{x.text} is not emulated")
+        return computed(
+            lambda *numbers: function(*(from_half(y, kind) for y in numbers[:-1]), numbers[-1]),
+            ["u16"] * (count - 1) + ["f32"],
+            x,
+        )
     if kind == "f32x2":
         return computed(two_at_a_time(function), ["b64"] * count, x)
     return computed(function, [kind] * count, x, flush=flush)

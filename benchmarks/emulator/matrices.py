@@ -156,8 +156,9 @@ def matrix_in_shared(
     warps: Array,
     *,
     transposed: bool,
+    waited: bool = False,
 ) -> SharedMatrix:
-    """Reads a matrix ``(rows, depth)`` for these warps."""
+    """Reads a matrix ``(rows, depth)`` for these warps, or a unit that an mbarrier waits for."""
     element = 4 if kind == "tf32" else 2
     places = places_in_shared(descriptor, rows, depth, element, transposed=transposed)
     if places.min() < SHARED_START or places.max() + element > block.shared.end:
@@ -165,7 +166,7 @@ def matrix_in_shared(
 
     def read() -> Array:
         for warp in warps:
-            block.shared.note_read(places.ravel(), element, int(warp), block.now)
+            block.shared.note_read(places.ravel(), element, int(warp), block.now, waited=waited)
         bits = block.shared.views[element][(places - SHARED_START) // element]
         return unpacked(bits, kind) if element == 4 else from_half(bits, kind)
 

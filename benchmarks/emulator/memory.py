@@ -57,14 +57,19 @@ class Watch:
         Raises:
             FaultError: Another one has written there, and no barrier is between.
         """
+        self.refuse_unordered(units, warps, now)
         stamps = now.stamps(warps)
-        self._refuse(self.written[units], stamps, now, "reads what another warp writes", units)
         before = self.read[units]
         several = units[(before // WARPS == now.epoch) & (before != stamps)]
         self.read_elsewhere[units[(before != 0) & (before // WARPS < now.first)]] = True
         self.read[units] = stamps
         self.read_by_several[several] = now.epoch
         self.read_by_several[units[self.read[units] != stamps]] = now.epoch
+
+    def refuse_unordered(self, units: Ints, warps: Ints, now: Moment) -> None:
+        """Raises what :meth:`reads` raises, and notes nothing: what reads is waited for otherwise."""
+        stamps = now.stamps(warps)
+        self._refuse(self.written[units], stamps, now, "reads what another warp writes", units)
 
     def writes(self, units: Ints, warps: Ints, now: Moment) -> None:
         """Notes that these warps write these places.
@@ -148,9 +153,15 @@ class Region:
         ] = values
         self.watch.written[self.units(addresses, values.dtype.itemsize)] = 0
 
-    def note_read(self, addresses: Ints, width: int, warp: int, now: Moment) -> None:
-        """Notes that a warp reads so many bytes from each address."""
-        self._watch("reads", addresses, width, np.full(len(addresses), warp), now)
+    def note_read(
+        self, addresses: Ints, width: int, warp: int, now: Moment, *, waited: bool = False
+    ) -> None:
+        """Notes that a warp reads so many bytes from each address.
+
+        Where the reader is ``waited`` for by an mbarrier, it is only seen to that they are there.
+        """
+        what = "refuse_unordered" if waited else "reads"
+        self._watch(what, addresses, width, np.full(len(addresses), warp), now)
 
     def _places(self, addresses: Ints, size: int, count: int, does: str) -> Ints:
         width = size * count
@@ -176,8 +187,7 @@ class Region:
             return
         units = self.units(addresses, width)
         by_unit = np.broadcast_to(warps[:, None], units.shape)
-        note = self.watch.reads if what == "reads" else self.watch.writes
-        note(units.ravel(), by_unit.ravel(), now)
+        getattr(self.watch, what)(units.ravel(), by_unit.ravel(), now)
 
 
 class Memory:

@@ -115,7 +115,7 @@ def decode_mma(x: Instruction) -> Step:
         def in_shared(operand: Operand, size: int, transposed: int) -> SharedMatrix:
             return matrix_in_shared(
                 block, one(operand, "u64"), size, 32 // element, numbers, warps,
-                transposed=bool(transposed),
+                transposed=bool(transposed), waited=True,
             )  # fmt: skip
 
         right = in_shared(b, columns, flags >> 16 & 1)

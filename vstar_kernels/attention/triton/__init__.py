@@ -169,10 +169,17 @@ def _backward_plan(key: PlanKey) -> TileBackwardPlan | StreamBackwardPlan:
 
 
 def _with_delta_here(call: Call) -> Call:
-    """Returns the call with Δ's entries on its device, those of a row side by side."""
+    """Returns the call with Δ's entries on its device, those of a row side by side.
+
+    Beside queries in float32 they are float32, too. Triton takes the weights that they are in for
+    numbers of 16 bits otherwise, and multiplies these as TF32 on sm_100, whatever it was asked for
+    (triton-lang/triton#10176).
+    """
     if call.delta is None:
         return call
     delta = devices.on_device(call.delta, call.device)
+    if delta.dtype.itemsize < call.query.dtype.itemsize:
+        delta = delta.to(call.query.dtype)
     if delta.stride(-1) != 1 and delta.shape[-1] > 1:
         delta = delta.contiguous()
     return call if delta is call.delta else dataclasses.replace(call, delta=delta)
