@@ -67,7 +67,7 @@ class Watch:
         self.read_by_several[units[self.read[units] != stamps]] = now.epoch
 
     def refuse_unordered(self, units: Ints, warps: Ints, now: Moment) -> None:
-        """Raises what :meth:`reads` raises, and notes nothing: what reads is waited for otherwise."""
+        """Raises what :meth:`reads` raises, of a reader that is waited for otherwise."""
         stamps = now.stamps(warps)
         self._refuse(self.written[units], stamps, now, "reads what another warp writes", units)
 

@@ -259,7 +259,8 @@ def box_places(tensor: TensorMap, coordinates: list[int]) -> tuple[Array, Array,
 def decode_tensor_copy(x: Instruction) -> Step:
     """Decodes a copy of a box of a tensor to shared memory, of which an mbarrier is told."""
     to, given, told = x.operands
-    if "shared::cta" not in x.modifiers or x.modifiers[5] != "global":
+    # A program is a cluster by itself, which Triton 3.6 writes.
+    if x.modifiers[4] not in ("shared::cta", "shared::cluster") or x.modifiers[5] != "global":
         raise PTXError(f"{x.text} is not emulated")
 
     def copy(block: Block, mask: Mask) -> None:

@@ -1,0 +1,50 @@
+"""Some tests of the Triton kernels, as compiled for GPUs of NVIDIA's, on an emulated one.
+
+``make emulate`` runs all of them there. Triton keeps its driver for the life of a process, so they
+run in processes of their own.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import ROOT
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled"
+    ),
+    pytest.mark.skipif(
+        sys.platform != "linux" or not shutil.which("cc"), reason="there is no C compiler"
+    ),
+]
+# Of each family a few that take little time: tiles and streams, both directions, maps; on sm_90 and
+# sm_100 keys and values come by descriptors.
+TESTS = """
+tests/attention/test_triton.py::test_window
+tests/attention/test_triton.py::test_strength_zero_is_plain_attention
+tests/attention/test_triton.py::test_maps_and_gradients_are_the_same_every_time
+tests/attention/test_triton.py::test_streams[64-16-4-2-0-dense by head-map_max]
+tests/attention/columns/test_triton.py::test_gradients_of_one_result
+tests/attention/frames/test_triton.py::test_interleaved_frames_are_taken_in_order
+tests/attention/frames/test_triton.py::test_gradients[grid-same-9-tar_row_max]
+"""
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+def test_kernels_on_an_emulated_gpu(architecture):
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *TESTS.strip().splitlines()],
+        cwd=ROOT,
+        env={**os.environ, "EMULATED_GPU": architecture},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert ran.returncode == 0, ran.stdout
+    assert "15 passed" in ran.stdout, ran.stdout
