@@ -32,6 +32,7 @@ DECODERS = {
     **tensor_memory.DECODERS,
 }
 LAUNCH_FAILED = 719  # CUDA_ERROR_LAUNCH_FAILED
+SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}  # bytes of a program at most
 NOTHING = {"bra", "ret", "exit"}  # which the block does itself
 
 
@@ -77,11 +78,14 @@ class EmulatedGPU:
     """A GPU of an architecture, with so many processors; few make persistent programs loop."""
 
     def __init__(self, architecture: str = "sm_90", processors: int = 2) -> None:
-        shared = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}[architecture]
-        self.device = Device(architecture, shared, processors)
+        if architecture not in SHARED:
+            raise ValueError(
+                f"architecture must be one of {', '.join(SHARED)}, got {architecture!r}"
+            )
+        self.device = Device(architecture, SHARED[architecture], processors)
         self.launches: list[str] = []  # the names of the kernels that ran
         self.tensors: list[tuple[int, int]] = []  # of the launch: addresses, bytes
-        self.fault: Exception | None = None
+        self.fault: BaseException | None = None
         self.kernels: dict[int, Program] = {}  # by their handles
 
     def at_launch(self, programs: int, threads: int, shared: int, handle: int, given: Any) -> int:
@@ -96,7 +100,7 @@ class EmulatedGPU:
                 memory.add("a tensor", address, size)
             program.run(programs, threads, shared, bytes(data), memory)
             self.launches.append(kernel.name)
-        except Exception as error:  # ctypes would print it, and go on
+        except BaseException as error:  # Ctrl-C too: ctypes would print it, and go on
             self.fault = error
             return LAUNCH_FAILED
         return 0

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 from benchmarks.emulator import arithmetic, ptx
-from benchmarks.emulator.driver import Program
+from benchmarks.emulator.driver import EmulatedGPU, Program
 from benchmarks.emulator.matrices import order_of_a, order_of_b, order_of_c, places_in_shared
 from benchmarks.emulator.memory import FaultError, Memory
 from benchmarks.emulator.ptx import PTXError
@@ -313,3 +313,8 @@ def test_a_kernel_that_lacks_something_is_found_out(architecture, frames, lacks,
     arguments = f"import sys; sys.argv[1:] = [{lacks!r}, '{frames}', 'bfloat16']\n"
     ran = run_python(arguments + code)
     assert ran.stdout.startswith(found), (ran.stdout, ran.stderr)
+
+
+def test_an_architecture_that_is_not_emulated():
+    with pytest.raises(ValueError, match="one of sm_80, sm_90, sm_100, got 'gfx942'"):
+        EmulatedGPU("gfx942")
