@@ -36,6 +36,9 @@ void call_at_launch(launch_t given) { at_launch = given; }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, void **params, void **extra) {
   if (at_launch == NULL) return CUDA_SUCCESS;
+  if (config->gridDimY != 1 || config->gridDimZ != 1 || config->blockDimY != 1) {
+    return CUDA_ERROR_INVALID_VALUE;  // which our kernels have no use for
+  }
   return at_launch(config->gridDimX, config->blockDimX, config->sharedMemBytes, f, params);
 }
 CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
@@ -91,6 +94,7 @@ CUresult cuTensorMapEncodeTiled(
     CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
   static const unsigned bytes_of[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};
   static const unsigned row_of[] = {256 * 8, 32, 64, 128};
+  if (type >= sizeof bytes_of / sizeof *bytes_of) return CUDA_ERROR_INVALID_VALUE;
   struct tensor_map told = {(cuuint64_t)address, rank, bytes_of[type]};
   int fits = (cuuint64_t)address % 16 == 0 && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE &&
              interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && swizzle <= CU_TENSOR_MAP_SWIZZLE_128B;

@@ -53,10 +53,13 @@ def right(x: Array, n: Array) -> Array:
 
 
 def field_of(x: Array, start: Array, length: Array) -> Array:
-    """Returns bits of x, with their sign if x has one."""
-    bits = x.dtype.type(8 * x.dtype.itemsize)
-    length, start = length.astype(x.dtype), start.astype(x.dtype)
-    return (x << (bits - length - start)) >> (bits - length)
+    """Returns bits of x, with the sign of the highest of them if x has one."""
+    bits = 8 * x.dtype.itemsize
+    start, length = start & 0xFF, length & 0xFF
+    if np.any((length == 0) | (length + start > bits)):
+        raise PTXError("fields of no bits, or beyond the last, are not emulated")
+    above = (bits - length - start).astype(x.dtype)
+    return (x << above) >> (bits - length).astype(x.dtype)
 
 
 UNARY: dict[str, Callable[[Array], Array]] = {
@@ -138,6 +141,9 @@ def two_at_a_time(function: Callable[..., Array]) -> Callable[..., Array]:
     return both
 
 
+NOT_EMULATED = {"hi", "sat", "satfinite", "relu", "cc", "rz", "rm", "rp", "rna", "bf16x2", "f16x2"}
+
+
 def decode_arithmetic(x: Instruction) -> Step:
     """Decodes functions of numbers of one type."""
     kind, flush = x.type, "ftz" in x.modifiers
@@ -152,8 +158,6 @@ def decode_arithmetic(x: Instruction) -> Step:
     if "wide" in x.modifiers:
         wide = np.dtype(f"{'i' if kind[0] == 's' else 'u'}{int(kind[1:]) // 4}")
         return computed(lambda a, b: a.astype(wide) * b.astype(wide), [kind, kind], x)
-    if "hi" in x.modifiers:
-        raise PTXError(f"{x.text} is not emulated")
     count = len(x.operands) - 1
     if kind in HALVES:  # all but the last are of 16 bits
         if x.modifiers[-2] != "f32":
@@ -346,6 +350,19 @@ def decode_nothing(x: Instruction) -> Step:
     return lambda block, mask: None
 
 
+def strictly(decode: Callable[[Instruction], Step]) -> Callable[[Instruction], Step]:
+    """Returns a decoder that refuses modifiers by which the result would be another."""
+
+    def decode_strictly(x: Instruction) -> Step:
+        packs = x.name == "cvt" and x.modifiers[0] == "rn" and x.modifiers[-1] == "f32"
+        allowed = {"bf16x2", "f16x2"} if packs else set()
+        if set(x.modifiers) & (NOT_EMULATED - allowed):
+            raise PTXError(f"{x.text} is not emulated")
+        return decode(x)
+
+    return decode_strictly
+
+
 DECODERS = {
     **dict.fromkeys([*UNARY, *BINARY, "fma"], decode_arithmetic),
     "mad": decode_mad,
@@ -363,3 +380,4 @@ DECODERS = {
     "redux": decode_redux,
     "fence": decode_nothing,
 }
+DECODERS = {name: strictly(decode) for name, decode in DECODERS.items()}

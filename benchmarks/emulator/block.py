@@ -141,7 +141,7 @@ class Block:
                 value = value.view(dtype)
         if mask is not None:
             before = self.registers.get(operand.name)
-            value = np.where(mask, value, np.zeros(1, dtype) if before is None else before)
+            value = np.where(mask, value, ~np.zeros(1, dtype) if before is None else before)
         self.registers[operand.name] = value
 
     def run(self, kernel: Kernel, steps: Sequence[Step | None]) -> None:
@@ -189,10 +189,11 @@ class Block:
                 mask = _both(active, told)
                 if mask is not active and not mask.any():  # type: ignore[union-attr]
                     continue
-            if instruction.name == "bar" and others:
+            if instruction.name == "bar" and instruction.modifiers[0] != "warp":
                 if mask is not active:
                     raise FaultError(f"a part of the threads waits: {instruction.text}")
-                return [Way(at, active, waits=True)]
+                if others:
+                    return [Way(at, active, waits=True)]
             if instruction.name in ("bra", "ret", "exit"):
                 target = kernel.labels[instruction.target] if instruction.target else len(code)
                 if mask is not active:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,12 @@ def decode(instruction: Instruction) -> Step | None:
         return None
     if instruction.name not in DECODERS:
         raise PTXError(f"{instruction.text} is not emulated")
-    return DECODERS[instruction.name](instruction)
+    try:
+        return DECODERS[instruction.name](instruction)
+    except (KeyError, IndexError, ValueError) as error:
+        if isinstance(error, PTXError):
+            raise
+        raise PTXError(f"{instruction.text} is not emulated") from error
 
 
 class Program:
@@ -83,9 +89,9 @@ class EmulatedGPU:
                 f"architecture must be one of {', '.join(SHARED)}, got {architecture!r}"
             )
         self.device = Device(architecture, SHARED[architecture], processors)
-        self.launches: list[str] = []  # the names of the kernels that ran
         self.tensors: list[tuple[int, int]] = []  # of the launch: addresses, bytes
         self.fault: BaseException | None = None
+        self.lock = threading.RLock()  # one launch at a time
         self.kernels: dict[int, Program] = {}  # by their handles
 
     def at_launch(self, programs: int, threads: int, shared: int, handle: int, given: Any) -> int:
@@ -99,7 +105,6 @@ class EmulatedGPU:
             for address, size in self.tensors:
                 memory.add("a tensor", address, size)
             program.run(programs, threads, shared, bytes(data), memory)
-            self.launches.append(kernel.name)
         except BaseException as error:  # Ctrl-C too: ctypes would print it, and go on
             self.fault = error
             return LAUNCH_FAILED
@@ -114,21 +119,24 @@ class EmulatedGPU:
     def installed(self, folder: Path) -> Iterator[None]:
         """A context in which Triton's kernels run on this GPU, on tensors of the CPU.
 
+        A process may enter one, once.
+
         Raises:
             RuntimeError: There is no C compiler, or it fails.
         """
         launch, gpu = CudaLauncher.__call__, self
 
         def launched(self: CudaLauncher, *arguments: Any) -> None:
-            gpu.tensors = list(storages(arguments))
-            gpu.fault = None
-            try:
-                launch(self, *arguments)
-            except RuntimeError:
-                if gpu.fault is None:
-                    raise
-            if gpu.fault is not None:
-                raise gpu.fault
+            with gpu.lock:
+                gpu.tensors = list(storages(arguments))
+                gpu.fault = None
+                try:
+                    launch(self, *arguments)
+                except RuntimeError:
+                    if gpu.fault is None:
+                        raise
+                if gpu.fault is not None:
+                    raise gpu.fault
 
         with (
             stub_driver.installed(folder, self.device, self.at_launch),

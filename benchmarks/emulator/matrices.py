@@ -124,8 +124,8 @@ def places_in_shared(
     is transposed, the rows are what is contiguous in an atom, and the depth is what has eight.
     """
     start, leading, stride = (((descriptor >> shift) & 0x3FFF) << 4 for shift in (0, 16, 32))
-    if (descriptor >> 49) & 7:
-        raise PTXError("offsets of matrices' descriptors are not emulated")
+    if (descriptor >> 49) & 0x100F:  # an offset, absolute strides, other swizzles
+        raise PTXError(f"the descriptor {descriptor:#x} of a matrix is not emulated")
     swizzle = SWIZZLES[descriptor >> 62]
     width = swizzle or 16
     i, k = np.indices((rows, depth))

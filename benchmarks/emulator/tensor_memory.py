@@ -98,8 +98,10 @@ def decode_mma(x: Instruction) -> Step:
             return int(block.everywhere(block.read(operand, kind))[chosen[0]])  # type: ignore[arg-type]
 
         flags = one(told, "u32")
-        numbers = FORMATS[kind][(flags >> 7) & 7]
-        if (flags >> 4) & 3 != 1 or numbers is None or (flags >> 10) & 7 != (flags >> 7) & 7:
+        format_a, format_b = (flags >> 7) & 7, (flags >> 10) & 7
+        numbers = dict(enumerate(FORMATS[kind])).get(format_a)
+        changed = flags & 0x600F  # sparse, saturated, negated
+        if (flags >> 4) & 3 != 1 or numbers is None or format_b != format_a or changed:
             raise PTXError(f"{x.text}: the types {flags:#x} are not emulated")
         rows, columns = (flags >> 24 & 31) * 16, (flags >> 17 & 63) * 8
         element = 4 if kind == "tf32" else 2

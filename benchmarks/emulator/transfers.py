@@ -5,6 +5,7 @@ A copy arrives as late as it may, when a thread waits for it; until then its pla
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ def shared_address(block: Block, operand: Address, chosen: Array) -> int:
 
 def count_of(x: Instruction) -> int:
     """Returns how many numbers a load or a store moves for each thread."""
-    return next((int(y[1:]) for y in x.modifiers if y in ("v2", "v4")), 1)
+    return next((int(y[1:]) for y in x.modifiers if re.fullmatch(r"v\d", y)), 1)
 
 
 def registers_of(operand: Operand) -> tuple[Operand, ...]:

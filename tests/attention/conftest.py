@@ -14,6 +14,10 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     interpreter.leave_out_the_needless()
 
 if architecture := os.environ.get("EMULATED_GPU"):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise pytest.UsageError(
+            "kernels are emulated or interpreted: unset EMULATED_GPU or TRITON_INTERPRET"
+        )
     from benchmarks.emulator.driver import EmulatedGPU
 
     entered = contextlib.ExitStack()

@@ -4,7 +4,9 @@ That whole kernels are right on it is tested by tests/attention/test_emulated.py
 """
 
 import os
+import shutil
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -174,6 +176,7 @@ $far:
         ("ld.shared.b32 %r10, [%r3]; st.shared.b32 [%r2+128], %r0;",
          "writes what another warp reads without a barrier"),
         ("st.global.b32 [%rd1], %r0;", "store different numbers"),
+        ("setp.lt.s32 %p1, %r0, 32; @%p1 bar.sync 0;", "a part of the threads waits"),
         ("ld.global.b32 %r9, [%rd2+4];", "loads at 0x.*where no tensor is"),
         ("ld.global.v4.b32 {%r9,%r10,%r11,%r12}, [%rd2];", "no multiple"),
         ("ld.shared.b32 %r9, [%r3+1024];", "of shared memory at byte 1024, which has 1024"),
@@ -188,6 +191,24 @@ $far:
 def test_faults(body, message):
     with pytest.raises(FaultError, match=message):
         run(body)
+
+
+def test_a_barrier_of_a_warp_is_none_of_all():
+    body = """setp.lt.s32 %p1, %r0, 32;
+	@%p1 bra $first;
+	st.shared.b32 [%r2], 7;
+	bar.warp.sync -1;
+	ret;
+$first:
+	bar.warp.sync -1;
+	ld.shared.b32 %r10, [%r2];"""
+    with pytest.raises(FaultError, match="another warp"):
+        run(body)
+
+
+def test_what_nobody_has_written_is_nan():
+    body = f"setp.lt.s32 %p1, %r0, 32; @%p1 mov.b32 %r10, 7; {STORE}"
+    np.testing.assert_array_equal(run(body), np.where(np.arange(64) < 32, 7, 0xFFFFFFFF))
 
 
 def test_programs_of_a_launch_share_nothing():
@@ -214,10 +235,14 @@ def test_a_copy_arrives_when_it_is_waited_for(waits):
 @pytest.mark.parametrize(
     "instruction",
     ["atom.global.add.f32 %r9, [%rd2], %r9;", "bar.sync 1, 32;", "mul.hi.u32 %r9, %r9, %r9;",
-     "shfl.sync.up.b32 %r9, %r9, 1, 0, -1;", "mov.u32 %r9, %clock;"],
+     "add.sat.f32 %r9, %r9, %r9;", "mad.hi.u32 %r9, %r9, %r9, %r9;",
+     "cvt.rz.bf16x2.f32 %r9, %r9, %r9;", "fma.rn.bf16x2 %r9, %r9, %r9, %r9;",
+     "bfe.s32 %r9, %r9, 8, 0;", "bfe.u32 %r9, %r9, 24, 16;", "redux.sync.and.b32 %r9, %r9, -1;",
+     "mbarrier.test_wait.shared.b64 %p1, [%r2], 0;", "shfl.sync.up.b32 %r9, %r9, 1, 0, -1;",
+     "mov.u32 %r9, %clock;"],
 )  # fmt: skip
 def test_what_is_not_emulated_is_named(instruction):
-    with pytest.raises(PTXError, match="is not emulated"):
+    with pytest.raises(PTXError, match=r"(is|are) not emulated"):
         run(instruction)
 
 
@@ -307,6 +332,9 @@ with tempfile.TemporaryDirectory() as folder, gpu.installed(Path(folder)):
         ("sm_90", 150, "wgmma.wait_group", "fault: reads %"),
         ("sm_100", 150, "tcgen05.commit", "fault: waits forever"),
     ],
+)
+@pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("cc"), reason="there is no C compiler"
 )
 def test_a_kernel_that_lacks_something_is_found_out(architecture, frames, lacks, found):
     code = BROKEN.replace("{architecture}", architecture)
