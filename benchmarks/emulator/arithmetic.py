@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.emulator.block import LANES, Array, Block, Mask, Step
-from benchmarks.emulator.ptx import Instruction, PTXError, Vector
+from benchmarks.emulator.ptx import TYPES, Instruction, PTXError, Vector
 
 SMALLEST = np.finfo(np.float32).tiny
 
@@ -156,7 +156,7 @@ def decode_arithmetic(x: Instruction) -> Step:
         two = {"max": np.maximum, "min": np.minimum} if "NaN" in x.modifiers else BINARY
         function = functools.partial(in_turn, two[x.name])
     if "wide" in x.modifiers:
-        wide = np.dtype(f"{'i' if kind[0] == 's' else 'u'}{int(kind[1:]) // 4}")
+        wide = TYPES[widened(kind)]
         return computed(lambda a, b: a.astype(wide) * b.astype(wide), [kind, kind], x)
     count = len(x.operands) - 1
     if kind in HALVES:  # all but the last are of 16 bits
@@ -177,7 +177,7 @@ def decode_mad(x: Instruction) -> Step:
     kind = x.type
     if "wide" not in x.modifiers:
         return computed(lambda a, b, c: a * b + c, [kind] * 3, x)
-    wide = np.dtype(f"{'i' if kind[0] == 's' else 'u'}{int(kind[1:]) // 4}")
+    wide = TYPES[widened(kind)]
     return computed(
         lambda a, b, c: a.astype(wide) * b.astype(wide) + c, [kind, kind, widened(kind)], x
     )
@@ -185,8 +185,7 @@ def decode_mad(x: Instruction) -> Step:
 
 def decode_shift(x: Instruction) -> Step:
     """Decodes shl and shr."""
-    kind = x.type.replace("b", "u") if x.name == "shl" else x.type
-    return computed(left if x.name == "shl" else right, [kind, "u32"], x)
+    return computed(left if x.name == "shl" else right, [x.type, "u32"], x)
 
 
 def decode_bfe(x: Instruction) -> Step:
@@ -289,13 +288,12 @@ def decode_cvt(x: Instruction) -> Step:
         return computed(HALVES[to], ["f32"], x)
     if given in HALVES:
         return computed(lambda a: from_half(a, given), ["u16"], x)
-    target = np.dtype({"s": "i", "u": "u", "b": "u", "f": "f"}[to[0]] + str(int(to[1:]) // 8))
     if to == given == "f32":
         rounds = {"rmi": np.floor, "rpi": np.ceil, "rzi": np.trunc, "rni": np.rint}
         return computed(rounds[how[0]], [given], x, flush="ftz" in how)
     if given[0] == "f" and to[0] != "f":
         raise PTXError(f"{x.text} is not emulated")
-    return computed(lambda a: a.astype(target), [given], x)
+    return computed(lambda a: a.astype(TYPES[to]), [given], x)
 
 
 def decode_shfl(x: Instruction) -> Step:

@@ -179,9 +179,8 @@ def decode_cp(x: Instruction) -> Step:
             raise PTXError(f"{x.text}: parts of a copy are not emulated")
         loads = wanted != 0
         values = np.zeros((len(chosen), words), np.uint32)
-        asked = block.now
         unknown = np.full_like(values, np.uint32(0x01010101 * UNWRITTEN))
-        block.shared.store(target, unknown, warps, asked)
+        block.shared.store(target, unknown, warps, block.now)
 
         def arrive() -> None:
             values[loads] = block.memory.load(source[loads], 4, words, warps[loads], block.now)
@@ -306,19 +305,20 @@ def decode_mbarrier(x: Instruction) -> Step:
     """Decodes what is done with mbarriers."""
     what, place = x.modifiers[0], next(y for y in x.operands if isinstance(y, Address))
 
-    def begin(block: Block, mask: Mask) -> None:
+    def overwrite(block: Block, mask: Mask) -> int:
         chosen = block.chosen(mask)
         at = shared_address(block, place, chosen)
+        nothing = np.zeros((len(chosen), 1), np.uint64)
+        block.shared.store(np.full(len(chosen), at), nothing, block.warp[chosen], block.now)
+        return at
+
+    def begin(block: Block, mask: Mask) -> None:
         count = int(block.read(x.operands[1], "u32")[0])
-        block.shared.store(np.full(len(chosen), at), np.zeros((len(chosen), 1), np.uint64),
-                           block.warp[chosen], block.now)  # fmt: skip
+        at = overwrite(block, mask)
         block.barriers[at] = Barrier(count, count)
 
     def end(block: Block, mask: Mask) -> None:
-        chosen = block.chosen(mask)
-        at = shared_address(block, place, chosen)
-        block.shared.store(np.full(len(chosen), at), np.zeros((len(chosen), 1), np.uint64),
-                           block.warp[chosen], block.now)  # fmt: skip
+        at = overwrite(block, mask)
         if block.barriers.pop(at).copies:
             raise FaultError("an mbarrier ends before its copies have arrived")
 
