@@ -38,6 +38,7 @@ TESTS = (
     "tests/attention/columns/test_triton.py",
     "tests/attention/frames/test_triton.py",
     "tests/benchmarks/test_clock.py",
+    "tests/attention/test_shipped.py",
 )
 INTERPRETED = "test_window or test_streams or 1-gaussian"  # quick ones, where there is no GPU
 SANITIZERS = ("memcheck", "racecheck")

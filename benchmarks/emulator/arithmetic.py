@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.emulator.block import LANES, Array, Block, Mask, Step
+from benchmarks.emulator.memory import FaultError
 from benchmarks.emulator.ptx import TYPES, Instruction, PTXError, Vector
 
 SMALLEST = np.finfo(np.float32).tiny
@@ -36,6 +37,35 @@ def remainder(x: Array, y: Array) -> Array:
 def multiply_add(x: Array, y: Array, z: Array) -> Array:
     """Returns x · y + z, rounded once but for the last bit of few."""
     return (x.astype(np.float64) * y + z).astype(x.dtype)
+
+
+# By how much results may err on a GPU: of themselves, and at least of 1.
+APPROXIMATE = {
+    "ex2": (2.0**-22, 0.0),
+    "lg2": (2.0**-22, 2.0**-22),
+    "sqrt": (2.0**-23, 0.0),
+    "rcp": (2.0**-23, 0.0),
+    "div": (2.0**-22, 0.0),
+}
+
+
+def approximate(name: str, function: Callable[..., Array]) -> Callable[..., Array]:
+    """Returns a function of float32 whose results err by up to as much as the ISA lets a GPU's.
+
+    A result always errs by the same, and powers of two do not, among them what ex2 is of whole
+    numbers.
+    """
+    relative, absolute = APPROXIMATE[name]
+
+    def found(*numbers: Array) -> Array:
+        exact = function(*numbers)
+        bits = exact.view(np.uint32)
+        scattered = bits * np.uint32(2654435761) >> np.uint32(8)  # as by the golden ratio
+        share = np.where(bits & np.uint32(0x7FFFFF), scattered / 2.0**23 - 1, 0.0)
+        wrong = exact + share * np.maximum(relative * np.abs(exact), absolute)
+        return np.where(np.isfinite(exact), wrong, exact).astype(np.float32)
+
+    return found
 
 
 def left(x: Array, n: Array) -> Array:
@@ -155,6 +185,8 @@ def decode_arithmetic(x: Instruction) -> Step:
     else:  # of two numbers, on sm_100 of three too
         two = {"max": np.maximum, "min": np.minimum} if "NaN" in x.modifiers else BINARY
         function = functools.partial(in_turn, two[x.name])
+    if {"approx", "full"} & set(x.modifiers):
+        function = approximate(x.name, function)
     if "wide" in x.modifiers:
         wide = TYPES[widened(kind)]
         return computed(lambda a, b: a.astype(wide) * b.astype(wide), [kind, kind], x)
@@ -296,6 +328,16 @@ def decode_cvt(x: Instruction) -> Step:
     return computed(lambda a: a.astype(TYPES[to]), [given], x)
 
 
+def whole_warps(block: Block, mask: Mask) -> None:
+    """Sees to it that all lanes of a warp come to an instruction that waits for them.
+
+    Raises:
+        FaultError: Some are elsewhere.
+    """
+    if mask is not None and np.any(np.ptp(mask.reshape(-1, LANES).view(np.int8), 1)):
+        raise FaultError("a part of a warp does what all of it must")
+
+
 def decode_shfl(x: Instruction) -> Step:
     """Decodes numbers of other lanes."""
     to, given, lane, clamp, _ = x.operands
@@ -304,6 +346,7 @@ def decode_shfl(x: Instruction) -> Step:
         raise PTXError(f"{x.text} is not emulated")
 
     def step(block: Block, mask: Mask) -> None:
+        whole_warps(block, mask)
         own = block.thread % LANES
         asked = block.read(lane, "s32").astype(np.int64)
         if np.any(block.read(clamp, "u32") != LANES - 1):
@@ -320,6 +363,7 @@ def decode_elect(x: Instruction) -> Step:
     leader, told = x.operands[0].parts  # type: ignore[union-attr]
 
     def step(block: Block, mask: Mask) -> None:
+        whole_warps(block, mask)
         block.write(leader, np.zeros(1, np.uint32), mask)
         block.write(told, block.thread % LANES == 0, mask)
 
@@ -335,6 +379,7 @@ def decode_redux(x: Instruction) -> Step:
     reduce = REDUCTIONS[x.modifiers[1]].reduce
 
     def step(block: Block, mask: Mask) -> None:
+        whole_warps(block, mask)
         if np.any(block.read(members, "s32") != -1):
             raise PTXError(f"{x.text}: parts of a warp are not emulated")
         values = block.everywhere(block.read(given, x.type)).reshape(-1, LANES)

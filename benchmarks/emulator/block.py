@@ -100,7 +100,7 @@ class Block:
 
     def everywhere(self, value: Array) -> Array:
         """Returns a number for each thread."""
-        return np.broadcast_to(value, (self.threads,))
+        return value if value.shape == self.thread.shape else np.broadcast_to(value, self.threads)
 
     def read(self, operand: Operand, kind: str) -> Array:
         """Returns an operand as numbers of a type."""
@@ -168,6 +168,8 @@ class Block:
                 way.waits = False
             self.pass_barrier()
             ways = _joined(ways)
+        if any(x.copies for x in self.barriers.values()):  # another program's memory, by then
+            raise FaultError(f"program {self.registers['%ctaid.x'][0]} ends before its copies")
 
     def _follow(
         self,

@@ -24,7 +24,7 @@ pytestmark = [
     ),
 ]
 # Of each family a few that take little time: tiles and streams, both directions, maps; on sm_90 and
-# sm_100 keys and values come by descriptors.
+# sm_100 keys and values come by descriptors. The last ones have configurations that are shipped.
 TESTS = """
 tests/attention/test_triton.py::test_strength_zero_is_plain_attention
 tests/attention/test_triton.py::test_maps_and_gradients_are_the_same_every_time
@@ -32,6 +32,9 @@ tests/attention/test_triton.py::test_streams[64-16-4-2-0-dense by head-map_max]
 tests/attention/columns/test_triton.py::test_gradients_of_one_result
 tests/attention/frames/test_triton.py::test_interleaved_frames_are_taken_in_order
 tests/attention/frames/test_triton.py::test_gradients[grid-same-9-tar_row_max]
+tests/attention/test_shipped.py::test_tar[tile-forward-16-bit-64x48-gaussian-40]
+tests/attention/test_shipped.py::test_columns[columns-forward_80-16-bit-48-output_and_maps-40]
+tests/attention/test_shipped.py::test_frames[frames-forward-16-bit-48-row_max-48]
 """
 
 
@@ -46,4 +49,4 @@ def test_kernels_on_an_emulated_gpu(architecture):
         timeout=600,
     )
     assert ran.returncode == 0, ran.stdout
-    assert "9 passed" in ran.stdout, ran.stdout
+    assert "skipped" not in ran.stdout, ran.stdout

@@ -111,6 +111,24 @@ def test_float32(instruction, expected):
     np.testing.assert_allclose(found, expected(given), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("instruction", "exact", "largest"),
+    [
+        ("ex2.approx.ftz.f32 %r10, %r9;", np.exp2, 2**-22),
+        ("lg2.approx.f32 %r10, %r9;", np.log2, 2**-22),
+        ("rcp.approx.ftz.f32 %r10, %r9;", np.reciprocal, 2**-23),
+        ("mov.b32 %r11, 0f40400000; div.full.f32 %r10, %r9, %r11;", lambda x: x / 3, 2**-22),
+        ("mov.b32 %r11, 0f40400000; div.rn.f32 %r10, %r9, %r11;", lambda x: x / 3, 0),
+    ],
+)
+def test_approximations_err_as_much_as_they_may(instruction, exact, largest):
+    given = np.linspace(2, 5, 512, dtype=np.float32)
+    found = run(f"{LOAD} {instruction} {STORE}", given.view(np.uint32), threads=512)
+    truth = exact(given.astype(np.float64))
+    error = np.abs(found.view(np.float32) / truth - 1).max()
+    assert 0.8 * largest <= error <= largest + 2**-24
+
+
 def test_bfloat16_rounds_to_nearest_even_as_torch_does():
     import torch
 
@@ -234,6 +252,21 @@ def test_a_copy_arrives_when_it_is_waited_for(waits):
 
 @pytest.mark.parametrize(
     "instruction",
+    ["shfl.sync.idx.b32 %r10, %r9, 0, 31, -1;", "redux.sync.add.s32 %r10, %r9, -1;",
+     "elect.sync %r10|%p2, -1;"],
+)  # fmt: skip
+@pytest.mark.parametrize("threads", [32, 40])
+def test_a_warp_exchanges_numbers_whole(instruction, threads):
+    body = f"{LOAD} setp.lt.s32 %p1, %r0, {threads}; @%p1 {instruction} {STORE}"
+    if threads == 32:
+        run(body)
+        return
+    with pytest.raises(FaultError, match="a part of a warp does what all of it must"):
+        run(body)
+
+
+@pytest.mark.parametrize(
+    "instruction",
     ["atom.global.add.f32 %r9, [%rd2], %r9;", "bar.sync 1, 32;", "mul.hi.u32 %r9, %r9, %r9;",
      "add.sat.f32 %r9, %r9, %r9;", "mad.hi.u32 %r9, %r9, %r9, %r9;",
      "cvt.rz.bf16x2.f32 %r9, %r9, %r9;", "fma.rn.bf16x2 %r9, %r9, %r9, %r9;",
@@ -329,6 +362,7 @@ with tempfile.TemporaryDirectory() as folder, gpu.installed(Path(folder)):
         ("sm_80", 64, "cp.async.wait_group", "wrong"),
         ("sm_90", 150, "bar.sync", "fault: "),
         ("sm_90", 150, "mbarrier.try_wait", "fault: an mbarrier ends before its copies"),
+        ("sm_90", 150, "mbarrier.(?:try_wait|inval)", "fault: program 0 ends before its copies"),
         ("sm_90", 150, "wgmma.wait_group", "fault: reads %"),
         ("sm_100", 150, "tcgen05.commit", "fault: waits forever"),
     ],

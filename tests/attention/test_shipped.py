@@ -1,0 +1,305 @@
+"""Every shipped configuration against the float64 oracle: on a GPU, or on an emulated one.
+
+The other tests cut small problems into small blocks, whatever is shipped. Here each line of the
+files of configurations that is the GPU's computes the calls that ``benchmarks.codegen`` compiles it
+for, through the public functions. Every program has several tiles, the last of them not full.
+
+    EMULATED_GPU=sm_90 python -m pytest tests/attention/test_shipped.py -k "16-bit and 64"
+"""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+import vstar_kernels as vk
+from vstar_kernels.attention import triton as backend
+from vstar_kernels.testing import eager, eager_columns, eager_frames, inputs
+
+if backend.unavailable():
+    pytest.skip("; ".join(backend.unavailable()), allow_module_level=True)
+
+from benchmarks.codegen import cases, column_cases, frame_cases
+from vstar_kernels.attention.triton import columns, configs, devices, frames, plan, primitives
+
+if primitives.INTERPRETED.value:
+    pytest.skip("the interpreter has no configurations of its own", allow_module_level=True)
+
+DEVICE = torch.device("cpu" if backend.interpreted() else "cuda:0")  # emulated, or a GPU's
+HERE = devices.device_of(DEVICE)
+LONG = 200  # frames of streams: some blocks of keys are beyond Δ's window
+# The type in which PyTorch has about as many digits as products of a kind.
+DIGITS = {"tf32": torch.float16, "ieee": torch.float32}
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
+
+
+@pytest.fixture(autouse=True)
+def one_processor(monkeypatch):
+    """So that few sequences, rows or heads give each program several tiles."""
+    monkeypatch.setattr(devices, "device_of", lambda device: HERE._replace(processors=1))
+    plans = [x for module in (backend, columns, frames) for x in vars(module).values()]
+    yield
+    for remembered in plans:
+        if hasattr(remembered, "cache_clear") and "plan" in remembered.__name__:
+            remembered.cache_clear()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The configurations that calls have asked for."""
+    found = []
+
+    def recorded(look_up, *key):
+        found.append(look_up(*key))
+        return found[-1]
+
+    for name in ("tile", "stream", "tile_backward", "stream_backward", "frames", "columns"):
+        look_up = functools.partial(recorded, getattr(configs, name))
+        monkeypatch.setattr(configs, name, look_up)
+    return found
+
+
+def of_this_gpu(entries):
+    """Those lines that are the GPU's, the commonest kind of products first."""
+    found = [x for x in entries if x.architecture == HERE.architecture]
+    return sorted(found, key=lambda x: configs.KINDS.index(x.kind))
+
+
+def identify(x):
+    """Names a line, a variant of a call, or a head size."""
+    if isinstance(x, int):
+        return str(x)
+    if not isinstance(x, cases.Key):
+        return x.name.replace(" ", "_").replace("'", "")
+    family = getattr(x, "table", "gradients" if x.backward else "forward")
+    of_frames = "" if x.frames is None else f"{x.frames}x"
+    return f"{x.family}-{family}-{x.kind}-{of_frames}{x.width}"
+
+
+def with_head_sizes(entry, variants):
+    """The calls of a line: the first has a model's head size, the last fills the width in part."""
+    sizes = [entry.width] * len(variants)
+    if variants:
+        sizes[0] = column_cases.PARTIAL.get(entry.width, entry.width)
+    if len(variants) > 1:
+        sizes[-1] = cases.PARTIAL.get(entry.width, entry.width)
+    return [(entry, *x) for x in zip(variants, sizes, strict=True)]
+
+
+def choose(entry, variant, monkeypatch):
+    """Has products computed as the line says; returns the type of queries, keys and values."""
+    monkeypatch.setattr(plan, "ieee_products", lambda dtype: entry.kind == "ieee")
+    return variant.dtype(entry.kind)
+
+
+def results(attention, tensors, weights):
+    """What an attention makes of tensors, and where there are weights of its sum the gradients."""
+    leaves = {name: x.detach().requires_grad_(bool(weights)) for name, x in tensors.items()}
+    made = attention(**leaves)
+    made = made if isinstance(made, tuple) else (made,)
+    found = {f"result {i}": x.detach() for i, x in enumerate(made)}
+    if weights:
+        pairs = zip(made, weights, strict=True)
+        loss = sum((x.double() * w.to(x.device)).sum() for x, w in pairs)
+        found |= dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    return found
+
+
+def check(kind, kernels, formula, tensors, weights=()):
+    """Asserts that the kernels err about as much as PyTorch does with as many digits.
+
+    In length, and in the worst element: what a wrong layout, a lost block or too few digits do is
+    larger by far.
+    """
+    found = results(kernels, {name: x.to(DEVICE) for name, x in tensors.items()}, weights)
+    exact = results(formula, {name: x.double() for name, x in tensors.items()}, weights)
+    dtype = DIGITS.get(kind) or next(iter(tensors.values())).dtype
+    plain = results(formula, {name: x.to(dtype) for name, x in tensors.items()}, weights)
+    eps = torch.finfo(dtype).eps
+    assert found.keys() == exact.keys()
+    for name, truth in exact.items():
+        assert found[name].shape == truth.shape
+        error, plain_error = (x[name].cpu().double() - truth for x in (found, plain))
+        allowed = 2 * plain_error.norm() + 4 * eps * truth.norm()
+        assert error.norm() <= allowed, f"{name}: {error.norm():.3g}, allowed {allowed:.3g}"
+        allowed = 4 * plain_error.abs().max() + 8 * eps * truth.abs().max()
+        worst = error.abs().max()
+        assert worst <= allowed, f"{name}: {worst:.3g} at most, allowed {allowed:.3g}"
+
+
+# ---- tar_attention ----
+
+
+def variants(entry):
+    """What a line computes for itself."""
+    always = cases.ALWAYS[entry.family, entry.backward]
+    rare = cases.rare(entry).values() if entry.family == "tile" else ()
+    return [x for x in (*always, *rare) if cases.launches(entry, x, entry.width)]
+
+
+TAR = [x for entry in of_this_gpu(cases.entries()) for x in with_head_sizes(entry, variants(entry))]
+
+
+def tar_bias(variant, frames, heads):
+    """The bias that a variant names, but for a statistic that is given."""
+    options = {"clamp_negative": variant.clamp}
+    if variant.stat != "tensor":
+        options["stat"] = variant.stat
+    if variant.form == "gaussian":
+        return vk.GaussianBias(1.0, **options)
+    assert variant.form == "dense"
+    by_head = (heads,) * variant.per_head
+    return vk.DenseBias(torch.rand(*by_head, frames, frames), **options)
+
+
+@pytest.mark.parametrize(("entry", "variant", "head_dim"), TAR, ids=identify)
+def test_tar(entry, variant, head_dim, asked, monkeypatch):
+    dtype = choose(entry, variant, monkeypatch)
+    if variant.wide:
+        monkeypatch.setattr(plan, "_largest_offset", lambda key: 2**31)
+    if entry.backward and entry.family == "stream" and variant.map:  # as in a compiled graph
+        backward = backend.backward
+        monkeypatch.setattr(backend, "backward", lambda *args: backward(*args[:2], (), *args[3:]))
+    frames, heads = (entry.frames or LONG) - (not variant.even), 2
+    tiles = 2 * entry.config.programs * entry.config.sequences if entry.family == "tile" else 1
+    batch = tiles // heads + 1
+    torch.manual_seed(0)
+    qkv = inputs(batch, frames, heads, head_dim, dtype=dtype)
+    tensors = dict(zip(("query", "key", "value"), qkv, strict=True))
+    bias = tar_bias(variant, frames, heads)
+    if variant.stat == "tensor":
+        tensors["stat"] = torch.randn(batch, frames, heads)
+    if variant.grad_delta:
+        tensors["delta"] = bias.entries
+    options = {"return_map": variant.map}
+    if variant.negative:
+        options["scale"] = -(head_dim**-0.5)
+    weights = [torch.randn(qkv[0].shape)] if entry.backward else []
+    if weights and variant.map:
+        weights.append(frames * torch.randn(batch, frames, frames))
+
+    def attend(function, query, key, value, stat=None, delta=None):
+        changed = {} if delta is None else {"delta": delta}
+        changed |= {} if stat is None else {"stat": stat.float()}
+        return function(query, key, value, dataclasses.replace(bias, **changed), **options)
+
+    kernels = functools.partial(vk.tar_attention, backend="triton")
+    check(
+        entry.kind,
+        functools.partial(attend, kernels),
+        functools.partial(attend, eager),
+        tensors,
+        weights,
+    )
+    assert entry.config in asked
+
+
+# ---- column_attention ----
+
+COLUMNS = [
+    x
+    for entry in of_this_gpu(column_cases.entries())
+    for x in with_head_sizes(entry, entry.variants)
+]
+
+
+@pytest.mark.parametrize(("entry", "variant", "head_dim"), COLUMNS, ids=identify)
+def test_columns(entry, variant, head_dim, asked, monkeypatch):
+    dtype = choose(entry, variant, monkeypatch)
+    keys = column_cases.KEYS.get(entry.table.rsplit("_", 1)[-1], 77)
+    heads, rows = 3, 133
+    torch.manual_seed(0)
+    tensors = {"query": torch.randn(2, rows, heads, head_dim).to(dtype)}
+    text = [torch.randn(2, keys, heads, head_dim).to(dtype) for _ in range(2)]
+    weighed = torch.rand(keys, 4)
+    scale = -(head_dim**-0.5) if variant.negative else None
+    trained = variant.wants_keys
+    if trained:
+        tensors |= {"key": text[0], "value": text[1]}
+    weights = []
+    if entry.backward:
+        weights = [heads * torch.randn(2, rows, 4)]
+        if variant.value:
+            weights.insert(0, torch.randn(2, rows, heads, head_dim))
+
+    def attend(function, query, key=None, value=None):
+        key, value = (text[0], text[1]) if key is None else (key, value)
+        key, value = (x.to(query) for x in (key, value))
+        columns = weighed.to(query.device)
+        if not variant.value:
+            return function(query, key, None, columns, scale=scale)
+        return function(query, key, value, columns, scale=scale)
+
+    kernels = functools.partial(vk.column_attention, backend="triton")
+    formula = functools.partial(attend, eager_columns)
+    check(entry.kind, functools.partial(attend, kernels), formula, tensors, weights)
+    assert entry.config in asked
+
+
+# ---- frame_attention ----
+
+FRAMES, TOKENS, TEXT = 5, 100, 40  # of one frame, and of text
+OF_FRAMES = [
+    x
+    for entry in of_this_gpu(frame_cases.entries())
+    if not entry.table.startswith("grad_key")  # one call computes both gradients
+    for x in with_head_sizes(entry, frame_cases.VARIANTS[entry.table])
+]
+
+
+def frames_rule(variant, heads):
+    """The rule whose tables a variant names, but for a statistic that is given."""
+    rule, options = vk.FrameRule(), {"clamp_negative": variant.clamp, "stat": variant.stat}
+    if variant.stat == "tensor":
+        options["stat"] = "row_max"
+    if "delta" in variant.tables and variant.per_head:
+        rule += vk.FrameRule.bias(torch.rand(heads, FRAMES, FRAMES), **options)
+    elif "delta" in variant.tables:
+        rule += vk.FrameRule.tar(1.0, **options)
+    if "offset" in variant.tables:
+        rule += vk.FrameRule.window(3)
+    if "factor" in variant.tables:
+        rule += vk.FrameRule.attenuate(0.6, 2, metric="token")
+    if "band" in variant.tables:
+        rule += vk.FrameRule.band(70)
+    return rule
+
+
+@pytest.mark.parametrize(("entry", "variant", "head_dim"), OF_FRAMES, ids=identify)
+def test_frames(entry, variant, head_dim, asked, monkeypatch):
+    dtype = choose(entry, variant, monkeypatch)
+    if variant.wide:
+        monkeypatch.setattr(plan, "INT32_MAX", -1)
+    revisits = entry.table.startswith("revisit")
+    monkeypatch.setattr(configs, "revisit_below", lambda *key: float("inf") if revisits else 0.0)
+    runs = 5 if variant.interleaved else 1
+    layout = vk.Layout(vk.Text(TEXT), *[vk.Frames(FRAMES, TOKENS // runs)] * runs)
+    batch, heads, key_heads = 1 + variant.lengths, 2, 1
+    torch.manual_seed(0)
+    tensors = {"query": torch.randn(batch, layout.tokens, heads, head_dim).to(dtype)}
+    shape = (batch, layout.tokens, key_heads, head_dim)
+    tensors |= {name: torch.randn(shape).to(dtype) for name in ("key", "value")}
+    rule = frames_rule(variant, heads)
+    if variant.stat == "tensor":
+        tensors["stat"] = torch.randn(batch, layout.tokens, heads)
+    lengths = torch.tensor([layout.tokens, 333], dtype=torch.int32) if variant.lengths else None
+    options = {"scale": -(head_dim**-0.5) if variant.negative else None}
+    options |= {"return_map": variant.map != "none", "map_heads": variant.map == "heads"}
+    weights = []
+    if entry.backward or variant.save:
+        weights.append(torch.randn(tensors["query"].shape))
+        if variant.map != "none":
+            by_head = (heads,) * (variant.map == "heads")
+            weights.append(FRAMES * torch.randn(batch, *by_head, FRAMES, FRAMES + 1))
+
+    def attend(function, query, key, value, stat=None):
+        changed = rule if stat is None else dataclasses.replace(rule, stat=stat.float())
+        here = lengths if lengths is None else lengths.to(query.device)
+        return function(query, key, value, layout, changed, key_lengths=here, **options)
+
+    kernels = functools.partial(vk.frame_attention, backend="triton")
+    formula = functools.partial(attend, eager_frames)
+    check(entry.kind, functools.partial(attend, kernels), formula, tensors, weights)
+    assert entry.config in asked
