@@ -21,7 +21,7 @@ NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard bindings/*.h bindings/*.cpp
 
 .PHONY: help demo test test-oldest test-newest test-sharded test-install test-ray native native-neon sanitize fuzz setup \
 	packages kernels lint audit docs format bench bench-pytest gpu-wheels codegen codegen-oldest tune wheel sdist clean \
-	emulate transformations \
+	emulate emulate-shipped transformations \
 	diffusers-tests
 
 help:
@@ -46,7 +46,7 @@ help:
 	@echo "make codegen    compile every GPU configuration and check the code; needs no GPU;"
 	@echo "                codegen-oldest: some of them, with the oldest Triton"
 	@echo "make emulate    every test of the Triton kernels, as compiled, on an emulated GPU (ARCHITECTURES=;"
-	@echo "                minutes for each); needs no GPU"
+	@echo "                minutes for each); needs no GPU. emulate-shipped: every shipped configuration"
 	@echo "make tune       choose those configurations: on a GPU by time, without by the code"
 	@echo "make wheel      dist/*.whl, one for every Python and torch, and checks it; make sdist the sources"
 	@echo "                and a wheel without the CPU kernels"
@@ -126,11 +126,13 @@ codegen: $(STAMP)
 	$(PYTHON) -c "import triton" 2>/dev/null || $(PIP) -c $(CONSTRAINTS) triton
 	$(PYTHON) -m benchmarks.codegen --jobs 2 --json benchmark-output/codegen.json $(ARGS)
 
-# Every test of the kernels by the code that Triton compiles, which an emulated GPU runs and watches for races.
+# Every test of the kernels by the code that Triton compiles, which an emulated GPU runs and watches for races;
+# or every shipped configuration, which takes longer.
 ARCHITECTURES ?= sm_80 sm_90 sm_100
 KERNEL_TESTS = tests/attention/test_triton.py tests/attention/columns/test_triton.py \
 	tests/attention/frames/test_triton.py
-emulate: $(STAMP)
+emulate-shipped: KERNEL_TESTS = tests/attention/test_shipped.py
+emulate emulate-shipped: $(STAMP)
 	$(PYTHON) -c "import triton" 2>/dev/null || $(PIP) -c $(CONSTRAINTS) triton
 	for gpu in $(ARCHITECTURES); do EMULATED_GPU=$$gpu $(PYTEST) $(KERNEL_TESTS) $(ARGS) || exit; done
 

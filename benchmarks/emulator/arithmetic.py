@@ -58,8 +58,8 @@ def approximate(name: str, function: Callable[..., Array]) -> Callable[..., Arra
     relative, absolute = APPROXIMATE[name]
 
     def found(*numbers: Array) -> Array:
-        exact = function(*numbers)
-        bits = exact.view(np.uint32)
+        exact = function(*[x.astype(np.float64) for x in numbers])
+        bits = exact.astype(np.float32).view(np.uint32)
         scattered = bits * np.uint32(2654435761) >> np.uint32(8)  # as by the golden ratio
         share = np.where(bits & np.uint32(0x7FFFFF), scattered / 2.0**23 - 1, 0.0)
         wrong = exact + share * np.maximum(relative * np.abs(exact), absolute)
