@@ -131,7 +131,7 @@ codegen: $(STAMP)
 ARCHITECTURES ?= sm_80 sm_90 sm_100
 KERNEL_TESTS = tests/attention/test_triton.py tests/attention/columns/test_triton.py \
 	tests/attention/frames/test_triton.py
-emulate-shipped: KERNEL_TESTS = tests/attention/test_shipped.py
+emulate-shipped: KERNEL_TESTS = -m shipped tests/attention/test_shipped.py
 emulate emulate-shipped: $(STAMP)
 	$(PYTHON) -c "import triton" 2>/dev/null || $(PIP) -c $(CONSTRAINTS) triton
 	for gpu in $(ARCHITECTURES); do EMULATED_GPU=$$gpu $(PYTEST) $(KERNEL_TESTS) $(ARGS) || exit; done

@@ -41,7 +41,7 @@ tests/attention/test_shipped.py::test_frames[frames-forward-16-bit-48-row_max-48
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_kernels_on_an_emulated_gpu(architecture):
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *TESTS.strip().splitlines()],
+        [sys.executable, "-m", "pytest", "-q", "-m", "", *TESTS.split()],
         cwd=ROOT,
         env={**os.environ, "EMULATED_GPU": architecture},
         capture_output=True,
@@ -49,4 +49,4 @@ def test_kernels_on_an_emulated_gpu(architecture):
         timeout=600,
     )
     assert ran.returncode == 0, ran.stdout
-    assert "skipped" not in ran.stdout, ran.stdout
+    assert "12 passed" in ran.stdout, ran.stdout
