@@ -72,7 +72,8 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
   return CUDA_SUCCESS;
 }
 CUresult cuGetErrorString(CUresult error, const char **text) {
-  *text = "an error of the stub";
+  *text = error == CUDA_ERROR_INVALID_VALUE ? "invalid value; the stub takes grids of one dimension"
+                                            : "an error of the stub";
   return CUDA_SUCCESS;
 }
 CUresult cuDriverGetVersion(int *version) {

@@ -34,7 +34,8 @@ DRAWS = 8  # of the changed inputs on which PyTorch's usual error is measured
 def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
     """Returns a random query, key and value, already rounded to ``dtype``."""
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(3, *shape, generator=generator).to(dtype).unbind())
+    drawn = torch.randn(3, *shape, generator=generator).to(dtype)
+    return tuple(x.clone() for x in drawn)  # none lies behind another, where a kernel could read on
 
 
 # ---- the formula ----

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks.emulator.block import LANES, Array, Block, Mask, Step
-from benchmarks.emulator.memory import FaultError
 from benchmarks.emulator.ptx import TYPES, Instruction, PTXError, Vector
 
 SMALLEST = np.finfo(np.float32).tiny
@@ -39,31 +38,41 @@ def multiply_add(x: Array, y: Array, z: Array) -> Array:
     return (x.astype(np.float64) * y + z).astype(x.dtype)
 
 
-# By how much results may err on a GPU: of themselves, and at least of 1.
-APPROXIMATE = {
-    "ex2": (2.0**-22, 0.0),
-    "lg2": (2.0**-22, 2.0**-22),
-    "sqrt": (2.0**-23, 0.0),
-    "rcp": (2.0**-23, 0.0),
-    "div": (2.0**-22, 0.0),
+def ulps(count: int) -> Callable[[Array], Array]:
+    """Returns what so many units in the last place are for results in float64."""
+    return lambda exact: count * np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
+
+
+# By how much a result may err: PTX ISA, "Floating Point Instructions", what it says of .approx and
+# .full.
+LARGEST_ERRORS: dict[str, Callable[[Array], Array]] = {
+    "ex2": lambda exact: 2.0**-22 * np.abs(exact),
+    "lg2": lambda exact: 2.0**-22 * np.maximum(np.abs(exact), 1.0),
+    "sqrt": lambda exact: 2.0**-23 * np.abs(exact),
+    "rcp": ulps(1),
+    "div": ulps(2),
 }
 
 
 def approximate(name: str, function: Callable[..., Array]) -> Callable[..., Array]:
     """Returns a function of float32 whose results err by up to as much as the ISA lets a GPU's.
 
-    A result always errs by the same, and powers of two do not, among them what ex2 is of whole
-    numbers.
+    The same result always errs by the same, and its neighbours by something else. Powers of two do
+    not err, among them what ex2 is of whole numbers: of a row's largest logit it is 1.
     """
-    relative, absolute = APPROXIMATE[name]
+    largest = LARGEST_ERRORS[name]
 
     def found(*numbers: Array) -> Array:
         exact = function(*[x.astype(np.float64) for x in numbers])
-        bits = exact.astype(np.float32).view(np.uint32)
-        scattered = bits * np.uint32(2654435761) >> np.uint32(8)  # as by the golden ratio
+        nearest = exact.astype(np.float32)
+        bits = nearest.view(np.uint32)
+        scattered = bits * np.uint32(2654435761) >> np.uint32(8)  # Knuth's multiplicative hashing
         share = np.where(bits & np.uint32(0x7FFFFF), scattered / 2.0**23 - 1, 0.0)
-        wrong = exact + share * np.maximum(relative * np.abs(exact), absolute)
-        return np.where(np.isfinite(exact), wrong, exact).astype(np.float32)
+        allowed = largest(exact)
+        wrong = (exact + share * allowed).astype(np.float32)
+        beyond = np.abs(wrong - exact) > allowed  # by rounding
+        wrong = np.where(beyond, np.nextafter(wrong, nearest), wrong)
+        return np.where(np.isfinite(exact), wrong, nearest)
 
     return found
 
@@ -150,6 +159,8 @@ def computed(
 ) -> Step:
     """Returns the step of a function whose arguments have these types."""
     to, *given = result.operands
+    if unknown := [kind for kind in kinds if kind not in TYPES]:
+        raise PTXError(f"{result.text}: numbers of type {unknown[0]} are not emulated")
 
     def step(block: Block, mask: Mask) -> None:
         arguments = [block.read(x, kind) for x, kind in zip(given, kinds, strict=True)]
@@ -186,6 +197,8 @@ def decode_arithmetic(x: Instruction) -> Step:
         two = {"max": np.maximum, "min": np.minimum} if "NaN" in x.modifiers else BINARY
         function = functools.partial(in_turn, two[x.name])
     if {"approx", "full"} & set(x.modifiers):
+        if kind != "f32":
+            raise PTXError(f"{x.text} is not emulated")
         function = approximate(x.name, function)
     if "wide" in x.modifiers:
         wide = TYPES[widened(kind)]
@@ -308,6 +321,8 @@ HALVES = {"bf16": bfloat16, "f16": float16}
 def decode_cvt(x: Instruction) -> Step:
     """Decodes conversions."""
     *how, to, given = x.modifiers
+    if "f64" in (to, given) or ({to, given} & {*HALVES} and "f32" not in (to, given)):
+        raise PTXError(f"{x.text} is not emulated")
     if to in ("bf16x2", "f16x2"):
         half = HALVES[to[:-2]]
 
@@ -328,28 +343,19 @@ def decode_cvt(x: Instruction) -> Step:
     return computed(lambda a: a.astype(TYPES[to]), [given], x)
 
 
-def whole_warps(block: Block, mask: Mask) -> None:
-    """Sees to it that all lanes of a warp come to an instruction that waits for them.
-
-    Raises:
-        FaultError: Some are elsewhere.
-    """
-    if mask is not None and np.any(np.ptp(mask.reshape(-1, LANES).view(np.int8), 1)):
-        raise FaultError("a part of a warp does what all of it must")
-
-
 def decode_shfl(x: Instruction) -> Step:
     """Decodes numbers of other lanes."""
-    to, given, lane, clamp, _ = x.operands
+    to, given, lane, clamp, members = x.operands
     mode = x.modifiers[1]
     if mode not in ("bfly", "idx") or isinstance(to, Vector):
         raise PTXError(f"{x.text} is not emulated")
 
     def step(block: Block, mask: Mask) -> None:
-        whole_warps(block, mask)
+        block.refuse_parts_of_warps(mask)
         own = block.thread % LANES
         asked = block.read(lane, "s32").astype(np.int64)
-        if np.any(block.read(clamp, "u32") != LANES - 1):
+        every = np.all(block.read(members, "s32") == -1)
+        if not every or np.any(block.read(clamp, "u32") != LANES - 1):
             raise PTXError(f"{x.text}: parts of a warp are not emulated")
         other = own ^ asked if mode == "bfly" else block.everywhere(asked) % LANES
         values = block.everywhere(block.read(given, "b32"))
@@ -361,9 +367,12 @@ def decode_shfl(x: Instruction) -> Step:
 def decode_elect(x: Instruction) -> Step:
     """Decodes the choice of one lane of each warp, the first."""
     leader, told = x.operands[0].parts  # type: ignore[union-attr]
+    members = x.operands[1]
 
     def step(block: Block, mask: Mask) -> None:
-        whole_warps(block, mask)
+        block.refuse_parts_of_warps(mask)
+        if np.any(block.read(members, "s32") != -1):
+            raise PTXError(f"{x.text}: parts of a warp are not emulated")
         block.write(leader, np.zeros(1, np.uint32), mask)
         block.write(told, block.thread % LANES == 0, mask)
 
@@ -379,7 +388,7 @@ def decode_redux(x: Instruction) -> Step:
     reduce = REDUCTIONS[x.modifiers[1]].reduce
 
     def step(block: Block, mask: Mask) -> None:
-        whole_warps(block, mask)
+        block.refuse_parts_of_warps(mask)
         if np.any(block.read(members, "s32") != -1):
             raise PTXError(f"{x.text}: parts of a warp are not emulated")
         values = block.everywhere(block.read(given, x.type)).reshape(-1, LANES)

@@ -90,6 +90,15 @@ class Block:
         """Which barrier was the last."""
         return Moment(self.epoch, self.first)
 
+    def refuse_parts_of_warps(self, mask: Mask) -> None:
+        """Sees to it that all lanes of a warp come to an instruction that waits for them.
+
+        Raises:
+            FaultError: Some are elsewhere.
+        """
+        if mask is not None and np.any(np.ptp(mask.reshape(-1, LANES).view(np.int8), 1)):
+            raise FaultError("a part of a warp does what all of it must")
+
     def pass_barrier(self) -> None:
         """All threads have met."""
         self.epoch += 1
@@ -133,9 +142,13 @@ class Block:
         dtype = operand.dtype
         if dtype is None:
             raise PTXError(f"{operand.name} is written, and is no register")
+        if operand.name in self.pending:
+            raise FaultError(f"writes {operand.name} without {self.pending[operand.name]}")
         if value.dtype != dtype:
             if value.dtype.itemsize == dtype.itemsize:
                 value = value.view(dtype)
+            elif value.dtype.kind == "f":
+                raise PTXError(f"{value.dtype} is written to {operand.name}, {dtype}")
             else:
                 value = value.astype(dtype if value.dtype.kind != "i" else f"i{dtype.itemsize}")
                 value = value.view(dtype)
@@ -168,7 +181,8 @@ class Block:
                 way.waits = False
             self.pass_barrier()
             ways = _joined(ways)
-        if any(x.copies for x in self.barriers.values()):  # another program's memory, by then
+        # Copies would arrive in what is another program's memory by then.
+        if any(size for x in self.barriers.values() for size, _ in x.copies):
             raise FaultError(f"program {self.registers['%ctaid.x'][0]} ends before its copies")
 
     def _follow(
@@ -194,6 +208,7 @@ class Block:
             if instruction.name == "bar" and instruction.modifiers[0] != "warp":
                 if mask is not active:
                     raise FaultError(f"a part of the threads waits: {instruction.text}")
+                self.refuse_parts_of_warps(active)
                 if others:
                     return [Way(at, active, waits=True)]
             if instruction.name in ("bra", "ret", "exit"):

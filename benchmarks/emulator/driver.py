@@ -35,6 +35,7 @@ DECODERS = {
 }
 LAUNCH_FAILED = 719  # CUDA_ERROR_LAUNCH_FAILED
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}  # bytes of a program at most
+ENTERED: list[EmulatedGPU] = []  # of this process
 NOTHING = {"bra", "ret", "exit"}  # which the block does itself
 
 
@@ -93,12 +94,14 @@ class EmulatedGPU:
         self.tensors: list[tuple[int, int]] = []  # of the launch: addresses, bytes
         self.fault: BaseException | None = None
         self.lock = threading.RLock()  # one launch at a time
-        self.kernels: dict[int, Program] = {}  # by their handles
+        self.kernels: dict[int, Program | PTXError] = {}  # or what they have, by their handles
 
     def at_launch(self, programs: int, threads: int, shared: int, handle: int, given: Any) -> int:
         """Runs a launch; returns the driver's result."""
         try:
             program = self.kernels[handle]
+            if isinstance(program, PTXError):
+                raise program
             kernel, memory = program.kernel, Memory()
             data = bytearray(kernel.parameter_bytes)
             for x, address in zip(kernel.parameters, given, strict=False):
@@ -114,7 +117,10 @@ class EmulatedGPU:
     def loaded(self, module: Any, handle: int, name: str, files: dict[str, str], key: str) -> None:
         """Notes the PTX of a kernel that Triton loads."""
         (path,) = (x for x in files.values() if x.endswith(".ptx"))
-        self.kernels[handle] = program_of(Path(path).read_text())
+        try:
+            self.kernels[handle] = program_of(Path(path).read_text())
+        except PTXError as error:  # each launch raises it: Triton loads a kernel once
+            self.kernels[handle] = error
 
     @contextlib.contextmanager
     def installed(self, folder: Path) -> Iterator[None]:
@@ -123,13 +129,19 @@ class EmulatedGPU:
         A process may enter one, once.
 
         Raises:
-            RuntimeError: There is no C compiler, or it fails.
+            RuntimeError: There is no C compiler, or it fails; the process has entered one before,
+                or interprets kernels.
         """
+        if knobs.runtime.interpret:
+            raise RuntimeError("kernels are emulated or interpreted: unset TRITON_INTERPRET")
+        if ENTERED:
+            raise RuntimeError("this process has had an emulated GPU, and can have no other")
+        ENTERED.append(self)
         launch, gpu = CudaLauncher.__call__, self
 
         def launched(self: CudaLauncher, *arguments: Any) -> None:
             with gpu.lock:
-                gpu.tensors = list(storages(arguments))
+                gpu.tensors = list(extents(arguments))
                 gpu.fault = None
                 try:
                     launch(self, *arguments)
@@ -159,12 +171,16 @@ def program_of(text: str) -> Program:
     return Program(ptx.read(text))
 
 
-def storages(arguments: Any) -> Iterator[tuple[int, int]]:
-    """Yields the memory of tensors among a launch's arguments, those of descriptors too."""
+def extents(arguments: Any) -> Iterator[tuple[int, int]]:
+    """Yields the memory of tensors among a launch's arguments, those of descriptors too.
+
+    Of a view that is from its first element to its last.
+    """
     for x in arguments:
         if isinstance(x, torch.Tensor):
-            yield x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
+            last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+            yield x.data_ptr(), (last + 1) * x.element_size() if x.numel() else 0
         elif isinstance(x, tuple):
-            yield from storages(x)
+            yield from extents(x)
         elif isinstance(base := getattr(x, "base", None), torch.Tensor):
-            yield from storages((base,))
+            yield from extents((base,))

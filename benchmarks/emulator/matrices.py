@@ -138,7 +138,9 @@ def places_in_shared(
     )
     places = start + inner % width + inner // width * along_inner
     places = places + outer % ATOM * width + outer // ATOM * along_outer
-    return swizzled(places, swizzle)
+    places = swizzled(places, swizzle)
+    places.flags.writeable = False  # as it is returned again
+    return places
 
 
 @dataclass
@@ -167,7 +169,9 @@ def matrix_in_shared(
         raise FaultError(f"a matrix is at bytes {places.min()} to {places.max()}")
 
     def read() -> Array:
-        for warp in {warps[0], warps[-1]}:  # what two have read nobody writes, whoever else did
+        # Two readers are enough: no warp may write what another one reads, and each differs from
+        # one of the two.
+        for warp in {warps[0], warps[-1]}:
             block.shared.note_read(places.ravel(), element, int(warp), block.now, waited=waited)
         bits = block.shared.views[element][(places - SHARED_START) // element]
         return unpacked(bits, kind) if element == 4 else from_half(bits, kind)
@@ -195,7 +199,8 @@ def decode_wgmma(x: Instruction) -> Step:
     _, columns, depth = map(int, shape.groups())
     to, a, b, added, *scales = x.operands
     signs, transposes = scales[:2], scales[2:]
-    if result != "f32" or kind != other or any(y != Immediate(1) for y in signs):
+    known = kind == other and kind in ("f16", "bf16", "tf32")
+    if result != "f32" or not known or any(y != Immediate(1) for y in signs):
         raise PTXError(f"{x.text} is not emulated")
     flags = [bool(y.bits) for y in transposes]  # of B alone where A is in registers
     transposed_b = flags[-1] if flags else False

@@ -18,6 +18,7 @@ UNIT = 2  # bytes; accesses of single bytes are not looked at for races
 WARPS = 64  # at most, of one program
 EVERY_WARP = WARPS - 1  # who reads or writes for all of them: an asynchronous unit
 MOST_WATCHED = 2**28  # bytes of a tensor; the stamps of one take some 13 times as many
+WIDEST = 16  # bytes of a thread's access
 UNWRITTEN = 0xFF  # what no one has written: NaN in all types
 Ints = NDArray[np.int64]
 
@@ -101,8 +102,9 @@ class Watch:
 class Region:
     """Bytes in a row, watched."""
 
-    def __init__(self, name: str, start: int, data: NDArray[np.uint8]) -> None:
-        self.name, self.start, self.end = name, start, start + len(data)
+    def __init__(self, name: str, start: int, data: NDArray[np.uint8], before: int = 0) -> None:
+        self.name, self.start, self.end = name, start, start + len(data) - before
+        self.base = start - before  # a multiple of what any access is; the data is from there on
         self.views = {
             size: data[: len(data) // size * size].view(f"u{size}") for size in (1, 2, 4, 8)
         }
@@ -165,22 +167,21 @@ class Region:
 
     def _places(self, addresses: Ints, size: int, count: int, does: str) -> Ints:
         width = size * count
-        offsets = addresses - self.start
         if np.any(bad := addresses % width != 0):
             raise FaultError(
                 f"{does} {width} bytes of {self.name} at {addresses[bad][0]:#x}, which is no"
                 f" multiple of that"
             )
-        if np.any(bad := (offsets < 0) | (offsets + width > self.end - self.start)):
+        if np.any(bad := (addresses < self.start) | (addresses + width > self.end)):
             raise FaultError(
-                f"{does} {width} bytes of {self.name} at byte {offsets[bad][0]}, which has"
-                f" {self.end - self.start}"
+                f"{does} {width} bytes of {self.name} at byte {addresses[bad][0] - self.start},"
+                f" which has {self.end - self.start}"
             )
-        return offsets[:, None] // size + np.arange(count)
+        return (addresses - self.base)[:, None] // size + np.arange(count)
 
     def units(self, addresses: Ints, width: int) -> Ints:
         """Returns the places of so many bytes from each address on, ``(addresses, units)``."""
-        return (addresses[:, None] - self.start) // UNIT + np.arange(-(-width // UNIT))
+        return (addresses[:, None] - self.base) // UNIT + np.arange(-(-width // UNIT))
 
     def _watch(self, what: str, addresses: Ints, width: int, warps: Ints, now: Moment) -> None:
         if self.watch is None or width < UNIT:
@@ -203,8 +204,10 @@ class Memory:
             start, end = min(start, other.start), max(end, other.end)
             self.regions.remove(other)
         if size:
-            data = np.ctypeslib.as_array((ctypes.c_uint8 * (end - start)).from_address(start))
-            bisect.insort(self.regions, Region(name, start, data), key=lambda x: x.start)
+            before = start % WIDEST
+            base, size = start - before, end - start + before
+            data = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(base))
+            bisect.insort(self.regions, Region(name, start, data, before), key=lambda x: x.start)
 
     def load(
         self, addresses: Ints, size: int, count: int, warps: Ints, now: Moment
@@ -226,7 +229,7 @@ class Memory:
     def bytes_at(self, address: int, size: int) -> bytes:
         """Returns so many bytes, which nobody writes in a launch."""
         ((region, _),) = self._by_region(np.array([address]), "reads")
-        return region.data[address - region.start :][:size].tobytes()
+        return region.data[address - region.base :][:size].tobytes()
 
     def _by_region(self, addresses: Ints, does: str) -> list[tuple[Region, NDArray[np.bool_]]]:
         starts = np.array([x.start for x in self.regions], np.int64)

@@ -63,7 +63,7 @@ def decode_ld(x: Instruction) -> Step:
     """Decodes loads."""
     to, place = x.operands[:2]
     size = TYPES[x.type].itemsize
-    if x.modifiers[0] not in SPACES:
+    if x.modifiers[0] not in SPACES or x.type[0] == "s":  # which would be extended by its sign
         raise PTXError(f"{x.text} is not emulated")
     if x.modifiers[0] == "param":
         name, offset = place.base.name, place.offset
