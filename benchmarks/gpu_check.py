@@ -8,6 +8,7 @@ stages leaves few files: one of JSON lines for each stage, ``log.txt`` and ``sum
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shutil
@@ -32,14 +33,16 @@ MOST_JOBS = 16
 PATIENCE = 90.0  # seconds for one peer of a case, or one test, kernels compiled by then
 REPORTING = 15.0  # seconds of the limit for the summary
 MOMENT = 5.0  # seconds that a stopped program has to end in order
-TESTS = (
-    "tests/attention/test_triton_gpu.py",
-    "tests/attention/test_triton.py",
-    "tests/attention/columns/test_triton.py",
-    "tests/attention/frames/test_triton.py",
-    "tests/benchmarks/test_clock.py",
-    "tests/attention/test_shipped.py",
-)
+TESTS = {
+    "tests": (
+        "tests/attention/test_triton_gpu.py",
+        "tests/attention/test_triton.py",
+        "tests/attention/columns/test_triton.py",
+        "tests/attention/frames/test_triton.py",
+        "tests/benchmarks/test_clock.py",
+    ),
+    "shipped": ("-m", "shipped", "tests/attention/test_shipped.py"),
+}
 INTERPRETED = "test_window or test_streams or 1-gaussian"  # quick ones, where there is no GPU
 SANITIZERS = ("memcheck", "racecheck")
 
@@ -91,6 +94,7 @@ STAGES = (
     measured("frames-compiled", 4, 90, "attention over frames against FlexAttention", "frames",
              "--transformers wan2.1-1.3b-480p --peers flex-frames sdpa"),
     Stage("sanitizer", 4, "compute-sanitizer over a call of each kernel", 180),
+    Stage("shipped", 5, "the calls of every shipped configuration, in parallel", 540),
 )  # fmt: skip
 BY_NAME = {stage.name: stage for stage in STAGES}
 RUNS = tuple(sorted({str(stage.run) for stage in STAGES}))
@@ -122,7 +126,7 @@ class Options:
     """Check a GPU: tests, figures, a sanitizer."""
 
     stages: Positional[Annotated[tuple[tuple[Stage, ...], ...], several(stages_of, "RUN|STAGE")]]
-    """Runs of ten minutes, 1 to 4, or stages."""
+    """Runs of ten minutes, 1 to 5, or stages."""
     output: Path = Path("benchmark-output/gpu_check")
     """A folder for the results."""
     resume: Path | None = None
@@ -182,7 +186,8 @@ class Check:
 
     def _stage(self, stage: Stage, file: Path, seconds: float) -> str:
         """Runs one stage; returns how it ended."""
-        special = {"tests": self._tests, "sanitizer": self._sanitize, "tune": self._tune}
+        special = {"sanitizer": self._sanitize, "tune": self._tune}
+        special |= {name: functools.partial(self._tests, files) for name, files in TESTS.items()}
         return special.get(stage.name, lambda *args: self._measure(stage, *args))(file, seconds)
 
     def _measure(self, stage: Stage, file: Path, seconds: float) -> str:
@@ -210,7 +215,7 @@ class Check:
         notes += [f"status {ended}: log.txt says why"] if ended else []
         return ", ".join(notes)
 
-    def _tests(self, file: Path, seconds: float) -> str:
+    def _tests(self, files: Sequence[str], file: Path, seconds: float) -> str:
         command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.pytest_lines"]
         command += ["--lines", str(file.resolve()), "--patience", str(PATIENCE)]
         before = file.with_suffix(".before")
@@ -225,7 +230,7 @@ class Check:
         if self.options.device == "cpu":
             environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
             command += ["-k", INTERPRETED] if self.options.quick else []
-        ended = self._python([*command, *TESTS], seconds, environment)
+        ended = self._python([*command, *files], seconds, environment)
         before.unlink(missing_ok=True)
         found = [x["outcome"] for x in pytest_lines.read(file).values()]
         counts = {name: found.count(name) for name in ("passed", "skipped", "failed")}

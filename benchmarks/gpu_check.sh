@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# benchmarks/gpu_check.sh 1|2|3|4|STAGE ...: tests and figures of a GPU, four runs of ten minutes.
+# benchmarks/gpu_check.sh 1|2|3|4|5|STAGE ...: tests and figures of a GPU, five runs of ten minutes.
 #
 # docs/benchmarks.md says what the runs are. Results go to $OUT, or to benchmark-output/gpu_check;
 # RESUME=FOLDER goes on with those of an earlier run, LIMIT=SECONDS is for all stages together.

@@ -63,14 +63,15 @@ def decode_ld(x: Instruction) -> Step:
     """Decodes loads."""
     to, place = x.operands[:2]
     size = TYPES[x.type].itemsize
-    if x.modifiers[0] not in SPACES or x.type[0] == "s":  # which would be extended by its sign
+    kind = f"{'i' if x.type[0] == 's' else 'u'}{size}"  # a wider register is filled up by its sign
+    if x.modifiers[0] not in SPACES:
         raise PTXError(f"{x.text} is not emulated")
     if x.modifiers[0] == "param":
         name, offset = place.base.name, place.offset
 
         def load_parameter(block: Block, mask: Mask) -> None:
             data = block.parameters[name][offset : offset + size]
-            block.write(to, data.view(f"u{size}"), mask)
+            block.write(to, data.view(kind), mask)
 
         return load_parameter
     targets, count = registers_of(to), count_of(x)
@@ -81,8 +82,8 @@ def decode_ld(x: Instruction) -> Step:
             addresses(block, place, chosen), size, count, block.warp[chosen], block.now
         )
         for n, register in enumerate(targets):
-            values = np.zeros(block.threads, found.dtype)
-            values[chosen] = found[:, n]
+            values = np.zeros(block.threads, kind)
+            values[chosen] = found[:, n].view(kind)
             block.write(register, values, mask)
 
     return load

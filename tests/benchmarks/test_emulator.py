@@ -78,6 +78,9 @@ LOAD, STORE = "ld.global.b32 %r9, [%rd2];", "st.global.b32 [%rd3], %r10;"
         ("shr.u32 %r10, %r9, 40;", lambda x: 0 * x),
         ("shl.b32 %r10, %r9, 33;", lambda x: 0 * x),
         ("bfe.s32 %r10, %r9, 1, 3;", lambda x: (x << 28) >> 29),
+        ("ld.global.s8 %rs1, [%rd2]; cvt.s32.s16 %r10, %rs1;", lambda x: x.astype(np.int8)),
+        ("ld.global.s32 %rd5, [%rd2]; shr.u64 %rd5, %rd5, 32; cvt.u32.u64 %r10, %rd5;",
+         lambda x: x >> 31),
         ("max.s32 %r10, %r9, 0;", lambda x: np.maximum(x, 0)),
         ("prmt.b32 %r10, %r9, 0, 0x4440U;", lambda x: x & 0xFF),
         ("shfl.sync.bfly.b32 %r10, %r9, 5, 31, -1;", lambda x: x[np.arange(64) ^ 5]),
@@ -85,7 +88,7 @@ LOAD, STORE = "ld.global.b32 %r9, [%rd2];", "st.global.b32 [%rd3], %r10;"
         ("setp.lt.s32 %p1, %r9, 0; selp.b32 %r10, 7, %r9, %p1;", lambda x: np.where(x < 0, 7, x)),
         ("mov.b32 %r10, 1; setp.lt.s32 %p1, %r9, 0; @%p1 mov.b32 %r10, 2;", lambda x: 1 + (x < 0)),
     ],
-)
+)  # fmt: skip
 def test_integers(instruction, expected):
     given = np.arange(64, dtype=np.int32) - 20
     found = run(f"{LOAD} {instruction} {STORE}", given.view(np.uint32))
@@ -302,7 +305,7 @@ def test_a_warp_exchanges_numbers_whole(instruction, threads):
      "mbarrier.test_wait.shared.b64 %p1, [%r2], 0;", "shfl.sync.up.b32 %r9, %r9, 1, 0, -1;",
      "shfl.sync.idx.b32 %r9, %r9, 1, 31, 15;", "elect.sync %r9|%p1, 15;",
      "cvt.rn.f16.f64 %rs1, %rd5;", "cvt.rmi.f64.f64 %rd5, %rd5;", "cvt.rn.bf16.s32 %rs1, %r9;",
-     "cvt.f64.f16 %rd5, %rs1;", "rcp.approx.ftz.f64 %rd5, %rd5;", "ld.global.s8 %rs1, [%rd2];",
+     "cvt.f64.f16 %rd5, %rs1;", "rcp.approx.ftz.f64 %rd5, %rd5;",
      "max.s16x2 %r9, %r9, %r9;", "setp.lt.bf16 %p1, %rs1, %rs2;",
      "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%r4,%r5,%r6,%r7}, %rd4, %rd5, 0, 1, 1;",
      "mov.u32 %r9, %clock;"],
@@ -497,8 +500,8 @@ def test_what_a_launch_is_refused_for(tmp_path):
         "RuntimeError kernels are emulated or interpreted",
         "FaultError stores at 0x",
         "True",
-        "PTXError atom.global",
-        "PTXError atom.global",
+        "PTXError @%p1 atom.global",
+        "PTXError @%p1 atom.global",
         "RuntimeError Triton Error [CUDA]: invalid value; the stub takes grids of one dimension",
         "RuntimeError this process has had an emulated GPU",
     ]
