@@ -94,10 +94,10 @@ class Block:
         """Sees to it that all lanes of a warp come to an instruction that waits for them.
 
         Raises:
-            FaultError: Some are elsewhere.
+            WaitsError: Some are elsewhere.
         """
         if mask is not None and np.any(np.ptp(mask.reshape(-1, LANES).view(np.int8), 1)):
-            raise FaultError("a part of a warp does what all of it must")
+            raise WaitsError("a part of a warp does what all of it must")
 
     def pass_barrier(self) -> None:
         """All threads have met."""
@@ -178,9 +178,11 @@ class Block:
             for way in ways:
                 if way.misses is not None:
                     raise way.misses
+            ways = _joined(ways)
+            for way in ways:
+                self.refuse_parts_of_warps(way.threads)
                 way.waits = False
             self.pass_barrier()
-            ways = _joined(ways)
         # Copies would arrive in what is another program's memory by then.
         if any(size for x in self.barriers.values() for size, _ in x.copies):
             raise FaultError(f"program {self.registers['%ctaid.x'][0]} ends before its copies")
@@ -208,9 +210,9 @@ class Block:
             if instruction.name == "bar" and instruction.modifiers[0] != "warp":
                 if mask is not active:
                     raise FaultError(f"a part of the threads waits: {instruction.text}")
-                self.refuse_parts_of_warps(active)
                 if others:
                     return [Way(at, active, waits=True)]
+                self.refuse_parts_of_warps(active)
             if instruction.name in ("bra", "ret", "exit"):
                 target = kernel.labels[instruction.target] if instruction.target else len(code)
                 if mask is not active:
@@ -243,15 +245,16 @@ class Way:
 
 
 def _joined(ways: list[Way]) -> list[Way]:
-    """Joins threads that are at the same place."""
-    found: dict[tuple[int, bool, bool], Way] = {}
+    """Joins threads that are at the same place, where some may have missed the others."""
+    found: dict[tuple[int, bool], Way] = {}
     for way in ways:
-        other = found.setdefault((way.at, way.waits, way.misses is None), way)
+        other = found.setdefault((way.at, way.waits), way)
         if other is not way:
             assert other.threads is not None
             assert way.threads is not None
             together = other.threads | way.threads
             other.threads = None if together.all() else together
+            other.misses = None
     return list(found.values())
 
 

@@ -413,6 +413,27 @@ def test_a_kernel_that_lacks_something_is_found_out(architecture, frames, lacks,
     assert ran.stdout.startswith(found), (ran.stdout, ran.stderr)
 
 
+def test_threads_wait_for_the_rest_of_their_warp():
+    """Those that come first do, wherever in the code the others are."""
+    body = f"""{LOAD}
+	bra.uni $start;
+$meet:
+	shfl.sync.bfly.b32 %r10, %r9, 1, 31, -1;
+	bar.sync 0;
+	{STORE}
+	bra.uni $end;
+$start:
+	setp.lt.s32 %p1, %r0, 40;
+	@%p1 bra $meet;
+	add.s32 %r9, %r9, 100;
+	bra.uni $meet;
+$end:
+	mov.b32 %r9, 0;"""
+    thread = np.arange(64)
+    given = np.where(thread < 40, thread, 100 + thread)
+    np.testing.assert_array_equal(run(body), given[thread ^ 1])
+
+
 def test_a_barrier_is_of_whole_warps():
     body = "setp.lt.s32 %p1, %r0, 16; @%p1 bra $end; bar.sync 0; $end: mov.b32 %r9, 0;"
     with pytest.raises(FaultError, match="a part of a warp does what all of it must"):
