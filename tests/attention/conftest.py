@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vstar_kernels.attention.triton import launches
+
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     from tests.attention import interpreter
 
@@ -31,6 +33,20 @@ def poison(monkeypatch):
     """What kernels fill starts as NaN or −1, so that an element left unwritten shows."""
     for name in ("empty_like", "empty"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The launches of Triton's kernels that there are, in order."""
+    found = []
+    launch = launches.Launch._launch
+
+    def recorded(self, tensors):
+        found.append(self)
+        launch(self, tensors)
+
+    monkeypatch.setattr(launches.Launch, "_launch", recorded)
+    return found
 
 
 def _poisoned(allocate):

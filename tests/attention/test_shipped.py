@@ -29,7 +29,6 @@ from vstar_kernels.attention.triton import (
     descriptors,
     devices,
     frames,
-    launches,
     plan,
     primitives,
 )
@@ -41,6 +40,12 @@ DEVICE = torch.device("cpu" if backend.interpreted() else "cuda:0")  # emulated,
 HERE = devices.device_of(DEVICE)
 LONG = 200  # frames of streams: some blocks of keys are beyond Δ's window
 POINTERS = "gaussian, by pointers"
+KERNELS = {  # of tar_attention, by family and whether backward
+    ("tile", False): "tile_kernel",
+    ("tile", True): "tile_backward_kernel",
+    ("stream", False): "stream_kernel",
+    ("stream", True): "grad_key_kernel",
+}
 
 pytestmark = [pytest.mark.gpu, pytest.mark.shipped, pytest.mark.usefixtures("poison")]
 
@@ -79,20 +84,6 @@ def asked(monkeypatch):
     for name in ("tile", "stream", "tile_backward", "stream_backward", "frames", "columns"):
         look_up = functools.partial(recorded, name, getattr(configs, name))
         monkeypatch.setattr(configs, name, look_up)
-    return found
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """The launches that there are, in order."""
-    found = []
-    launch = launches.Launch._launch
-
-    def recorded(self, tensors):
-        found.append(self)
-        launch(self, tensors)
-
-    monkeypatch.setattr(launches.Launch, "_launch", recorded)
     return found
 
 
@@ -267,12 +258,7 @@ def test_tar(entry, variant, head_dim, asked, launched, monkeypatch):
     check(entry.kind, attend, vk.tar_attention, eager, tensors, weights, wanted)
     direction = "_backward" if entry.backward else ""
     assert (f"{entry.family}{direction}", entry.config) in asked
-    kernel = (
-        "grad_key_kernel"
-        if entry.backward and entry.family == "stream"
-        else f"{entry.family}{direction}_kernel"
-    )
-    (one,) = [x for x in launched if x.kernel.__name__ == kernel]
+    (one,) = [x for x in launched if x.kernel.__name__ == KERNELS[entry.family, entry.backward]]
     if variant.name == POINTERS:
         assert not isinstance(one, descriptors.DescribedLaunch)
 

@@ -27,7 +27,6 @@ if backend.unavailable():
 from vstar_kernels.attention.triton import (
     configs,
     devices,
-    launches,
     maps,
     plan,
     primitives,
@@ -479,20 +478,6 @@ def test_gradients_of_large_heads_by_kernels_with_their_own_blocks(monkeypatch, 
     found = run(tar)
     assert {"query", "key", "value", "delta"} <= found.keys()
     assert_gradients(found, lambda change: run(vk.reference.tar_attention, change))
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """The launches that there are, in order."""
-    found = []
-    launch = launches.Launch._launch
-
-    def recorded(self, tensors):
-        found.append(self)
-        launch(self, tensors)
-
-    monkeypatch.setattr(launches.Launch, "_launch", recorded)
-    return found
 
 
 SAVED = {
