@@ -41,7 +41,7 @@ tests/attention/test_shipped.py::test_frames[frames-forward-16-bit-48-row_max-48
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_kernels_on_an_emulated_gpu(architecture):
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "", *TESTS.split()],
+        [sys.executable, "-m", "pytest", "-q", "-m", "", *TESTS.strip().splitlines()],
         cwd=ROOT,
         env={**os.environ, "EMULATED_GPU": architecture},
         capture_output=True,

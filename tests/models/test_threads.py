@@ -409,6 +409,21 @@ def assert_stock(model):
     )
 
 
+@pytest.mark.parametrize("name", [UNET, LATTE])
+def test_a_call_that_began_before_the_handle_is_no_forward_pass_of_it(name):
+    """It finds the hooks, but nothing would end the pass, or notice that the handle is removed."""
+    model = make(name)
+    stock, begun = call(model, name), model._call_impl  # as another thread has looked it up
+    config = vk.TARConfig(1.0, strength=3.0, steps=None)
+    with vk.apply_tar(model, config):
+        with pytest.raises(RuntimeError, match=r"put on this .* while it ran, in another thread"):
+            call(begun, name)
+        regularized = call(model, name)
+    assert not torch.equal(regularized, stock)
+    assert torch.equal(call(model, name), stock)
+    assert_stock(model)
+
+
 def test_handles_that_come_and_go():
     """A forward pass is regularized or stock from end to end, or it raises."""
     model = make(LATTE)

@@ -95,10 +95,11 @@ def called_without_hooks(model: nn.Module, part: str, applied_by: str) -> Runtim
 
 
 class _Here(threading.local):
-    """The forward pass that runs in this thread."""
+    """The forward pass that runs in this thread, and how many watched calls of its model do."""
 
     def __init__(self) -> None:  # of each thread: torch 2.11 traces a class's attribute instead
         self.forward: Any = None
+        self.calls = 0
 
 
 class ForwardPasses(Generic[P]):
@@ -137,7 +138,14 @@ class ForwardPasses(Generic[P]):
             opens(args, kwargs)
 
     def begin(self, forward: P) -> None:
-        """Begins a forward pass in this thread; what :func:`watch` does ends it."""
+        """Begins a forward pass in this thread; what :func:`watch` does ends it.
+
+        It does not begin in a call that was there before :func:`watch` was, in another thread, and
+        found hooks that had been put on since: nothing would end it, nor say that it was cut.
+        """
+        if not self._here.calls:
+            forward.end()
+            return
         self._here.forward = forward  # first, so that `leave` ends it whatever comes now
         self._running.add(forward)
         # After `add`: either close() finds the pass among those that run, or it is seen here.
@@ -184,6 +192,7 @@ class ForwardPasses(Generic[P]):
 
     def enter(self) -> P | None:
         """Returns what :meth:`leave` must be given after the model has been called."""
+        self._here.calls += 1
         outer: P | None = self._here.forward
         return outer
 
@@ -192,6 +201,7 @@ class ForwardPasses(Generic[P]):
 
         Where the model's call has failed, the next one begins a step.
         """
+        self._here.calls -= 1
         if failed:
             self.turns.forget()
         forward: P | None = self._here.forward
