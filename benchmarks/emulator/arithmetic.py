@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.emulator.block import LANES, Array, Block, Mask, Step
-from benchmarks.emulator.ptx import TYPES, Instruction, PTXError, Vector
+from benchmarks.emulator.ptx import TYPES, Instruction, Operand, PTXError, Vector
 
 SMALLEST = np.finfo(np.float32).tiny
 
@@ -343,6 +343,18 @@ def decode_cvt(x: Instruction) -> Step:
     return computed(lambda a: a.astype(TYPES[to]), [given], x)
 
 
+def of_whole_warps(x: Instruction, members: Operand, step: Step) -> Step:
+    """Returns the step of an instruction for which all lanes of a warp wait for each other."""
+
+    def run(block: Block, mask: Mask) -> None:
+        block.refuse_parts_of_warps(mask)
+        if np.any(block.read(members, "s32") != -1):
+            raise PTXError(f"{x.text}: parts of a warp are not emulated")
+        step(block, mask)
+
+    return run
+
+
 def decode_shfl(x: Instruction) -> Step:
     """Decodes numbers of other lanes."""
     to, given, lane, clamp, members = x.operands
@@ -351,32 +363,26 @@ def decode_shfl(x: Instruction) -> Step:
         raise PTXError(f"{x.text} is not emulated")
 
     def step(block: Block, mask: Mask) -> None:
-        block.refuse_parts_of_warps(mask)
         own = block.thread % LANES
         asked = block.read(lane, "s32").astype(np.int64)
-        every = np.all(block.read(members, "s32") == -1)
-        if not every or np.any(block.read(clamp, "u32") != LANES - 1):
+        if np.any(block.read(clamp, "u32") != LANES - 1):
             raise PTXError(f"{x.text}: parts of a warp are not emulated")
         other = own ^ asked if mode == "bfly" else block.everywhere(asked) % LANES
         values = block.everywhere(block.read(given, "b32"))
         block.write(to, values[block.thread - own + other], mask)
 
-    return step
+    return of_whole_warps(x, members, step)
 
 
 def decode_elect(x: Instruction) -> Step:
     """Decodes the choice of one lane of each warp, the first."""
     leader, told = x.operands[0].parts  # type: ignore[union-attr]
-    members = x.operands[1]
 
     def step(block: Block, mask: Mask) -> None:
-        block.refuse_parts_of_warps(mask)
-        if np.any(block.read(members, "s32") != -1):
-            raise PTXError(f"{x.text}: parts of a warp are not emulated")
         block.write(leader, np.zeros(1, np.uint32), mask)
         block.write(told, block.thread % LANES == 0, mask)
 
-    return step
+    return of_whole_warps(x, x.operands[1], step)
 
 
 REDUCTIONS: dict[str, Any] = {"add": np.add, "max": np.fmax, "min": np.fmin}
@@ -388,13 +394,10 @@ def decode_redux(x: Instruction) -> Step:
     reduce = REDUCTIONS[x.modifiers[1]].reduce
 
     def step(block: Block, mask: Mask) -> None:
-        block.refuse_parts_of_warps(mask)
-        if np.any(block.read(members, "s32") != -1):
-            raise PTXError(f"{x.text}: parts of a warp are not emulated")
         values = block.everywhere(block.read(given, x.type)).reshape(-1, LANES)
         block.write(to, np.repeat(reduce(values, 1), LANES), mask)
 
-    return step
+    return of_whole_warps(x, members, step)
 
 
 def decode_nothing(x: Instruction) -> Step:

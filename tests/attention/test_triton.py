@@ -12,6 +12,7 @@ import torch
 
 import vstar_kernels as vk
 from tests.attention import not_finite
+from tests.attention.conftest import forget_saved
 from tests.attention.kernel_lines import watched
 from tests.pairwise import pairwise
 from vstar_kernels import testing
@@ -350,12 +351,6 @@ def frames(request):
     if request.param == "stream":
         request.getfixturevalue("streamed")
     return {"tile": 13, "stream": 20}[request.param]
-
-
-def forget_saved(monkeypatch):
-    """Gradients are computed without what the forward pass saved, as in a compiled graph."""
-    backward = backend.backward
-    monkeypatch.setattr(backend, "backward", lambda *args: backward(*args[:2], (), *args[3:]))
 
 
 def leaves(tensors, bias):
