@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +23,7 @@ from triton.backends.nvidia.driver import CudaLauncher
 from benchmarks import stub_driver
 from benchmarks.emulator import arithmetic, matrices, ptx, tensor_memory, transfers
 from benchmarks.emulator.block import Block, Step
+from benchmarks.emulator.counts import Counts, counted
 from benchmarks.emulator.memory import Memory
 from benchmarks.emulator.ptx import Instruction, Kernel, PTXError
 from vstar_kernels.attention.triton.devices import Device
@@ -64,13 +65,24 @@ class Program:
         self.kernel = kernel
         self.steps = [decode(x) for x in kernel.instructions]
 
-    def run(self, grid: int, threads: int, shared: int, parameters: bytes, memory: Memory) -> None:
-        """Runs all programs of a launch, one after the other.
+    def run(
+        self,
+        grid: int,
+        threads: int,
+        shared: int,
+        parameters: bytes,
+        memory: Memory,
+        add: Callable[[Counts], None] | None = None,
+    ) -> None:
+        """Runs all programs of a launch, one after the other; ``add`` is told what they ask for.
 
         Raises:
             FaultError: One does what a GPU would fail at, or compute wrongly by chance.
         """
-        kernel, epoch = self.kernel, 1
+        kernel, steps, epoch = self.kernel, self.steps, 1
+        if add is not None:
+            pairs = zip(kernel.instructions, steps, strict=True)
+            steps = [step and counted(x, step, add) for x, step in pairs]
         data = np.frombuffer(parameters, np.uint8).copy()
         memory.add("parameters", data.ctypes.data, len(data))
         with np.errstate(all="ignore"):
@@ -78,7 +90,7 @@ class Program:
                 block = Block(number, grid, threads, shared, memory, epoch)
                 for x in kernel.parameters:
                     block.add_parameter(x.name, data[x.offset : x.offset + x.size])
-                block.run(kernel, self.steps)
+                block.run(kernel, steps)
                 epoch = block.epoch + 1
 
 
@@ -95,6 +107,8 @@ class EmulatedGPU:
         self.fault: BaseException | None = None
         self.lock = threading.RLock()  # one launch at a time
         self.kernels: dict[int, Program | PTXError] = {}  # or what they have, by their handles
+        # What kernels ask for, by their names; None where nobody wants to know.
+        self.counts: dict[str, Counts] | None = None
 
     def at_launch(self, programs: int, threads: int, shared: int, handle: int, given: Any) -> int:
         """Runs a launch; returns the driver's result."""
@@ -108,11 +122,17 @@ class EmulatedGPU:
                 data[x.offset : x.offset + x.size] = ctypes.string_at(address, x.size)
             for address, size in self.tensors:
                 memory.add("a tensor", address, size)
-            program.run(programs, threads, shared, bytes(data), memory)
+            add = None if self.counts is None else functools.partial(self.add, kernel.name)
+            program.run(programs, threads, shared, bytes(data), memory, add)
         except BaseException as error:  # Ctrl-C too: ctypes would print it, and go on
             self.fault = error
             return LAUNCH_FAILED
         return 0
+
+    def add(self, kernel: str, found: Counts) -> None:
+        """Adds to what a kernel has asked for."""
+        assert self.counts is not None
+        self.counts[kernel] = self.counts.get(kernel, Counts()) + found
 
     def loaded(self, module: Any, handle: int, name: str, files: dict[str, str], key: str) -> None:
         """Notes the PTX of a kernel that Triton loads."""

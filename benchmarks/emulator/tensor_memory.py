@@ -20,6 +20,7 @@ from benchmarks.emulator.ptx import Address, Immediate, Instruction, Operand, PT
 from benchmarks.emulator.transfers import addresses, barrier_at, complete
 
 HALF = LANES // 2
+DEPTH = 32  # bytes of a product's rows of A and B
 FORMATS = {"f16": ("f16", "bf16"), "tf32": (None, None, "tf32")}  # by an instruction's descriptor
 
 
@@ -81,6 +82,11 @@ def decode_alloc(x: Instruction) -> Step:
     return allocate
 
 
+def size_of(flags: int) -> tuple[int, int]:
+    """Returns the rows and columns of a product, by an instruction's descriptor."""
+    return (flags >> 24 & 31) * 16, (flags >> 17 & 63) * 8
+
+
 def decode_mma(x: Instruction) -> Step:
     """Decodes D = A·B + D, of matrices in shared memory and sums in tensor memory."""
     kind = x.modifiers[-1].removeprefix("kind::")
@@ -94,8 +100,8 @@ def decode_mma(x: Instruction) -> Step:
         if len(chosen) != 1:
             raise FaultError(f"{len(chosen)} threads multiply matrices of all")
 
-        def one(operand: object, kind: str) -> int:
-            return int(block.everywhere(block.read(operand, kind))[chosen[0]])  # type: ignore[arg-type]
+        def one(operand: Operand, kind: str) -> int:
+            return int(block.everywhere(block.read(operand, kind))[chosen[0]])
 
         flags = one(told, "u32")
         format_a, format_b = (flags >> 7) & 7, (flags >> 10) & 7
@@ -103,7 +109,7 @@ def decode_mma(x: Instruction) -> Step:
         changed = flags & 0x600F  # sparse, saturated, negated
         if (flags >> 4) & 3 != 1 or numbers is None or format_b != format_a or changed:
             raise PTXError(f"{x.text}: the types {flags:#x} are not emulated")
-        rows, columns = (flags >> 24 & 31) * 16, (flags >> 17 & 63) * 8
+        rows, columns = size_of(flags)
         element = 4 if kind == "tf32" else 2
         warps = block.warp[chosen]
         row = np.arange(rows)
@@ -116,7 +122,7 @@ def decode_mma(x: Instruction) -> Step:
 
         def in_shared(operand: Operand, size: int, transposed: int) -> SharedMatrix:
             return matrix_in_shared(
-                block, one(operand, "u64"), size, 32 // element, numbers, warps,
+                block, one(operand, "u64"), size, DEPTH // element, numbers, warps,
                 transposed=bool(transposed), waited=True,
             )  # fmt: skip
 
@@ -129,9 +135,9 @@ def decode_mma(x: Instruction) -> Step:
             if left is not None:
                 left.check()
                 rows_of_a = left.numbers
-            else:  # as wide as the products are deep, 32 bytes
+            else:
                 assert isinstance(a, Address)
-                rows_of_a = unpacked(block.tensor_memory[part(a, 8)], numbers)
+                rows_of_a = unpacked(block.tensor_memory[part(a, DEPTH // 4)], numbers)
                 rows_of_a = rows_of_a.reshape(rows, -1)
             product = rows_of_a @ right.numbers.T
             if keeps:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -165,31 +166,47 @@ def decode_cp(x: Instruction) -> Step:
         return decode_tensor_copy(x)
     if x.modifiers[0] != "async" or x.modifiers[2:] != ("shared", "global"):
         raise PTXError(f"{x.text} is not emulated")
-    to, given, size, *rest = x.operands
-    assert isinstance(size, Immediate)
-    words = size.bits // 4
 
     def copy(block: Block, mask: Mask) -> None:
-        chosen = block.chosen(mask)
-        target, source = (addresses(block, y, chosen) for y in (to, given))
-        warps = block.warp[chosen]
-        wanted = np.full(len(chosen), size.bits)
-        if rest:
-            wanted = block.everywhere(block.read(rest[0], "u32"))[chosen]
-        if np.any((wanted != 0) & (wanted != size.bits)):
-            raise PTXError(f"{x.text}: parts of a copy are not emulated")
-        loads = wanted != 0
-        values = np.zeros((len(chosen), words), np.uint32)
+        found = copies(block, x, mask)
+        loads, warps = found.loads, found.warps
+        values = np.zeros((len(warps), found.size // 4), np.uint32)
         unknown = np.full_like(values, np.uint32(0x01010101 * UNWRITTEN))
-        block.shared.store(target, unknown, warps, block.now)
+        block.shared.store(found.target, unknown, warps, block.now)
 
         def arrive() -> None:
-            values[loads] = block.memory.load(source[loads], 4, words, warps[loads], block.now)
-            block.shared.store(target, values, warps, block.now)
+            values[loads] = block.memory.load(
+                found.source[loads], 4, values.shape[1], warps[loads], block.now
+            )
+            block.shared.store(found.target, values, warps, block.now)
 
         block.copies[-1].append(arrive)
 
     return copy
+
+
+class Copies(NamedTuple):
+    """What threads copy to shared memory, ``size`` bytes each where they load, and else zeros."""
+
+    target: Array
+    source: Array
+    warps: Array
+    loads: Array
+    size: int
+
+
+def copies(block: Block, x: Instruction, mask: Mask) -> Copies:
+    """Returns what a cp.async copies."""
+    to, given, size, *rest = x.operands
+    assert isinstance(size, Immediate)
+    chosen = block.chosen(mask)
+    target, source = (addresses(block, y, chosen) for y in (to, given))
+    wanted = np.full(len(chosen), size.bits)
+    if rest:
+        wanted = block.everywhere(block.read(rest[0], "u32"))[chosen]
+    if np.any((wanted != 0) & (wanted != size.bits)):
+        raise PTXError(f"{x.text}: parts of a copy are not emulated")
+    return Copies(target, source, block.warp[chosen], wanted != 0, size.bits)
 
 
 def decode_wait(x: Instruction) -> Step:
@@ -270,8 +287,7 @@ def decode_tensor_copy(x: Instruction) -> Step:
 
     def copy_box(block: Block, one: Array) -> None:
         (at,), (start,) = addresses(block, given, one), addresses(block, to, one)
-        layout = struct.calcsize(TensorMap.LAYOUT)
-        tensor = TensorMap.read(block.memory.bytes_at(int(at), layout))
+        tensor = tensor_at(block, int(at))
         place = [int(block.everywhere(block.read(x, "s32"))[one[0]]) for x in given.coordinates]
         if start % BOX_ALIGNMENT:
             raise FaultError(f"a copy to {start:#x}, no multiple of {BOX_ALIGNMENT}")
@@ -290,6 +306,11 @@ def decode_tensor_copy(x: Instruction) -> Step:
         barrier_at(block, told, one).copies.append((tensor.bytes, arrive))
 
     return copy
+
+
+def tensor_at(block: Block, address: int) -> TensorMap:
+    """Returns the tensor map at an address."""
+    return TensorMap.read(block.memory.bytes_at(address, struct.calcsize(TensorMap.LAYOUT)))
 
 
 def barrier_at(block: Block, place: Address, chosen: Array) -> Barrier:
