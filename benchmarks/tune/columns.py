@@ -1,9 +1,10 @@
 """``python -m benchmarks.tune.columns``: chooses ``configs_columns.json`` by the compiled code.
 
 Of the candidates in ``column_candidates.json``, (rows, keys, warps of 32 threads, stages) by kind
-of products and table, in the order of preference, a table gets the first that compiles without
-fault for all of its variants in ``benchmarks.codegen.column_cases``. Needs no GPU; the choice is to
-be corrected by one. Where no tile is fit, it gets no entry, and calls go to the stream kernels.
+of products and table, a table gets one that compiles without fault for all of its variants in
+``benchmarks.codegen.column_cases``: the one that keeps a GPU's units least busy
+(``benchmarks.units``), of those that are alike the first. Needs no GPU; the choice is to be
+corrected by one. Where no tile is fit, it gets no entry, and calls go to the stream kernels.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from benchmarks import units
 from benchmarks.codegen import cases, column_cases
 from benchmarks.codegen.column_cases import TABLES, ColumnEntry
 from benchmarks.codegen.compile import in_processes
@@ -58,8 +60,8 @@ def is_tile(table: str) -> bool:
 
 
 def predicted(key: ColumnKey) -> ColumnEntry | None:
-    """Returns the first of a key's candidates that compiles without fault."""
-    return next(filter(None, map(fit, candidates(*key))), None)
+    """Returns the least busy of a key's candidates that compile without fault."""
+    return next(filter(None, map(fit, units.in_order(candidates(*key)))), None)
 
 
 def fit(entry: ColumnEntry) -> ColumnEntry | None:

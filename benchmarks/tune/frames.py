@@ -3,7 +3,8 @@
 Of the candidates in ``frame_candidates.json``, (rows, keys, warps of 32 threads, stages) by kind of
 products and table, in the order of preference, those may be chosen that compile without fault for
 all of a table's variants in ``benchmarks.codegen.frame_cases``. With a GPU it is the fastest, for
-that GPU's architecture; with ``--predict`` the first, for all, without a GPU. What cannot be fit is
+that GPU's architecture; with ``--predict``, without a GPU, the first for all, those before that
+keep a GPU's units least busy (``benchmarks.units``). What cannot be fit is
 not compiled: where outputs leave a thread no registers, which a compiler would find out at length,
 or where a thread would load less of a head's narrower part than the gate lets it.
 
@@ -21,6 +22,7 @@ from typing import Literal
 
 import torch
 
+from benchmarks import units
 from benchmarks.codegen import cases, frame_cases, report
 from benchmarks.codegen.compile import in_processes, inspect
 from benchmarks.codegen.frame_cases import VARIANTS, FrameEntry
@@ -92,8 +94,8 @@ def loads_enough(entry: FrameEntry) -> bool:
 
 
 def predicted(key: FrameKey) -> FrameEntry | None:
-    """Returns the first of a key's candidates that compiles without fault."""
-    return next(filter(None, map(fit, candidates(*key))), None)
+    """Returns the least busy of a key's candidates that compile without fault."""
+    return next(filter(None, map(fit, units.in_order(candidates(*key)))), None)
 
 
 def measured(key: FrameKey) -> FrameEntry | None:

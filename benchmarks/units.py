@@ -1,0 +1,214 @@
+"""``python -m benchmarks.units``: how long a GPU's units are busy with the shipped configurations.
+
+Each runs its commonest call on an emulated GPU of NVIDIA's that counts what the kernels ask for
+(``emulator.counts``). Of a processor there are, in cycles,
+
+- *issue*: instructions of warps / those issued in a cycle;
+- *exp*: exponentials / 16;
+- *matrix*: operations / those of the matrix instructions in a cycle;
+- *shared*: shared memory's cycles, with what conflicts of its banks add;
+- *cache*: bytes that warps ask global memory for / 32, assumed of the second-level cache;
+- *memory*: the bytes of all tensors, once / the memory's bandwidth.
+
+The table has them over the memory's, which is the floor of tiles and columns. A kernel cannot be
+faster than the unit that is busy longest; what of their time does not pass side by side, and what
+it waits for besides, this does not say. Nothing is measured.
+
+``benchmarks.tune`` tries candidates in the order of that unit's time (:func:`in_order`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import multiprocessing
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.codegen import calls, cases, column_cases, frame_cases
+from benchmarks.codegen.calls import PublicCall
+from benchmarks.codegen.column_cases import ColumnEntry
+from benchmarks.codegen.frame_cases import FrameEntry
+from benchmarks.codegen.report import MATRIX_RATES
+from benchmarks.codegen.targets import TARGETS
+from benchmarks.emulator.counts import SECTOR, Counts
+from benchmarks.emulator.driver import SHARED, EmulatedGPU
+from benchmarks.report.tables import Table
+from vstar_kernels.cli.options import read_options
+
+EXPONENTIALS = 16  # of a processor in a cycle
+CACHE = 32  # bytes of a processor in a cycle, from the second-level cache; assumed
+ALIKE = 1.05
+FAMILIES = ("tile", "stream", "frames", "columns")
+TABLES = (*frame_cases.VARIANTS, *column_cases.TABLES)
+FRAMES = 256  # of streams: a few blocks
+OF_COLUMNS = {"batch": 1, "queries": 256, "heads": 4}
+OF_FRAMES = {"frames": 2, "tokens": 128, "text": 64}
+GPU: list[EmulatedGPU] = []  # of this process
+
+
+@dataclass(frozen=True)
+class Options(cases.Selection):
+    """Which configurations to run."""
+
+    target: Literal[tuple(SHARED)] = "sm_90"  # type: ignore[assignment]
+    """The architecture."""
+    kind: tuple[Literal["16-bit", "tf32", "ieee"], ...] = ("16-bit",)
+    """Kinds of products."""
+    family: tuple[Literal[FAMILIES], ...] = FAMILIES
+    """Families of kernels."""
+    table: tuple[Literal[TABLES], ...] = TABLES
+    """Of the frames' and the columns' kernels, the tables of configurations."""
+
+    def has(self, key: cases.Key) -> bool:
+        """Tells whether a key's configuration is to be run."""
+        of_table = getattr(key, "table", None) in (None, *self.table)
+        here = key.architecture == self.target and key.family in self.family
+        return here and of_table and key.kind in self.kind and key.width in self.width
+
+
+@dataclass(frozen=True)
+class Cycles:
+    """How many cycles of a processor its units are busy with a call."""
+
+    issue: float
+    exp: float
+    matrix: float
+    shared: float
+    cache: float
+    memory: float
+
+    @property
+    def longest(self) -> float:
+        """Those of the unit that is busy longest."""
+        return max(vars(self).values())
+
+
+def common_call(entry: Any) -> tuple[PublicCall, Any]:
+    """Returns the commonest call of an entry's kernels, and its variant."""
+    if isinstance(entry, FrameEntry):
+        variants = frame_cases.VARIANTS[entry.table]
+        variant = next((x for x in variants if x.name == "row max"), variants[0])
+        lengths = [OF_FRAMES["frames"] * OF_FRAMES["tokens"]]
+        return calls.of_frames(entry, variant, entry.width, **OF_FRAMES, lengths=lengths), variant
+    if isinstance(entry, ColumnEntry):
+        variant = entry.variants[0]
+        return calls.of_columns(entry, variant, entry.width, **OF_COLUMNS), variant
+    variant = cases.GRADIENTS if entry.backward else cases.GAUSSIAN
+    frames, batch, heads = entry.frames or FRAMES, 1, 1
+    if entry.frames:
+        batch, heads = entry.config.programs, 2 * entry.config.sequences
+    call = calls.tar(entry, variant, entry.width, batch=batch, frames=frames, heads=heads)
+    return call, variant
+
+
+def count(entry: Any) -> Cycles:
+    """Returns what an entry's kernels ask for in their commonest call, on this emulated GPU."""
+    (gpu,) = GPU
+    torch.manual_seed(0)
+    call, variant = common_call(entry)
+    attention = functools.partial(call.attention, backend="triton")
+    with calls.circumstances(entry, variant), calls.configured(entry):
+        leaves = {name: x.requires_grad_(name in call.wanted) for name, x in call.tensors.items()}
+        gpu.counts = {}
+        results = call.forward(leaves, attention)
+        made = list(results)
+        if entry.backward:
+            gpu.counts = {}
+            made += call.gradients(leaves, results).values()
+    kernel = next((x for x in ("grad_query", "grad_key") if x in getattr(entry, "table", "")), "")
+    found = sum((x for name, x in gpu.counts.items() if kernel in name), Counts())
+    tensors = [*call.tensors.values(), *made]
+    return cycles(entry, found, sum(x.numel() * x.element_size() for x in tensors))
+
+
+def cycles(entry: cases.Key, found: Counts, traffic: int) -> Cycles:
+    """Returns the cycles of what was counted, and of so many bytes of tensors."""
+    target = TARGETS[entry.architecture]
+    of_processor = target.processors * target.clock
+    rate = MATRIX_RATES[entry.kind] * target.matrix / of_processor
+    return Cycles(
+        issue=found.instructions / target.issue,
+        exp=found.exponentials / EXPONENTIALS,
+        matrix=found.operations / rate,
+        shared=found.shared,
+        cache=found.sectors * SECTOR / CACHE,
+        memory=traffic / (target.bandwidth / of_processor),
+    )
+
+
+def emulated(architecture: str) -> ProcessPoolExecutor:
+    """Returns a new process that has an emulated GPU; this one may want another, or a real one."""
+    return ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), initializer=_enter, initargs=(architecture,)
+    )
+
+
+def _enter(architecture: str) -> None:
+    stack, gpu = ExitStack(), EmulatedGPU(architecture, processors=1)
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="units-"))
+    stack.enter_context(gpu.installed(Path(folder)))
+    GPU.append(gpu)
+    multiprocessing.util.Finalize(None, stack.close, exitpriority=0)
+    torch.set_num_threads(1)
+
+
+def in_order(entries: list[Any]) -> list[Any]:
+    """Returns a key's candidates, those first whose busiest unit has least to do.
+
+    Those that are alike to a part in twenty stay in their order, and come last where they do not
+    run. So does everything on AMD's GPUs, which are not emulated.
+    """
+    if not entries or entries[0].architecture not in SHARED:
+        return entries
+    with emulated(entries[0].architecture) as process:
+        longest = dict(zip(entries, process.map(_steps, entries), strict=True))
+    return sorted(entries, key=lambda entry: longest[entry])
+
+
+def _steps(entry: Any) -> int:
+    """Returns how many twentieths, each of what is before, an entry's busiest unit has to do."""
+    try:
+        return round(math.log(count(entry).longest) / math.log(ALIKE))
+    except Exception as error:  # of Triton's own kinds, for what it cannot do
+        tqdm.write(f"{entry.config}: {type(error).__name__}: {str(error)[:100]}")
+        return sys.maxsize
+
+
+def rows(entries: list[Any], found: Iterable[Cycles]) -> Iterable[list[str]]:
+    """Yields the table's rows."""
+    for entry, x in zip(entries, found, strict=True):
+        table = getattr(entry, "table", "gradients" if entry.backward else "forward")
+        size = f"{entry.frames} × {entry.width}" if entry.frames else str(entry.width)
+        config = entry.config
+        block = "×".join(
+            str(n) for name in ("queries", "rows", "sequences", "keys")
+            if (n := getattr(config, name, 0))
+        )  # fmt: skip
+        units = [f"{n / x.memory:.2f}" for name, n in vars(x).items() if name != "memory"]
+        yield [f"{entry.family}, {table}", size, block, str(config.warps), *units]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table; returns the exit status."""
+    options = read_options(Options, arguments, prog="python -m benchmarks.units")
+    every = [*cases.entries(), *frame_cases.entries(), *column_cases.entries()]
+    chosen = [x for x in every if options.has(x)]
+    head = ["kernels", "size", "block", "warps", "issue", "exp", "matrix", "shared", "cache"]
+    with emulated(options.target) as process:
+        found = tqdm(process.map(count, chosen), total=len(chosen), unit="line")
+        print(Table("", head, list(rows(chosen, found))).markdown())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
