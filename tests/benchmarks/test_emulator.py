@@ -50,17 +50,25 @@ HEAD = """
 """
 
 
-def run(body, given=(), *, threads=64, grid=1, shared=1024, length=None):
+def aligned(numbers):
+    """The same at a multiple of 128 bytes, as torch allocates."""
+    behind = np.empty(len(numbers) + 32, np.uint32)
+    start = -behind.ctypes.data % 128 // 4
+    found = behind[start : start + len(numbers)]
+    found[:] = numbers
+    return found
+
+
+def run(body, given=(), *, threads=64, grid=1, shared=1024, length=None, add=None):
     """Runs a body that reads ``given`` and writes as many numbers; returns these."""
-    given = np.asarray(given, np.uint32) if len(given) else np.arange(threads, dtype=np.uint32)
-    out = np.full(length or threads, 0xDEAD, np.uint32)
+    given = aligned(np.asarray(given, np.uint32) if len(given) else np.arange(threads))
+    out = aligned(np.full(length or threads, 0xDEAD))
     memory = Memory()
     for name, x in (("given", given), ("out", out)):
         memory.add(name, x.ctypes.data, x.nbytes)
     program = Program(ptx.read(f"{HEAD}{body}\n\tret;\n}}"))
-    program.run(
-        grid, threads, shared, struct.pack("QQ", given.ctypes.data, out.ctypes.data), memory
-    )
+    parameters = struct.pack("QQ", given.ctypes.data, out.ctypes.data)
+    program.run(grid, threads, shared, parameters, memory, add)
     return out
 
 

@@ -1,0 +1,99 @@
+"""What kernels ask of a GPU's units, counted on an emulated one, and candidates in its order."""
+
+import dataclasses
+import os
+import shutil
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+from benchmarks import units
+from benchmarks.codegen import cases, column_cases
+from benchmarks.emulator.counts import Counts
+from benchmarks.units import Cycles
+from tests.benchmarks.test_emulator import LOAD, run
+
+ZEROS = "mov.b32 %r4, 0; mov.b32 %r5, 0; mov.b32 %r6, 0; mov.b32 %r7, 0;"
+PRODUCT = "{%r4,%r5,%r6,%r7}, {%r4,%r5,%r6,%r7}, {%r4,%r5}, {%r4,%r5,%r6,%r7}"
+FIRST_WARP = "setp.lt.s32 %p1, %r0, 32;"
+
+
+def asked_for(body):
+    """What 64 threads ask for in a body, but for instructions, and what reads parameters."""
+    counts = []
+    run(body, shared=16384, add=counts.append)
+    return dataclasses.replace(sum(counts, Counts()), instructions=0)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (LOAD, Counts(sectors=8)),
+        ("and.b32 %r4, %r0, 3; mad.wide.u32 %rd4, %r4, 64, %rd0; ld.global.b32 %r9, [%rd4];",
+         Counts(sectors=8)),
+        (f"{FIRST_WARP} @%p1 {LOAD}", Counts(sectors=4)),
+        ("ld.global.b32 %r9, [%rd0];", Counts(sectors=2)),
+        ("st.shared.b32 [%r3], %r0;", Counts(shared=2)),
+        ("ld.shared.b32 %r9, [%r2];", Counts(shared=2)),
+        ("shl.b32 %r4, %r1, 1; add.s32 %r4, %r4, %r2; ld.shared.b32 %r9, [%r4];",
+         Counts(shared=4, conflicts=2)),
+        ("shl.b32 %r4, %r1, 5; add.s32 %r4, %r4, %r2; ld.shared.b32 %r9, [%r4];",
+         Counts(shared=64, conflicts=62)),
+        ("shl.b32 %r4, %r1, 2; add.s32 %r4, %r4, %r2; ld.shared.v4.b32 {%r5,%r6,%r7,%r8}, [%r4];",
+         Counts(shared=8)),
+        ("shl.b32 %r4, %r1, 2; add.s32 %r4, %r4, %r2;"
+         "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r5,%r6,%r7,%r8}, [%r4];", Counts(shared=8)),
+        ("shl.b32 %r4, %r1, 5; add.s32 %r4, %r4, %r2;"
+         "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r5}, [%r4];", Counts(shared=16, conflicts=14)),
+        ("mov.b32 %r5, 4; cp.async.ca.shared.global [%r3], [%rd2], 0x4, %r5;",
+         Counts(sectors=8, shared=2)),
+        ("mov.b32 %r5, 0; cp.async.ca.shared.global [%r3], [%rd2], 0x4, %r5;", Counts(shared=2)),
+        (f"{FIRST_WARP} @%p1 ex2.approx.f32 %r9, %r0;", Counts(exponentials=32)),
+        (f"{ZEROS} mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {PRODUCT};",
+         Counts(operations=2 * 2 * 16 * 8 * 16)),
+    ],
+)  # fmt: skip
+def test_counts(body, expected):
+    assert asked_for(body) == expected
+
+
+def test_a_warp_without_threads_runs_nothing():
+    counts = []
+    run(f"{FIRST_WARP} @%p1 add.s32 %r9, %r0, 1;", add=counts.append)
+    before = []
+    run(FIRST_WARP, add=before.append)
+    assert (sum(counts, Counts()).instructions - sum(before, Counts()).instructions) == 1
+
+
+def test_cycles_of_a_processor():
+    """An H200 has 132 processors, and a bandwidth of 18.4 bytes in each of their cycles."""
+    entry = cases.Key("sm_90", "16-bit", 16, 64)
+    found = units.cycles(entry, Counts(8, 32, 7568, 3, 5, 2), 184)
+    assert found == Cycles(
+        issue=2, exp=2, matrix=pytest.approx(2, rel=1e-3), shared=5, cache=3,
+        memory=pytest.approx(10, rel=0.01),
+    )  # fmt: skip
+    assert found.longest == found.memory
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("cc"), reason="there is no C compiler"
+)
+def test_candidates_come_by_the_work_of_their_busiest_unit():
+    """Eight warps of 64 rows compute everything twice; what does not compile comes last."""
+
+    def of_sizes(rows, warps):
+        config = column_cases.ColumnsConfig(rows, 0, warps, 1, shared=0)
+        return column_cases.entry("sm_90", "16-bit", 128, "forward_80", config)
+
+    twice, once, none = of_sizes(64, 8), of_sizes(64, 4), of_sizes(48, 4)
+    assert units.in_order([none, twice, once]) == [once, twice, none]
+    alike = dataclasses.replace(once, config=dataclasses.replace(once.config, shared=1))
+    assert units.in_order([alike, once]) == [alike, once]
+    amd = [dataclasses.replace(x, architecture="gfx942") for x in (twice, once)]
+    assert units.in_order(amd) == amd
