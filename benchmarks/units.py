@@ -47,7 +47,7 @@ from vstar_kernels.cli.options import read_options
 
 EXPONENTIALS = 16  # of a processor in a cycle
 CACHE = 32  # bytes of a processor in a cycle, from the second-level cache; assumed
-ALIKE = 1.05
+ALIKE, WAITS = 1.05, 1.5  # what counts as alike; assumed
 FAMILIES = ("tile", "stream", "frames", "columns")
 TABLES = (*frame_cases.VARIANTS, *column_cases.TABLES)
 FRAMES = 256  # of streams: a few blocks
@@ -165,8 +165,9 @@ def _enter(architecture: str) -> None:
 def in_order(entries: list[Any]) -> list[Any]:
     """Returns a key's candidates, those first whose busiest unit has least to do.
 
-    Those that are alike to a part in twenty stay in their order, and come last where they do not
-    run. So does everything on AMD's GPUs, which are not emulated.
+    What loads nothing ahead waits for it, which is taken for ``WAITS`` times as much. Candidates
+    that are alike to a part in twenty stay in their order, and so do all on AMD's GPUs, which are
+    not emulated. Last are those that do not run.
     """
     if not entries or entries[0].architecture not in SHARED:
         return entries
@@ -177,8 +178,9 @@ def in_order(entries: list[Any]) -> list[Any]:
 
 def _steps(entry: Any) -> int:
     """Returns how many twentieths, each of what is before, an entry's busiest unit has to do."""
+    waits = WAITS if entry.config.stages == 1 else 1.0
     try:
-        return round(math.log(count(entry).longest) / math.log(ALIKE))
+        return round(math.log(count(entry).longest * waits) / math.log(ALIKE))
     except Exception as error:  # of Triton's own kinds, for what it cannot do
         tqdm.write(f"{entry.config}: {type(error).__name__}: {str(error)[:100]}")
         return sys.maxsize
