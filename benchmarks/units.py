@@ -3,16 +3,18 @@
 Each runs its commonest call on an emulated GPU of NVIDIA's that counts what the kernels ask for
 (``emulator.counts``). Of a processor there are, in cycles,
 
-- *issue*: instructions of warps / those issued in a cycle;
+- *issue*: instructions of warps, as PTX has them / those issued in a cycle;
 - *exp*: exponentials / 16;
 - *matrix*: operations / those of the matrix instructions in a cycle;
 - *shared*: shared memory's cycles, with what conflicts of its banks add;
 - *cache*: bytes that warps ask global memory for / 32, assumed of the second-level cache;
 - *memory*: the bytes of all tensors, once / the memory's bandwidth.
 
-The table has them over the memory's, which is the floor of tiles and columns. A kernel cannot be
-faster than the unit that is busy longest; what of their time does not pass side by side, and what
-it waits for besides, this does not say. Nothing is measured.
+The table has them over the memory's, which is the floor of tiles and columns. Calls are small (as
+below); over frames and in streams the ratios grow with their length, and only configurations for
+the same size compare. A kernel is hardly faster than the unit that is busy longest; what of their
+time does not pass side by side, and what it waits for besides, this does not say. Nothing is
+measured.
 
 ``benchmarks.tune`` tries candidates in the order of that unit's time (:func:`in_order`).
 """
@@ -42,6 +44,7 @@ from benchmarks.codegen.report import MATRIX_RATES
 from benchmarks.codegen.targets import TARGETS
 from benchmarks.emulator.counts import SECTOR, Counts
 from benchmarks.emulator.driver import SHARED, EmulatedGPU
+from benchmarks.emulator.memory import FaultError
 from benchmarks.report.tables import Table
 from vstar_kernels.cli.options import read_options
 
@@ -53,6 +56,8 @@ TABLES = (*frame_cases.VARIANTS, *column_cases.TABLES)
 FRAMES = 256  # of streams: a few blocks
 OF_COLUMNS = {"batch": 1, "queries": 256, "heads": 4}
 OF_FRAMES = {"frames": 2, "tokens": 128, "text": 64}
+# Of one call's gradients, the kernels that have configurations of their own, and what they write.
+KERNELS = {"grad_query": ("query",), "grad_key": ("key", "value")}
 GPU: list[EmulatedGPU] = []  # of this process
 
 
@@ -121,13 +126,16 @@ def count(entry: Any) -> Cycles:
         leaves = {name: x.requires_grad_(name in call.wanted) for name, x in call.tensors.items()}
         gpu.counts = {}
         results = call.forward(leaves, attention)
-        made = list(results)
+        written = dict(enumerate(results))
         if entry.backward:
             gpu.counts = {}
-            made += call.gradients(leaves, results).values()
-    kernel = next((x for x in ("grad_query", "grad_key") if x in getattr(entry, "table", "")), "")
+            written = call.gradients(leaves, results)
+    kernel = next((x for x in KERNELS if x in getattr(entry, "table", "")), "")
     found = sum((x for name, x in gpu.counts.items() if kernel in name), Counts())
-    tensors = [*call.tensors.values(), *made]
+    if not found.instructions:
+        raise KeyError(f"no kernel of {entry.config} has run, but {', '.join(gpu.counts)}")
+    own = [x for name, x in written.items() if name in KERNELS.get(kernel, written)]
+    tensors = [*call.tensors.values(), *call.weights, *own]
     return cycles(entry, found, sum(x.numel() * x.element_size() for x in tensors))
 
 
@@ -172,18 +180,28 @@ def in_order(entries: list[Any]) -> list[Any]:
     if not entries or entries[0].architecture not in SHARED:
         return entries
     with emulated(entries[0].architecture) as process:
-        longest = dict(zip(entries, process.map(_steps, entries), strict=True))
-    return sorted(entries, key=lambda entry: longest[entry])
+        costs = list(process.map(_cost, entries))
+    left, found = list(zip(costs, entries, strict=True)), list[Any]()
+    while left:
+        most = ALIKE * min(cost for cost, _ in left)
+        found += [entry for cost, entry in left if cost <= most]
+        left = [pair for pair in left if pair[0] > most]
+    return found
 
 
-def _steps(entry: Any) -> int:
-    """Returns how many twentieths, each of what is before, an entry's busiest unit has to do."""
-    waits = WAITS if entry.config.stages == 1 else 1.0
+def _cost(entry: Any) -> float:
+    """Returns the cycles of an entry's busiest unit, infinity where it does not run.
+
+    Raises:
+        FaultError: It runs, and does what a GPU would fail at.
+    """
     try:
-        return round(math.log(count(entry).longest * waits) / math.log(ALIKE))
+        return count(entry).longest * (WAITS if entry.config.stages == 1 else 1.0)
+    except (FaultError, KeyError):
+        raise
     except Exception as error:  # of Triton's own kinds, for what it cannot do
         tqdm.write(f"{entry.config}: {type(error).__name__}: {str(error)[:100]}")
-        return sys.maxsize
+        return math.inf
 
 
 def rows(entries: list[Any], found: Iterable[Cycles]) -> Iterable[list[str]]:

@@ -20,7 +20,14 @@ from benchmarks.emulator.block import LANES, Array, Block, Mask, Step
 from benchmarks.emulator.matrices import GROUP, SHAPE
 from benchmarks.emulator.ptx import TYPES, Address, Instruction, Vector
 from benchmarks.emulator.tensor_memory import DEPTH, size_of
-from benchmarks.emulator.transfers import ROW, addresses, copies, count_of, tensor_at
+from benchmarks.emulator.transfers import (
+    ROW,
+    addresses,
+    box_places,
+    copies,
+    count_of,
+    tensor_at,
+)
 
 SECTOR = 32  # bytes that global memory moves at least
 BANKS, WORD = 32, 4  # of shared memory; bytes
@@ -32,7 +39,7 @@ ROW_BYTES = 16  # of a matrix of ldmatrix
 class Counts:
     """What programs have asked for."""
 
-    instructions: int = 0  # of warps, without branches
+    instructions: int = 0  # of warps, of PTX, without branches and what no thread runs
     exponentials: int = 0  # of threads
     operations: int = 0  # of matrix instructions, two for a multiply-add
     sectors: int = 0  # of global memory, read and written; a warp asks for each once
@@ -118,9 +125,9 @@ def count_copy(x: Instruction) -> Counting | None:
     if x.modifiers[:3] == ("async", "bulk", "tensor"):
 
         def count_box(block: Block, mask: Mask) -> Counts:
-            at = addresses(block, x.operands[1], block.chosen(mask))
-            moved = sum(tensor_at(block, int(place)).bytes for place in at)
-            return Counts(sectors=moved // SECTOR, shared=moved // CYCLE)
+            given = x.operands[1]
+            assert isinstance(given, Address)
+            return sum((of_box(block, given, n) for n in block.chosen(mask)), Counts())
 
         return count_box
     if x.modifiers[1] in ("commit_group", "wait_group"):
@@ -132,6 +139,16 @@ def count_copy(x: Instruction) -> Counting | None:
         return read + cycles(found.target, found.size, block.chosen(mask))
 
     return count
+
+
+def of_box(block: Block, given: Address, thread: int) -> Counts:
+    """Counts the copy of a box that a thread asks for: what of it is there, and its room."""
+    (at,) = addresses(block, given, np.array([thread]))
+    tensor = tensor_at(block, int(at))
+    place = [int(block.everywhere(block.read(y, "s32"))[thread]) for y in given.coordinates]
+    source, there, _ = box_places(tensor, place)
+    touched = len(np.unique(source[there] // SECTOR))
+    return Counts(sectors=touched, shared=tensor.bytes // CYCLE)
 
 
 def count_product(x: Instruction) -> Counting | None:

@@ -13,9 +13,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from benchmarks import units
 from benchmarks.codegen import cases, column_cases
-from benchmarks.emulator.counts import Counts
+from benchmarks.emulator import ptx
+from benchmarks.emulator.block import Block
+from benchmarks.emulator.counts import Counts, count_product
+from benchmarks.emulator.memory import Memory
 from benchmarks.units import Cycles
-from tests.benchmarks.test_emulator import LOAD, run
+from tests.benchmarks.test_emulator import HEAD, LOAD, run
 
 ZEROS = "mov.b32 %r4, 0; mov.b32 %r5, 0; mov.b32 %r6, 0; mov.b32 %r7, 0;"
 PRODUCT = "{%r4,%r5,%r6,%r7}, {%r4,%r5,%r6,%r7}, {%r4,%r5}, {%r4,%r5,%r6,%r7}"
@@ -59,6 +62,20 @@ def asked_for(body):
 )  # fmt: skip
 def test_counts(body, expected):
     assert asked_for(body) == expected
+
+
+@pytest.mark.parametrize(
+    ("a", "shared"), [("%rd1", 2 * 16 * (64 + 64)), ("{%r4,%r5,%r6,%r7}", 2 * 16 * 64)]
+)
+def test_products_of_four_warps_read_shared_memory(a, shared):
+    """Two products of 64 × 64 × 16, of 256 threads."""
+    sums = ",".join(f"%r{n}" for n in range(10, 42))
+    name = "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16"
+    body = f"{HEAD}{name} {{{sums}}}, {a}, %rd2, %p1, 1, 1, 0;\n\tret;\n}}"
+    product = next(x for x in ptx.read(body).instructions if x.name == "wgmma")
+    block = Block(0, 1, 256, 1024, Memory(), 1)
+    found = count_product(product)(block, None)
+    assert found == Counts(operations=2 * 2 * 64 * 64 * 16, shared=2 * shared // 128)
 
 
 def test_a_warp_without_threads_runs_nothing():
