@@ -125,7 +125,7 @@ def count(entry: Any) -> Cycles:
     with calls.circumstances(entry, variant), calls.configured(entry):
         leaves = {name: x.requires_grad_(name in call.wanted) for name, x in call.tensors.items()}
         gpu.counts = {}
-        results = call.forward(leaves, attention)
+        results = call.forward(attention, leaves)
         written = dict(enumerate(results))
         if entry.backward:
             gpu.counts = {}
@@ -154,10 +154,10 @@ def cycles(entry: cases.Key, found: Counts, traffic: int) -> Cycles:
     )
 
 
-def emulated(architecture: str) -> ProcessPoolExecutor:
-    """Returns a new process that has an emulated GPU; this one may want another, or a real one."""
+def emulated(architecture: str, jobs: int = 1) -> ProcessPoolExecutor:
+    """Returns new processes that have an emulated GPU; this one may want another, or a real one."""
     return ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn"), initializer=_enter, initargs=(architecture,)
+        jobs, multiprocessing.get_context("spawn"), initializer=_enter, initargs=(architecture,)
     )
 
 
@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     every = [*cases.entries(), *frame_cases.entries(), *column_cases.entries()]
     chosen = [x for x in every if options.has(x)]
     head = ["kernels", "size", "block", "warps", "issue", "exp", "matrix", "shared", "cache"]
-    with emulated(options.target) as process:
+    with emulated(options.target, options.jobs) as process:
         found = tqdm(process.map(count, chosen), total=len(chosen), unit="line")
         print(Table("", head, list(rows(chosen, found))).markdown())
     return 0

@@ -42,9 +42,9 @@ class PublicCall:
     weights: list[Tensor] = field(default_factory=list)
     wanted: tuple[str, ...] = ()
 
-    def forward(self, tensors: dict[str, Tensor], attention: Attention | None = None) -> Any:
-        """Returns the results for tensors in place of its own, of another attention if given."""
-        found = self.attend(attention or self.attention, **tensors)
+    def forward(self, attention: Attention, tensors: dict[str, Tensor]) -> Any:
+        """Returns the results of an attention for tensors, in place of its own."""
+        found = self.attend(attention, **tensors)
         return found if isinstance(found, tuple) else (found,)
 
     def gradients(self, tensors: dict[str, Tensor], results: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -77,10 +77,17 @@ def circumstances(entry: Key, variant: Any) -> Iterator[None]:
             below = float("inf") if entry.table.startswith("revisit") else 0.0
             replace(configs, "revisit_below", lambda *key: below)
         if entry.family == "stream" and entry.backward and variant.map:
-            # What the forward pass saved would spare kernels of the line.
-            backward = backend.backward
-            replace(backend, "backward", lambda *x: backward(*x[:2], (), *x[3:]))
+            forget_saved(replace)  # which would spare kernels of the line
         yield
+
+
+def forget_saved(replace: Callable[[Any, str, Any], None]) -> None:
+    """Computes gradients without what the forward pass saved, as in a compiled graph.
+
+    ``replace`` does it for as long as it says: of a module, a name, and by what.
+    """
+    backward = backend.backward
+    replace(backend, "backward", lambda *x: backward(*x[:2], (), *x[3:]))
 
 
 def forget_plans() -> None:

@@ -23,10 +23,9 @@ from benchmarks.emulator.tensor_memory import DEPTH, size_of
 from benchmarks.emulator.transfers import (
     ROW,
     addresses,
-    box_places,
+    box_of,
     copies,
     count_of,
-    tensor_at,
 )
 
 SECTOR = 32  # bytes that global memory moves at least
@@ -143,10 +142,7 @@ def count_copy(x: Instruction) -> Counting | None:
 
 def of_box(block: Block, given: Address, thread: int) -> Counts:
     """Counts the copy of a box that a thread asks for: what of it is there, and its room."""
-    (at,) = addresses(block, given, np.array([thread]))
-    tensor = tensor_at(block, int(at))
-    place = [int(block.everywhere(block.read(y, "s32"))[thread]) for y in given.coordinates]
-    source, there, _ = box_places(tensor, place)
+    tensor, source, there, _ = box_of(block, given, np.array([thread]))
     touched = len(np.unique(source[there] // SECTOR))
     return Counts(sectors=touched, shared=tensor.bytes // CYCLE)
 

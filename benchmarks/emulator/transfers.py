@@ -286,12 +286,10 @@ def decode_tensor_copy(x: Instruction) -> Step:
             copy_box(block, block.thread[thread : thread + 1])
 
     def copy_box(block: Block, one: Array) -> None:
-        (at,), (start,) = addresses(block, given, one), addresses(block, to, one)
-        tensor = tensor_at(block, int(at))
-        place = [int(block.everywhere(block.read(x, "s32"))[one[0]]) for x in given.coordinates]
+        (start,) = addresses(block, to, one)
         if start % BOX_ALIGNMENT:
             raise FaultError(f"a copy to {start:#x}, no multiple of {BOX_ALIGNMENT}")
-        source, there, order = box_places(tensor, place)
+        tensor, source, there, order = box_of(block, given, one)
         target = swizzled(start + order, tensor.swizzle)
         kind = np.dtype(f"u{tensor.element}")
         unknown = np.full((len(target), tensor.element), UNWRITTEN, np.uint8).view(kind)
@@ -308,9 +306,13 @@ def decode_tensor_copy(x: Instruction) -> Step:
     return copy
 
 
-def tensor_at(block: Block, address: int) -> TensorMap:
-    """Returns the tensor map at an address."""
-    return TensorMap.read(block.memory.bytes_at(address, struct.calcsize(TensorMap.LAYOUT)))
+def box_of(block: Block, given: Address, one: Array) -> tuple[TensorMap, Array, Array, Array]:
+    """Returns the tensor map that one thread copies a box by, and the :func:`box_places`."""
+    (at,) = addresses(block, given, one)
+    layout = struct.calcsize(TensorMap.LAYOUT)
+    tensor = TensorMap.read(block.memory.bytes_at(int(at), layout))
+    place = [int(block.everywhere(block.read(x, "s32"))[one[0]]) for x in given.coordinates]
+    return tensor, *box_places(tensor, place)
 
 
 def barrier_at(block: Block, place: Address, chosen: Array) -> Barrier:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from vstar_kernels.attention import triton as backend
 from vstar_kernels.attention.triton import launches
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
@@ -48,12 +47,6 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(launches.Launch, "_launch", recorded)
     return found
-
-
-def forget_saved(monkeypatch):
-    """Gradients are computed without what the forward pass saved, as in a compiled graph."""
-    backward = backend.backward
-    monkeypatch.setattr(backend, "backward", lambda *args: backward(*args[:2], (), *args[3:]))
 
 
 def _poisoned(allocate):

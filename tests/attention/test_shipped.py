@@ -89,10 +89,10 @@ def with_head_sizes(entry, variants):
     return [(entry, *x) for x in zip(variants, sizes, strict=True)]
 
 
-def results(call, tensors, attention=None):
+def results(call, attention, tensors):
     """What an attention makes of tensors, and with weights the gradients of its weighted sum."""
     leaves = {name: x.detach().requires_grad_(name in call.wanted) for name, x in tensors.items()}
-    made = call.forward(leaves, attention)
+    made = call.forward(attention, leaves)
     found = {f"result {i}": x.detach() for i, x in enumerate(made)}
     return found | (call.gradients(leaves, made) if call.weights else {})
 
@@ -107,9 +107,9 @@ def check(kind, call, formula):
     single element may err by three times as much.
     """
     kernels = functools.partial(call.attention, backend="triton")
-    found = results(call, {name: x.to(DEVICE) for name, x in call.tensors.items()}, kernels)
-    exact = results(call, {name: x.double() for name, x in call.tensors.items()}, formula)
-    plain = results(call, {name: x.float() for name, x in call.tensors.items()}, formula)
+    found = results(call, kernels, {name: x.to(DEVICE) for name, x in call.tensors.items()})
+    exact = results(call, formula, {name: x.double() for name, x in call.tensors.items()})
+    plain = results(call, formula, {name: x.float() for name, x in call.tensors.items()})
     query = call.tensors["query"]
     assert found.keys() == exact.keys()
     for name, truth in exact.items():

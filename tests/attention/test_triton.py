@@ -12,7 +12,6 @@ import torch
 
 import vstar_kernels as vk
 from tests.attention import not_finite
-from tests.attention.conftest import forget_saved
 from tests.attention.kernel_lines import watched
 from tests.pairwise import pairwise
 from vstar_kernels import testing
@@ -25,6 +24,7 @@ from vstar_kernels.testing import assert_as_exact_as_eager, eager, inputs, large
 if backend.unavailable():
     pytest.skip("; ".join(backend.unavailable()), allow_module_level=True)
 
+from benchmarks.codegen.calls import forget_saved
 from vstar_kernels.attention.triton import (
     configs,
     devices,
@@ -414,7 +414,7 @@ def test_gradients(case, request, monkeypatch):
     if case["streamed"]:
         request.getfixturevalue("streamed")
     if not case["saved"]:
-        forget_saved(monkeypatch)
+        forget_saved(monkeypatch.setattr)
     frames, heads, block = case["frames"], 2, case["map_block"]
     # As many sequences either way: they take the interpreter its time.
     rows = (1, 2, frames, heads) if case["five"] else (2, frames, heads)
@@ -591,7 +591,7 @@ def test_every_line_of_the_kernels_runs(monkeypatch):
             gradients(tar, tensors, bias, [torch.ones(())] * 2, scale=-0.1, return_map=True)
             if frames not in tiles:
                 with monkeypatch.context() as patch:
-                    forget_saved(patch)
+                    forget_saved(patch.setattr)
                     gradients(tar, tensors, bias, [torch.ones(())] * 2, scale=-0.1)
     assert not not_run()
 
