@@ -10,26 +10,28 @@ Each runs its commonest call on an emulated GPU of NVIDIA's that counts what the
 - *cache*: bytes that warps ask global memory for / 32, assumed of the second-level cache;
 - *memory*: the bytes of all tensors, once / the memory's bandwidth.
 
-The table has them over the memory's, which is the floor of tiles and columns. Calls are small (as
-below); over frames and in streams the ratios grow with their length, and only configurations for
-the same size compare. A kernel is hardly faster than the unit that is busy longest; what of their
-time does not pass side by side, and what it waits for besides, this does not say. Nothing is
-measured.
+The table has them over the memory's, which is the floor of tiles and columns. Each kernel of a
+stream's gradients has a row, over the memory's of all three. Calls are small (as below); over
+frames and in streams the ratios grow with their length, and only configurations for the same size
+compare. A kernel is hardly faster than the unit that is busy longest; what of their time does not
+pass side by side, and what it waits for besides, this does not say. Nothing is measured.
 
-``benchmarks.tune`` tries candidates in the order of that unit's time (:func:`in_order`).
+``benchmarks.tune`` tries candidates in the order of that unit's time (:func:`in_order`,
+:func:`orders_of_sweeps`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import multiprocessing
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +40,7 @@ from tqdm import tqdm
 
 from benchmarks.codegen import calls, cases, column_cases, frame_cases
 from benchmarks.codegen.calls import PublicCall
+from benchmarks.codegen.cases import Entry
 from benchmarks.codegen.column_cases import ColumnEntry
 from benchmarks.codegen.frame_cases import FrameEntry
 from benchmarks.codegen.report import MATRIX_RATES
@@ -46,6 +49,7 @@ from benchmarks.emulator.counts import SECTOR, Counts
 from benchmarks.emulator.driver import SHARED, EmulatedGPU
 from benchmarks.emulator.memory import FaultError
 from benchmarks.report.tables import Table
+from vstar_kernels.attention.triton.configs import StreamConfig
 from vstar_kernels.cli.options import read_options
 
 EXPONENTIALS = 16  # of a processor in a cycle
@@ -53,7 +57,9 @@ CACHE = 32  # bytes of a processor in a cycle, from the second-level cache; assu
 ALIKE, WAITS = 1.05, 1.5  # what counts as alike; assumed
 FAMILIES = ("tile", "stream", "frames", "columns")
 TABLES = (*frame_cases.VARIANTS, *column_cases.TABLES)
-FRAMES = 256  # of streams: a few blocks
+# Of streams, a few blocks; of their calls with all options, which take long, more than a tile has.
+FRAMES, FRAMES_IN_FULL = 256, 128
+SMALL = StreamConfig(queries=32, keys=32, warps=4, stages=1, shared=0)  # every kernel runs with it
 OF_COLUMNS = {"batch": 1, "queries": 256, "heads": 4}
 OF_FRAMES = {"frames": 2, "tokens": 128, "text": 64}
 # Of one call's gradients, the kernels that have configurations of their own, and what they write.
@@ -109,34 +115,63 @@ def common_call(entry: Any) -> tuple[PublicCall, Any]:
         variant = entry.variants[0]
         return calls.of_columns(entry, variant, entry.width, **OF_COLUMNS), variant
     variant = cases.GRADIENTS if entry.backward else cases.GAUSSIAN
-    frames, batch, heads = entry.frames or FRAMES, 1, 1
-    if entry.frames:
-        batch, heads = entry.config.programs, 2 * entry.config.sequences
-    call = calls.tar(entry, variant, entry.width, batch=batch, frames=frames, heads=heads)
+    if not entry.frames:
+        call = calls.tar(entry, variant, entry.width, batch=1, frames=FRAMES, heads=1)
+        return call, variant
+    batch, heads = entry.config.programs, 2 * entry.config.sequences
+    call = calls.tar(entry, variant, entry.width, batch=batch, frames=entry.frames, heads=heads)
     return call, variant
 
 
-def count(entry: Any) -> Cycles:
-    """Returns what an entry's kernels ask for in their commonest call, on this emulated GPU."""
+def count(entry: Any) -> dict[str, Cycles]:
+    """Returns what an entry's kernels ask for in their commonest call, on this emulated GPU.
+
+    There is one, named by its table, or of a stream's gradients each by its configuration's name.
+    """
+    call, variant = common_call(entry)
+    of_kernels, written = run(entry, variant, call)[entry.backward]
+    table = getattr(entry, "table", "")
+    kernel = next((x for x in KERNELS if x in table), "")
+    own = [x for name, x in written.items() if name in KERNELS.get(kernel, written)]
+    tensors = [*call.tensors.values(), *call.weights, *own]
+    traffic = sum(x.numel() * x.element_size() for x in tensors)
+    if has_sweeps(entry):
+        launches = cases.launches(entry, variant, entry.width)
+        names = {name: launch.kernel.__name__ for name, launch in launches.items()}
+    else:
+        names = {table or ("gradients" if entry.backward else "forward"): kernel}
+    found = {
+        name: sum((x for function, x in of_kernels.items() if part in function), Counts())
+        for name, part in names.items()
+    }
+    if missing := [name for name, x in found.items() if not x.instructions]:
+        raise KeyError(f"{missing} of {entry.config} have not run, but {', '.join(of_kernels)}")
+    return {name: cycles(entry, x, traffic) for name, x in found.items()}
+
+
+def has_sweeps(key: cases.Key) -> bool:
+    """Tells whether a line is for a stream's gradients, each of which has a configuration."""
+    return key.family == "stream" and key.backward
+
+
+def run(entry: Any, variant: Any, call: PublicCall) -> list[tuple[dict[str, Counts], Any]]:
+    """Runs a call; returns what its kernels ask for, by their names, and what they wrote.
+
+    Forward comes first, then backward, if it is an entry for gradients.
+    """
     (gpu,) = GPU
     torch.manual_seed(0)
-    call, variant = common_call(entry)
     attention = functools.partial(call.attention, backend="triton")
     with calls.circumstances(entry, variant), calls.configured(entry):
         leaves = {name: x.requires_grad_(name in call.wanted) for name, x in call.tensors.items()}
         gpu.counts = {}
         results = call.forward(attention, leaves)
-        written = dict(enumerate(results))
+        found: list[tuple[dict[str, Counts], Any]] = [(gpu.counts, dict(enumerate(results)))]
         if entry.backward:
             gpu.counts = {}
             written = call.gradients(leaves, results)
-    kernel = next((x for x in KERNELS if x in getattr(entry, "table", "")), "")
-    found = sum((x for name, x in gpu.counts.items() if kernel in name), Counts())
-    if not found.instructions:
-        raise KeyError(f"no kernel of {entry.config} has run, but {', '.join(gpu.counts)}")
-    own = [x for name, x in written.items() if name in KERNELS.get(kernel, written)]
-    tensors = [*call.tensors.values(), *call.weights, *own]
-    return cycles(entry, found, sum(x.numel() * x.element_size() for x in tensors))
+            found.append((gpu.counts, written))
+    return found
 
 
 def cycles(entry: cases.Key, found: Counts, traffic: int) -> Cycles:
@@ -180,7 +215,28 @@ def in_order(entries: list[Any]) -> list[Any]:
     if not entries or entries[0].architecture not in SHARED:
         return entries
     with emulated(entries[0].architecture) as process:
-        costs = list(process.map(_cost, entries))
+        return ordered(entries, list(process.map(_cost, entries)))
+
+
+def sweeps_are_counted(key: cases.Key) -> bool:
+    """Tells whether the candidates for a stream's gradients are put in an order by their work."""
+    return key.kind == "16-bit" and key.architecture in SHARED
+
+
+def orders_of_sweeps(entries: list[Entry], names: Iterable[str]) -> dict[str, list[Entry]]:
+    """Returns the order of :func:`in_order` for each of the kernels of a stream's gradients.
+
+    ``names`` are those of ``cases.launches``. In 32 bits, too, candidates stay in their order.
+    """
+    if not sweeps_are_counted(entries[0]):
+        return dict.fromkeys(names, entries)
+    with emulated(entries[0].architecture) as process:
+        costs = list(process.map(_costs, entries))
+    return {name: ordered(entries, [x.get(name, math.inf) for x in costs]) for name in names}
+
+
+def ordered(entries: list[Any], costs: list[float]) -> list[Any]:
+    """Returns entries by what they cost; those that are alike stay in their order."""
     left, found = list(zip(costs, entries, strict=True)), list[Any]()
     while left:
         most = ALIKE * min(cost for cost, _ in left)
@@ -195,27 +251,71 @@ def _cost(entry: Any) -> float:
     Raises:
         FaultError: It runs, and does what a GPU would fail at.
     """
+    with _unless_impossible(entry):
+        (found,) = count(entry).values()
+        return _waiting(entry, found)
+    return math.inf
+
+
+def _costs(entry: Entry) -> dict[str, float]:
+    """Returns the same of each kernel of a stream's gradients, without those that do not run."""
+    found: dict[str, float] = {}
+    for variant, frames in ((cases.VALUES, FRAMES_IN_FULL), (cases.GRADIENTS, FRAMES)):
+        names = cases.launches(entry, variant, entry.width).keys() - found.keys()
+        of_call = _costs_of(entry, names, variant, frames)
+        for name in names - of_call.keys():  # a kernel that does not run ends the call
+            one = replace(SMALL, overrides={name: entry.config})
+            of_call |= _costs_of(replace(entry, config=one), {name}, variant, frames)
+        found |= of_call
+        if variant == cases.VALUES:  # of these the next call has less to do
+            found |= {name: of_call.get(name, math.inf) for name in ("statistics", "map_max")}
+    return found
+
+
+def _costs_of(
+    entry: Entry, names: Iterable[str], variant: cases.Variant, frames: int
+) -> dict[str, float]:
+    """Returns what these kernels of one call cost; nothing where the call cannot be run."""
+    with _unless_impossible(entry):
+        call = calls.tar(entry, variant, entry.width, batch=1, frames=frames, heads=1)
+        (forward, _), (backward, _) = run(entry, variant, call)
+        launches = cases.launches(entry, variant, entry.width)
+        found = {}
+        for name in names:
+            counts = (forward if name == "maps" else backward)[launches[name].kernel.__name__]
+            config = entry.config.of_kernel(name)
+            found[name] = _waiting(replace(entry, config=config), cycles(entry, counts, 0))
+        return found
+    return {}
+
+
+def _waiting(entry: Any, found: Cycles) -> float:
+    """Returns the cycles of the busiest unit, more where all wait for what is loaded."""
+    return found.longest * (WAITS if entry.config.stages == 1 else 1.0)
+
+
+@contextlib.contextmanager
+def _unless_impossible(entry: Any) -> Iterator[None]:
     try:
-        return count(entry).longest * (WAITS if entry.config.stages == 1 else 1.0)
+        yield
     except (FaultError, KeyError):
         raise
     except Exception as error:  # of Triton's own kinds, for what it cannot do
         tqdm.write(f"{entry.config}: {type(error).__name__}: {str(error)[:100]}")
-        return math.inf
 
 
-def rows(entries: list[Any], found: Iterable[Cycles]) -> Iterable[list[str]]:
+def rows(entries: list[Any], found: Iterable[dict[str, Cycles]]) -> Iterable[list[str]]:
     """Yields the table's rows."""
-    for entry, x in zip(entries, found, strict=True):
-        table = getattr(entry, "table", "gradients" if entry.backward else "forward")
+    for entry, of_kernels in zip(entries, found, strict=True):
         size = f"{entry.frames} × {entry.width}" if entry.frames else str(entry.width)
-        config = entry.config
-        block = "×".join(
-            str(n) for name in ("queries", "rows", "sequences", "keys")
-            if (n := getattr(config, name, 0))
-        )  # fmt: skip
-        units = [f"{n / x.memory:.2f}" for name, n in vars(x).items() if name != "memory"]
-        yield [f"{entry.family}, {table}", size, block, str(config.warps), *units]
+        for kernel, x in of_kernels.items():
+            config = entry.config.of_kernel(kernel) if has_sweeps(entry) else entry.config
+            block = "×".join(
+                str(n) for name in ("queries", "rows", "sequences", "keys")
+                if (n := getattr(config, name, 0))
+            )  # fmt: skip
+            units = [f"{n / x.memory:.2f}" for name, n in vars(x).items() if name != "memory"]
+            yield [f"{entry.family}, {kernel}", size, block, str(config.warps), *units]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -126,6 +126,10 @@ ALWAYS = {
     ("tile", True): (GRADIENTS, MAP_GRADIENT, VALUES),
     ("stream", True): (VALUES, GRADIENTS),
 }
+# Of the sweeps that read no map's gradient and no Δ, which have configurations of their own.
+DEMANDING_GRADIENTS = Variant(
+    "gradients, wide", stat="map_max", clamp=True, negative=True, even=False, wide=True
+)
 # What a tile may leave to the stream kernels whatever else it does, by its name in ``unfit``.
 RARE: dict[str, dict[str, Any]] = {
     "map_max": {"stat": "map_max"},
@@ -133,9 +137,8 @@ RARE: dict[str, dict[str, Any]] = {
 }
 PAIRED_ARCHITECTURES = ("sm_90", "gfx942")  # one of each vendor
 PAIRED_SIZES = {("16-bit", 16, 64), ("16-bit", None, 48)}  # of kind, frames and width
-SWEEPS = ("grad_key", "grad_query", "statistics", "map_max")  # of a stream's gradients
 # Head sizes that fill a width only in part.
-PARTIAL = {16: 8, 48: 40, 64: 56, 80: 72, 96: 88, 128: 120, 160: 136, 256: 200}
+PARTIAL = {16: 8, 32: 24, 48: 40, 64: 56, 80: 72, 96: 88, 128: 120, 160: 152, 256: 200}
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,9 @@ def launches(entry: Entry, variant: Variant, head_dim: int) -> dict[str, Launch]
         found = {"stream": made.attention, "pointers": by_pointers, "map_max": made.map_max}
     else:
         found = {"grad_delta": made.grad_delta and made.grad_delta.launch}
-        found |= {name: getattr(made, name) for name in SWEEPS}
+        found[stream_backward.sweep_name(key, "grad_key")] = made.grad_key
+        found[stream_backward.sweep_name(key, "grad_query")] = made.grad_query
+        found |= {"statistics": made.statistics, "map_max": made.map_max}
         if key.has_map:  # the forward call's, which takes the gradients' configuration
             found["maps"] = maps.plan_mean_map(key, entry.config)[0].launch
     return {name: launch for name, launch in found.items() if launch is not None}
@@ -266,6 +271,8 @@ def shipped(entry: Entry) -> list[Case]:
     """Returns what a configuration must compile to without fault; all pairs of options for some."""
     variants = ALWAYS[entry.family, entry.backward]
     found = [case for variant in variants for case in cases(entry, variant)]
+    if entry.family == "stream" and entry.backward:
+        found += cases(entry, DEMANDING_GRADIENTS, PARTIAL[entry.width])
     if entry.family == "tile":
         found += [case for variant in rare(entry).values() for case in cases(entry, variant)]
     if (entry.kind, entry.frames, entry.width) not in PAIRED_SIZES:

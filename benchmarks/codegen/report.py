@@ -168,8 +168,9 @@ def faults(case: Case, binary: Binary, target: Target, *, spill: int = 0) -> lis
         found.append("no load of queries, keys or values was recognised")
     elif min(binary.loads) < aligned:
         found.append(f"loads {min(binary.loads)} bytes at a time where {aligned} are aligned")
-    if case.config.stages > 1 and target.triton.backend == "cuda" and not binary.asynchronous:
-        # Each block would wait for its own loads.
+    multiplies = case.launch.needed.k  # unlike statistics that the forward pass saved
+    ahead = binary.asynchronous or case.config.stages == 1 or not multiplies
+    if target.triton.backend == "cuda" and not ahead:  # each block would wait for its own loads
         found.append(f"has {case.config.stages} stages, but no load runs ahead of its use")
     one_group = case.entry.family == "frames" and not case.entry.backward
     if case.entry.family == "tile" and target.triton.backend == "cuda":
@@ -181,7 +182,6 @@ def faults(case: Case, binary: Binary, target: Target, *, spill: int = 0) -> lis
         one_group = target.triton.backend == "cuda" or case.config.stages == 1
     if one_group and case.entry.kind == "16-bit" and binary.load_groups > 1:
         found.append(f"waits {binary.load_groups} times for loads in one pass")
-    multiplies = case.launch.needed.k  # unlike statistics that the forward pass saved
     without_matrix = case.entry.kind == "ieee" and target.triton.backend == "cuda"
     if multiplies and not binary.matrix and not without_matrix:
         found.append("has no matrix instruction")

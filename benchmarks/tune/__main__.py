@@ -3,13 +3,13 @@
 With a GPU it measures the candidates that compile without fault and keeps the fastest, for that
 GPU's architecture. ``--predict`` needs no GPU: of tiles it keeps the one with the most headroom
 over the memory's bandwidth in ``benchmarks.codegen.report``, or the first with enough of it; of
-streams and of all gradients the first in order of preference (those of gradients are chosen by that
-alone, with a GPU too). Neither keeps a configuration that breaks a rule of
-``benchmarks.codegen.report``: sizes without a fit tile get no entry, so that their calls go to the
-stream kernel; where no candidate is fit for all the kernels of a stream's gradients, the one that
-is for most of them is kept, and the others get their own. ``--times FILE`` measures where only a
-file can be taken away, and ``--take FILE`` enters its choices elsewhere. Why a tile is missing goes
-into ``benchmarks/codegen/without_tile.json``.
+streams and of all gradients the first in order of preference. Those of gradients are chosen by that
+alone, with a GPU too, and of a stream's gradients for each of their kernels by itself: in 16 bits
+on NVIDIA's GPUs they come in the order of ``benchmarks.units``, which takes minutes and a C
+compiler. Neither keeps a configuration that breaks a rule of ``benchmarks.codegen.report``: sizes
+without a fit tile get no entry, so that their calls go to the stream kernel. ``--times FILE``
+measures where only a file can be taken away, and ``--take FILE`` enters its choices elsewhere. Why
+a tile is missing goes into ``benchmarks/codegen/without_tile.json``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Options(cases.Selection):
     predict: bool = False
     """Choose by compiled code, for every target, without a GPU."""
     repair: bool = False
-    """Choose only those that are not fit."""
+    """Keep those that are fit; without a GPU."""
     kernel: tuple[Literal["tile", "stream"], ...] = ("tile", "stream")
     """Families of kernels."""
     direction: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
@@ -94,10 +94,10 @@ def main(arguments: list[str] | None = None) -> None:
         choose.write(chosen)
         explain(chosen)
         return
-    function, jobs = choose.predicted, options.jobs
-    if not options.predict:
+    function, jobs = choose.repaired if options.repair else choose.predicted, options.jobs
+    if not (options.predict or options.repair):
         if not torch.cuda.is_available():
-            raise SystemExit("torch finds no GPU to measure; --predict needs none")
+            raise SystemExit("torch finds no GPU to measure; --predict and --repair need none")
         options = replace(options, target=(cases.this_gpu().architecture,))
         function, jobs = measured, 1
     for target in options.target:
@@ -105,9 +105,6 @@ def main(arguments: list[str] | None = None) -> None:
         if options.times is not None:
             measure_into(options.times, todo, options)
             continue
-        if options.repair:
-            flags = in_processes(choose.broken, todo, jobs, desc="check", unit="key")
-            todo = [key for key, flag in zip(todo, flags, strict=True) if flag]
         chosen = dict(zip(todo, in_processes(function, todo, jobs, unit="key"), strict=True))
         missing = [key for key, entry in chosen.items() if not entry and not key.frames]
         choose.write({key: entry for key, entry in chosen.items() if key not in missing})

@@ -11,7 +11,8 @@ float32 products keep whole rows of their operands in registers, so their blocks
 which of the streams fit hangs on how the parts of a width unroll. Where none of those does, a
 stream may take a small one.
 
-Of gradients, the streams are listed by kind and how wide a head is, and warps are of 32 threads. A
+Of gradients, the streams are listed by kind and how wide a head is, and warps are of 32 threads;
+where ``benchmarks.units`` puts them in order, there is one list, and most load a block ahead. A
 tile of gradients keeps four blocks of a sequence and two maps in registers: without matrix
 instructions none fits. Blocks are small for so many warps: a thread may have less than 16 bytes.
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from benchmarks import units
 from benchmarks.codegen.cases import Config, Entry, Key
 from benchmarks.codegen.targets import TARGETS, VECTOR_BYTES
 from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig, split
@@ -69,7 +71,8 @@ def streams(key: Key) -> list[StreamConfig]:
     """Returns the streams for any number of frames."""
     if key.backward:
         heads = "narrow" if key.width <= 64 else "wide" if key.width <= 128 else "widest"
-        sizes = in_own_warps(key, SIZES["stream_backward"][f"{key.kind} {heads}"])
+        name = "16-bit, counted" if units.sweeps_are_counted(key) else f"{key.kind} {heads}"
+        sizes = in_own_warps(key, SIZES["stream_backward"][name])
         return [StreamConfig(*size, shared=0) for size in sizes]
     if key.kind == "ieee":
         name, registers = f"ieee {key.width}", OUTPUT_REGISTERS_WITHOUT_MATRIX
@@ -79,6 +82,15 @@ def streams(key: Key) -> list[StreamConfig]:
     found = [StreamConfig(*size, shared=0) for size in sizes]
     lanes = TARGETS[key.architecture].lanes
     return [x for x in found if x.queries * key.width <= registers * lanes * x.warps]
+
+
+def holds_outputs(entry: Entry, kernel: str) -> bool:
+    """Tells whether the outputs of a stream's gradients leave a thread registers for the rest."""
+    config = entry.config
+    rows = {"grad_query": config.queries, "grad_key": 2 * config.keys}
+    outputs = rows.get(kernel.removesuffix("_full"), 0) * entry.width
+    threads = config.warps * TARGETS[entry.architecture].lanes
+    return outputs <= OUTPUT_REGISTERS[entry.architecture] * threads
 
 
 def bytes_to_load(key: Key, config: Config) -> int:

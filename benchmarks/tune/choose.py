@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import vstar_kernels as vk
+from benchmarks import units
 from benchmarks.check import Oracle
 from benchmarks.clock import GpuClock, TimedCall, time_in_turn
 from benchmarks.codegen import cases, report
@@ -25,10 +26,10 @@ from benchmarks.codegen.binary import Binary
 from benchmarks.codegen.cases import GAUSSIAN, Case, Entry, Key
 from benchmarks.codegen.compile import inspect
 from benchmarks.codegen.targets import TARGETS
-from benchmarks.tune.candidates import candidates, itemsize
+from benchmarks.tune.candidates import candidates, holds_outputs, itemsize
 from vstar_kernels.attention.call import Call
 from vstar_kernels.attention.triton import configs
-from vstar_kernels.attention.triton.configs import TileConfig
+from vstar_kernels.attention.triton.configs import StreamConfig, TileConfig
 from vstar_kernels.files import write_atomically
 from vstar_kernels.testing import largest_error, oracle
 
@@ -54,12 +55,14 @@ def keys(architecture: str) -> list[Key]:
 
 def predicted(key: Key) -> Entry | None:
     """Returns the best of a key's candidates by their compiled code."""
+    if units.has_sweeps(key):
+        return combined(key)
     large = []
     for entry in filter(None, itertools.starmap(fit, ranked(candidates(key)))):
         if small(entry):
             return entry
         large.append(entry)
-    return combined(key) or next(iter(large), None)
+    return next(iter(large), None)
 
 
 def measured(key: Key) -> tuple[Entry | None, dict[Entry, float]]:
@@ -79,13 +82,16 @@ def measured(key: Key) -> tuple[Entry | None, dict[Entry, float]]:
 
 def compiled(key: Key) -> None:
     """Compiles a key's candidates, which are then found on the disk."""
-    for entry in candidates(key):
-        fit(entry)
+    if not units.has_sweeps(key):  # whose kernels are chosen one by one, and none is timed
+        for entry in candidates(key):
+            fit(entry)
 
 
 def small(entry: Entry) -> bool:
     """Tells whether all GPUs that an entry serves have the shared memory."""
-    return entry.config.shared <= LEAST_SHARED[entry.architecture]
+    overrides = getattr(entry.config, "overrides", {})
+    most = max(x.shared for x in (entry.config, *overrides.values()))
+    return most <= LEAST_SHARED[entry.architecture]
 
 
 def seconds(entry: Entry) -> float:
@@ -199,32 +205,36 @@ def unfit_rare(entry: Entry) -> list[str]:
     ]
 
 
-def needs(entry: Entry) -> dict[str, int]:
-    """Returns the shared memory of an entry's kernels, UNFIT where a variant has a fault."""
+def needs(entry: Entry, *kernels: str) -> dict[str, int]:
+    """Returns the shared memory of an entry's kernels, or of some, UNFIT where one has a fault."""
     needed: Counter[str] = Counter()
     for case in cases.shipped(entry):
+        if kernels and case.kernel not in kernels:
+            continue
         binary = inspect_fit(case)
         needed[case.kernel] = max(needed[case.kernel], binary.shared if binary else UNFIT)
     return needed
 
 
 def combined(key: Key) -> Entry | None:
-    """Returns the candidate that is fit for most of the gradients' kernels, others for the rest.
+    """Returns an entry in which each kernel of a stream's gradients has its best fit candidate.
 
-    Only the stream kernels can have configurations of their own.
+    The entry's own numbers are those of the statistics, the others' that differ are ``overrides``.
     """
-    if not key.backward or key.frames is not None:
-        return None
-    entries, limit = candidates(key), LEAST_SHARED[key.architecture]
-    fits = [{name: n for name, n in needs(x).items() if n <= limit} for x in entries]
-    best, needed = max(zip(entries, fits, strict=True), key=lambda pair: len(pair[1]))
-    needed, overrides = dict(needed), {}
-    for kernel in sorted({case.kernel for case in cases.shipped(best)} - needed.keys()):
-        n = next((n for n, fit_kernels in enumerate(fits) if kernel in fit_kernels), None)
-        if n is None:
+    entries = candidates(key)
+    names = {case.kernel for case in cases.shipped(entries[0])}
+    chosen, needed = dict[str, StreamConfig](), dict[str, int]()
+    for name, ordered in units.orders_of_sweeps(entries, names).items():
+        for entry in filter(lambda x: holds_outputs(x, name), ordered):
+            needed[name] = needs(entry, name)[name]
+            if needed[name] <= LEAST_SHARED[key.architecture]:
+                chosen[name] = entry.config
+                break
+        else:
             return None
-        overrides[kernel], needed[kernel] = entries[n].config, fits[n][kernel]
-    return with_needs(replace(best, config=replace(best.config, overrides=overrides)), needed)
+    own = chosen["statistics"]
+    overrides = {name: x for name, x in sorted(chosen.items()) if x != own}
+    return with_needs(Entry(**vars(key), config=replace(own, overrides=overrides)), needed)
 
 
 @functools.cache
@@ -255,13 +265,15 @@ def with_needs(entry: Entry, needed: Mapping[str, int]) -> Entry:
     return replace(entry, config=replace(config, shared=most, overrides=own))
 
 
-def broken(key: Key) -> bool:
-    """Tells whether a key's shipped entry is not fit, or is missing."""
-    entry = next((entry for entry in cases.entries() if entry.key == key), None)
-    if entry is None:
-        return True
-    unfit = getattr(entry.config, "unfit", ())
-    return fit(entry, tuple(name for name in unfit if name not in cases.RARE)) != entry
+def repaired(key: Key) -> Entry | None:
+    """Returns the shipped entry, with the memory it takes now, if it is fit, or the predicted."""
+    shipped = next((entry for entry in cases.entries() if entry.key == key), None)
+    found = None
+    if shipped is not None:
+        unfit = getattr(shipped.config, "unfit", ())
+        found = fit(shipped, tuple(name for name in unfit if name not in cases.RARE))
+    # A GPU without the memory for a tile streams, but nothing is behind the streams.
+    return found if found and (key.frames or small(found)) else predicted(key)
 
 
 def reason(key: Key) -> str:

@@ -333,7 +333,7 @@ GRADIENT_OPTIONS = {
     "streamed": [False, True],
     "saved": [False, True],
 }
-SMALL = StreamConfig(queries=32, keys=16, warps=4, stages=1, shared=0)
+SMALL = StreamConfig(queries=32, keys=16, warps=4, stages=2, shared=0)
 
 
 @pytest.fixture
@@ -455,7 +455,7 @@ def test_gradients_of_large_heads_by_kernels_with_their_own_blocks(monkeypatch, 
         name: StreamConfig(queries, keys, warps=4, stages=1, shared=0)
         for name, queries, keys in (
             ("statistics", 16, 32),
-            ("grad_key", 32, 64),
+            ("grad_key_full", 32, 64),
             ("grad_delta", 64, 16),
             ("maps", 64, 32),
         )
@@ -864,6 +864,33 @@ def test_every_sweep_over_the_map_has_its_own_grid():
     assert [sweep.programs for sweep in sweeps] == [12, 12, 6]
     sizes = [made.grad_key.constants[name] for name in ("QUERIES", "KEYS", "num_warps")]
     assert sizes == [16, 64, 2]
+
+
+@pytest.mark.parametrize(
+    ("bias", "map_block", "full"),
+    [
+        (None, 0, ""),
+        (vk.GaussianBias(1.0), 0, ""),
+        (vk.GaussianBias(1.0), 1, "_full"),
+        (vk.DenseBias(torch.rand(128, 128)), 0, "_full"),
+        (vk.ToeplitzBias(torch.rand(128)), 0, "_full"),
+    ],
+    ids=["none", "gaussian", "map", "dense", "toeplitz"],
+)
+def test_sweeps_that_read_a_map_s_gradient_or_a_delta_have_configurations_of_their_own(
+    bias, map_block, full
+):
+    names = ("grad_query", "grad_key", "grad_query_full", "grad_key_full")
+    sizes = {name: (16 << n, 128 >> n, 1 << n, n + 1) for n, name in enumerate(names)}
+    overrides = {name: StreamConfig(*x, shared=0) for name, x in sizes.items()}
+    config = StreamConfig(queries=32, keys=16, warps=4, stages=1, shared=0, overrides=overrides)
+    key = plan_key((1, 128, 3, 64), bias=bias, map_block=map_block)
+    made = stream_backward.plan_stream(key, config)
+    constants = ("QUERIES", "KEYS", "num_warps", "STAGES")
+    for name in ("grad_query", "grad_key"):
+        found = getattr(made, name).constants
+        assert tuple(found[x] for x in constants) == sizes[name + full]
+    assert made.statistics.constants["STAGES"] == 1
 
 
 @pytest.mark.parametrize(

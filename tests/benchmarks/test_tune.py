@@ -87,46 +87,72 @@ def test_of_gradients_a_tile_ahead_comes_before_all_that_a_tile_leaves(monkeypat
     assert order == [*ahead, (8, 1, ()), (8, 1, fewer)]
 
 
-def test_the_tuner_gives_a_kernel_that_no_fit_candidate_serves_its_own(monkeypatch):
+def test_each_kernel_of_a_stream_s_gradients_has_its_first_fit_candidate(monkeypatch):
     key = Key("sm_80", "tf32", None, 256, backward=True)
     wide, small, other = (StreamConfig(*x, 1, 0) for x in ((32, 16, 8), (16, 16, 8), (16, 32, 8)))
     monkeypatch.setattr(candidates, "streams", lambda key: [wide, small, other])
     large = 120 * 1024  # too much for some GPUs that the rows serve
     shared = {
-        wide: {
-            "grad_delta": 4096,
-            "maps": 4096,
-            "statistics": 4096,
-            "grad_key": large,
-            "grad_query": large,
-        },
-        small: {
-            "grad_delta": None,
-            "maps": 64,
-            "statistics": 64,
-            "grad_key": 512,
-            "grad_query": 256,
-        },
-        other: {
-            "grad_delta": 2048,
-            "maps": None,
-            "statistics": None,
-            "grad_key": None,
-            "grad_query": 1,
-        },
+        "grad_delta": {wide: None, small: None, other: 2048},
+        "grad_key": {wide: large, small: 512, other: 1},
+        "grad_key_full": {wide: 4096, small: 512, other: None},
+        "grad_query": {wide: large, small: 256, other: 1},
+        "grad_query_full": {wide: 4096, small: 256, other: 1},
+        "maps": {wide: None, small: 64, other: 32},
+        "statistics": {wide: None, small: 64, other: 32},
     }
 
     def inspect_fit(case):
-        taken = shared[replace(case.entry.config, shared=0)][case.kernel]
+        taken = shared[case.kernel][replace(case.entry.config, shared=0)]
         return taken and Binary(40, 0, taken, 5, {16: 1}, {}, {}, {})
 
+    def orders_of_sweeps(entries, names):
+        assert set(names) == shared.keys()
+        return {name: entries[:: -1 if name == "grad_query" else 1] for name in names}
+
     monkeypatch.setattr(choose, "inspect_fit", inspect_fit)
-    own = {"grad_delta": replace(wide, shared=4096)}
+    monkeypatch.setattr(choose.units, "orders_of_sweeps", orders_of_sweeps)
+    own = {
+        "grad_delta": replace(other, shared=2048),
+        "grad_key_full": replace(wide, shared=4096),
+        "grad_query": replace(other, shared=1),
+        "grad_query_full": replace(wide, shared=4096),
+    }
     assert choose.predicted(key).config == replace(small, shared=512, overrides=own)
-    shared[wide] = shared[other]
-    shared[other]["grad_delta"] = None
+    shared["grad_delta"][other] = None
     assert choose.predicted(key) is None
-    assert choose.combined(replace(key, backward=False)) is None
+
+
+def test_repair_keeps_what_is_fit_with_the_memory_that_it_takes(monkeypatch):
+    shipped = next(x for x in cases.entries() if x.backward and x.frames is None)
+    taken = {"bytes": 512}
+
+    def inspect_fit(case):
+        n = taken["bytes"]
+        return n and Binary(40, 0, n, 5, {16: 1}, {}, {}, {})
+
+    monkeypatch.setattr(choose, "inspect_fit", inspect_fit)
+    monkeypatch.setattr(choose, "predicted", lambda key: key)
+    found = choose.repaired(shipped.key)
+    overrides = {name: replace(x, shared=512) for name, x in shipped.config.overrides.items()}
+    assert found.config == replace(shipped.config, shared=512, overrides=overrides)
+    for taken["bytes"] in (None, choose.LEAST_SHARED["sm_80"] + 1):
+        assert choose.repaired(shipped.key) == shipped.key
+    monkeypatch.setattr(cases, "entries", list)
+    assert choose.repaired(shipped.key) == shipped.key
+
+
+def test_sweeps_whose_outputs_fill_the_registers_are_not_tried(monkeypatch):
+    full, half = (StreamConfig(64, keys, 4, 1, 0) for keys in (64, 32))
+    key = Key("sm_90", "16-bit", None, 256, backward=True)
+    monkeypatch.setattr(candidates, "streams", lambda key: [full, half])
+    monkeypatch.setattr(choose.units, "orders_of_sweeps", lambda x, names: dict.fromkeys(names, x))
+    monkeypatch.setattr(
+        choose, "inspect_fit", lambda case: Binary(40, 0, 512, 5, {16: 1}, {}, {}, {})
+    )
+    overrides = choose.predicted(key).config.overrides
+    assert set(overrides) == {"grad_key", "grad_key_full"}
+    assert {(x.queries, x.keys) for x in overrides.values()} == {(64, 32)}
 
 
 def test_no_candidate_is_taken_for_a_tile_that_is_too_large():

@@ -1,9 +1,11 @@
 """What kernels ask of a GPU's units, counted on an emulated one, and candidates in its order."""
 
 import dataclasses
+import math
 import os
 import shutil
 import sys
+from collections import defaultdict
 
 import pytest
 
@@ -19,6 +21,7 @@ from benchmarks.emulator.counts import Counts, count_product
 from benchmarks.emulator.memory import Memory
 from benchmarks.units import Cycles
 from tests.benchmarks.test_emulator import HEAD, LOAD, run
+from vstar_kernels.attention.triton.configs import StreamConfig
 
 ZEROS = "mov.b32 %r4, 0; mov.b32 %r5, 0; mov.b32 %r6, 0; mov.b32 %r7, 0;"
 PRODUCT = "{%r4,%r5,%r6,%r7}, {%r4,%r5,%r6,%r7}, {%r4,%r5}, {%r4,%r5,%r6,%r7}"
@@ -114,3 +117,52 @@ def test_candidates_come_by_the_work_of_their_busiest_unit():
     assert units.in_order([alike, once]) == [alike, once]
     amd = [dataclasses.replace(x, architecture="gfx942") for x in (twice, once)]
     assert units.in_order(amd) == amd
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("cc"), reason="there is no C compiler"
+)
+def test_each_sweep_of_a_stream_s_gradients_has_an_order_of_its_own():
+    """A block of many queries comes first for theirs, one of many keys for theirs.
+
+    The larger a program's own rows, the fewer programs read the others. What does not run is last,
+    and what runs of the call that it ends counts nevertheless.
+    """
+
+    def of_sizes(queries, keys):
+        config = StreamConfig(queries, keys, warps=4, stages=1, shared=0)
+        return cases.Entry("sm_90", "16-bit", None, 64, True, config=config)
+
+    of_queries, of_keys, none = of_sizes(64, 16), of_sizes(16, 64), of_sizes(48, 16)
+    names = ("grad_query", "grad_key", "grad_query_full", "grad_key_full", "statistics")
+    for entries in ([none, of_keys, of_queries], [none, of_queries, of_keys]):
+        found = units.orders_of_sweeps(entries, names)
+        for name in names:
+            expected = [of_keys, of_queries] if "key" in name else [of_queries, of_keys]
+            assert found[name] == [*expected, none], name
+
+
+def test_a_kernel_that_does_not_run_leaves_the_others_of_its_call_what_they_cost(monkeypatch):
+    """Statistics cost what they do without what the forward pass saved, or nothing is known."""
+    ran = []
+
+    def run(entry, variant, call):
+        names = {name: entry.config.of_kernel(name) for name in sizes}
+        ran.append((variant.name, names))
+        if variant.map and names["grad_query_full"].queries == 64:
+            raise RuntimeError("out of resource")
+        counts = Counts(instructions=4)
+        return [({"maps_kernel": counts}, None), (defaultdict(lambda: counts), None)]
+
+    config = StreamConfig(64, 32, warps=4, stages=2, shared=0)
+    entry = cases.Entry("sm_90", "16-bit", None, 64, True, config=config)
+    sizes = {case.kernel for case in cases.cases(entry, cases.VALUES)}
+    monkeypatch.setattr(units, "run", run)
+    found = units._costs(entry)
+    assert set(found) == sizes - {"grad_query_full"} | {"grad_query", "grad_key"}
+    assert set(found.values()) == {1.0}
+    monkeypatch.setattr(units, "SMALL", config)  # so that the call with all options never runs
+    found = units._costs(entry)
+    assert found["statistics"] == found["map_max"] == math.inf
+    assert found["grad_query"] == 1.0

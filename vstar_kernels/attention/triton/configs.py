@@ -59,9 +59,10 @@ class TileConfig:
 class StreamConfig:
     """How :mod:`stream` covers a problem; ``shared`` is the memory it takes, in bytes.
 
-    Some kernels may have configurations of their own in ``overrides``, where no single one fits the
-    registers of all: of the gradients', by the names of ``stream_backward.StreamBackwardPlan`` and
-    "maps" for the mean map's, and "pointers", forward without descriptors.
+    Some kernels may have configurations of their own in ``overrides``: forward "pointers", without
+    descriptors; of the gradients', "map_max", "grad_delta", "maps" for the mean map's, and
+    "grad_query" and "grad_key", which are "…_full" in calls that take more registers
+    (:func:`stream_backward.sweep_name`).
     """
 
     queries: int

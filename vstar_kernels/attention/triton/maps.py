@@ -75,7 +75,8 @@ class TensorStrides(NamedTuple):
 def maps_kernel(
     t, strides, space, heads, frames, map_block, strip_start, strip, count, group_heads,
     group_step, sequence_step, chunks, numbers,
-    HEAD: tl.constexpr, BIAS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    HEAD: tl.constexpr, BIAS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
     OF_DELTA: tl.constexpr, GRAD_MAP: tl.constexpr,
 ):  # fmt: skip
     """Sums A′, or ``OF_DELTA``, dΔ, for the ``strip`` query frames from ``strip_start`` on.
@@ -100,7 +101,7 @@ def maps_kernel(
 
     i_first = i_group // group_heads * group_step + i_group % group_heads
     b_sum = tl.zeros((QUERIES, KEYS), tl.float32)
-    for n in tl.range(i_chunk, count, chunks, num_stages=1):
+    for n in tl.range(i_chunk, count, chunks, num_stages=STAGES):
         i_sequence = i_first + n * sequence_step
         place = locate(i_sequence, sizes)
         b_q = load_frames(t.q, strides.q, place, i, m_i, HEAD)  # (QUERIES, D)

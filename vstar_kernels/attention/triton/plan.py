@@ -298,6 +298,7 @@ def block_constants(
         "HEAD": head(key, block=max(config.queries, config.keys), parts=parts),
         "QUERIES": config.queries,
         "KEYS": config.keys,
+        "STAGES": config.stages,
         "num_warps": config.warps,
     }
 

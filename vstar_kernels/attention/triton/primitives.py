@@ -5,7 +5,8 @@ elements, ``m_`` is a mask, ``b_`` a block of numbers in registers, ``i_`` an in
 by themselves are the numbers of query frames and key frames, as in Δᵢⱼ. What is compiled in is in
 upper case. Shapes stand after the blocks: ``(I, J)`` is a block of the map, ``(I, D)`` and
 ``(J, D)`` are frames of queries and of keys; where a program has several sequences at a time, there
-is a dimension for them before these.
+is a dimension for them before these. Of what takes an ``AXIS``, that is the dimension of the keys:
+with 0 a block of the map is transposed, ``(J, I)``.
 
 ``HEAD``, ``BIAS`` and ``numbers`` are the tuples of :mod:`plan`.
 
@@ -235,7 +236,11 @@ def times(b_x, factor):
 
 @triton.jit
 def logits(b_q, b_k, j, frames, HEAD: tl.constexpr):
-    """Returns φ / |scale|, ``(I, J)``, −∞ for key frames ``j`` past the last."""
+    """Returns φ / |scale|, ``(I, J)``, −∞ for frames ``j`` past the last.
+
+    ``j`` are the second block's frames: those of queries, where queries and keys change places.
+    They are masked after the product, which is NaN where a frame of the first block is infinite.
+    """
     b_s = inner_products(b_q, b_k, HEAD)
     if HEAD.NEGATIVE:
         b_s = -b_s
@@ -257,14 +262,16 @@ def blocks_in_window(start, SIZE: tl.constexpr, OTHER: tl.constexpr, window, fra
 
 @triton.jit
 def delta_block(
-    p_delta, strides, i_head, i, j, frames, falloff, HEAD: tl.constexpr, BIAS: tl.constexpr
-):
+    p_delta, strides, i_head, i, j, frames, falloff, HEAD: tl.constexpr, BIAS: tl.constexpr,
+    AXIS: tl.constexpr = -1,
+):  # fmt: skip
     """Returns Δᵢⱼ in float32, ``(I, J)``, zero past the last frame.
 
     ``i_head`` is one number, or one for each of several sequences. A Gaussian is computed;
     "symmetric" and "signed" read a table over |j − i| and j − i; "dense" reads a matrix.
     """
-    i = tl.expand_dims(i, -1)
+    i = tl.expand_dims(i, AXIS)
+    j = tl.expand_dims(j, -1 - AXIS)
     if BIAS.FORM == "gaussian":
         x = (j - i).to(tl.float32) * falloff
         b_delta = tl.exp2(-(x * x))
@@ -306,11 +313,11 @@ def largest(b):
 
 
 @triton.jit
-def regularized(b_s, b_stat, b_delta, strength, BIAS: tl.constexpr):
+def regularized(b_s, b_stat, b_delta, strength, BIAS: tl.constexpr, AXIS: tl.constexpr = -1):
     """Returns s + strength · stat · Δ; ``b_stat`` is one number or one for each row, as s is."""
     if BIAS.CLAMP:
         b_stat = larger(b_stat, 0.0)
-    return b_s + tl.expand_dims(strength * b_stat, -1) * b_delta
+    return b_s + tl.expand_dims(strength * b_stat, AXIS) * b_delta
 
 
 @triton.jit
@@ -355,23 +362,26 @@ def load_normalizer(p, o_row, m_row):
 
 
 @triton.jit
-def normalized(b_s, normalizer, exp2_scale):
+def normalized(b_s, normalizer, exp2_scale, AXIS: tl.constexpr = -1):
     """Returns A′ ``(I, J)`` of logits and their rows' normalizer.
 
     None is larger than that of the maximum, which exact ones would not be. Of huge logits a
     rounding is many powers of two: those here that were computed again, in blocks of another shape,
     may be larger than what their rows' sums are of.
     """
-    b_log2 = tl.expand_dims(normalizer.log2, 1)
-    b_p = (b_s - tl.expand_dims(normalizer.max, 1)) * exp2_scale - b_log2
+    b_log2 = tl.expand_dims(normalizer.log2, AXIS)
+    b_p = (b_s - tl.expand_dims(normalizer.max, AXIS)) * exp2_scale - b_log2
     return tl.exp2(tl.minimum(b_p, -b_log2, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
-def map_gradient(p_grad_map, strides, i_batch, i_head, i, j, m_i, frames, map_block):
+def map_gradient(
+    p_grad_map, strides, i_batch, i_head, i, j, m_i, frames, map_block, AXIS: tl.constexpr = -1
+):
     """Returns the mean map's gradient ``(I, J)``; one of its numbers is for a block of frames."""
-    i = tl.expand_dims(i, -1)
+    i = tl.expand_dims(i, AXIS)
+    j = tl.expand_dims(j, -1 - AXIS)
     o_map = i_batch.to(tl.int64) * stride(strides, 0) + i_head.to(tl.int64) * stride(strides, 1)
     o_map = o_map + (i // map_block).to(tl.int64) * stride(strides, 2) + j // map_block
-    m_map = tl.expand_dims(m_i, -1) & (j < frames)
+    m_map = tl.expand_dims(m_i, AXIS) & (j < frames)
     return tl.load(p_grad_map + o_map, mask=m_map, other=0.0)

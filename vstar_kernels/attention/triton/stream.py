@@ -307,7 +307,6 @@ def plan_attention(key: PlanKey, config: StreamConfig) -> Launch:
             **plan.block_constants(key, config),
             "BIAS": plan.bias(key),
             "STAT": key.options.stat,
-            "STAGES": config.stages,
             "SAVE": save,
         },
     )
@@ -327,5 +326,5 @@ def plan_map_max(
             key.heads,
             key.frames,
         ),
-        {**plan.block_constants(key, config, parts), "STAGES": config.stages},
+        plan.block_constants(key, config, parts),
     )

@@ -52,7 +52,6 @@ from vstar_kernels.attention.triton.primitives import (
     store_normalizer,
     subtrahend,
     times,
-    transposed,
     zero_heads,
 )
 
@@ -104,7 +103,8 @@ class TensorStrides(NamedTuple):
 def statistics_kernel(
     t, strides, space, heads, frames, map_block, numbers, window,
     HEAD: tl.constexpr, BIAS: tl.constexpr, STAT: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, GRAD_MAP: tl.constexpr, SAVED: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, GRAD_MAP: tl.constexpr,
+    SAVED: tl.constexpr,
 ):  # fmt: skip
     """What ``QUERIES`` rows need: ``row_dot``, and unless ``SAVED``, normalizer and Δ's factor."""
     sizes = Sizes(space, heads, frames)
@@ -131,7 +131,7 @@ def statistics_kernel(
         far = 0
         if BIAS.FORM != "none":
             near, far = blocks_in_window(start, QUERIES, KEYS, window, frames)
-        for n in tl.range(0, tl.cdiv(frames, KEYS), num_stages=1):
+        for n in tl.range(0, tl.cdiv(frames, KEYS), num_stages=STAGES):
             j = n * KEYS + tl.arange(0, KEYS)
             b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)  # (KEYS, D)
             b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
@@ -149,7 +149,7 @@ def statistics_kernel(
             elif STAT == "map_max":
                 b_stat = tl.zeros((QUERIES,), tl.float32) + tl.load(t.stat + i_sequence)
             tl.store(t.row_stat + o_row, b_stat, mask=m_i)
-            for n in tl.range(near, far, num_stages=1):
+            for n in tl.range(near, far, num_stages=STAGES):
                 j = n * KEYS + tl.arange(0, KEYS)
                 b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)
                 b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
@@ -167,7 +167,7 @@ def statistics_kernel(
     if HEAD.REST:
         b_dot += tl.sum(b_o[1].to(tl.float32) * b_do[1].to(tl.float32), 1)
     if GRAD_MAP:
-        for n in tl.range(0, tl.cdiv(frames, KEYS), num_stages=1):
+        for n in tl.range(0, tl.cdiv(frames, KEYS), num_stages=STAGES):
             j = n * KEYS + tl.arange(0, KEYS)
             b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)  # (KEYS, D)
             b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
@@ -200,7 +200,7 @@ def add_exponentials(b_max, b_total, b_s, numbers):
 def grad_query_kernel(
     t, strides, space, heads, frames, map_block, numbers, window,
     HEAD: tl.constexpr, BIAS: tl.constexpr, STAT: tl.constexpr, DETACH: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, GRAD_MAP: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, GRAD_MAP: tl.constexpr,
 ):  # fmt: skip
     """dQ of ``QUERIES`` queries, and the gradient of Δ's factor in their rows.
 
@@ -232,7 +232,7 @@ def grad_query_kernel(
     b_argmax = tl.zeros((QUERIES,), tl.int32)
     b_d_stat = tl.zeros((QUERIES,), tl.float32)
     b_dq = zero_heads(QUERIES, HEAD)
-    for n in tl.range(0, tl.cdiv(frames, KEYS), num_stages=1):
+    for n in tl.range(0, tl.cdiv(frames, KEYS), num_stages=STAGES):
         j = n * KEYS + tl.arange(0, KEYS)
         b_k = load_heads(p_k, frame_offsets(strides.k, j, HEAD), j < frames, HEAD)  # (KEYS, D)
         b_v = load_heads(p_v, frame_offsets(strides.v, j, HEAD), j < frames, HEAD)  # (KEYS, D)
@@ -296,11 +296,12 @@ def add_times(b_sum, b_x, factor):
 def grad_key_kernel(
     t, strides, space, heads, frames, map_block, numbers, window,
     HEAD: tl.constexpr, BIAS: tl.constexpr, STAT: tl.constexpr, DETACH: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, GRAD_MAP: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, GRAD_MAP: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of ``KEYS`` keys, from all queries, ``QUERIES`` at a time.
 
     ``argmax`` and ``d_row_stat`` say which logit is a row's statistic and what comes through it.
+    Blocks of the map are transposed: they are factors of dK and dV as they leave the products.
     """
     sizes = Sizes(space, heads, frames)
     key_blocks = tl.cdiv(frames, KEYS)
@@ -320,7 +321,7 @@ def grad_key_kernel(
 
     b_dk = zero_heads(KEYS, HEAD)
     b_dv = zero_heads(KEYS, HEAD)
-    for n in tl.range(0, tl.cdiv(frames, QUERIES), num_stages=1):
+    for n in tl.range(0, tl.cdiv(frames, QUERIES), num_stages=STAGES):
         i = n * QUERIES + tl.arange(0, QUERIES)
         m_i = i < frames
         b_q = load_heads(p_q, frame_offsets(strides.q, i, HEAD), m_i, HEAD)  # (QUERIES, D)
@@ -328,30 +329,29 @@ def grad_key_kernel(
         o_row = i_sequence.to(tl.int64) * frames + i
         normalizer = load_normalizer(t.normalizer, o_row, m_i)
         b_dot = tl.load(t.row_dot + o_row, mask=m_i, other=0.0)  # (QUERIES,)
-        b_s = logits(b_q, b_k, j, frames, HEAD)  # (QUERIES, KEYS)
+        b_s = logits(b_k, b_q, i, frames, HEAD)  # (KEYS, QUERIES)
         if BIAS.FORM != "none":
             if (n >= near) & (n < far):
                 b_stat = tl.load(t.row_stat + o_row, mask=m_i, other=0.0)  # (QUERIES,)
                 b_delta = delta_block(
-                    t.delta, strides.delta, place.head, i, j, frames, numbers.falloff, HEAD, BIAS
+                    t.delta, strides.delta, place.head, i, j, frames, numbers.falloff, HEAD, BIAS, 0
                 )
-                b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS)
-        b_p = normalized(b_s, normalizer, numbers.exp2_scale)  # (QUERIES, KEYS)
-        if not HEAD.EVEN:  # what is padded has NaN where a key is infinite
-            b_p = tl.where(tl.expand_dims(m_i, 1), b_p, 0.0)
-        b_dv = add_weighted_sums(b_dv, transposed(b_p.to(b_q[0].dtype)), b_do, HEAD)  # (KEYS, D)
-        b_dp = inner_products(b_do, b_v, HEAD)  # (QUERIES, KEYS)
+                b_s = regularized(b_s, b_stat, b_delta, numbers.strength, BIAS, 0)
+        b_p = normalized(b_s, normalizer, numbers.exp2_scale, 0)  # (KEYS, QUERIES)
+        b_dv = add_weighted_sums(b_dv, b_p.to(b_do[0].dtype), b_do, HEAD)  # (KEYS, D)
+        b_dp = inner_products(b_v, b_do, HEAD)  # (KEYS, QUERIES)
         if GRAD_MAP:
             b_dp += numbers.map_weight * map_gradient(
-                t.grad_map, strides.grad_map, place.batch, place.head, i, j, m_i, frames, map_block
-            )
-        b_ds = b_p * (b_dp - tl.expand_dims(b_dot, 1))  # (QUERIES, KEYS)
+                t.grad_map, strides.grad_map, place.batch, place.head, i, j, m_i, frames, map_block,
+                0,
+            )  # fmt: skip
+        b_ds = b_p * (b_dp - tl.expand_dims(b_dot, 0))  # (KEYS, QUERIES)
         if BIAS.FORM != "none" and (STAT == "row_max" or STAT == "map_max") and not DETACH:
             b_argmax = tl.load(t.argmax + o_row, mask=m_i, other=-1)  # (QUERIES,)
             b_d_stat = tl.load(t.d_row_stat + o_row, mask=m_i, other=0.0)  # (QUERIES,)
-            m_maximum = j == tl.expand_dims(b_argmax, 1)
-            b_ds += tl.where(m_maximum, tl.expand_dims(b_d_stat, 1), 0.0)
-        b_dk = add_weighted_sums(b_dk, transposed(b_ds.to(b_q[0].dtype)), b_q, HEAD)  # (KEYS, D)
+            m_maximum = tl.expand_dims(j, 1) == tl.expand_dims(b_argmax, 0)
+            b_ds += tl.where(m_maximum, tl.expand_dims(b_d_stat, 0), 0.0)
+        b_dk = add_weighted_sums(b_dk, b_ds.to(b_q[0].dtype), b_q, HEAD)  # (KEYS, D)
 
     store_frames(t.grad_k, strides.grad_k, place, j, m_j, times(b_dk, numbers.scale), HEAD)
     store_frames(t.grad_v, strides.grad_v, place, j, m_j, b_dv, HEAD)
@@ -445,6 +445,14 @@ def make_plan(key: PlanKey) -> StreamBackwardPlan:
     return plan_stream(key, config)
 
 
+def sweep_name(key: PlanKey, sweep: str) -> str:
+    """Returns the name of a sweep's configuration: "…_full" where it reads a map's gradient or Δ.
+
+    Of these a thread has a block's numbers in registers, with their addresses.
+    """
+    return sweep + "_full" * (key.has_map or key.reads_delta)
+
+
 def plan_stream(key: PlanKey, config: StreamConfig) -> StreamBackwardPlan:
     """Returns the plan with a configuration, which need not be the one in the table."""
     nothing = Tensors(*(False,) * len(Tensors._fields))
@@ -480,7 +488,7 @@ def plan_stream(key: PlanKey, config: StreamConfig) -> StreamBackwardPlan:
         _plan_sweep(
             key,
             grad_query_kernel,
-            config.of_kernel("grad_query"),
+            config.of_kernel(sweep_name(key, "grad_query")),
             common._replace(
                 v=True,
                 grad_q=True,
@@ -494,7 +502,7 @@ def plan_stream(key: PlanKey, config: StreamConfig) -> StreamBackwardPlan:
         _plan_sweep(
             key,
             grad_key_kernel,
-            config.of_kernel("grad_key"),
+            config.of_kernel(sweep_name(key, "grad_key")),
             common._replace(
                 v=True,
                 grad_k=True,
