@@ -68,7 +68,7 @@ def predicted(key: Key) -> Entry | None:
 def measured(key: Key) -> tuple[Entry | None, dict[Entry, float]]:
     """Returns the fastest of a key's fit candidates on this GPU, and their times.
 
-    Of gradients it is the first, and nothing is timed.
+    Of gradients it is the predicted one, and nothing is timed.
     """
     if key.backward:
         return predicted(key), {}

@@ -6,6 +6,8 @@ import os
 import shutil
 import sys
 from collections import defaultdict
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
@@ -123,24 +125,40 @@ def test_candidates_come_by_the_work_of_their_busiest_unit():
 @pytest.mark.skipif(
     sys.platform != "linux" or not shutil.which("cc"), reason="there is no C compiler"
 )
-def test_each_sweep_of_a_stream_s_gradients_has_an_order_of_its_own():
-    """A block of many queries comes first for theirs, one of many keys for theirs.
-
-    The larger a program's own rows, the fewer programs read the others. What does not run is last,
-    and what runs of the call that it ends counts nevertheless.
-    """
+def test_each_sweep_of_a_stream_s_gradients_costs_less_with_more_rows_of_its_own():
+    """The more queries a program has, or keys, the fewer programs read the others."""
 
     def of_sizes(queries, keys):
-        config = StreamConfig(queries, keys, warps=4, stages=1, shared=0)
+        config = StreamConfig(queries, keys, warps=4, stages=2, shared=0)
         return cases.Entry("sm_90", "16-bit", None, 64, True, config=config)
 
-    of_queries, of_keys, none = of_sizes(64, 16), of_sizes(16, 64), of_sizes(48, 16)
-    names = ("grad_query", "grad_key", "grad_query_full", "grad_key_full", "statistics")
-    for entries in ([none, of_keys, of_queries], [none, of_queries, of_keys]):
-        found = units.orders_of_sweeps(entries, names)
-        for name in names:
-            expected = [of_keys, of_queries] if "key" in name else [of_queries, of_keys]
-            assert found[name] == [*expected, none], name
+    with units.emulated("sm_90", 2) as processes:
+        of_queries, of_keys = processes.map(units._costs, (of_sizes(64, 32), of_sizes(32, 64)))
+    assert of_queries["grad_query"] < of_keys["grad_query"]
+    assert of_queries["grad_query_full"] < of_keys["grad_query_full"]
+    assert of_keys["grad_key"] < of_queries["grad_key"]
+
+
+def test_each_sweep_has_an_order_of_its_own(monkeypatch):
+    """Those that are alike stay in theirs, and what does not run is last."""
+    costs = {
+        (16, 64): {"grad_query": 30.0, "grad_key": 10.0},
+        (64, 16): {"grad_query": 10.0, "grad_key": 10.4},
+        (64, 64): {"grad_query": 20.0},
+    }
+    process = SimpleNamespace(
+        map=lambda function, entries: [costs[x.config.queries, x.config.keys] for x in entries]
+    )
+    monkeypatch.setattr(units, "emulated", lambda *args: nullcontext(process))
+    entries = [
+        cases.Entry("sm_90", "16-bit", None, 64, True, config=StreamConfig(*x, 4, 1, shared=0))
+        for x in costs
+    ]
+    keys, queries, both = entries
+    found = units.orders_of_sweeps(entries, ["grad_query", "grad_key"])
+    assert found == {"grad_query": [queries, both, keys], "grad_key": [keys, queries, both]}
+    tf32 = [dataclasses.replace(x, kind="tf32") for x in entries]
+    assert units.orders_of_sweeps(tf32, ["maps"]) == {"maps": tf32}
 
 
 def test_a_kernel_that_does_not_run_leaves_the_others_of_its_call_what_they_cost(monkeypatch):
