@@ -135,7 +135,7 @@ def count(entry: Any) -> dict[str, Cycles]:
     own = [x for name, x in written.items() if name in KERNELS.get(kernel, written)]
     tensors = [*call.tensors.values(), *call.weights, *own]
     traffic = sum(x.numel() * x.element_size() for x in tensors)
-    if has_sweeps(entry):
+    if entry.has_sweeps:
         launches = cases.launches(entry, variant, entry.width)
         names = {name: launch.kernel.__name__ for name, launch in launches.items()}
     else:
@@ -147,11 +147,6 @@ def count(entry: Any) -> dict[str, Cycles]:
     if missing := [name for name, x in found.items() if not x.instructions]:
         raise KeyError(f"{missing} of {entry.config} have not run, but {', '.join(of_kernels)}")
     return {name: cycles(entry, x, traffic) for name, x in found.items()}
-
-
-def has_sweeps(key: cases.Key) -> bool:
-    """Tells whether a line is for a stream's gradients, each of which has a configuration."""
-    return key.family == "stream" and key.backward
 
 
 def run(entry: Any, variant: Any, call: PublicCall) -> list[tuple[dict[str, Counts], Any]]:
@@ -253,7 +248,7 @@ def _cost(entry: Any) -> float:
     """
     with _unless_impossible(entry):
         (found,) = count(entry).values()
-        return _waiting(entry, found)
+        return _waiting(entry.config, found)
     return math.inf
 
 
@@ -283,15 +278,14 @@ def _costs_of(
         found = {}
         for name in names:
             counts = (forward if name == "maps" else backward)[launches[name].kernel.__name__]
-            config = entry.config.of_kernel(name)
-            found[name] = _waiting(replace(entry, config=config), cycles(entry, counts, 0))
+            found[name] = _waiting(entry.config.of_kernel(name), cycles(entry, counts, 0))
         return found
     return {}
 
 
-def _waiting(entry: Any, found: Cycles) -> float:
+def _waiting(config: Any, found: Cycles) -> float:
     """Returns the cycles of the busiest unit, more where all wait for what is loaded."""
-    return found.longest * (WAITS if entry.config.stages == 1 else 1.0)
+    return found.longest * (WAITS if config.stages == 1 else 1.0)
 
 
 @contextlib.contextmanager
@@ -309,7 +303,7 @@ def rows(entries: list[Any], found: Iterable[dict[str, Cycles]]) -> Iterable[lis
     for entry, of_kernels in zip(entries, found, strict=True):
         size = f"{entry.frames} × {entry.width}" if entry.frames else str(entry.width)
         for kernel, x in of_kernels.items():
-            config = entry.config.of_kernel(kernel) if has_sweeps(entry) else entry.config
+            config = entry.config.of_kernel(kernel) if entry.has_sweeps else entry.config
             block = "×".join(
                 str(n) for name in ("queries", "rows", "sequences", "keys")
                 if (n := getattr(config, name, 0))

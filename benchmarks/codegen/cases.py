@@ -55,6 +55,11 @@ class Key:
         """The kernels that the configuration is for: "tile" or "stream"."""
         return "stream" if self.frames is None else "tile"
 
+    @property
+    def has_sweeps(self) -> bool:
+        """Whether it is for a stream's gradients, each of which may have a configuration."""
+        return self.family == "stream" and self.backward
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -271,7 +276,7 @@ def shipped(entry: Entry) -> list[Case]:
     """Returns what a configuration must compile to without fault; all pairs of options for some."""
     variants = ALWAYS[entry.family, entry.backward]
     found = [case for variant in variants for case in cases(entry, variant)]
-    if entry.family == "stream" and entry.backward:
+    if entry.has_sweeps:
         found += cases(entry, DEMANDING_GRADIENTS, PARTIAL[entry.width])
     if entry.family == "tile":
         found += [case for variant in rare(entry).values() for case in cases(entry, variant)]

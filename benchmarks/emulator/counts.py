@@ -20,13 +20,7 @@ from benchmarks.emulator.block import LANES, Array, Block, Mask, Step
 from benchmarks.emulator.matrices import GROUP, SHAPE
 from benchmarks.emulator.ptx import TYPES, Address, Instruction, Vector
 from benchmarks.emulator.tensor_memory import DEPTH, size_of
-from benchmarks.emulator.transfers import (
-    ROW,
-    addresses,
-    box_of,
-    copies,
-    count_of,
-)
+from benchmarks.emulator.transfers import ROW, addresses, box_of, copies, count_of
 
 SECTOR = 32  # bytes that global memory moves at least
 BANKS, WORD = 32, 4  # of shared memory; bytes

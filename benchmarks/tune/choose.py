@@ -55,7 +55,7 @@ def keys(architecture: str) -> list[Key]:
 
 def predicted(key: Key) -> Entry | None:
     """Returns the best of a key's candidates by their compiled code."""
-    if units.has_sweeps(key):
+    if key.has_sweeps:
         return combined(key)
     large = []
     for entry in filter(None, itertools.starmap(fit, ranked(candidates(key)))):
@@ -82,7 +82,7 @@ def measured(key: Key) -> tuple[Entry | None, dict[Entry, float]]:
 
 def compiled(key: Key) -> None:
     """Compiles a key's candidates, which are then found on the disk."""
-    if not units.has_sweeps(key):  # whose kernels are chosen one by one, and none is timed
+    if not key.has_sweeps:  # whose kernels are chosen one by one, and none is timed
         for entry in candidates(key):
             fit(entry)
 
