@@ -38,7 +38,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from benchmarks.codegen import calls, cases, column_cases, frame_cases
+from benchmarks.codegen import calls, cases, frame_cases, shipped
 from benchmarks.codegen.calls import PublicCall
 from benchmarks.codegen.cases import Entry
 from benchmarks.codegen.column_cases import ColumnEntry
@@ -49,14 +49,13 @@ from benchmarks.emulator.counts import SECTOR, Counts
 from benchmarks.emulator.driver import SHARED, EmulatedGPU
 from benchmarks.emulator.memory import FaultError
 from benchmarks.report.tables import Table
+from vstar_kernels.attention.triton import configs
 from vstar_kernels.attention.triton.configs import StreamConfig
 from vstar_kernels.cli.options import read_options
 
 EXPONENTIALS = 16  # of a processor in a cycle
 CACHE = 32  # bytes of a processor in a cycle, from the second-level cache; assumed
 ALIKE, WAITS = 1.05, 1.5  # what counts as alike; assumed
-FAMILIES = ("tile", "stream", "frames", "columns")
-TABLES = (*frame_cases.VARIANTS, *column_cases.TABLES)
 # Of streams, a few blocks; of their calls with all options, which take long, more than a tile has.
 FRAMES, FRAMES_IN_FULL = 256, 128
 SMALL = StreamConfig(queries=32, keys=32, warps=4, stages=1, shared=0)  # every kernel runs with it
@@ -68,23 +67,13 @@ GPU: list[EmulatedGPU] = []  # of this process
 
 
 @dataclass(frozen=True)
-class Options(cases.Selection):
+class Options(shipped.Selection):
     """Which configurations to run."""
 
-    target: Literal[tuple(SHARED)] = "sm_90"  # type: ignore[assignment]
-    """The architecture."""
-    kind: tuple[Literal["16-bit", "tf32", "ieee"], ...] = ("16-bit",)
+    target: tuple[Literal[tuple(SHARED)], ...] = ("sm_90",)
+    """Architectures."""
+    kind: tuple[Literal[configs.KINDS], ...] = ("16-bit",)
     """Kinds of products."""
-    family: tuple[Literal[FAMILIES], ...] = FAMILIES
-    """Families of kernels."""
-    table: tuple[Literal[TABLES], ...] = TABLES
-    """Of the frames' and the columns' kernels, the tables of configurations."""
-
-    def has(self, key: cases.Key) -> bool:
-        """Tells whether a key's configuration is to be run."""
-        of_table = getattr(key, "table", None) in (None, *self.table)
-        here = key.architecture == self.target and key.family in self.family
-        return here and of_table and key.kind in self.kind and key.width in self.width
 
 
 @dataclass(frozen=True)
@@ -313,14 +302,15 @@ def rows(entries: list[Any], found: Iterable[dict[str, Cycles]]) -> Iterable[lis
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table; returns the exit status."""
+    """Prints a table for each architecture; returns the exit status."""
     options = read_options(Options, arguments, prog="python -m benchmarks.units")
-    every = [*cases.entries(), *frame_cases.entries(), *column_cases.entries()]
-    chosen = [x for x in every if options.has(x)]
     head = ["kernels", "size", "block", "warps", "issue", "exp", "matrix", "shared", "cache"]
-    with emulated(options.target, options.jobs) as process:
-        found = tqdm(process.map(count, chosen), total=len(chosen), unit="line")
-        print(Table("", head, list(rows(chosen, found))).markdown())
+    every = shipped.entries()
+    for target in options.target:
+        chosen = [x for x in every if x.architecture == target and options.has(x)]
+        with emulated(target, options.jobs) as process:
+            found = tqdm(process.map(count, chosen), total=len(chosen), unit="line")
+            print(Table(target, head, list(rows(chosen, found))).markdown())
     return 0
 
 

@@ -13,26 +13,18 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import triton
 
-from benchmarks.codegen import cases, column_cases, frame_cases, report, without_tile
+from benchmarks.codegen import report, shipped, without_tile
 from benchmarks.codegen.compile import in_processes
 from vstar_kernels.cli.options import read_options
 
-FAMILIES = ("tile", "stream", "frames", "columns")
-TABLES = (*frame_cases.VARIANTS, *column_cases.TABLES)
-
 
 @dataclass(frozen=True)
-class Options(cases.Selection):
+class Options(shipped.Selection):
     """What to compile, and where the results go."""
 
-    family: tuple[Literal[FAMILIES], ...] = FAMILIES
-    """Families of kernels."""
-    table: tuple[Literal[TABLES], ...] = TABLES
-    """Of the frames' and the columns' kernels, the tables of configurations."""
     subset: bool = False
     """Compile only those that `make test` compiles."""
     json: Path | None = None
@@ -43,25 +35,14 @@ class Options(cases.Selection):
     """This Triton is another than the configurations were chosen with. It may spill a few bytes
     more, and take more shared memory than they say, within what the target has."""
 
-    def has(self, key: cases.Key) -> bool:
-        """Tells whether a key's configuration is to be compiled."""
-        of_table = getattr(key, "table", None) in (None, *self.table)
-        return super().has(key) and key.family in self.family and of_table
-
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints the tables, and writes them and the data with ``--json``."""
     options = read_options(Options, arguments, prog="python -m benchmarks.codegen")
-    todo: list[Any] = [case for entry in cases.entries() for case in cases.shipped(entry)]
-    of_frames = [x for entry in frame_cases.entries() for x in frame_cases.shipped(entry)]
-    of_columns = [x for entry in column_cases.entries() for x in column_cases.shipped(entry)]
-    if options.subset:
-        todo, of_frames = cases.subset(todo), frame_cases.subset(of_frames)
-        of_columns = column_cases.subset(of_columns)
-    every = [*todo, *of_frames, *of_columns]
+    every = shipped.kernels(subset=options.subset)
     todo = [case for case in every if options.has(case.entry)]
     examine = functools.partial(report.examine, other=options.other_triton)
-    results = in_processes(examine, todo, options.jobs, unit="kernel")
+    results = list(in_processes(examine, todo, options.jobs, unit="kernel"))
     if options.update and options.json:
         results = report.merged(report.read(options.json), results, every)
     text = report.tables(results)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import pickle  # nosec B403
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import triton
 from tqdm import tqdm
-from tqdm.contrib.concurrent import process_map
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import MockTensor, create_function_from_signature
 
@@ -59,9 +59,13 @@ def inspect(case: Case) -> Binary:
 
 
 def in_processes(
-    function: Callable[[Any], T], items: Iterable[Any], jobs: int, **bar: Any
-) -> list[T]:
-    """Returns ``function`` of each item, from so many processes; from this one if it is one."""
+    function: Callable[[Any], T], items: Sequence[Any], jobs: int, **bar: Any
+) -> Iterator[T]:
+    """Yields ``function`` of each item, from so many processes; from this one if it is one."""
+    bar["total"] = len(items)
     if jobs == 1:
-        return [function(item) for item in tqdm(items, **bar)]
-    return process_map(function, items, max_workers=jobs, chunksize=1, **bar)
+        yield from tqdm(map(function, items), **bar)
+        return
+    lock = {"initializer": tqdm.set_lock, "initargs": (tqdm.get_lock(),)}  # they write lines too
+    with ProcessPoolExecutor(jobs, **lock) as executor:
+        yield from tqdm(executor.map(function, items), **bar)

@@ -67,7 +67,7 @@ def measure_into(path: Path, keys: list[Key], options: Options) -> None:
     todo = times.in_order_of_value([key for key in keys if key not in known], options.width)
     for first in range(0, len(todo), options.jobs):
         some = todo[first : first + options.jobs]
-        in_processes(choose.compiled, some, options.jobs, desc="compile", unit="key")
+        list(in_processes(choose.compiled, some, options.jobs, desc="compile", unit="key"))
         for key in some:
             if time.monotonic() - began > most:
                 return
@@ -85,7 +85,7 @@ def explain(chosen: Mapping[Key, Entry | None]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Rewrites the files of configurations, after each architecture."""
+    """Rewrites the files of configurations, after each key."""
     options = read_options(Options, arguments, prog="python -m benchmarks.tune")
     if options.take is not None:
         chosen = times.read(options.take)
@@ -100,17 +100,19 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit("torch finds no GPU to measure; --predict and --repair need none")
         options = replace(options, target=(cases.this_gpu().architecture,))
         function, jobs = measured, 1
-    for target in options.target:
-        todo = [key for key in choose.keys(target) if options.has(key)]
-        if options.times is not None:
-            measure_into(options.times, todo, options)
+    todo = [key for name in options.target for key in choose.keys(name) if options.has(key)]
+    if options.times is not None:
+        measure_into(options.times, todo, options)
+        return
+    missing = []
+    for key, entry in zip(todo, in_processes(function, todo, jobs, unit="key"), strict=True):
+        if entry is None and not key.frames:
+            missing.append(key)
             continue
-        chosen = dict(zip(todo, in_processes(function, todo, jobs, unit="key"), strict=True))
-        missing = [key for key, entry in chosen.items() if not entry and not key.frames]
-        choose.write({key: entry for key, entry in chosen.items() if key not in missing})
-        explain(chosen)
-        if missing:
-            raise SystemExit(f"no stream configuration is fit for {missing}")
+        choose.write({key: entry})
+        explain({key: entry})
+    if missing:
+        raise SystemExit(f"no stream configuration is fit for {missing}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ corrected by one. Where no tile is fit, it gets no entry, and calls go to the st
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -109,16 +110,16 @@ def _line(entry: ColumnEntry) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Rewrites the file, after each kind and width."""
+    """Rewrites the file, after each key."""
     options = read_options(Options, arguments, prog="python -m benchmarks.tune.columns")
-    missing = []
-    for kind in options.kind:
-        for width in options.width:
-            todo = [(x, kind, width, table) for x in options.target for table in options.table]
-            found = in_processes(predicted, todo, options.jobs, unit="key")
-            chosen = dict(zip(todo, found, strict=True))
-            write(chosen)
-            missing += [key for key, x in chosen.items() if x is None and not is_tile(key[-1])]
+    todo: list[ColumnKey] = list(
+        itertools.product(options.target, options.kind, options.width, options.table)
+    )
+    missing, found = [], in_processes(predicted, todo, options.jobs, unit="key")
+    for key, entry in zip(todo, found, strict=True):
+        write({key: entry})
+        if entry is None and not is_tile(key[-1]):
+            missing.append(key)
     if missing:
         raise SystemExit(f"no configuration is fit for {missing}")
 

@@ -14,6 +14,7 @@ where the two take the same time: measured, or by the rates of ``benchmarks.code
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -210,7 +211,7 @@ def _line(entry: FrameEntry) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Rewrites the file, after each kind and width."""
+    """Rewrites the file, after each key."""
     options = read_options(Options, arguments, prog="python -m benchmarks.tune.frames")
     choose, revisit, jobs = predicted, predicted_revisit, options.jobs
     if options.repair:
@@ -220,13 +221,15 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit("torch finds no GPU to measure; --predict and --repair need none")
         options = replace(options, target=(cases.this_gpu().architecture,))
         choose, revisit, jobs = measured, measured_revisit, 1
+    todo: list[FrameKey] = list(
+        itertools.product(options.target, options.kind, options.width, options.table)
+    )
     missing = []
-    for kind in options.kind:
-        for width in options.width:
-            todo = [(x, kind, width, table) for x in options.target for table in options.table]
-            chosen = in_processes(choose, todo, jobs, unit="key")
-            write(filter(None, chosen))
-            missing += [key for key, entry in zip(todo, chosen, strict=True) if not entry]
+    for key, entry in zip(todo, in_processes(choose, todo, jobs, unit="key"), strict=True):
+        if entry is None:
+            missing.append(key)
+        else:
+            write([entry])
     if not options.repair:
         write(
             revisits={(x, kind): revisit(x, kind) for x in options.target for kind in options.kind}

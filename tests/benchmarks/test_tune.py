@@ -211,6 +211,24 @@ def test_nothing_is_measured_after_the_time_that_was_given(
     assert len(kept) == measured
 
 
+def test_what_was_chosen_before_an_interrupt_is_written(monkeypatch):
+    written, seen = {}, []
+
+    def predicted(key):
+        seen.append(key)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return key.width
+
+    monkeypatch.setattr(choose, "predicted", predicted)
+    monkeypatch.setattr(choose, "write", written.update)
+    monkeypatch.setattr(tune_main, "explain", lambda chosen: None)
+    options = ["--predict", "--kernel", "stream", "--target", "sm_80", "--kind", "tf32"]
+    with pytest.raises(KeyboardInterrupt):
+        tune_main.main(options)
+    assert written == {key: key.width for key in seen[:2]}
+
+
 def test_a_missing_tile_has_the_reason_of_the_candidate_that_spills_least(tmp_path, monkeypatch):
     monkeypatch.setattr(without_tile, "FILE", tmp_path / "without_tile.json")
     spilling, fit = (Key("sm_90", "16-bit", 128, width) for width in (64, 80))
