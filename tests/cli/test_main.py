@@ -11,7 +11,7 @@ from vstar_kernels.attention import triton
 from vstar_kernels.cli import info
 from vstar_kernels.cli.main import main
 from vstar_kernels.cli.options import read_options
-from vstar_kernels.cli.progress import say
+from vstar_kernels.cli.output import say
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from vstar_kernels._version import __version__
 from vstar_kernels.attention import native
 from vstar_kernels.attention.dispatch import available
-from vstar_kernels.cli.progress import whole_output
+from vstar_kernels.cli.output import whole_output
 
 OPTIONAL_PACKAGES = ("triton", "diffusers", "transformers", "xformers")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from vstar_kernels._version import __version__
 from vstar_kernels.cli.info import Info
-from vstar_kernels.cli.progress import whole_output
+from vstar_kernels.cli.output import whole_output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 import tyro
 
-from vstar_kernels.cli.progress import whole_output
+from vstar_kernels.cli.output import whole_output
 from vstar_kernels.files import IncompleteError, results_folder
 from vstar_kernels.reading import shorten
 

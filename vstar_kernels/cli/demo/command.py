@@ -35,7 +35,7 @@ from vstar_kernels.cli.options import (
     size,
     write_results,
 )
-from vstar_kernels.cli.progress import say
+from vstar_kernels.cli.output import say
 from vstar_kernels.models.front_end import temporal_layers
 from vstar_kernels.models.full3d.config import FrameTAR
 

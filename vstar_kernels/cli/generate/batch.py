@@ -13,7 +13,8 @@ from vstar_kernels.cli.generate.results import FILES, write_files
 from vstar_kernels.cli.generate.video import best_device, load_pipeline, sampler
 from vstar_kernels.cli.jobs import INDEX, Job, JobFolder, Outcome, Place, run_jobs
 from vstar_kernels.cli.options import CommandError, check_device, integer, option, optional, parsed
-from vstar_kernels.cli.progress import JobReport, say
+from vstar_kernels.cli.output import say
+from vstar_kernels.cli.progress import JobReport
 from vstar_kernels.models.progress import OnStep
 from vstar_kernels.reading import shorten
 

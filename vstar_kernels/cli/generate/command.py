@@ -25,7 +25,8 @@ from vstar_kernels.cli.options import (
     option,
     output_folder,
 )
-from vstar_kernels.cli.progress import say, step_bar
+from vstar_kernels.cli.output import say
+from vstar_kernels.cli.progress import step_bar
 from vstar_kernels.reading import shorten
 
 PACKAGES = ("diffusers", "transformers", "av", "jinja2", "matplotlib", "PIL", "pydantic", "tqdm")

@@ -22,7 +22,7 @@ from vstar_kernels.cli.options import (
     option,
     several,
 )
-from vstar_kernels.cli.progress import say
+from vstar_kernels.cli.output import say
 from vstar_kernels.cli.study.plan import StudyPlan, Video, read_study
 from vstar_kernels.cli.study.report import PAGE, write_report
 from vstar_kernels.cli.study.scores import SCORES, check_scores, load_scorer, score_video
