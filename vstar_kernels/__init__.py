@@ -34,7 +34,7 @@ from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.methods.vstar.vstar import VSTAR
 from vstar_kernels.methods.vstar.writer import SynopsisWriter
 from vstar_kernels.models.apply import TARHandle, apply_tar
-from vstar_kernels.models.capture import MapCapture, capture_maps
+from vstar_kernels.models.capture import capture_maps
 from vstar_kernels.models.columns import ColumnCapture, capture_columns
 from vstar_kernels.models.config import TARConfig
 from vstar_kernels.models.frame_prompts import condition_frames
@@ -42,6 +42,7 @@ from vstar_kernels.models.full3d.apply import FramesHandle, apply_frames
 from vstar_kernels.models.full3d.config import FrameTAR
 from vstar_kernels.models.grid.apply import GridHandle, apply_grid
 from vstar_kernels.models.grid.embedding import FPSEmbedding, GridEmbedding
+from vstar_kernels.models.map_capture import MapCapture
 from vstar_kernels.models.positions import randomize_positions
 from vstar_kernels.models.progress import Cancelled, StepWatch, watch_steps
 from vstar_kernels.models.sharded.apply import ShardedHandle, shard_frames

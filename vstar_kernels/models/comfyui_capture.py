@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from vstar_kernels.models.capture import MapCapture, ModelWatch
 from vstar_kernels.models.comfyui import ComfyFrontEnd, layers_of
 from vstar_kernels.models.config import check_present
+from vstar_kernels.models.map_capture import MapCapture
 from vstar_kernels.models.schedule import ChosenSteps, as_indices
+from vstar_kernels.models.temporal_capture import ModelWatch
 
 
 class MapsWrapper:

@@ -15,8 +15,9 @@ from vstar_kernels.attention.bias import Bias, DenseBias, GaussianBias
 from vstar_kernels.cli.demo.models import VideoModel
 from vstar_kernels.cli.measure import CoreTimer, now, read_peak_memory, reset_peak_memory
 from vstar_kernels.models.attention_processor import TARAttnProcessor
-from vstar_kernels.models.capture import MapCapture, capture_maps
+from vstar_kernels.models.capture import capture_maps
 from vstar_kernels.models.layers import TemporalLayer
+from vstar_kernels.models.map_capture import MapCapture
 from vstar_kernels.testing import eager
 
 if TYPE_CHECKING:

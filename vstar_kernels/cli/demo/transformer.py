@@ -28,10 +28,11 @@ from vstar_kernels.cli.demo.denoise import (
 from vstar_kernels.cli.demo.models import VideoModel
 from vstar_kernels.cli.measure import CoreTimer, now, read_peak_memory, reset_peak_memory
 from vstar_kernels.models.apply import apply_tar
-from vstar_kernels.models.capture import MapCapture, capture_maps
+from vstar_kernels.models.capture import capture_maps
 from vstar_kernels.models.full3d.apply import full3d_models
 from vstar_kernels.models.full3d.config import FrameTAR
 from vstar_kernels.models.full3d.function_mode import AttentionCall, ExchangedAttention
+from vstar_kernels.models.map_capture import MapCapture
 
 NAME = "wan"
 SIZE = (192, 320)  # pixels

@@ -25,8 +25,8 @@ from vstar_kernels.integrations.comfyui.common import (
     read_indices,
     wrapped,
 )
-from vstar_kernels.models.capture import MapCapture
 from vstar_kernels.models.comfyui_capture import MapsWrapper
+from vstar_kernels.models.map_capture import MapCapture
 
 MAPS_KEY = "vstar_maps"  # of the wrappers
 DPI = 110

@@ -16,10 +16,11 @@ from vstar_kernels.methods.arguments import check_integer, check_text
 from vstar_kernels.methods.pipelines import check_sampling
 from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.methods.vstar.vstar import SEEDS, Generation
-from vstar_kernels.models.capture import MapCapture, capture_maps
+from vstar_kernels.models.capture import capture_maps
 from vstar_kernels.models.config import TARConfig, checked_tar
 from vstar_kernels.models.grid.apply import apply_grid
 from vstar_kernels.models.grid.embedding import GridEmbedding
+from vstar_kernels.models.map_capture import MapCapture
 from vstar_kernels.models.progress import OnStep, steps_told
 
 XL = "StableDiffusionXLPipeline"

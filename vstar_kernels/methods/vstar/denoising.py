@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from vstar_kernels.analysis.maps import AttentionMap
 from vstar_kernels.methods.vstar.noising import Noising, NoisingSchedule, prediction_type
 from vstar_kernels.methods.vstar.real_videos import restarted_copy, scheduler_of, step_places
-from vstar_kernels.models.capture import MapCapture
+from vstar_kernels.models.map_capture import MapCapture
 
 Maps = dict[int, list[AttentionMap]]  # by step
 

@@ -14,9 +14,10 @@ from vstar_kernels.methods.gradients import checkpointed, frozen
 from vstar_kernels.methods.vstar.denoising import Denoising, Maps
 from vstar_kernels.methods.vstar.noising import Noising, check_noising, noising_of
 from vstar_kernels.methods.vstar.real_videos import RealVideoMaps, temporal_model
-from vstar_kernels.models.capture import MapCapture, capture_maps
+from vstar_kernels.models.capture import capture_maps
 from vstar_kernels.models.front_end import temporal_layers
 from vstar_kernels.models.layers import TemporalLayer
+from vstar_kernels.models.map_capture import MapCapture
 
 References = Tensor | Mapping[Level, Tensor] | RealVideoMaps | MapCapture | Iterable[AttentionMap]
 

@@ -28,13 +28,14 @@ from vstar_kernels.methods.vstar.embeddings import (
 from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.methods.vstar.writer import SynopsisWriter
 from vstar_kernels.models.apply import TARHandle, apply_tar
-from vstar_kernels.models.capture import MapCapture, capture_maps
+from vstar_kernels.models.capture import capture_maps
 from vstar_kernels.models.config import TARConfig
 from vstar_kernels.models.frame_prompts import condition_frames
 from vstar_kernels.models.full3d.apply import FramesHandle, RuledLayer, apply_frames
 from vstar_kernels.models.full3d.config import FrameTAR
 from vstar_kernels.models.hooks import Handle
 from vstar_kernels.models.layers import RegularizedLayer
+from vstar_kernels.models.map_capture import MapCapture
 from vstar_kernels.models.progress import OnStep, steps_told
 
 SEEDS = 2**32

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,8 @@ from vstar_kernels.models.full3d.seats import (
     seat_of,
 )
 from vstar_kernels.models.hooks import Hooks, put_back
+from vstar_kernels.models.map_capture import MapCapture
 from vstar_kernels.models.schedule import timestep_value
-
-if TYPE_CHECKING:
-    from vstar_kernels.models.capture import MapCapture
 
 _LOCK = threading.RLock()  # of the watchers of all seats
 NO_TIMESTEP = float("nan")  # of a model of an unknown class that is told none
