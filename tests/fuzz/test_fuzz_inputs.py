@@ -25,9 +25,10 @@ from tests.fuzz.documents import KEY, documents
 
 pytest.importorskip("openai")
 pytest.importorskip("pydantic")
-from vstar_kernels.methods import llm
-from vstar_kernels.methods.cache import Cache
-from vstar_kernels.methods.secrets import redact
+from vstar_kernels.methods.llm.ask import AnswerError, NoText, ask
+from vstar_kernels.methods.llm.cache import Cache
+from vstar_kernels.methods.llm.endpoint import Endpoint
+from vstar_kernels.methods.llm.secrets import redact
 from vstar_kernels.methods.starvid.writer import PlanError
 from vstar_kernels.methods.vstar.writer import SynopsisError, conversation, stages_form
 from vstar_kernels.reading import FormatError, decode, shorten
@@ -227,8 +228,8 @@ FENCED = f"<think>{{1. Water}}</think>\nHere it is:\n```json\n{TEXT}\n```\n"
 def test_answers_of_language_models(document):
     model = Says(document.decode("utf-8", "replace"))
     try:
-        answer = llm.ask(model, conversation("A pond.", 2, 12), stages_form_2_12, attempts=2)
-    except llm.AnswerError as error:
+        answer = ask(model, conversation("A pond.", 2, 12), stages_form_2_12, attempts=2)
+    except AnswerError as error:
         assert_told(error)
         assert len(model.asked) == 2
         assert_hidden(model.asked[1][-2]["content"] + model.asked[1][-1]["content"])
@@ -249,13 +250,13 @@ FAILURES = [{"error": {"message": f"wrong key {KEY}", "code": 3}}, {"error": "no
 @many
 @given(documents([COMPLETION, REFUSAL, *FAILURES, "<html>busy</html>"]))
 def test_responses_of_servers(document):
-    endpoint = llm.Endpoint("m", base_url="http://localhost:1/v1", api_key=KEY)
+    endpoint = Endpoint("m", base_url="http://localhost:1/v1", api_key=KEY)
     text = document.decode("utf-8", "replace")
-    with suppress(llm.NoText):
+    with suppress(NoText):
         assert isinstance(endpoint._content(text), str)
     try:
         endpoint._content(text)
-    except llm.NoText as error:
+    except NoText as error:
         assert_told(error)
     response = SimpleNamespace(is_redirect=False, text=text)
     assert_told(endpoint._status_failure(SimpleNamespace(response=response, status_code=400)))
@@ -297,7 +298,7 @@ KEYS = [
 def test_keys_as_files_hold_them(document):
     text = document.decode("utf-8", "surrogateescape")
     try:
-        endpoint = llm.Endpoint("m", base_url="http://localhost:1/v1", api_key=text)
+        endpoint = Endpoint("m", base_url="http://localhost:1/v1", api_key=text)
     except ValueError as error:
         told = str(error)
         assert told == "api_key must be one word of printable ASCII characters"

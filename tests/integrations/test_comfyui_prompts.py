@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vstar_kernels as vk
-from vstar_kernels.methods.llm import KEY_VARIABLE, NO_KEY, URL_VARIABLE
+from vstar_kernels.methods.llm.endpoint import KEY_VARIABLE, NO_KEY, URL_VARIABLE
 
 
 class CLIP:

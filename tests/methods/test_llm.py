@@ -16,8 +16,9 @@ from urllib.parse import quote
 import pytest
 
 import vstar_kernels as vk
-from vstar_kernels.methods import llm
-from vstar_kernels.methods.secrets import redact
+from vstar_kernels.methods.llm import endpoint
+from vstar_kernels.methods.llm.ask import AnswerError, ask
+from vstar_kernels.methods.llm.secrets import redact
 from vstar_kernels.methods.vstar.writer import SynopsisError
 
 pytest.importorskip("openai")
@@ -75,7 +76,7 @@ def test_servers_get_the_schema():
 
 def test_certificates_are_read_once_for_what_the_environment_says(monkeypatch, tmp_path):
     """Reading them takes longer than a request to a local server."""
-    llm._ssl_context.cache_clear()
+    endpoint._ssl_context.cache_clear()
     create = mock.Mock(wraps=httpx2.create_ssl_context)
     monkeypatch.setattr(httpx2, "create_ssl_context", create)
     with ChatServer(GOOD) as server:
@@ -86,7 +87,7 @@ def test_certificates_are_read_once_for_what_the_environment_says(monkeypatch, t
         writer(server).write(PROMPT)
     assert create.call_count == 2
     assert len(server.requests) == 3
-    context = llm._ssl_context()
+    context = endpoint._ssl_context()
     assert context.verify_mode == ssl.CERT_REQUIRED
     assert context.check_hostname
 
@@ -457,7 +458,6 @@ def test_a_megabyte_of_an_answer_takes_no_quadratic_work(text):
     with ChatServer(GOOD) as server:
         source = writer(server)._source
         writer(server).write(PROMPT)  # what is done once
-    from vstar_kernels.methods import llm
     from vstar_kernels.methods.vstar.writer import conversation, stages_form
 
     class Says:
@@ -467,8 +467,8 @@ def test_a_megabyte_of_an_answer_takes_no_quadratic_work(text):
             return text
 
     start = time.process_time()
-    with pytest.raises(llm.AnswerError) as caught:
-        llm.ask(Says(), conversation(PROMPT, 2, 12), stages_form(2, 12), attempts=1)
+    with pytest.raises(AnswerError) as caught:
+        ask(Says(), conversation(PROMPT, 2, 12), stages_form(2, 12), attempts=1)
     assert time.process_time() - start < 10
     assert len(str(caught.value)) < 900
 

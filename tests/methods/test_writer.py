@@ -10,7 +10,7 @@ import pytest
 
 import vstar_kernels as vk
 from vstar_kernels import files
-from vstar_kernels.methods import cache as cache_module
+from vstar_kernels.methods.llm import cache as cache_module
 from vstar_kernels.methods.vstar.writer import (
     EXAMPLE_STAGES,
     SynopsisError,

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from vstar_kernels.methods.arguments import check_integer
-from vstar_kernels.methods.cache import Cache, default_folder
-from vstar_kernels.methods.llm import ChatModel, Endpoint, LanguageModel, Messages, ask
+from vstar_kernels.methods.llm.ask import LanguageModel, Messages, ask
+from vstar_kernels.methods.llm.cache import Cache, default_folder
+from vstar_kernels.methods.llm.chat_model import ChatModel
+from vstar_kernels.methods.llm.endpoint import Endpoint
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -60,7 +62,7 @@ class Writer:
         attempts: int = 3,
         **settings: Any,
     ) -> Self:
-        """Makes a writer that asks an :class:`vstar_kernels.methods.llm.Endpoint`.
+        """Makes a writer that asks an :class:`vstar_kernels.methods.llm.endpoint.Endpoint`.
 
         Those that are left out are taken from ``$OPENAI_MODEL``, ``$OPENAI_BASE_URL`` and
         ``$OPENAI_API_KEY``. A request that fails is made ``attempts`` times at most. ``settings``
@@ -87,7 +89,7 @@ class Writer:
         max_new_tokens: int = 1024,
         **settings: Any,
     ) -> Self:
-        """Makes a writer that asks a :class:`vstar_kernels.methods.llm.ChatModel`."""
+        """Makes a writer that asks a :class:`vstar_kernels.methods.llm.chat_model.ChatModel`."""
         chat_model = ChatModel(model, tokenizer, device=device, max_new_tokens=max_new_tokens)
         return cls(chat_model, **settings)
 

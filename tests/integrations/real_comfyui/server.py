@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vstar_kernels.methods.llm import KEY_VARIABLE
+from vstar_kernels.methods.llm.endpoint import KEY_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[3]
 PACK = ROOT / "integrations" / "comfyui"

@@ -25,7 +25,7 @@ from vstar_kernels.cli.options import (
 )
 from vstar_kernels.methods.arguments import check_text
 from vstar_kernels.methods.grid.video import SIDE, Decode
-from vstar_kernels.methods.llm import ChatModel
+from vstar_kernels.methods.llm.chat_model import ChatModel
 from vstar_kernels.methods.vstar.embeddings import Interpolation, Rounding
 from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.methods.vstar.writer import LEAST_STAGES, MOST_STAGES

@@ -19,7 +19,7 @@ from vstar_kernels.cli.generate.regularization import CHANGES, ConfigText, Regul
 from vstar_kernels.cli.jobs import Job
 from vstar_kernels.cli.options import CommandError
 from vstar_kernels.documents import Document
-from vstar_kernels.methods.llm import MODEL_VARIABLE
+from vstar_kernels.methods.llm.endpoint import MODEL_VARIABLE
 from vstar_kernels.methods.starvid.config import GuidanceConfig
 from vstar_kernels.methods.starvid.trajectory import Trajectory
 from vstar_kernels.methods.vstar.synopsis import Synopsis

@@ -12,7 +12,13 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from vstar_kernels.integrations.comfyui.common import CATEGORY
-from vstar_kernels.methods.llm import KEY_VARIABLE, MODEL_VARIABLE, NO_KEY, OPENAI_URL, URL_VARIABLE
+from vstar_kernels.methods.llm.endpoint import (
+    KEY_VARIABLE,
+    MODEL_VARIABLE,
+    NO_KEY,
+    OPENAI_URL,
+    URL_VARIABLE,
+)
 from vstar_kernels.methods.vstar.embeddings import MODES, interpolate_embeddings
 from vstar_kernels.methods.vstar.synopsis import Synopsis
 from vstar_kernels.methods.vstar.writer import MOST_STAGES, SynopsisWriter

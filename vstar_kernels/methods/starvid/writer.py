@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vstar_kernels.attention.bias import check_flag
 from vstar_kernels.methods.arguments import check_integer, check_text
-from vstar_kernels.methods.llm import AnswerError, Messages
+from vstar_kernels.methods.llm.ask import AnswerError, Messages
 from vstar_kernels.methods.starvid.trajectory import Subject, Trajectory, trajectories_of
 from vstar_kernels.methods.writers import Writer
 from vstar_kernels.reading import clean, decode, read_text, require_pydantic, shorten

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vstar_kernels.attention.bias import check_flag
 from vstar_kernels.methods.arguments import check_integer, check_text
-from vstar_kernels.methods.llm import AnswerError, LanguageModel, Messages
+from vstar_kernels.methods.llm.ask import AnswerError, LanguageModel, Messages
 from vstar_kernels.methods.vstar.synopsis import Synopsis, synopses_of
 from vstar_kernels.methods.writers import Writer
 from vstar_kernels.reading import (

@@ -1,7 +1,7 @@
-"""Asks language models for structured answers: what every method here asks them with.
+"""A chat model behind an OpenAI-compatible HTTP interface.
 
-The caller gives a conversation and a pydantic model, the form of the answer. :func:`ask` tells the
-model the form, validates what comes, and sends it back with what is wrong until it is right.
+Servers are not trusted: what they send is bounded in time and in size, their texts are cleaned
+before anybody sees them, and no key gets out through them.
 """
 
 from __future__ import annotations
@@ -14,25 +14,16 @@ import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from vstar_kernels.methods.arguments import check_integer, check_seconds
-from vstar_kernels.methods.cache import Cache
-from vstar_kernels.methods.secrets import redact, redacted_logs
-from vstar_kernels.reading import (
-    FormatError,
-    clean,
-    decode,
-    require_pydantic,
-    shorten,
-    validate,
-)
+from vstar_kernels.methods.llm.ask import AnswerError, Messages, NoText
+from vstar_kernels.methods.llm.secrets import redact, redacted_logs
+from vstar_kernels.reading import FormatError, clean, decode, shorten
 
 if TYPE_CHECKING:
     import ssl
-
-    from pydantic import BaseModel
 
 MODEL_VARIABLE = "OPENAI_MODEL"
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -41,142 +32,12 @@ CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")  # which httpx2 reads
 OPENAI_URL = "https://api.openai.com/v1"
 NO_KEY = "none"  # the client insists on a key where local servers want none
 LARGEST_BODY = 2**20  # bytes; answers have thousands
-LARGEST_REPEATED = 2**14  # characters of an unusable answer that are sent back
 HEADERS = ("retry-after", "retry-after-ms", "x-should-retry")  # of a response, that are used
 SECRET_OPTIONS = ("extra_headers", "extra_query")  # where keys are, too; they are not stored
 OWN_OPTIONS = ("self", "messages", "model", "stream", "stream_options", "n", "timeout")
 # How servers refuse what they do not know, and name it in the body.
 UNKNOWING = (400, 404, 422, 501)
 UNSTRUCTURED = re.compile(r"response.?format|json.?schema|structured|grammar", re.IGNORECASE)
-
-Messages = list[dict[str, str]]
-Form = TypeVar("Form", bound="BaseModel")
-
-
-class AnswerError(RuntimeError):
-    """A language model gave no answer that can be used; the message says why."""
-
-
-class NoText(AnswerError):  # noqa: N818
-    """A response came, and there is no answer in it; another one may have it."""
-
-
-@runtime_checkable
-class LanguageModel(Protocol):
-    """Answers conversations.
-
-    Attributes:
-        name: For messages.
-        key: What answers depend on beside the conversation, as JSON takes it; None if answers are
-            not to be kept.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def key(self) -> dict[str, Any] | None: ...
-
-    def answer(self, messages: Messages, schema: dict[str, Any]) -> str:
-        """Returns a text that should be JSON of this schema.
-
-        Raises:
-            AnswerError: There is none.
-        """
-
-    def redact(self, text: str) -> str:
-        """Returns a text without the secrets that are used to ask."""
-
-
-def ask(
-    model: LanguageModel,
-    messages: Messages,
-    form: type[Form],
-    *,
-    attempts: int = 3,
-    cache: Cache | None = None,
-    refresh: bool = False,
-) -> Form:
-    """Asks a language model until its answer has the form that is wanted.
-
-    Args:
-        model: Such as an :class:`Endpoint` or a :class:`ChatModel`.
-        messages: The conversation, which ends with the question; the form is added to that.
-        form: A pydantic model with all fields required and no others allowed, as servers want it.
-            Its validators say what else is wrong with an answer, in words for the language model.
-        attempts: How many answers to ask for, at most.
-        cache: Keeps the answers, if the model has a key.
-        refresh: Whether to ask even for what the cache has.
-
-    Raises:
-        AnswerError: There is no such answer; the message says what came.
-    """
-    schema = form.model_json_schema()
-    if cache is None or model.key is None:
-        return _ask_until_valid(model, _with_schema(messages, schema), form, schema, attempts)
-    request = {"model": model.key, "messages": messages, "schema": schema}
-    answer = None if refresh else cache.get(request, form)
-    if answer is None:
-        answer = ask(model, messages, form, attempts=attempts)
-        cache.put(request, answer)
-    return answer
-
-
-def _ask_until_valid(
-    model: LanguageModel,
-    messages: Messages,
-    form: type[Form],
-    schema: dict[str, Any],
-    attempts: int,
-) -> Form:
-    conversation, problems = messages, []
-    for _ in range(attempts):
-        try:
-            text = model.answer(conversation, schema)
-        except NoText as error:
-            problems.append(str(error))
-            continue
-        answer = model.redact(clean(text))
-        try:
-            return validate(form, _decode_answer(answer, model))
-        except FormatError as error:
-            problem = model.redact(str(error))
-        problems.append(f"{problem}, in {shorten(answer)!r}")
-        conversation = [*messages, *_correction(answer, problem)]
-    if len(problems) == 1:
-        raise AnswerError(problems[0])
-    listed = (f"attempt {number}: {problem}" for number, problem in enumerate(problems, start=1))
-    raise AnswerError("; ".join(listed))
-
-
-def _with_schema(messages: Messages, schema: dict[str, Any]) -> Messages:
-    """Returns a conversation whose last message asks for JSON of a schema.
-
-    Servers that hold the answer to the schema want it said as well, and others have nothing else.
-    """
-    *before, question = messages
-    wanted = f"Answer with one JSON object of this schema, and nothing else:\n{json.dumps(schema)}"
-    return [*before, {**question, "content": f"{question['content']}\n\n{wanted}"}]
-
-
-def _decode_answer(text: str, model: LanguageModel) -> Any:
-    """Returns the JSON object in an answer, which may be in a code fence, or follow reasoning."""
-    text = text.rpartition("</think>")[2].strip()
-    if not text:
-        raise FormatError("the answer is empty")
-    start, end = text.find("{"), text.rfind("}")
-    if not 0 <= start < end:
-        raise FormatError("the answer has no complete JSON object")
-    return decode(text[start : end + 1], lambda found: model.redact(clean(found)))
-
-
-def _correction(answer: str, problem: str) -> Messages:
-    """Returns how a conversation goes on after an answer that cannot be used."""
-    demand = f"That cannot be used: {problem}. Answer with the JSON object alone."
-    return [
-        {"role": "assistant", "content": answer[:LARGEST_REPEATED]},
-        {"role": "user", "content": demand},
-    ]
 
 
 class Endpoint:
@@ -466,114 +327,3 @@ def _checked_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
         except (TypeError, ValueError, RecursionError):
             raise ValueError(f"options[{name!r}] must be what JSON can hold") from None
     return checked
-
-
-class ChatModel:
-    """A chat model of ``transformers`` that is run here, greedily: an answer can be had again.
-
-    Args:
-        model: A folder or a name on the Hugging Face hub, loaded here; or a causal language model
-            that is loaded already.
-        tokenizer: With a chat template; None loads the one of ``model``, if that is a name.
-        device: For a model that is loaded here; None is a GPU where there is one.
-        max_new_tokens: The longest answer.
-
-    Raises:
-        ImportError: ``transformers`` or ``pydantic`` is not installed.
-        ValueError: The tokenizer is missing or has no chat template, the model cannot be loaded, or
-            an argument is out of its range.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any = None,
-        *,
-        device: str | None = None,
-        max_new_tokens: int = 1024,
-    ) -> None:
-        require_pydantic()
-        check_integer("max_new_tokens", max_new_tokens, 1)
-        if not isinstance(model, str):
-            if tokenizer is None:
-                raise ValueError("tokenizer must be given with a model that is loaded already")
-            if device is not None:
-                raise ValueError("device is for a model that is loaded here: move yours yourself")
-        self._model, self._tokenizer = _load(model, tokenizer, device)
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise ValueError(
-                f"tokenizer must have a chat template, {type(self._tokenizer).__name__} has none: "
-                "choose a model that is made for chat"
-            )
-        self._max_new_tokens = max_new_tokens
-        self._hub_name = model if isinstance(model, str) else ""
-        self.name = self._hub_name or type(self._model).__name__
-
-    @property
-    def key(self) -> dict[str, Any] | None:
-        """The model's name and the longest answer; None where a model has been given without."""
-        if not self._hub_name:
-            return None
-        return {"transformers": self._hub_name, "max_new_tokens": self._max_new_tokens}
-
-    def redact(self, text: str) -> str:
-        """Returns the text: no key is used here."""
-        return text
-
-    def answer(self, messages: Messages, schema: dict[str, Any]) -> str:
-        """Returns the text that the model gives for a conversation.
-
-        Raises:
-            AnswerError: The conversation does not fit the model or its template.
-        """
-        import torch
-        from jinja2 import TemplateError
-
-        try:
-            inputs = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            ).to(self._model.device)
-            length = inputs["input_ids"].shape[1]
-            self._check_length(length)
-            # A tokenizer may return more, such as token types, which not every model takes.
-            taken = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-            with torch.no_grad():
-                output = self._model.generate(
-                    **taken, max_new_tokens=self._max_new_tokens, do_sample=False
-                )
-        # Templates are programs of their own, which may refuse, say, a system message.
-        except (ValueError, TemplateError) as error:
-            raise AnswerError(f"{type(error).__name__}: {shorten(str(error))}") from error
-        return self._tokenizer.decode(output[0, length:], skip_special_tokens=True)
-
-    def _check_length(self, length: int) -> None:
-        room = getattr(self._model.config, "max_position_embeddings", None)
-        if room is not None and length + self._max_new_tokens > room:
-            raise ValueError(
-                f"the conversation has {length} tokens, which with max_new_tokens, "
-                f"{self._max_new_tokens}, are more than the model's {room}"
-            )
-
-
-def _load(model: Any, tokenizer: Any, device: str | None) -> tuple[Any, Any]:
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise ImportError(
-            f"local language models need transformers ({error}): "
-            "pip install 'vstar_kernels[diffusers]'"
-        ) from error
-    if not isinstance(model, str):
-        return model, tokenizer
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # Which model, and whether its newest revision or a downloaded one, is the caller's to choose.
-    try:
-        if tokenizer is None:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(model)  # nosec B615
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(  # nosec B615
-            model, dtype="auto"
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {model} cannot be loaded: {shorten(str(error))}") from error
-    return loaded.eval().to(device), tokenizer
