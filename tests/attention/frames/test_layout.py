@@ -6,7 +6,7 @@ import torch
 
 import vstar_kernels as vk
 from tests.attention.frames import cases
-from vstar_kernels.testing import _tokens
+from vstar_kernels.testing.frames import _tokens
 
 
 def spelled(layout):
