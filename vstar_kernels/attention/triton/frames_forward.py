@@ -44,6 +44,7 @@ from vstar_kernels.attention.triton.frames_map import MapPlan
 from vstar_kernels.attention.triton.frames_plan import FramesKey
 from vstar_kernels.attention.triton.frames_primitives import (
     count_keys,
+    count_there,
     find_keys,
     frame_logits,
     key_length,
@@ -362,10 +363,13 @@ def add_slot(
             if VALUES and STAGES == 1:  # so that one wait is for both; else loads run ahead anyway
                 b_v = load_heads(of_keys.v, o_v, m_j, HEAD)  # (KEYS, D)
             b_s, _ = frame_logits(
-                rows.q, b_k, m_j, o_j + shift, rows.place, weights, HEAD, RULE
+                rows.q, b_k, None, o_j + shift, rows.place, weights, HEAD, RULE
             )  # (ROWS, KEYS)
+            count = count_there(m_j, end - n, RULE)
+            if count < KEYS:  # most blocks are full, and have nothing to mask
+                b_s = tl.where(tl.expand_dims(m_j, 0), b_s, float("-inf"))
             if GATHER and RULE.STAT == "frame_max":
-                b_count += count_keys(m_j, n + shift, rows.place, weights, RULE)
+                b_count += count_keys(count, n + shift, rows.place, weights, RULE)
             b_new_max = larger(b_max, tl.max(b_s, 1))
             if VALUES or BY_FRAME:
                 m_same = b_new_max == b_max  # infinite ones too
