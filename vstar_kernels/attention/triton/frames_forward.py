@@ -41,10 +41,9 @@ from vstar_kernels.attention.triton import configs, frames_map, frames_plan, fra
 from vstar_kernels.attention.triton.configs import FramesConfig
 from vstar_kernels.attention.triton.devices import DeviceTables
 from vstar_kernels.attention.triton.frames_map import MapPlan
-from vstar_kernels.attention.triton.frames_plan import FramesKey
+from vstar_kernels.attention.triton.frames_plan import FramesKey, Rule
 from vstar_kernels.attention.triton.frames_primitives import (
     count_keys,
-    count_there,
     find_keys,
     frame_logits,
     key_length,
@@ -160,7 +159,8 @@ def frames_kernel(
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     out_batch, out_token, out_head, stat_batch, stat_token, stat_head, exp2_scale,
     HEAD: tl.constexpr, RULE: tl.constexpr, WAY: tl.constexpr, MAP: tl.constexpr,
-    SAVE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    SAVE: tl.constexpr, BRANCH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tiles of ``ROWS`` rows of one head against the keys they see, ``KEYS`` at a time.
 
@@ -231,7 +231,7 @@ def frames_kernel(
                 _, statistic = add_slot(
                     t, i_slot, rows, of_keys, None, Softmax(b_lowest, b_zero, b_zero), statistic,
                     True, p_frame_lse, pairs, factor_half, exp2_scale, HEAD, RULE,
-                    VALUES=False, GATHER=True, MAP=False, KEYS=KEYS, STAGES=STAGES,
+                    VALUES=False, GATHER=True, MAP=False, BRANCH=BRANCH, KEYS=KEYS, STAGES=STAGES,
                 )  # fmt: skip
         softmax = Softmax(b_lowest, b_zero, zero_heads(ROWS, HEAD))
         for n in tl.range(first_once, first_once + (end_slot - first_slot), num_stages=1):
@@ -247,7 +247,8 @@ def frames_kernel(
             softmax, statistic = add_slot(
                 t, i_slot, rows, of_keys, b_bias, softmax, statistic,
                 n < end_slot, p_frame_lse, pairs, factor_half, exp2_scale, HEAD, RULE,
-                VALUES=True, GATHER=SPLIT or REVISIT, MAP=MAP, KEYS=KEYS, STAGES=STAGES,
+                VALUES=True, GATHER=SPLIT or REVISIT, MAP=MAP, BRANCH=BRANCH, KEYS=KEYS,
+                STAGES=STAGES,
             )  # fmt: skip
             if SPLIT:
                 o_slot = (i_slot - first_slot) * ROWS + r
@@ -315,7 +316,7 @@ def frames_kernel(
 def add_slot(
     t, i_slot, rows, of_keys, b_bias, softmax, statistic, is_new, p_frame_lse, pairs, factor_half,
     exp2_scale, HEAD: tl.constexpr, RULE: tl.constexpr, VALUES: tl.constexpr, GATHER: tl.constexpr,
-    MAP: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    MAP: tl.constexpr, BRANCH: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Adds a slot to the softmax with ``VALUES``, and to the statistic if it ``is_new``.
 
@@ -323,6 +324,7 @@ def add_slot(
     slot's logits without it, and the maximum so far less the bias: a logit's exponential takes a
     difference and a product, which is 0 at the maximum, however large that is.
 
+    With ``BRANCH`` blocks of keys that are full are not masked (:func:`branches_to_mask`).
     ``GATHER`` says that slots may be new. While they are, the softmax must hold nothing with a
     bias, as its maximum is the slots'. ``MAP`` leaves the log-sum-exps of the slot's frames, with
     their bias.
@@ -362,14 +364,15 @@ def add_slot(
             o_v = j.to(HEAD.OFFSET) * of_keys.v_token * HEAD.UNIT
             if VALUES and STAGES == 1:  # so that one wait is for both; else loads run ahead anyway
                 b_v = load_heads(of_keys.v, o_v, m_j, HEAD)  # (KEYS, D)
+            m_logits = None if BRANCH else m_j
             b_s, _ = frame_logits(
-                rows.q, b_k, None, o_j + shift, rows.place, weights, HEAD, RULE
+                rows.q, b_k, m_logits, o_j + shift, rows.place, weights, HEAD, RULE
             )  # (ROWS, KEYS)
-            count = count_there(m_j, end - n, RULE)
-            if count < KEYS:  # most blocks are full, and have nothing to mask
-                b_s = tl.where(tl.expand_dims(m_j, 0), b_s, float("-inf"))
+            if BRANCH:
+                if end - n < KEYS:
+                    b_s = tl.where(tl.expand_dims(m_j, 0), b_s, float("-inf"))
             if GATHER and RULE.STAT == "frame_max":
-                b_count += count_keys(count, n + shift, rows.place, weights, RULE)
+                b_count += count_keys(m_j, end - n, n + shift, rows.place, weights, RULE)
             b_new_max = larger(b_max, tl.max(b_s, 1))
             if VALUES or BY_FRAME:
                 m_same = b_new_max == b_max  # infinite ones too
@@ -551,6 +554,17 @@ def _way(key: FramesKey, rule: RuleTables, seen: TileTables) -> str:
     return "revisit" if seen.biased_keys_of_a_slot() < below else "split"
 
 
+def branches_to_mask(key: FramesKey, rule: Rule) -> bool:
+    """Returns whether a kernel masks only blocks of keys that are not full: few are not.
+
+    Elsewhere each logit costs an instruction more. Of AMD's kernels the branch takes the loads that
+    run ahead. Where bands and factors compare each logit anyway, or keys of a block may be missing
+    in its midst, it takes more than it saves.
+    """
+    nvidia = key.device.architecture.startswith("sm_")
+    return nvidia and not (rule.BAND or rule.FACTOR or (rule.ORDERED and rule.LENGTHS))
+
+
 def _plan(
     key: FramesKey, rule: RuleTables, config: FramesConfig, way: str, seen: TileTables
 ) -> FramesPlan:
@@ -564,6 +578,7 @@ def _plan(
         tables["biased"] = seen.biased
     if key.has_map:
         tables |= {"entries": seen.entries, "entry_frame": seen.entry_frame}
+    constants = frames_plan.constants(key, rule, seen)
     saved = frames_plan.saved(stat) if key.save else ()
     parts = seen.most_slots if way == "split" else 0
     filled = _allocations(key, config, programs, saved, parts)
@@ -599,10 +614,11 @@ def _plan(
         ),
         {
             "HEAD": key.head(),
-            "RULE": frames_plan.constants(key, rule, seen),
+            "RULE": constants,
             "WAY": way,
             "MAP": key.has_map,
             "SAVE": key.save,
+            "BRANCH": branches_to_mask(key, constants),
             **config.constants(),
         },
         DeviceTables(tables),

@@ -58,15 +58,6 @@ def find_keys(p_key_order, o_j, end, length, RULE: tl.constexpr):
 
 
 @triton.jit
-def count_there(m_j, left, RULE: tl.constexpr):
-    """Returns how many keys of a block there are, where so many of its range are left."""
-    count = tl.minimum(left, m_j.shape[0])
-    if RULE.ORDERED and RULE.LENGTHS:
-        count = tl.sum(m_j.to(tl.int32), 0)
-    return count
-
-
-@triton.jit
 def read_weights(t, o_rule, o_pair, i_frame, m_rule, pairs, factor_half, RULE: tl.constexpr):
     """Returns what the tables say of the rows' frames and the key frame, but the bias."""
     positive = 0.0
@@ -127,7 +118,7 @@ def unit(exp2_scale):
 def frame_logits(b_q, b_k, m_j, j_place, b_place, weights, HEAD: tl.constexpr, RULE: tl.constexpr):
     """Returns a·φ / |scale|, −∞ where a key is not seen, and the factor a where there is one.
 
-    Both are ``(ROWS, KEYS)``. With ``m_j`` None the caller masks those that there are not.
+    Both are ``(ROWS, KEYS)``. With ``m_j`` None it is the caller who masks.
     """
     b_s = inner_products(b_q, b_k, HEAD)
     if HEAD.NEGATIVE:
@@ -142,22 +133,26 @@ def frame_logits(b_q, b_k, m_j, j_place, b_place, weights, HEAD: tl.constexpr, R
             m_span = m_span & (b_distance <= tl.expand_dims(weights.span_high, 1))
             b_a = tl.where(m_span, b_a, 1.0)
         b_s *= b_a
-    if RULE.BAND:
-        m_band = b_distance >= tl.expand_dims(weights.band_low, 1)
-        m_band = m_band & (b_distance <= tl.expand_dims(weights.band_high, 1))
-        b_s = tl.where(m_band, b_s, float("-inf"))
     if m_j is not None:
-        b_s = tl.where(tl.expand_dims(m_j, 0), b_s, float("-inf"))
+        m_s = tl.expand_dims(m_j, 0)
+        if RULE.BAND:
+            m_s = m_s & (b_distance >= tl.expand_dims(weights.band_low, 1))
+            m_s = m_s & (b_distance <= tl.expand_dims(weights.band_high, 1))
+        b_s = tl.where(m_s, b_s, float("-inf"))
     return b_s, b_a
 
 
 @triton.jit
-def count_keys(count, first_place, b_place, weights, RULE: tl.constexpr):
-    """Returns how many of a block's ``count`` keys, which come first in it, each row sees.
+def count_keys(m_j, left, first_place, b_place, weights, RULE: tl.constexpr):
+    """Returns how many keys of a block each row sees; the keys that there are come first in it.
 
+    They are those ``left`` of a range, or fewer where not all of these are within the key length.
     By arithmetic: a sum of what :func:`frame_logits` says would be a second block of its size, in
     a layout of its own, in which every thread has the places of many rows.
     """
+    count = tl.minimum(left, m_j.shape[0])
+    if RULE.ORDERED and RULE.LENGTHS:
+        count = tl.sum(m_j.to(tl.int32), 0)
     if RULE.BAND:
         b_low = tl.maximum(first_place - b_place, weights.band_low)
         b_high = tl.minimum(first_place + count - 1 - b_place, weights.band_high)
