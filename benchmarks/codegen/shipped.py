@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from benchmarks.codegen import cases, column_cases, frame_cases
 
+MODULES = (cases, frame_cases, column_cases)
 FAMILIES = ("tile", "stream", "frames", "columns")
 TABLES = (*frame_cases.VARIANTS, *column_cases.TABLES)
 
@@ -28,15 +29,13 @@ class Selection(cases.Selection):
 
 def entries() -> list[Any]:
     """Returns every shipped configuration."""
-    return [
-        entry for of_family in (cases, frame_cases, column_cases) for entry in of_family.entries()
-    ]
+    return [entry for module in MODULES for entry in module.entries()]
 
 
 def kernels(*, subset: bool = False) -> list[Any]:
     """Returns the cases of every shipped configuration, or a few of each family."""
     found = []
-    for of_family in (cases, frame_cases, column_cases):
-        every = [case for entry in of_family.entries() for case in of_family.shipped(entry)]
-        found += of_family.subset(every) if subset else every
+    for module in MODULES:
+        every = [case for entry in module.entries() for case in module.shipped(entry)]
+        found += module.subset(every) if subset else every
     return found

@@ -23,6 +23,11 @@ class Device(NamedTuple):
     shared: int
     processors: int
 
+    @property
+    def is_nvidia(self) -> bool:
+        """Whether it is one of NVIDIA's GPUs; the others are AMD's."""
+        return self.architecture.startswith("sm_")
+
 
 class Contents(NamedTuple):
     """A tensor by its contents, so that it is the key of what is made of it."""

@@ -561,8 +561,8 @@ def branches_to_mask(key: FramesKey, rule: Rule) -> bool:
     run ahead. Where bands and factors compare each logit anyway, or keys of a block may be missing
     in its midst, it takes more than it saves.
     """
-    nvidia = key.device.architecture.startswith("sm_")
-    return nvidia and not (rule.BAND or rule.FACTOR or (rule.ORDERED and rule.LENGTHS))
+    always = rule.BAND or rule.FACTOR or (rule.ORDERED and rule.LENGTHS)
+    return key.device.is_nvidia and not always
 
 
 def _plan(

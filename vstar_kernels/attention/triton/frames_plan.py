@@ -161,7 +161,7 @@ class FramesKey(NamedTuple):
         few. Rows of halves are read again for each block.
         """
         main, rest = configs.split(self.head_dim)
-        if not (self.grad_out and self.device.architecture.startswith("sm_")):
+        if not (self.grad_out and self.device.is_nvidia):
             return main, rest
         if self.kind == "tf32" and rest == 16:
             return (64, 0) if main == 32 else (main, 32)

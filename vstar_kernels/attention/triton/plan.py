@@ -284,8 +284,7 @@ def halves(key: PlanKey) -> tuple[int, int] | None:
     in registers from one block of the map to the next and leave too few; halves are read again.
     """
     main, rest = configs.split(key.head_dim)
-    nvidia = key.device.architecture.startswith("sm_")
-    if nvidia and key.kind == "ieee" and main >= 128 and not rest:
+    if key.device.is_nvidia and key.kind == "ieee" and main >= 128 and not rest:
         return main // 2, main // 2
     return None
 
