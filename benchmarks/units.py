@@ -61,6 +61,7 @@ FRAMES, FRAMES_IN_FULL = 256, 128
 SMALL = StreamConfig(queries=32, keys=32, warps=4, stages=1, shared=0)  # every kernel runs with it
 OF_COLUMNS = {"batch": 1, "queries": 256, "heads": 4}
 OF_FRAMES = {"frames": 2, "tokens": 128, "text": 64}
+LONGER = 384  # tokens of such a frame, for what a forward kernel does for each key
 # Of one call's gradients, the kernels that have configurations of their own, and what they write.
 KERNELS = {"grad_query": ("query",), "grad_key": ("key", "value")}
 GPU: list[EmulatedGPU] = []  # of this process
@@ -92,14 +93,21 @@ class Cycles:
         """Those of the unit that is busy longest."""
         return max(vars(self).values())
 
+    def __sub__(self, other: Cycles) -> Cycles:
+        return Cycles(**{name: n - getattr(other, name) for name, n in vars(self).items()})
 
-def common_call(entry: Any) -> tuple[PublicCall, Any]:
-    """Returns the commonest call of an entry's kernels, and its variant."""
+
+def common_call(entry: Any, tokens: int = OF_FRAMES["tokens"]) -> tuple[PublicCall, Any]:
+    """Returns the commonest call of an entry's kernels, and its variant.
+
+    ``tokens`` are those of a frame.
+    """
     if isinstance(entry, FrameEntry):
         variants = frame_cases.VARIANTS[entry.table]
-        variant = next((x for x in variants if x.name == "row max"), variants[0])
-        lengths = [OF_FRAMES["frames"] * OF_FRAMES["tokens"]]
-        return calls.of_frames(entry, variant, entry.width, **OF_FRAMES, lengths=lengths), variant
+        variant = next((x for x in variants if x.name in frame_cases.COMMON), variants[0])
+        sizes = OF_FRAMES | {"tokens": tokens}
+        lengths = [sizes["frames"] * tokens]
+        return calls.of_frames(entry, variant, entry.width, **sizes, lengths=lengths), variant
     if isinstance(entry, ColumnEntry):
         variant = entry.variants[0]
         return calls.of_columns(entry, variant, entry.width, **OF_COLUMNS), variant
@@ -112,12 +120,13 @@ def common_call(entry: Any) -> tuple[PublicCall, Any]:
     return call, variant
 
 
-def count(entry: Any) -> dict[str, Cycles]:
+def count(entry: Any, *sizes: int) -> dict[str, Cycles]:
     """Returns what an entry's kernels ask for in their commonest call, on this emulated GPU.
 
     There is one, named by its table, or of a stream's gradients each by its configuration's name.
+    ``sizes`` are those of :func:`common_call`.
     """
-    call, variant = common_call(entry)
+    call, variant = common_call(entry, *sizes)
     of_kernels, written = run(entry, variant, call)[entry.backward]
     table = getattr(entry, "table", "")
     kernel = next((x for x in KERNELS if x in table), "")
@@ -232,11 +241,17 @@ def ordered(entries: list[Any], costs: list[float]) -> list[Any]:
 def _cost(entry: Any) -> float:
     """Returns the cycles of an entry's busiest unit, infinity where it does not run.
 
+    Of forward passes over frames, which are long, they are those of more keys and rows: what a
+    program does once would weigh too much in so small a call.
+
     Raises:
         FaultError: It runs, and does what a GPU would fail at.
     """
     with _unless_impossible(entry):
         (found,) = count(entry).values()
+        if isinstance(entry, FrameEntry) and entry.table.startswith(("forward", "known")):
+            (longer,) = count(entry, LONGER).values()
+            found = longer - found
         return _waiting(entry.config, found)
     return math.inf
 

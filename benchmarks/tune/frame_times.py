@@ -54,9 +54,11 @@ def timed_function(entry: FrameEntry, tokens: int = 0) -> tuple[Function, vk.Lay
     short = entry.table.startswith("revisit")
     layout = vk.Layout(vk.Frames(FRAMES, tokens or (SHORT if short else TOKENS)))
     factor = vk.FrameRule.attenuate(0.9, FRAMES / 4)
-    rule = factor if entry.table == "forward_masked" else vk.FrameRule.tar(1.0, stat="row_max")
+    rule = vk.FrameRule()
+    if not entry.table.startswith("known"):
+        rule += vk.FrameRule.tar(1.0, stat="row_max")
     if entry.table.endswith("_full"):
-        rule = rule + factor
+        rule += factor
 
     def function(*qkv: Tensor, backend: str = BACKEND) -> tuple[Tensor, ...]:
         out = vk.frame_attention(*qkv, layout, rule, backend=backend)

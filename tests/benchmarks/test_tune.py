@@ -394,7 +394,7 @@ def test_what_is_timed_is_planned_with_the_candidate(table, monkeypatch):
     monkeypatch.setattr(composed, "backward", reference.backward)
     entry = frame_entry(table, rows=48)
     assert 0 < frame_times.seconds(entry, "cpu") < 10
-    way = "known" if table == "forward_masked" else table.split("_")[0].replace("forward", "split")
+    way = table.split("_")[0].replace("forward", "split")
     rows = 48
     if entry.backward:  # whose forward pass has the shipped configuration
         kernel = "forward_full" if table.endswith("full") else "forward"

@@ -116,15 +116,15 @@ class FramesKey(NamedTuple):
     def table(self, kernel: str, rule: RuleTables) -> str:
         """Returns the table of configurations for one of these.
 
-        Biases and masks by frames leave a kernel more registers than factors, bands and orders of
-        tokens do; with those, statistics of the logits and maps take the most.
+        Of forward passes, what gathers no statistic and no map, "known", leaves the most registers;
+        of all kernels, what has no factors, bands and orders of tokens, which "…_full" are for.
         """
         plain = rule.factor is None and rule.band is None and not self.ordered
+        gathers = self.has_map or self.statistic(rule) in ("row_max", "frame_max")
         if kernel.startswith("grad"):
             plain = plain and not self.grad_map
-        known = self.statistic(rule) in ("none", "tensor") and not self.has_map
-        if kernel == "forward" and known and not plain:
-            return "forward_masked"
+        elif kernel == "forward" and not gathers:
+            kernel = "known"
         return kernel if plain else f"{kernel}_full"
 
     def rule_tables(self) -> RuleTables:
