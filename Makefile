@@ -76,6 +76,7 @@ test: native $(STAMP)
 	TRITON_INTERPRET=1 $(PYTEST) tests/attention/test_triton.py tests/attention/test_large_logits.py \
 		tests/attention/test_descriptors.py \
 		tests/attention/frames/test_triton.py tests/attention/frames/test_large_logits.py \
+		tests/attention/frames/test_descriptors.py \
 		tests/attention/columns/test_triton.py \
 		$(ARGS) $(OR_NO_TEST)
 

@@ -76,6 +76,8 @@ def circumstances(entry: Key, variant: Any) -> Iterator[None]:
         if isinstance(entry, FrameEntry):
             below = float("inf") if entry.table.startswith("revisit") else 0.0
             replace(configs, "revisit_below", lambda *key: below)
+            if not entry.is_described:
+                replace(descriptors, "ARCHITECTURES", ())
         if entry.has_sweeps and variant.map:
             forget_saved(replace)  # which would spare kernels of the line
         yield

@@ -18,7 +18,13 @@ import torch
 from benchmarks.codegen.cases import Key
 from benchmarks.codegen.targets import TARGETS
 from vstar_kernels.attention.frames.call import FrameOptions
-from vstar_kernels.attention.triton import configs, frames_backward, frames_forward, frames_slots
+from vstar_kernels.attention.triton import (
+    configs,
+    descriptors,
+    frames_backward,
+    frames_forward,
+    frames_slots,
+)
 from vstar_kernels.attention.triton.configs import FramesConfig
 from vstar_kernels.attention.triton.devices import Contents, Device
 from vstar_kernels.attention.triton.frames_plan import FramesKey, Tables
@@ -84,6 +90,11 @@ class FrameEntry(Key):
         """The kernels that the configuration is for."""
         return "frames"
 
+    @property
+    def is_described(self) -> bool:
+        """Whether keys and values come by descriptors."""
+        return self.table.endswith("_described")
+
 
 @dataclass(frozen=True)
 class FrameCase:
@@ -96,7 +107,8 @@ class FrameCase:
     @property
     def kernel(self) -> str:
         """The kernel's name in reports."""
-        return f"frames, {self.entry.table.removesuffix('_full')}"
+        table = self.entry.table.removesuffix("_full")
+        return f"frames, {table.replace('_described', ' by descriptors')}"
 
     @property
     def config(self) -> FramesConfig:
@@ -141,7 +153,9 @@ class FrameCase:
 def _launch(case: FrameCase) -> Launch:
     key, config = plan_key(case.entry, case.variant, case.head_dim), case.config
     if not case.entry.backward:
-        return frames_forward.plan_frames(key, config, case.way).launch
+        by_descriptors = case.entry.is_described
+        made = frames_forward.plan_frames(key, config, case.way, by_descriptors=by_descriptors)
+        return made.launch
     made = frames_backward.plan_frames(key, config, config)
     by_rows = case.entry.table.startswith("grad_query")
     return made.grad_query if by_rows else made.grad_key
@@ -162,6 +176,12 @@ def entry(architecture: str, kind: str, width: int, table: str, config: FramesCo
     """Returns the entry of a table with a configuration."""
     backward = table.startswith("grad")
     return FrameEntry(architecture, kind, None, width, backward, table=table, config=config)
+
+
+def has_lines(table: str, architecture: str, kind: str) -> bool:
+    """Tells whether a table has lines for an architecture and a kind of products."""
+    described = architecture in descriptors.ARCHITECTURES and kind == "16-bit"
+    return described or not table.endswith("_described")
 
 
 def shipped(entry: FrameEntry) -> list[FrameCase]:

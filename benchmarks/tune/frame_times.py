@@ -14,7 +14,14 @@ import vstar_kernels as vk
 from benchmarks.clock import TimedCall, clock_for, time_in_turn
 from benchmarks.codegen.frame_cases import FrameEntry
 from vstar_kernels.attention.frames.call import check_call
-from vstar_kernels.attention.triton import configs, frames, frames_plan, frames_slots, plan
+from vstar_kernels.attention.triton import (
+    configs,
+    descriptors,
+    frames,
+    frames_plan,
+    frames_slots,
+    plan,
+)
 from vstar_kernels.testing import largest_error
 
 BACKEND = "triton"
@@ -80,6 +87,8 @@ def using(entry: FrameEntry) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(configs, "frames", chosen))
         stack.enter_context(patch.object(configs, "revisit_below", lambda *key: below))
+        if not entry.is_described:
+            stack.enter_context(patch.object(descriptors, "ARCHITECTURES", ()))
         stack.enter_context(patch.object(plan, "ieee_products", lambda dtype: entry.kind == "ieee"))
         for plans in (frames._forward_plan, frames._backward_plan):
             plans.cache_clear()

@@ -170,8 +170,9 @@ def predicted_revisit(architecture: str, kind: str) -> int:
 def measured_revisit(architecture: str, kind: str) -> int:
     """Returns ``revisit_below`` by the time that both take on this GPU, of heads of 64."""
     entries = {_key(x): x for x in frame_cases.entries()}
-    split, revisit = (entries[architecture, kind, 64, table] for table in ("forward", "revisit"))
-    return frame_times.crossover(split, revisit)
+    described = frame_cases.has_lines("forward_described", architecture, kind)
+    tables = ("forward_described" if described else "forward", "revisit")
+    return frame_times.crossover(*(entries[architecture, kind, 64, table] for table in tables))
 
 
 def write(
@@ -221,9 +222,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit("torch finds no GPU to measure; --predict and --repair need none")
         options = replace(options, target=(cases.this_gpu().architecture,))
         choose, revisit, jobs = measured, measured_revisit, 1
-    todo: list[FrameKey] = list(
-        itertools.product(options.target, options.kind, options.width, options.table)
-    )
+    every = itertools.product(options.target, options.kind, options.width, options.table)
+    todo: list[FrameKey] = [x for x in every if frame_cases.has_lines(x[3], *x[:2])]
     missing = []
     for key, entry in zip(todo, in_processes(choose, todo, jobs, unit="key"), strict=True):
         if entry is None:

@@ -178,30 +178,31 @@ def test_tensors_that_are_not_aligned_come_by_pointers(taken):
     assert taken == ["descriptors", "descriptors", "pointers", "pointers"]
 
 
-def plan_key(*tensors, device=HOPPER):
-    key = plan.forward_key(make_call(*tensors, None, 1.0, 0), tensors[0])
-    return key._replace(device=device)
+def plan_key(*tensors):
+    return plan.forward_key(make_call(*tensors, None, 1.0, 0), tensors[0])
+
+
+def described(*tensors, device=HOPPER):
+    """Whether keys and values come by descriptors, if they are aligned."""
+    made = stream.make_plan(plan_key(*tensors)._replace(device=device))
+    assert not isinstance(made.pointers, DescribedLaunch)
+    return isinstance(made.attention, DescribedLaunch)
 
 
 def test_where_descriptors_are_possible():
     q, k, v = inputs(2, 16, 3, 40, dtype=torch.bfloat16)
-    assert descriptors.possible(plan_key(q, k, v))
-    assert isinstance(stream.make_plan(plan_key(q, k, v)).attention, DescribedLaunch)
+    assert described(q, k, v)
     for architecture, expected in (("sm_100", True), ("sm_80", False), ("gfx942", False)):
-        key = plan_key(q, k, v, device=HOPPER._replace(architecture=architecture))
-        assert descriptors.possible(key) is expected
-        assert isinstance(stream.make_plan(key).attention, DescribedLaunch) is expected
-    assert not descriptors.possible(plan_key(*inputs(2, 16, 3, 40)))
+        assert described(q, k, v, device=HOPPER._replace(architecture=architecture)) is expected
+    assert not described(*inputs(2, 16, 3, 40))
     gaps = torch.nn.functional.pad(k, (0, 4))[..., :-4]  # rows of 88 bytes
     expanded = k[:1].expand_as(k)
     for other in (gaps, expanded):
-        assert not descriptors.possible(plan_key(q, other, v))
-        assert not descriptors.possible(plan_key(q, k, other))
-        assert descriptors.possible(plan_key(other, k, v))
+        assert not described(q, other, v)
+        assert not described(q, k, other)
+        assert described(other, k, v)
     one = k[:1].expand(1, 16, 3, 40)  # of a single element, no stride matters
-    assert descriptors.possible(
-        plan_key(q[:1], one.as_strided(one.shape, (7, *k.stride()[1:])), v[:1])
-    )
+    assert described(q[:1], one.as_strided(one.shape, (7, *k.stride()[1:])), v[:1])
 
 
 def test_every_line_of_load_block_runs():

@@ -1,13 +1,15 @@
 """Blocks of keys and values that the tensor memory accelerator (TMA) fetches, from sm_90 on.
 
 One thread asks for a whole block, by a descriptor that the host has made: no thread computes an
-address or keeps a pointer, and what lies past the last frame, or past the end of a head in its last
-part, arrives as zeros. Triton has descriptors as arguments of their own only, not in tuples.
+address or keeps a pointer, and what lies before the first frame or past the last, or past the end
+of a head in its last part, arrives as zeros. Triton has descriptors as arguments of their own only,
+not in tuples. Frames here are whatever attends to each other, of ``frame_attention`` tokens.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -17,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vstar_kernels.attention.triton.devices import Device
 from vstar_kernels.attention.triton.launches import VECTOR_BYTES, Launch
-from vstar_kernels.attention.triton.plan import PlanKey, Strides
+from vstar_kernels.attention.triton.plan import Strides
 from vstar_kernels.attention.triton.primitives import frame_offsets, load_heads
 
 ARCHITECTURES = ("sm_90", "sm_100")
@@ -44,29 +47,34 @@ def load_block(x, place, n, frames, HEAD: tl.constexpr, SIZE: tl.constexpr):
         j = n * SIZE + tl.arange(0, SIZE)
         main, rest = load_heads(x.p, frame_offsets(x.strides, j, HEAD), j < frames, HEAD)
     else:
-        block = x.main.load([place.batch, place.space, place.head, n * SIZE, 0])
-        main = block.reshape(SIZE, HEAD.MAIN)
-        rest = main
-        if HEAD.REST:
-            block = x.rest.load([place.batch, place.space, place.head, n * SIZE, HEAD.MAIN])
-            rest = block.reshape(SIZE, HEAD.REST)
+        main, rest = load_described(x.main, x.rest, place, n * SIZE, HEAD, SIZE)
     return main, rest
+
+
+@triton.jit
+def load_described(main, rest, place, start, HEAD: tl.constexpr, SIZE: tl.constexpr):
+    """Loads the heads of frames ``start`` …, ``(SIZE, D)`` in two parts, zero where there are none.
+
+    ``main`` and ``rest`` are descriptors, as :func:`described` makes them.
+    """
+    block = main.load([place.batch, place.space, place.head, start, 0])
+    b_main = block.reshape(SIZE, HEAD.MAIN)
+    b_rest = b_main
+    if HEAD.REST:
+        block = rest.load([place.batch, place.space, place.head, start, HEAD.MAIN])
+        b_rest = block.reshape(SIZE, HEAD.REST)
+    return b_main, b_rest
 
 
 @dataclass(frozen=True, kw_only=True)
 class DescribedLaunch(Launch):
-    """A launch whose kernel takes descriptors in place of the first of its other arguments."""
+    """A launch whose kernel takes descriptors in place of the first of its other arguments.
+
+    It is for tensors that are :func:`aligned`.
+    """
 
     # For tensors by name, all that the descriptors of their two parts are but the tensor.
     parts: dict[str, tuple[dict[str, Any] | None, ...]]
-    pointers: Launch  # the same by pointers, for tensors that are not aligned to 16 bytes
-
-    def _launch(self, tensors: tuple[Any, ...]) -> None:
-        for place, _ in self._described:
-            if tensors[place].data_ptr() % VECTOR_BYTES:
-                self.pointers._launch(tensors)
-                return
-        super()._launch(tensors)
 
     def _of_tensors(self, tensors: Any) -> tuple[Any, ...]:
         made = [
@@ -83,55 +91,59 @@ class DescribedLaunch(Launch):
         return [(places[name], parts) for name, parts in self.parts.items()]
 
 
-def possible(key: PlanKey) -> bool:
-    """Tells whether descriptors can say where a call's keys and values lie, if they are aligned.
+def possible(device: Device, kind: str, sizes: Iterable[int], *tensors: Strides) -> bool:
+    """Tells whether descriptors can say where tensors of 16 bits lie, if they are aligned.
 
-    They take strides of multiples of 16 bytes, and none of 0, as expanded tensors have. TF32's
-    matrix instructions take values transposed only, by way of the registers.
+    ``sizes`` and strides are of all dimensions but head_dim. Descriptors take strides of multiples
+    of 16 bytes, and none of 0, as expanded tensors have. TF32's matrix instructions take values
+    transposed only, by way of the registers.
     """
-    if key.device.architecture not in ARCHITECTURES or key.kind != "16-bit":
+    if device.architecture not in ARCHITECTURES or kind != "16-bit":
         return False
     strides = [
-        stride * key.dtype.itemsize
-        for of_tensor in (key.key, key.value)
-        for stride, size in zip(of_tensor[:-1], key.shape[:-1], strict=True)
+        2 * stride
+        for of_tensor in tensors
+        for stride, size in zip(of_tensor, sizes, strict=True)
         if size > 1
     ]
     return all(0 < x <= LARGEST_STRIDE and x % VECTOR_BYTES == 0 for x in strides)
 
 
-def described(pointers: Launch, launch: Launch, key: PlanKey, **tensors: Strides) -> Launch:
-    """Returns a launch with descriptors of tensors of query's shape, of which it has the strides.
+def aligned(*tensors: Tensor) -> bool:
+    """Tells whether tensors begin where descriptors may say that they do."""
+    return not any(x.data_ptr() % VECTOR_BYTES for x in tensors)
 
-    They come in place of its first arguments, two for each tensor: None, as ``pointers`` has them.
+
+def described(
+    launch: Launch, dtype: torch.dtype, sizes: tuple[int, ...], **tensors: Strides
+) -> DescribedLaunch:
+    """Returns a launch with descriptors of tensors, of which it has the strides.
+
+    They come in place of its first arguments, two for each tensor, which by pointers are None.
+    ``sizes`` are (batch, space, heads, frames, head_dim), and strides those of the first four.
     """
-    main, rest = launch.constants["HEAD"].MAIN, launch.constants["HEAD"].REST
+    head, frames = launch.constants["HEAD"], launch.constants["KEYS"]
     parts = {
         name: tuple(
-            _part(key, strides, launch.constants["KEYS"], width) if width else None
-            for width in (main, rest)
+            _part(dtype, sizes, strides, frames, width) if width else None
+            for width in (head.MAIN, head.REST)
         )
         for name, strides in tensors.items()
     }
     same = {x.name: getattr(launch, x.name) for x in fields(launch) if x.init}
-    return DescribedLaunch(**same, parts=parts, pointers=pointers)
+    return DescribedLaunch(**same, parts=parts)
 
 
-def _part(key: PlanKey, strides: Strides, frames: int, width: int) -> dict[str, Any]:
-    """Returns what is the same of every call's descriptor of blocks of ``frames`` frames.
-
-    Dimensions are (batch, space, heads, frames, head_dim), so that a block is one of the last two.
-    """
-    batch, space, frames_in_all, heads, head_dim = key.shape_5d
-    if len(key.shape) == 4:
-        strides = (strides[0], 0, *strides[1:])
+def _part(
+    dtype: torch.dtype, sizes: tuple[int, ...], strides: Strides, frames: int, width: int
+) -> dict[str, Any]:
+    """Returns what is the same of every call's descriptor of blocks of ``frames`` frames."""
     # Of a single element, any stride that is a multiple of 16 bytes does.
-    any_stride = VECTOR_BYTES // key.dtype.itemsize
-    found = [x if size > 1 else any_stride for x, size in zip(strides, key.shape_5d, strict=True)]
+    any_stride = VECTOR_BYTES // dtype.itemsize
     made = TensorDescriptor(
-        torch.empty(0, dtype=key.dtype, device="cpu"),
-        [batch, space, heads, frames_in_all, head_dim],
-        [found[0], found[1], found[3], found[2], 1],
+        torch.empty(0, dtype=dtype, device="cpu"),
+        list(sizes),
+        [x if n > 1 else any_stride for x, n in zip(strides, sizes[:-1], strict=True)] + [1],
         [1, 1, 1, frames, width],
     )
     return vars(made)

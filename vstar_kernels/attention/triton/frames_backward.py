@@ -238,7 +238,7 @@ def grad_query_kernel(
             p = t.delta + o_rule + i_frame
             b_grad_row += b_grad_slot * tl.load(p, mask=m_rule, other=0.0)
 
-    if RULE.DELTA and RULE.STAT != "none":
+    if RULE.DELTA:
         if RULE.CLAMP:
             b_grad_row = tl.where(b_stat >= 0.0, b_grad_row, 0.0)
         if RULE.STAT == "tensor":
@@ -293,9 +293,7 @@ def grad_query_kernel(
 @triton.jit
 def row_statistic(t, o_row, o_stat, m_i, exp2_scale, RULE: tl.constexpr):
     """Returns rows' statistics, before they are clamped."""
-    if RULE.STAT == "none":
-        b_stat = tl.zeros(m_i.shape, tl.float32) + unit(exp2_scale)
-    elif RULE.STAT == "tensor":
+    if RULE.STAT == "tensor":
         b_stat = tl.load(t.stat + o_stat, mask=m_i, other=0.0) * unit(exp2_scale)
     else:
         b_stat = tl.load(t.row_stat + o_row, mask=m_i, other=0.0)
@@ -479,7 +477,8 @@ class FramesBackwardPlan:
 def make_plan(key: FramesKey, device: torch.device) -> FramesBackwardPlan:
     """Returns the plan of a backward pass, with its tables on the device."""
     rule = key.rule_tables()
-    made = plan_frames(key, key.config("grad_query", rule), key.config("grad_key", rule))
+    of_query, of_key = (key.config(key.table(x, rule)) for x in ("grad_query", "grad_key"))
+    made = plan_frames(key, of_query, of_key)
     return replace(made, grad_query=made.grad_query.to(device), grad_key=made.grad_key.to(device))
 
 

@@ -28,6 +28,8 @@ what a tile sees, :mod:`frames_slots` says.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,8 +39,16 @@ import triton.language as tl
 from torch import Tensor
 
 from vstar_kernels.attention.call import Forward
-from vstar_kernels.attention.triton import configs, frames_map, frames_plan, frames_slots, plan
+from vstar_kernels.attention.triton import (
+    configs,
+    descriptors,
+    frames_map,
+    frames_plan,
+    frames_slots,
+    plan,
+)
 from vstar_kernels.attention.triton.configs import FramesConfig
+from vstar_kernels.attention.triton.descriptors import load_described
 from vstar_kernels.attention.triton.devices import DeviceTables
 from vstar_kernels.attention.triton.frames_map import MapPlan
 from vstar_kernels.attention.triton.frames_plan import FramesKey, Rule
@@ -56,6 +66,7 @@ from vstar_kernels.attention.triton.frames_slots import RuleTables, TileTables
 from vstar_kernels.attention.triton.launches import Launch
 from vstar_kernels.attention.triton.log_sums import capped_exp2, log_sum
 from vstar_kernels.attention.triton.primitives import (
+    Place,
     add_weighted_sums,
     exponentials,
     larger,
@@ -115,13 +126,21 @@ class Rows(NamedTuple):
     rule: Any  # in those that heads may have of their own
 
 
-class Keys(NamedTuple):
-    """Where the keys of a head are, and their values."""
+class Tokens(NamedTuple):
+    """Where the keys of a head are, or their values."""
 
-    k: Any
+    p: Any  # of the first
+    stride: Any
+    main: Any  # descriptor of the heads' main part, or None: by pointers
+    rest: Any
+
+
+class Keys(NamedTuple):
+    """The keys of a head and their values, and how many there are."""
+
+    k: Any  # Tokens, like v
     v: Any
-    k_token: Any
-    v_token: Any
+    place: Any  # of the head, in descriptors
     length: Any
 
 
@@ -154,8 +173,8 @@ STRIDES = [
 
 @triton.jit(do_not_specialize=INTEGERS + STRIDES)
 def frames_kernel(
-    t, tasks, tiles, head_tiles, tokens, keys, heads, key_group, key_frames, pairs, head_rule,
-    factor_half, slots, entries,
+    t, k_main, k_rest, v_main, v_rest, tasks, tiles, head_tiles, tokens, keys, heads, key_group,
+    key_frames, pairs, head_rule, factor_half, slots, entries,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     out_batch, out_token, out_head, stat_batch, stat_token, stat_head, exp2_scale,
     HEAD: tl.constexpr, RULE: tl.constexpr, WAY: tl.constexpr, MAP: tl.constexpr,
@@ -165,8 +184,9 @@ def frames_kernel(
     """Tiles of ``ROWS`` rows of one head against the keys they see, ``KEYS`` at a time.
 
     A program takes every so-manieth of the ``tasks``, tiles · heads · batch. ``WAY`` is "split",
-    "revisit" or, where no bias waits for a statistic, "known". Strides are in units of
-    ``HEAD.UNIT`` elements but those of ``stat``.
+    "revisit" or, where no bias waits for a statistic, "known". ``k_main`` … are descriptors of the
+    keys' parts and the values', or None. Strides are in units of ``HEAD.UNIT`` elements but those
+    of ``stat``.
     """
     WIDTH: tl.constexpr = HEAD.MAIN + HEAD.REST
     SPLIT: tl.constexpr = WAY == "split"
@@ -186,12 +206,17 @@ def frames_kernel(
     if MAP:
         p_frame_lse += i_program * (key_frames + 1) * ROWS
 
-    for i_task in tl.range(tl.program_id(0), tasks, tl.num_programs(0), num_stages=1):
+    # What tasks have in common would be moved out of their loop, where the larger blocks that come
+    # by descriptors have no registers to keep it.
+    for i_task in tl.range(
+        tl.program_id(0), tasks, tl.num_programs(0), num_stages=1, disable_licm=k_main is not None
+    ):
         i_tile = i_task % tiles
         i_sequence = i_task // tiles
         i_batch = (i_sequence // heads).to(HEAD.OFFSET)
         i_head = (i_sequence % heads).to(HEAD.OFFSET)
         i_key_head = i_head // key_group
+        place = Place(i_sequence // heads, 0, i_sequence % heads // key_group)
         i_row = i_tile * ROWS + r
         m_i = i_row < tokens
         i = i_row
@@ -202,7 +227,12 @@ def frames_kernel(
         p_k = t.k + (i_batch * k_batch + i_key_head * k_head) * HEAD.UNIT
         p_v = t.v + (i_batch * v_batch + i_key_head * v_head) * HEAD.UNIT
         b_q = load_heads(p_q, i * q_token * HEAD.UNIT, m_i, HEAD)  # (ROWS, D)
-        of_keys = Keys(p_k, p_v, k_token, v_token, key_length(t.key_lengths, i_batch, keys, RULE))
+        of_keys = Keys(
+            Tokens(p_k, k_token, k_main, k_rest),
+            Tokens(p_v, v_token, v_main, v_rest),
+            place,
+            key_length(t.key_lengths, i_batch, keys, RULE),
+        )
         b_frame = tl.load(t.row_frame + i_row, mask=m_i, other=-1)  # (ROWS,), like all of rows
         b_place = b_frame
         if RULE.BAND or RULE.SPAN:
@@ -215,9 +245,7 @@ def frames_kernel(
         end_slot = tl.load(t.tiles + o_tile * 2 + 1)
 
         b_stat = tl.full((ROWS,), float("-inf"), tl.float32)
-        if RULE.STAT == "none":
-            b_stat = tl.zeros((ROWS,), tl.float32) + unit(exp2_scale)
-        elif RULE.STAT == "tensor":
+        if RULE.STAT == "tensor":
             o_stat = i_batch * stat_batch + i_head * stat_head + i * stat_token
             b_stat = tl.load(t.stat + o_stat, mask=m_i, other=0.0) * unit(exp2_scale)
         b_lowest = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -329,6 +357,7 @@ def add_slot(
     bias, as its maximum is the slots'. ``MAP`` leaves the log-sum-exps of the slot's frames, with
     their bias.
     """
+    DESCRIBED: tl.constexpr = of_keys.k.main is not None
     BY_FRAME: tl.constexpr = MAP or (GATHER and RULE.STAT == "frame_max")  # frames' sums are wanted
     ROWS: tl.constexpr = rows.frame.shape[0]
     i_frame = tl.load(t.slots + i_slot * 3)
@@ -357,13 +386,16 @@ def add_slot(
         start, end, shift = read_range(t.ranges, i_range, of_keys.length, RULE)
         ends = tl.load(t.ranges + i_range * 4 + 3)
         for n in tl.range(start, end, KEYS, num_stages=STAGES):
-            o_j = n + tl.arange(0, KEYS)
+            first = n
+            if DESCRIBED:  # the last block is full of keys too, some of which were in others
+                first = tl.minimum(n, end - KEYS)
+            o_j = first + tl.arange(0, KEYS)
             j, m_j = find_keys(t.key_order, o_j, end, of_keys.length, RULE)
-            o_k = j.to(HEAD.OFFSET) * of_keys.k_token * HEAD.UNIT
-            b_k = load_heads(of_keys.k, o_k, m_j, HEAD)  # (KEYS, D)
-            o_v = j.to(HEAD.OFFSET) * of_keys.v_token * HEAD.UNIT
+            if DESCRIBED:
+                m_j = o_j >= n
+            b_k = load_tokens(of_keys.k, of_keys.place, first, j, m_j, HEAD)  # (KEYS, D)
             if VALUES and STAGES == 1:  # so that one wait is for both; else loads run ahead anyway
-                b_v = load_heads(of_keys.v, o_v, m_j, HEAD)  # (KEYS, D)
+                b_v = load_tokens(of_keys.v, of_keys.place, first, j, m_j, HEAD)  # (KEYS, D)
             m_logits = None if BRANCH else m_j
             b_s, _ = frame_logits(
                 rows.q, b_k, m_logits, o_j + shift, rows.place, weights, HEAD, RULE
@@ -384,7 +416,7 @@ def add_slot(
             if VALUES:
                 b_total = b_total * b_shrink + b_sum
                 if STAGES > 1:
-                    b_v = load_heads(of_keys.v, o_v, m_j, HEAD)  # (KEYS, D)
+                    b_v = load_tokens(of_keys.v, of_keys.place, first, j, m_j, HEAD)  # (KEYS, D)
                 b_o = times(b_o, tl.expand_dims(b_shrink, 1))
                 b_o = add_weighted_sums(b_o, b_p.to(b_v[0].dtype), b_v, HEAD)  # (ROWS, D)
             b_max = b_new_max
@@ -410,6 +442,21 @@ def add_slot(
     if b_bias is not None:  # the same number as it was, where it is not from this slot
         b_max = tl.where(b_max == b_before, softmax.max, b_max + b_bias)
     return Softmax(b_max, b_total, b_o), Statistic(b_stat, b_stat_frame, b_stat_lse)
+
+
+@triton.jit
+def load_tokens(tokens, place, start, j, m_j, HEAD: tl.constexpr):
+    """Loads the heads of keys or values ``j``, ``(KEYS, D)`` in two parts.
+
+    By pointers they are zero where they are masked. Those that come by descriptors are the tokens
+    from ``start`` on, zero where there are none.
+    """
+    if tokens.main is None:
+        o_j = j.to(HEAD.OFFSET) * tokens.stride * HEAD.UNIT
+        main, rest = load_heads(tokens.p, o_j, m_j, HEAD)
+    else:
+        main, rest = load_described(tokens.main, tokens.rest, place, start, HEAD, j.shape[0])
+    return main, rest
 
 
 @triton.jit
@@ -480,6 +527,7 @@ def size(b, HEAD: tl.constexpr):
 
 
 Allocation = tuple[tuple[int, ...], torch.dtype]  # shape and type
+DESCRIBED = ("forward", "known")  # tables that have a second for keys that come by descriptors
 
 
 @dataclass(frozen=True)
@@ -490,9 +538,13 @@ class FramesPlan:
     filled: dict[str, Allocation]  # what is allocated for the kernel: scratch, and what is saved
     saved: tuple[str, ...]  # of these, what is for backward
     map: MapPlan | None
+    # Where the launch takes descriptors: makes the plan for keys and values that are not aligned.
+    by_pointers: Callable[[], FramesPlan] | None = None
 
     def run(self, call: FrameCall, out: Tensor) -> Forward:
         """Fills ``out``; returns it with the map and what backward needs, where they are wanted."""
+        if self.by_pointers is not None and not descriptors.aligned(call.key, call.value):
+            return self.by_pointers().run(call, out)
         filled = {
             name: plan.new(out, *shape, dtype=dtype) for name, (shape, dtype) in self.filled.items()
         }
@@ -516,23 +568,49 @@ def part_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.float16
 
 
-def make_plan(key: FramesKey, device: torch.device) -> FramesPlan:
-    """Returns the plan of a call, with its tables on the device."""
+def make_plan(key: FramesKey, device: torch.device, *, by_descriptors: bool = True) -> FramesPlan:
+    """Returns the plan of a call, with its tables on the device.
+
+    Without ``by_descriptors`` keys and values come by pointers, whatever the call.
+    """
     rule = key.rule_tables()
-    config = key.config("forward", rule)
+    table = key.table("forward", rule)
+    by_descriptors = by_descriptors and _describes(key, rule, table)
+    config = key.config(f"{table}_described" if by_descriptors else table)
     seen = _tile_tables(key, rule, config)
     way = _way(key, rule, seen)
     if way == "revisit":
-        config = key.config("revisit", rule)
+        by_descriptors = False
+        config = key.config(key.table("revisit", rule))
         seen = _tile_tables(key, rule, config)
-    made = _plan(key, rule, config, way, seen)
-    return replace(made, launch=made.launch.to(device), map=made.map and made.map.to(device))
+    made = _plan(key, rule, config, way, seen, by_descriptors=by_descriptors)
+    made = replace(made, launch=made.launch.to(device), map=made.map and made.map.to(device))
+    if not by_descriptors:
+        return made
+    pointers = functools.partial(make_plan, key, device, by_descriptors=False)
+    return replace(made, by_pointers=functools.cache(pointers))
 
 
-def plan_frames(key: FramesKey, config: FramesConfig, way: str) -> FramesPlan:
+def _describes(key: FramesKey, rule: RuleTables, table: str) -> bool:
+    """Tells whether keys and values come by descriptors, if they are aligned.
+
+    They do not in the few calls whose sums by frame leave no registers for larger blocks.
+    """
+    sizes = (key.batch, key.keys, key.key_heads)
+    return (
+        table in DESCRIBED
+        and not key.sums_by_frame(rule)
+        and descriptors.possible(key.device, key.kind, sizes, key.key, key.value)
+    )
+
+
+def plan_frames(
+    key: FramesKey, config: FramesConfig, way: str, *, by_descriptors: bool = False
+) -> FramesPlan:
     """Returns the plan with a configuration and a ``WAY`` that need not be those of the tables."""
     rule = key.rule_tables()
-    return _plan(key, rule, config, way, _tile_tables(key, rule, config))
+    seen = _tile_tables(key, rule, config)
+    return _plan(key, rule, config, way, seen, by_descriptors=by_descriptors)
 
 
 def _tile_tables(key: FramesKey, rule: RuleTables, config: FramesConfig) -> TileTables:
@@ -542,7 +620,7 @@ def _tile_tables(key: FramesKey, rule: RuleTables, config: FramesConfig) -> Tile
         rule,
         rows=config.rows,
         ordered=key.ordered,
-        by_frame=key.has_map or key.statistic(rule) == "frame_max",
+        by_frame=key.sums_by_frame(rule),
     )
 
 
@@ -566,7 +644,13 @@ def branches_to_mask(key: FramesKey, rule: Rule) -> bool:
 
 
 def _plan(
-    key: FramesKey, rule: RuleTables, config: FramesConfig, way: str, seen: TileTables
+    key: FramesKey,
+    rule: RuleTables,
+    config: FramesConfig,
+    way: str,
+    seen: TileTables,
+    *,
+    by_descriptors: bool,
 ) -> FramesPlan:
     """Returns the plan, with its tables on the CPU."""
     stat = key.statistic(rule)
@@ -592,6 +676,7 @@ def _plan(
         programs,
         Tensors(*(name in named for name in Tensors._fields)),
         (
+            *(None,) * 4,
             tasks,
             tiles,
             tiles if rule.heads > 1 else 0,
@@ -623,6 +708,14 @@ def _plan(
         },
         DeviceTables(tables),
     )
+    if by_descriptors:
+        launch = descriptors.described(
+            launch,
+            key.dtype,
+            (key.batch, 1, key.key_heads, key.keys, key.head_dim),
+            k=(key.key[0], 0, key.key[2], key.key[1]),
+            v=(key.value[0], 0, key.value[2], key.value[1]),
+        )
     return FramesPlan(
         launch,
         filled,

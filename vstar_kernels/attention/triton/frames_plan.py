@@ -103,35 +103,42 @@ class FramesKey(NamedTuple):
         """Returns the statistic that is needed."""
         return self.options.stat if rule.delta is not None else "none"
 
+    def sums_by_frame(self, rule: RuleTables) -> bool:
+        """Tells whether the forward pass sums up each key frame for itself."""
+        return self.has_map or self.statistic(rule) == "frame_max"
+
     @property
     def ordered(self) -> bool:
         """Whether kernels go through the tokens frame by frame."""
         return any(interleaved(x.tensor().tolist()) for x in self.tables[:2])
 
-    def config(self, kernel: str, rule: RuleTables) -> FramesConfig:
-        """Returns the configuration for "forward", "revisit", "grad_query" or "grad_key"."""
-        table = self.table(kernel, rule)
+    def config(self, table: str) -> FramesConfig:
+        """Returns the configuration from a table."""
         return configs.frames(self.device.architecture, self.kind, self.head_dim, table)
 
     def table(self, kernel: str, rule: RuleTables) -> str:
-        """Returns the table of configurations for one of these.
+        """Returns the table for "forward", "revisit", "grad_query" or "grad_key".
 
         Of forward passes, what gathers no statistic and no map, "known", leaves the most registers;
-        of all kernels, what has no factors, bands and orders of tokens, which "…_full" are for.
+        of all kernels, what has no factors, bands and orders of tokens, which "…_full" are for, and
+        of those no statistic that is given.
         """
         plain = rule.factor is None and rule.band is None and not self.ordered
-        gathers = self.has_map or self.statistic(rule) in ("row_max", "frame_max")
+        statistic = self.statistic(rule)
         if kernel.startswith("grad"):
             plain = plain and not self.grad_map
-        elif kernel == "forward" and not gathers:
-            kernel = "known"
+        elif kernel == "forward" and statistic in ("none", "tensor") and not self.has_map:
+            kernel, plain = "known", plain and statistic == "none"
         return kernel if plain else f"{kernel}_full"
 
     def rule_tables(self) -> RuleTables:
         """Returns the rule's tables."""
         sizes = {"frames": self.frames, "key_frames": self.key_frames}
         every = not self.lengths and self.tables.band is None
-        return rule_tables(self.tables, **sizes, dtype=self.dtype, scale=self.scale, every=every)
+        same = self.options.stat == "none"
+        return rule_tables(
+            self.tables, **sizes, dtype=self.dtype, scale=self.scale, every=every, same=same
+        )
 
     def head(self) -> Head:
         """Returns the constants of the heads, and of how tensors of them are read."""
@@ -291,15 +298,26 @@ def named_tables(rule: RuleTables, made: TileTables) -> dict[str, Tensor]:
 
 
 def rule_tables(
-    tables: Tables, *, frames: int, key_frames: int, dtype: torch.dtype, scale: float, every: bool
+    tables: Tables,
+    *,
+    frames: int,
+    key_frames: int,
+    dtype: torch.dtype,
+    scale: float,
+    every: bool,
+    same: bool,
 ) -> RuleTables:
     """Returns the tables of a rule; what is neutral everywhere is left out.
 
+    ``same`` says that all rows have the statistic 1, so that Δ is but another offset.
     ``every`` says that rows see all frames that they are not masked from. Then, and without text,
     which has no bias, biases are less the largest of their row. That changes no softmax; next to a
     bias of 10⁹ in all keys of a row float32 would lose their logits.
     """
     delta, offset, factor, span, band = (x and x.tensor() for x in tables[2:])
+    if delta is not None and same:
+        offset = delta if offset is None else offset.double() + delta
+        delta = None
     if delta is not None:
         delta = torch.where(delta.abs() < NEGLIGIBLE[dtype], 0.0, delta)
         delta = delta if delta.any() else None

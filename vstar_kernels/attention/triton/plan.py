@@ -323,12 +323,12 @@ def numbers(key: PlanKey) -> Numbers:
 
 def row_strides(key: PlanKey, strides: Strides) -> Strides:
     """Returns strides of (batch, space, frames, heads) as kernels take them, in units."""
-    return hidden(stride // _unit(key) for stride in _strides_4d(strides, key))
+    return hidden(stride // _unit(key) for stride in strides_4d(strides, key))
 
 
 def stat_strides(key: PlanKey, strides: Strides) -> Strides:
     """Returns a statistic's strides of (batch, space, frames, heads) as kernels take them."""
-    return hidden(_strides_4d(strides, key))
+    return hidden(strides_4d(strides, key))
 
 
 def delta_strides(key: PlanKey) -> Strides:
@@ -374,7 +374,7 @@ def window(key: PlanKey) -> int:
 def _unit(key: PlanKey) -> int:
     """Returns the largest number of a vector's elements that divides every stride."""
     longest = VECTOR_BYTES // key.dtype.itemsize
-    return math.gcd(longest, *(s for x in _tensors(key) for s in _strides_4d(x, key)))
+    return math.gcd(longest, *(s for x in _tensors(key) for s in strides_4d(x, key)))
 
 
 def _delta_unit(key: PlanKey) -> int:
@@ -401,7 +401,7 @@ def _largest_frame_offset(key: PlanKey) -> int:
 
 def _every_strides_4d(key: PlanKey) -> list[Strides]:
     """Returns strides of (batch, space, frames, heads), of all tensors that have these."""
-    return [_strides_4d(x, key) for x in (*_tensors(key), key.stat, key.grad_stat)]
+    return [strides_4d(x, key) for x in (*_tensors(key), key.stat, key.grad_stat)]
 
 
 def _reach(sizes: Iterable[int], strides: Strides) -> int:
@@ -415,7 +415,7 @@ def _tensors(key: PlanKey) -> tuple[Strides, ...]:
     return (*forward, key.grad_out, key.grad_query, key.grad_key, key.grad_value)
 
 
-def _strides_4d(strides: Strides, key: PlanKey) -> Strides:
+def strides_4d(strides: Strides, key: PlanKey) -> Strides:
     """Returns strides of (batch, space, frames, heads); 0 for sizes of 1, where any would do."""
     if not strides:
         return (0, 0, 0, 0)

@@ -213,9 +213,13 @@ def map_max_kernel(
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """The launches: ``map_max``, if any, comes first, and the ``maps`` of the mean map last."""
+    """The launches: ``map_max``, if any, comes first, and the ``maps`` of the mean map last.
+
+    ``attention`` may take descriptors of keys and values; ``pointers`` takes none.
+    """
 
     attention: Launch
+    pointers: Launch
     map_max: Launch | None
     maps: tuple[MapSums, ...]
     save: bool
@@ -226,10 +230,13 @@ class StreamPlan:
         if self.map_max is not None:
             stat = plan.new(out, self.map_max.programs)
             self.map_max.on(q=call.query, k=call.key, maxima=stat)
-        needed = self.attention.needed
+        attention = self.attention
+        if attention is not self.pointers and not descriptors.aligned(call.key, call.value):
+            attention = self.pointers
+        needed = attention.needed
         normalizer = plan.new(out, *plan.row_shape(call), 2) if needed.normalizer else None
         row_stat = plan.new(out, *plan.row_shape(call)) if needed.row_stat else None
-        self.attention.on(
+        attention.on(
             q=call.query,
             k=call.key,
             v=call.value,
@@ -259,12 +266,20 @@ def plan_stream(key: PlanKey, config: StreamConfig) -> StreamPlan:
             f"the kernel by pointers takes {config.queries} queries, as the map's maximum does,"
             f" its configuration has {by_pointers.queries}"
         )
-    attention = plan_attention(key, by_pointers)
-    if descriptors.possible(key):
-        launch = plan_attention(key, config)
-        attention = descriptors.described(attention, launch, key, k=key.key, v=key.value)
+    attention = pointers = plan_attention(key, by_pointers)
+    batch, space, frames, heads, head_dim = key.shape_5d
+    k, v = (plan.strides_4d(x, key) for x in (key.key, key.value))
+    if descriptors.possible(key.device, key.kind, (batch, space, frames, heads), k, v):
+        attention = descriptors.described(
+            plan_attention(key, config),
+            key.dtype,
+            (batch, space, heads, frames, head_dim),
+            k=(k[0], k[1], k[3], k[2]),
+            v=(v[0], v[1], v[3], v[2]),
+        )
     return StreamPlan(
         attention,
+        pointers,
         plan_map_max(key, config) if key.options.stat == "map_max" else None,
         maps.plan_mean_map(key) if key.has_map else (),
         key.save,
