@@ -106,8 +106,11 @@ def main() -> None:
         print(f"{title}: {near:.1%} within {HALF_WIDTH} frame, entropy {entropy:.3f}")
     layers = propose(native, long)
     print(f"layers that spread more than the others: {layers}")
-    print(f"to try: vk.apply_tar(pipe, vk.FrameTAR(layers={layers}))")
-    print(f"or: vk.apply_frames(pipe, vk.FrameRule.from_json(…), layers={layers}), of rule.json")
+    if layers:
+        print(f"to try: vk.apply_tar(pipe, vk.FrameTAR(layers={layers}))")
+        print(
+            f"or: vk.apply_frames(pipe, vk.FrameRule.from_json(…), layers={layers}), of rule.json"
+        )
     print(f"pictures and the rule: {options.output}")
 
 

@@ -307,6 +307,7 @@ def test_a_folder_that_is_filled_meanwhile(tmp_path, existed):
     assert (output / "video.mp4").read_text() == "theirs"
     (kept,) = (path.parent for path in tmp_path.rglob("video.mp4") if path.parent != output)
     assert str(caught.value).endswith(str(kept))
+    assert existed or "output has been filled meanwhile, by another run" in str(caught.value)
     assert not kept.name.startswith(".")
     assert contents(kept) == {"video.mp4": "ours"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -103,7 +104,7 @@ def results_folder(
             if existed or (overwrite and place.exists()):
                 _exchange_files(scratch, place, names, overwrite=overwrite)
             else:
-                os.rename(scratch, place)  # fails where a folder with files has been made meanwhile
+                _take_place(scratch, place)
     except BaseException as error:
         if not scratch.exists():
             raise
@@ -121,6 +122,16 @@ def results_folder(
             raise IncompleteError(f"{error}; {kept}") from error
         error.args = (*error.args, kept)
         raise
+
+
+def _take_place(scratch: Path, place: Path) -> None:
+    """Renames a folder, which fails where another with files has been made meanwhile."""
+    try:
+        os.rename(scratch, place)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise OSError(f"{place} has been filled meanwhile, by another run") from error
 
 
 @contextmanager

@@ -96,6 +96,12 @@ def test_videos_in_every_form():
         found = vk.analysis.as_frames(form)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    palette = [image.quantize(256) for image in images]
+    assert palette[0].mode == "P"
+    torch.testing.assert_close(vk.analysis.as_frames(palette), expected, rtol=0, atol=0.1)
+    torch.testing.assert_close(
+        vk.analysis.as_frames([palette[0], *images[1:]])[1:], expected[1:], rtol=0, atol=1e-3
+    )
     grey = [image.convert("L") for image in images]
     assert vk.analysis.as_frames(grey).shape == (3, 3, 5, 7)
     assert vk.analysis.as_frames(expected[:, :1]).shape == (3, 3, 5, 7)

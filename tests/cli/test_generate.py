@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import tempfile
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -20,7 +21,7 @@ from vstar_kernels.cli.generate.regularization import (
     RegularizationOptions,
 )
 from vstar_kernels.cli.generate.results import write_mp4
-from vstar_kernels.cli.generate.video import errors_of_the_call
+from vstar_kernels.cli.generate.video import errors_of_the_call, load_pipeline
 from vstar_kernels.cli.main import main
 from vstar_kernels.cli.options import CommandError, check_packages
 
@@ -30,6 +31,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("openai")
 pytest.importorskip("transformers")
 import av
+import diffusers
 from diffusers import MotionAdapter, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
@@ -709,3 +711,17 @@ def test_what_a_full_3d_transformer_does_not_take(generate, output):
     assert status == 2
     assert "--sigma: a WanPipeline takes a FrameTAR or a FrameRule, and sigma" in printed
     assert not output.exists()
+
+
+def test_allegros_decoder_is_told_to_tile(monkeypatch):
+    """It decodes in no other way, which would be found after the sampling."""
+    vae = diffusers.AutoencoderKLAllegro.__new__(diffusers.AutoencoderKLAllegro)
+    torch.nn.Module.__init__(vae)
+    vae.use_tiling = False
+    pipe = types.SimpleNamespace(vae=vae, to=lambda device: pipe)
+    monkeypatch.setattr(
+        diffusers.DiffusionPipeline, "from_pretrained", lambda wanted, **options: pipe
+    )
+    options = types.SimpleNamespace(model="allegro", adapter=None)
+    assert load_pipeline(options, "cpu") is pipe
+    assert vae.use_tiling

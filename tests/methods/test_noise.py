@@ -145,3 +145,15 @@ def test_differentiable_samples_have_the_covariance():
     frames = noise.correlate(standard, torch.zeros(()), *numbers)[0, 0].flatten(1)
     found = (frames @ frames.T / frames.shape[1]).double()
     torch.testing.assert_close(found, expected_covariance(4, 0.9, -0.4), rtol=0, atol=0.025)
+
+
+def test_a_seed_gives_the_same_noise_whatever_the_default_type():
+    prior, shape = vk.NoisePrior(0.9, 0.3), (1, 4, 6, 2, 2)
+    expected = sample(prior, *shape, dtype=torch.float32)
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            assert torch.equal(sample(prior, *shape, dtype=torch.float32), expected)
+    finally:
+        torch.set_default_dtype(before)

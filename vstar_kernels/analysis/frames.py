@@ -21,6 +21,7 @@ FORMS = (
     "a (frames, channels, height, width) tensor, a (frames, height, width, channels) array, or a "
     "list of PIL images or of (height, width, channels) arrays"
 )
+OTHER_MODES = {"1", "P", "PA", "HSV", "CMYK", "YCbCr", "LAB"}  # of PIL images: no shares of colours
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels; Wang et al. 2004, as are the constants
 SSIM_CONSTANTS = (0.01**2, 0.03**2)
 DREAMSIM_SIZE = 224  # pixels
@@ -64,7 +65,9 @@ def _from_arrays(frames: Any) -> Tensor:
 
     if isinstance(frames, str) or not isinstance(frames, np.ndarray | Sequence):
         raise TypeError(f"frames must be {FORMS}, got {type(frames).__name__}")
-    arrays = [np.asarray(frame) for frame in frames]
+    arrays = [
+        np.asarray(x.convert("RGB") if getattr(x, "mode", "") in OTHER_MODES else x) for x in frames
+    ]
     shapes = sorted({array.shape for array in arrays})
     if len(shapes) > 1:
         raise ValueError(f"frames must be of one size, got {', '.join(map(str, shapes))}")
@@ -223,7 +226,7 @@ def _edges(values: Tensor, bins: int, limits: tuple[float, float] | None) -> Ten
         raise ValueError(f"limits must be (low, high) with low < high, got {limits}")
     elif low < limits[0] or high > limits[1]:
         raise ValueError(f"similarities are from {low:g} to {high:g}, outside limits {limits}")
-    return torch.linspace(*limits, bins + 1, dtype=values.dtype)
+    return torch.linspace(*limits, bins + 1, dtype=values.dtype, device="cpu")
 
 
 def _stack(name: str, matrices: Tensor | Sequence[Tensor]) -> Tensor:

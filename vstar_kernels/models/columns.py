@@ -484,7 +484,8 @@ def level_size(grid: tuple[int, int], level: int) -> tuple[int, int]:
 
 def token_weights(words: Sequence[Sequence[int]]) -> Tensor:
     """Returns columns in which each word is the mean of its tokens: ``(tokens, words)``."""
-    weights = torch.zeros(max(max(tokens) for tokens in words) + 1, len(words))
+    count = max(max(tokens) for tokens in words) + 1
+    weights = torch.zeros(count, len(words), dtype=torch.float32)
     for index, tokens in enumerate(words):
         weights[list(tokens), index] = 1 / len(tokens)
     return weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -274,10 +275,11 @@ _CHANGES = {name: _read(name) for name in ("pe", "temp_pos_embed")}
 
 
 def _motion_table(frames: int, channels: int) -> Tensor:
-    from diffusers.models.embeddings import SinusoidalPositionalEmbedding
-
-    table: Any = SinusoidalPositionalEmbedding(channels, max_seq_length=frames).pe
-    return table
+    """Returns what diffusers' ``SinusoidalPositionalEmbedding`` holds in float32."""
+    position = torch.arange(frames, dtype=torch.float32, device="cpu").unsqueeze(1)
+    even = torch.arange(0, channels, 2, dtype=torch.float32, device="cpu")
+    angles = position * torch.exp(even * (-math.log(10000.0) / channels))
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[None]
 
 
 def _latte_table(frames: int, channels: int) -> Tensor:

@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vstar_kernels as vk
 from tests.models.full3d.dense import Dense
 from tests.models.full3d.tiny import PLACES, TINY
 from tests.versions import is_before
+from vstar_kernels.models.full3d.model import for_heads
 
 pytest.importorskip("diffusers")
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -403,3 +405,35 @@ def test_forward_without_the_model_s_hooks_is_an_error(model):
         pytest.raises(RuntimeError, match=r"not its forward\(\)"),
     ):
         model.forward(**WAN.call())
+
+
+def test_a_trained_bias_of_some_heads_is_read_at_every_call(model):
+    """And has its gradient, as often as it is asked for; the other heads have none of it."""
+    frames = WAN.layout(WAN.frames).frames
+    table = torch.zeros(frames, frames, requires_grad=True)
+    rule = vk.FrameRule.bias(table) + vk.FrameRule.window(1)
+    options = {"layers": [0], "heads": [0], "backend": "reference"}
+    with torch.enable_grad(), vk.apply_frames(model, rule, **options):
+        before = WAN.run(model)
+        for _ in range(2):
+            (gradient,) = torch.autograd.grad(model(**WAN.call())[0].square().sum(), table)
+        assert gradient.abs().max() > 1e-6
+        with torch.no_grad():
+            table.copy_(torch.randn(table.shape) * 5)
+        table.requires_grad_(False)  # frozen, it goes on being read
+        found = WAN.run(model)
+    assert (found - before).abs().max() > 1e-4
+    fixed = vk.FrameRule.bias(table.detach().clone()) + vk.FrameRule.window(1)
+    with vk.apply_frames(model, fixed, **options):
+        torch.testing.assert_close(WAN.run(model), found, **CLOSE)
+
+
+def test_rules_of_some_heads_do_not_depend_on_defaults():
+    """Nor does what is kept of them for later calls."""
+    layout, rule = vk.Layout(vk.Frames(3, 4)), vk.FrameRule.tar(0.7) + vk.FrameRule.window(1)
+    for_heads.cache_clear()
+    with torch.device("meta"), FakeTensorMode():
+        for_heads(rule, (0,), 2, layout, None)
+    found = for_heads(rule, (0,), 2, layout, None).tables(layout)
+    for table, expected in zip(found[:2], rule.tables(layout)[:2], strict=True):
+        assert torch.equal(table, torch.stack([expected, torch.zeros(3, 3)]))

@@ -6,6 +6,8 @@ import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import vstar_kernels as vk
 
@@ -25,6 +27,7 @@ from vstar_kernels.analysis import (
     to_grid,
     token_frames,
 )
+from vstar_kernels.models.grid import embedding as embeddings
 from vstar_kernels.models.grid.model import GridAttnProcessor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -451,3 +454,18 @@ def test_maps_end_with_the_grid():
         with pytest.raises(RuntimeError, match="apply_grid was removed while its maps"):
             call(model)
     call(model)
+
+
+@pytest.mark.parametrize("how", ["export", "fake tensors", "make_fx"])
+def test_an_embedding_that_is_traced_first_keeps_nothing_of_the_trace(how):
+    embedding, sample = vk.GridEmbedding(), noise(1, 4, 8, 8)
+    expected = sample + mixed_embedding(2, 2, 4, 4, 4)
+    embeddings._kept.cache_clear()
+    if how == "export":
+        torch.export.export(embedding, (sample, 2, 2))
+    elif how == "make_fx":
+        make_fx(lambda x: embedding(x, 2, 2), tracing_mode="fake")(sample)
+    else:
+        with FakeTensorMode() as mode:
+            assert embedding(mode.from_tensor(sample), 2, 2).shape == sample.shape
+    torch.testing.assert_close(embedding(sample, 2, 2), expected, **CLOSE)

@@ -134,6 +134,33 @@ class Table:
         return found
 
 
+@dataclass(frozen=True, eq=False)
+class TrainedOfHeads(Table):
+    """A :class:`Table` whose values may change, for some of ``count`` heads; the others have 0."""
+
+    heads: tuple[int, ...]
+    count: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_trained", True)  # as it was when the rule was made
+        object.__setattr__(self, "_hash", hash((self._make_hash(), self.heads, self.count)))
+
+    def weighted(self, table: Tensor) -> Tensor:
+        """Returns strength · table, ``(count, F_q, F_k)``, 0 for the heads that are not named."""
+        chosen = torch.zeros(self.count, 1, 1, dtype=torch.bool, device="cpu")
+        chosen[list(self.heads)] = True
+        return super().weighted(table).masked_fill(~chosen, 0.0)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TrainedOfHeads):
+            return NotImplemented
+        same = (self.heads, self.count) == (other.heads, other.count)
+        return same and super().__eq__(other)
+
+    def __hash__(self) -> int:
+        return super().__hash__()
+
+
 def _is_followed(table: Tensor) -> bool:
     """Returns whether autograd, forward mode or torch.func follows what is made of a table."""
     return (

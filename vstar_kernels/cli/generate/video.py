@@ -41,7 +41,10 @@ def load_pipeline(options: VideoOptions, device: str) -> Any:
     name, wanted = "--model", options.model
     try:
         if options.adapter is None:
-            return diffusers.DiffusionPipeline.from_pretrained(wanted, **more).to(device)
+            pipe = diffusers.DiffusionPipeline.from_pretrained(wanted, **more)
+            if isinstance(getattr(pipe, "vae", None), diffusers.AutoencoderKLAllegro):
+                pipe.vae.enable_tiling()  # it decodes in no other way
+            return pipe.to(device)
         name, wanted = "--adapter", options.adapter
         more["motion_adapter"] = diffusers.MotionAdapter.from_pretrained(wanted, **more)
         name, wanted = "--model", options.model

@@ -151,7 +151,8 @@ def min_stable_beta(gamma: float) -> float:
 def standard_normal(shape: Shape, generator: torch.Generator | None, like: Tensor) -> Tensor:
     """Draws standard normal numbers in float32 where the generator is, like ``like`` in the end."""
     device = like.device if generator is None else generator.device
-    return torch.randn(shape, generator=generator, device=device).to(like)
+    drawn = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+    return drawn.to(like)
 
 
 def _autoregress(frames: Tensor, gamma: float) -> None:

@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from vstar_kernels.attention.frames.layout import Layout
 from vstar_kernels.attention.frames.rules import FrameRule
+from vstar_kernels.attention.frames.terms import Table, TrainedOfHeads
 from vstar_kernels.models.forwards import (
     ForwardPass,
     ForwardPasses,
@@ -87,20 +89,27 @@ def for_heads(
     """
     if rule.is_identity:
         raise ValueError("heads= cannot be combined with FrameRule.identity()")
-    delta, offset, *others = rule.tables(layout, key_layout)
+    key_layout = layout if key_layout is None else key_layout
+    with _disable_current_modes():  # what is kept is of none that is on here
+        delta, offset, *others = rule.fixed_tables(layout, key_layout)
     if any(table is not None for table in others):
         raise ValueError(
             "heads= takes rules of biases and masks of frames: factors (attenuate) and bands "
             "within frames (band, radial) hold for all heads"
         )
-    chosen = torch.zeros(count, 1, 1, dtype=torch.bool)
-    chosen[list(heads)] = True
-    tables = [
-        FrameRule.bias(torch.where(chosen, table, torch.zeros(())), 1.0, stat, clamp)
-        for table, stat, clamp in ((delta, rule.stat, rule.clamp_negative), (offset, "none", False))
-        if table is not None
+    # What is trained is read at every call.
+    terms: list[Table] = [
+        TrainedOfHeads(term.table, term.strength, term.by_stat, heads, count)
+        for term in rule.terms
+        if isinstance(term, Table) and term.trained
     ]
-    return functools.reduce(FrameRule.__add__, tables, FrameRule())
+    with _disable_current_modes():
+        for table, by_stat in ((delta, True), (offset, False)):
+            if table is not None:
+                of_heads = torch.zeros(count, *table.shape[-2:], device="cpu", dtype=table.dtype)
+                of_heads[list(heads)] = table[list(heads)] if table.ndim == 3 else table
+                terms.append(Table(of_heads, 1.0, by_stat))
+    return FrameRule(tuple(terms), stat=rule.stat, clamp_negative=rule.clamp_negative)
 
 
 class RuledPass(ForwardPass):

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from vstar_kernels.analysis.grids import (
     THETA,
@@ -19,7 +20,7 @@ from vstar_kernels.analysis.grids import (
     mixed_embedding,
 )
 from vstar_kernels.attention.bias import check_finite
-from vstar_kernels.attention.frames.layout import check_count
+from vstar_kernels.attention.frames.layout import Numbers, check_count
 from vstar_kernels.files import write_atomically
 from vstar_kernels.reading import read_bytes, shorten
 
@@ -201,7 +202,7 @@ class GridEmbedding(nn.Module):
             )
         h, w = cell_size(sample.shape[2], sample.shape[3], rows, cols)
         sizes = (rows, cols, h, w, self.channels)
-        mixed = _kept(*sizes, float(self.theta), self.index, order).to(sample)
+        mixed = _kept(*sizes, float(self.theta), self.index, order).tensor().to(sample)
         gain = self.gain.to(sample) if isinstance(self.gain, Tensor) else self.gain
         out = sample + gain * mixed
         if self.fps is not None and self.where == "noise" and fps is not None:
@@ -266,10 +267,11 @@ class GridEmbedding(nn.Module):
 @functools.lru_cache(maxsize=16)
 def _kept(
     rows: int, cols: int, h: int, w: int, channels: int, theta: float, index: Any, order: Order
-) -> Tensor:
-    """Returns the mixed embedding on the CPU, which is kept for later calls."""
-    with torch.inference_mode(False):  # autograd may have to save it
-        return mixed_embedding(rows, cols, h, w, channels, theta=theta, index=index, order=order)
+) -> Numbers:
+    """Returns the mixed embedding, which is kept for later calls."""
+    with _disable_current_modes():
+        found = mixed_embedding(rows, cols, h, w, channels, theta=theta, index=index, order=order)
+        return Numbers.of(found)
 
 
 def check_fps(fps: Any) -> Tensor:
