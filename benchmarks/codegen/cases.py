@@ -213,7 +213,8 @@ def launches(entry: Entry, variant: Variant, head_dim: int) -> dict[str, Launch]
     if entry.family == "tile":
         found = {"tile_backward" if entry.backward else "tile": made and made.launch}
     elif not entry.backward:
-        by_pointers = getattr(made.attention, "pointers", None)  # of tensors that are not aligned
+        # Of tensors that are not aligned.
+        by_pointers = None if made.attention is made.pointers else made.pointers
         found = {"stream": made.attention, "pointers": by_pointers, "map_max": made.map_max}
     else:
         found = {"grad_delta": made.grad_delta and made.grad_delta.launch}

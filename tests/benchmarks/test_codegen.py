@@ -514,7 +514,15 @@ def test_the_subset_has_every_kernel_kind_and_variant():
     assert {(x.kernel, x.entry.width) for x in chosen} == widths  # heads of one part and of two
 
 
-FRAME_KERNELS = ("forward", "known", "revisit", "grad_query", "grad_key")
+FRAME_KERNELS = (
+    "forward",
+    "forward by descriptors",
+    "known",
+    "known by descriptors",
+    "revisit",
+    "grad_query",
+    "grad_key",
+)
 
 
 def every_frame_case():
@@ -578,7 +586,7 @@ def test_the_subset_of_frames_has_every_table():
     assert {x.entry.table for x in chosen} == set(frame_cases.VARIANTS)
     forward = {x.entry.architecture for x in chosen if not x.entry.backward}
     assert forward == set(configs.ARCHITECTURES)
-    assert len(chosen) <= 10
+    assert len(chosen) == len(frame_cases.VARIANTS)
 
 
 def test_a_variant_of_frames_is_for_the_table_that_it_is_listed_in():
@@ -587,8 +595,10 @@ def test_a_variant_of_frames_is_for_the_table_that_it_is_listed_in():
         entry = frame_cases.entry("sm_90", "16-bit", 64, table, config)
         for variant in variants:
             key = frame_cases.plan_key(entry, variant, 64)
-            kernel = table.removesuffix("_full").replace("known", "forward")
-            assert key.table(kernel, key.rule_tables()) == table, variant
+            kernel = table.removesuffix("_full").removesuffix("_described")
+            found = key.table(kernel.replace("known", "forward"), key.rule_tables())
+            assert found == table.removesuffix("_described"), variant
+            assert not (entry.is_described and key.sums_by_frame(key.rule_tables())), variant
             launch = frame_cases.FrameCase(entry, variant, 64).launch
             rule, head = launch.constants["RULE"], launch.constants["HEAD"]
             assert (variant.stat, variant.clamp) == (rule.STAT, rule.CLAMP)
@@ -714,7 +724,8 @@ def test_a_representative_subset_compiles_without_fault(architecture, tmp_path):
     codegen.main(["--subset", "--target", architecture, "--json", str(path), *other])
     kernels = json.loads(path.read_text())["kernels"]
     of_frames = {x["kernel"] for x in kernels if x["kernel"].startswith("frames")}
-    assert "frames, forward" in of_frames <= {f"frames, {x}" for x in FRAME_KERNELS}
+    assert of_frames <= {f"frames, {x}" for x in FRAME_KERNELS}
+    assert any("grad" not in x for x in of_frames)
     assert any(x["kernel"].startswith("columns, ") for x in kernels)
     every = [*cases.subset(every_case()), *frame_cases.subset(every_frame_case())]
     every += column_cases.subset(every_column_case())

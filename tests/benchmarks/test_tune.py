@@ -392,14 +392,19 @@ def test_what_is_timed_is_planned_with_the_candidate(table, monkeypatch):
     monkeypatch.setattr(composed, "why_not", lambda call: [])
     monkeypatch.setattr(composed, "forward", forward)
     monkeypatch.setattr(composed, "backward", reference.backward)
-    entry = frame_entry(table, rows=48)
+    described = table.endswith("_described")
+    if described:
+        hopper = devices.Device("sm_90", 2**17, 132)
+        monkeypatch.setattr(devices, "device_of", lambda device: hopper)
+    kind = "16-bit" if described else "ieee"
+    entry = frame_entry(table, kind, rows=48)
     assert 0 < frame_times.seconds(entry, "cpu") < 10
     way = table.split("_")[0].replace("forward", "split")
     rows = 48
     if entry.backward:  # whose forward pass has the shipped configuration
         kernel = "forward_full" if table.endswith("full") else "forward"
         way, rows = "split", configs.frames("sm_80", "ieee", 16, kernel).rows
-    assert planned == {(rows, way, "ieee")}
+    assert planned == {(rows, way, kind)}
     monkeypatch.setattr(composed, "forward", lambda call, *, save=False: wrong(call))
     with pytest.raises(SystemExit, match="wrong result"):
         frame_times.seconds(entry, "cpu")
