@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import multiprocessing
 import sys
@@ -75,6 +76,8 @@ class Options(shipped.Selection):
     """Architectures."""
     kind: tuple[Literal[configs.KINDS], ...] = ("16-bit",)
     """Kinds of products."""
+    tokens: int = OF_FRAMES["tokens"]
+    """Of each of the two frames of a call of frame_attention, which has 64 of text besides."""
 
 
 @dataclass(frozen=True)
@@ -324,7 +327,8 @@ def main(arguments: list[str] | None = None) -> int:
     for target in options.target:
         chosen = [x for x in every if x.architecture == target and options.has(x)]
         with emulated(target, options.jobs) as process:
-            found = tqdm(process.map(count, chosen), total=len(chosen), unit="line")
+            counted = process.map(count, chosen, itertools.repeat(options.tokens))
+            found = tqdm(counted, total=len(chosen), unit="line")
             print(Table(target, head, list(rows(chosen, found))).markdown())
     return 0
 

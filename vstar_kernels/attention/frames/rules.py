@@ -122,7 +122,8 @@ class FrameRule(Document):
 
         Args:
             table: ``(F_q, F_k)`` or ``(heads, F_q, F_k)`` by the frames' numbers, floating point.
-                Without a statistic −inf masks. It is copied, unless a gradient follows it.
+                Without a statistic −inf masks. It is copied, unless a gradient follows it, and
+                counts in float32.
             strength: Factor on it.
             stat, clamp_negative: See the class.
         """

@@ -296,7 +296,7 @@ class PromptedModel(Handle):
                 else (prompts.negative, prompts.negative_mask)
             )
             if rows is None:
-                # A text as often as there are stages is heard as it is once, whatever the rule.
+                # A text as often as there are stages is heard as it is once, whatever the biases.
                 if given.shape[1] != tokens:
                     raise ValueError(
                         f"embeddings have {tokens} tokens, the text of the unconditional half, "
