@@ -134,7 +134,7 @@ def tar_variants(entry: Entry) -> list[cases.Variant]:
     always = cases.ALWAYS[entry.family, entry.backward]
     rare = cases.rare(entry).values() if entry.family == "tile" else ()
     found = [x for x in (*always, *rare) if cases.launches(entry, x, entry.width)]
-    described = entry.architecture in descriptors.ARCHITECTURES and entry.kind == "16-bit"
+    described = descriptors.has_descriptors(entry.architecture, entry.kind)
     if entry.family == "stream" and not entry.backward and described:
         found.append(dataclasses.replace(cases.GAUSSIAN, name=POINTERS))
     return found

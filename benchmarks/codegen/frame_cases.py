@@ -180,8 +180,7 @@ def entry(architecture: str, kind: str, width: int, table: str, config: FramesCo
 
 def has_lines(table: str, architecture: str, kind: str) -> bool:
     """Tells whether a table has lines for an architecture and a kind of products."""
-    described = architecture in descriptors.ARCHITECTURES and kind == "16-bit"
-    return described or not table.endswith("_described")
+    return not table.endswith("_described") or descriptors.has_descriptors(architecture, kind)
 
 
 def shipped(entry: FrameEntry) -> list[FrameCase]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import vstar_kernels as vk
+from tests.attention.described import between_nans, ways_of
 from tests.attention.kernel_lines import watched
 from tests.pairwise import pairwise
 from vstar_kernels.attention import triton as backend
@@ -43,15 +44,7 @@ def hopper(monkeypatch):
 @pytest.fixture
 def taken(monkeypatch):
     """Which way each launch takes: "descriptors" or "pointers"."""
-    ways = []
-    run = stream.stream_kernel.run
-
-    def spy(tensors, *arguments, **options):
-        ways.append("pointers" if arguments[0] is None else "descriptors")
-        return run(tensors, *arguments, **options)
-
-    monkeypatch.setattr(stream.stream_kernel, "run", spy)
-    return ways
+    return ways_of(stream.stream_kernel, monkeypatch)
 
 
 def tar(*tensors, bias=None, **options):
@@ -73,11 +66,6 @@ def heads_outermost(x):
 
 def frames_outermost(x):
     return x.transpose(1, -3).contiguous().transpose(1, -3)
-
-
-def between_nans(x):
-    """Before and after every head's row there is NaN."""
-    return torch.nn.functional.pad(x, (8, 16), value=NAN)[..., 8:-16]
 
 
 BIASES = {

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import vstar_kernels as vk
+from tests.attention.described import between_nans, ways_of
 from tests.attention.frames import cases
 from tests.pairwise import some
 from vstar_kernels.attention import triton as backend
@@ -48,15 +49,7 @@ def hopper(monkeypatch):
 @pytest.fixture
 def taken(monkeypatch):
     """Which way each launch takes: "descriptors" or "pointers"."""
-    ways = []
-    run = frames_forward.frames_kernel.run
-
-    def spy(tensors, *arguments, **options):
-        ways.append("pointers" if arguments[0] is None else "descriptors")
-        return run(tensors, *arguments, **options)
-
-    monkeypatch.setattr(frames_forward.frames_kernel, "run", spy)
-    return ways
+    return ways_of(frames_forward.frames_kernel, monkeypatch)
 
 
 def run(*arguments, **options):
@@ -67,15 +60,6 @@ def inputs(layout, batch=2, heads=2, head_dim=40, dtype=torch.bfloat16):
     torch.manual_seed(0)
     shape = (3, batch, layout.tokens, heads, head_dim)
     return [x.clone() for x in torch.randn(shape).to(dtype).unbind()]
-
-
-def heads_outermost(x):
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def between_nans(x):
-    """Before and after every head's row there is NaN."""
-    return torch.nn.functional.pad(x, (8, 16), value=NAN)[..., 8:-16]
 
 
 DESCRIBED = {
@@ -95,7 +79,7 @@ DESCRIBED = {
     "lengths": [None, [0, 1], [31, 9], [1000, 12]],
     "head_dim": [16, 40, 64, 72],
     "heads": [(2, 2), (4, 2), (3, 1)],
-    "strides": [lambda x: x, heads_outermost, between_nans],
+    "strides": [lambda x: x, cases.heads_outermost, between_nans],
     "dtype": [torch.bfloat16, torch.float16],
     "scale": [None, -0.2],
     "stages": [1, 3],

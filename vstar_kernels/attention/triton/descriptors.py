@@ -91,14 +91,21 @@ class DescribedLaunch(Launch):
         return [(places[name], parts) for name, parts in self.parts.items()]
 
 
+def has_descriptors(architecture: str, kind: str) -> bool:
+    """Tells whether blocks may come by descriptors on an architecture, for a kind of products.
+
+    TF32's matrix instructions take values transposed only, by way of the registers.
+    """
+    return architecture in ARCHITECTURES and kind == "16-bit"
+
+
 def possible(device: Device, kind: str, sizes: Iterable[int], *tensors: Strides) -> bool:
     """Tells whether descriptors can say where tensors of 16 bits lie, if they are aligned.
 
     ``sizes`` and strides are of all dimensions but head_dim. Descriptors take strides of multiples
-    of 16 bytes, and none of 0, as expanded tensors have. TF32's matrix instructions take values
-    transposed only, by way of the registers.
+    of 16 bytes, and none of 0, as expanded tensors have.
     """
-    if device.architecture not in ARCHITECTURES or kind != "16-bit":
+    if not has_descriptors(device.architecture, kind):
         return False
     strides = [
         2 * stride

@@ -90,20 +90,19 @@ def for_heads(
     if rule.is_identity:
         raise ValueError("heads= cannot be combined with FrameRule.identity()")
     key_layout = layout if key_layout is None else key_layout
-    with _disable_current_modes():  # what is kept is of none that is on here
-        delta, offset, *others = rule.fixed_tables(layout, key_layout)
-    if any(table is not None for table in others):
-        raise ValueError(
-            "heads= takes rules of biases and masks of frames: factors (attenuate) and bands "
-            "within frames (band, radial) hold for all heads"
-        )
-    # What is trained is read at every call.
+    # What is trained is read at every call; the rest is kept, and of no mode that is on here.
     terms: list[Table] = [
         TrainedOfHeads(term.table, term.strength, term.by_stat, heads, count)
         for term in rule.terms
         if isinstance(term, Table) and term.trained
     ]
     with _disable_current_modes():
+        delta, offset, *others = rule.fixed_tables(layout, key_layout)
+        if any(table is not None for table in others):
+            raise ValueError(
+                "heads= takes rules of biases and masks of frames: factors (attenuate) and bands "
+                "within frames (band, radial) hold for all heads"
+            )
         for table, by_stat in ((delta, True), (offset, False)):
             if table is not None:
                 of_heads = torch.zeros(count, *table.shape[-2:], device="cpu", dtype=table.dtype)
