@@ -1,4 +1,4 @@
-"""How the tests run Python in processes of their own, and PyTorch on other threads."""
+"""How the tests run Python in processes of their own, and PyTorch on other threads and types."""
 
 from __future__ import annotations
 
@@ -35,3 +35,14 @@ def on_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """A context in which new tensors are of this type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vstar_kernels as vk
+from tests.helpers import default_dtype
 from vstar_kernels.attention import native
 from vstar_kernels.attention.bias import gaussian_table
 from vstar_kernels.testing import inputs
@@ -94,15 +95,6 @@ def default_device():
         torch.set_default_device(None)
 
 
-@contextlib.contextmanager
-def default_dtype():
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def plain(backend, bias):
     vk.tar_attention(*inputs_made_before(), bias, backend=backend)
 
@@ -132,7 +124,7 @@ def under_grad(backend, bias):
 MODES = {
     "with torch.device": (lambda: torch.device("meta"), plain),
     "set_default_device": (default_device, plain),
-    "set_default_dtype": (default_dtype, plain),
+    "set_default_dtype": (functools.partial(default_dtype, torch.float64), plain),
     "inference_mode": (torch.inference_mode, plain),
     "fake tensors": (contextlib.nullcontext, of_fake_tensors),
     "vmap": (contextlib.nullcontext, under_vmap),

@@ -5,6 +5,7 @@ import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
 import vstar_kernels as vk
+from tests.helpers import default_dtype
 from vstar_kernels.methods.vstar import noise
 
 FRAMES = 7
@@ -150,10 +151,6 @@ def test_differentiable_samples_have_the_covariance():
 def test_a_seed_gives_the_same_noise_whatever_the_default_type():
     prior, shape = vk.NoisePrior(0.9, 0.3), (1, 4, 6, 2, 2)
     expected = sample(prior, *shape, dtype=torch.float32)
-    before = torch.get_default_dtype()
-    try:
-        for dtype in (torch.float64, torch.bfloat16):
-            torch.set_default_dtype(dtype)
+    for dtype in (torch.float64, torch.bfloat16):
+        with default_dtype(dtype):
             assert torch.equal(sample(prior, *shape, dtype=torch.float32), expected)
-    finally:
-        torch.set_default_dtype(before)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import vstar_kernels as vk
+from tests.helpers import default_dtype
 from tests.models import models
 from vstar_kernels.models.columns import level_size, resize_maps, token_weights
 from vstar_kernels.models.conditional import conditional_passes
@@ -317,12 +318,8 @@ def test_a_copy_of_a_captured_layer_is_stock(unet):
 
 
 def test_the_weights_of_words_are_float32_whatever_the_default_type():
-    before = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(torch.float64)
+    with default_dtype(torch.float64):
         weights = token_weights([[1], [2, 3]])
-    finally:
-        torch.set_default_dtype(before)
     expected = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.5], [0.0, 0.5]])
     assert weights.dtype == torch.float32
     assert torch.equal(weights, expected)

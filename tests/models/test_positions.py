@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import vstar_kernels as vk
+from tests.helpers import default_dtype
 from tests.models.models import KINDS, call, flat, make, noise
 from vstar_kernels.models import positions
 
@@ -176,10 +177,6 @@ def test_learned_positions_are_not_drawn():
 @pytest.mark.parametrize(("frames", "channels"), [(32, 320), (7, 16)])
 def test_the_motion_modules_table_is_that_of_diffusers_whatever_the_default_type(frames, channels):
     expected = SinusoidalPositionalEmbedding(channels, max_seq_length=frames).pe
-    before = torch.get_default_dtype()
-    try:
-        for dtype in (torch.float32, torch.float64, torch.bfloat16):
-            torch.set_default_dtype(dtype)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        with default_dtype(dtype):
             assert torch.equal(positions._motion_table(frames, channels), expected)
-    finally:
-        torch.set_default_dtype(before)
